@@ -1,0 +1,1 @@
+"""The configuration of every program: YAML groups here, their defaults in dataclasses beside the code that uses them."""

@@ -1,0 +1,107 @@
+"""The way in, shared by `python -m data`, `python -m train` and `python -m inference`.
+
+Hydra composes YAML and command line onto the program's dataclass, which holds every default, and the program's own
+`main` receives that dataclass. A mistake of the user's ends in one sentence on stderr and exit code 2; any other
+exception is a fault of ours and keeps its traceback.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.errors import UserError
+
+CONFIG_DIR = Path(__file__).parent
+EXIT_USER_ERROR = 2
+
+Config = TypeVar("Config")
+
+
+def register(config_name: str, schema: type) -> None:
+    """Makes `schema` the typed base of `configs/{config_name}.yaml`, which names it as `{config_name}_schema`."""
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+
+
+def run(program: str, config_name: str, schema: type[Config], main: Callable[[Config], None]) -> None:
+    """Composes `configs/{config_name}.yaml` and `sys.argv`, and calls `main` with the result.
+
+    Exits 2 with one sentence where Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
+    error: what is not the user's to mend propagates.
+    """
+    register(config_name, schema)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
+
+    def typed(composed: Any) -> None:
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, schema)
+        try:
+            main(config)
+        except UserError as error:  # here, because Hydra would add a line of its own on the way out
+            leave(program, str(error))
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(typed)()
+    except (HydraException, OmegaConfBaseException) as error:
+        leave(program, explain(error, program, schema))
+
+
+def leave(program: str, sentence: str) -> None:
+    """Prints the sentence once per machine and ends this process with exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{program}: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def explain(error: Exception, program: str, schema: type) -> str:
+    """One sentence (field, value, remedy) for what Hydra or OmegaConf refused."""
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(cause) for cause in causes)
+    first_lines = [str(cause).strip().splitlines()[0].rstrip(".") for cause in causes if str(cause).strip()]
+
+    if unknown := re.search(r"(?:Key|Could not override) '([^']+)'(?: not in| is not in|\.)", text):
+        key = re.search(r"full_key: (\S+)", text)
+        asked = re.search(r"Could not override '([^']+)'", text)
+        name = asked.group(1) if asked else key.group(1) if key else unknown.group(1)
+        known = _keys(OmegaConf.structured(schema))
+        close = difflib.get_close_matches(name, known, n=1) or [k for k in known if k.split(".")[-1] == name][:1]
+        guess = f"did you mean {close[0]}? " if close else ""
+        return f"{name}: there is no such setting; {guess}`python -m {program} --cfg job` lists them all"
+
+    if wrong := re.search(r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)", text):
+        where = re.search(r"full_key: (\S+)", text)
+        field = where.group(1) if where else "a setting"
+        return f"{field}={wrong.group(1)}: that is not of type {wrong.group(2)}; give a value of that type"
+
+    if missing := re.search(r"Could not find '([^']+)'", text):
+        group, _, name = missing.group(1).rpartition("/")
+        options = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+        if options:
+            return f"{group}={name}: there is no such choice; choose one of {', '.join(options)}"
+        return f"{group or name}: there is no such group of settings; see {CONFIG_DIR.name}/"
+
+    return f"{first_lines[0] if first_lines else type(error).__name__}; check it against configs/{program}.yaml"
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    """Every setting of a composed config, as dotted names."""
+    keys = []
+    for key in node:
+        name = f"{prefix}{key}"
+        keys.append(name)
+        if OmegaConf.is_config(node._get_node(key)) and OmegaConf.is_dict(node._get_node(key)):
+            keys += _keys(node._get_node(key), f"{name}.") if not node._is_none() else []
+    return keys

@@ -1,0 +1,1 @@
+"""Raw rows to packed, supervised examples, and the prepared dataset that training reads."""

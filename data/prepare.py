@@ -1,0 +1,244 @@
+"""The stages in order; writes the prepared dataset and its manifest.
+
+    read → convert → encode → split → pack → write
+"""
+
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from configs import entry
+from configs.errors import UserError
+from data.config import PrepareConfig
+from data.dataset import MANIFEST, ROW_SCHEMA, SPLITS
+from data.packing import pack
+from data.schema import IGNORE_INDEX, Conversation, PackedRow, TokenizedConversation
+from data.sources import RawRow, Reject, describe_inputs, read_rows, to_conversation
+from data.template import ChatTokenizer
+
+ENCODE_BATCH = 1000
+"""Conversations encoded in one call: enough to keep every core busy."""
+
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """`python -m data`."""
+    entry.run("data", "prepare", PrepareConfig, prepare)
+
+
+@dataclass(slots=True)
+class Kept:
+    """The conversations that passed every stage, side by side with the numbers of the rows they came from."""
+
+    rows: list[int] = field(default_factory=list)
+    tokenized: list[TokenizedConversation] = field(default_factory=list)
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Reads, renders, encodes, splits and packs the rows of `config`, and writes the prepared dataset."""
+    config.check()
+    output = Path(config.output)
+    refuse_foreign(output)
+    inputs = describe_inputs(config)
+    tokenizer = ChatTokenizer.load(config.tokenizer)
+
+    kept, rejects, rows_in = encode_rows(config, tokenizer)
+    refuse_too_many(rejects, rows_in, config.max_reject_fraction)
+    held_out = choose_eval(len(kept.rows), config.eval_fraction, config.seed)
+    splits = {
+        "train": [i for i in range(len(kept.rows)) if i not in held_out],
+        "eval": sorted(held_out),
+    }
+    packed = {name: pack_rows(kept, chosen, config) for name, chosen in splits.items()}
+
+    manifest = {
+        "inputs": inputs,
+        "config": asdict(config),
+        "tokenizer": {"source": config.tokenizer, "fingerprint": tokenizer.fingerprint},
+        "rows": {
+            "in": rows_in,
+            "kept": len(kept.rows),
+            "rejected": len(rejects),
+            "rejected_by_reason": dict(sorted(Counter(reject.reason for reject in rejects).items())),
+        },
+        **{name: {"conversations": len(splits[name]), **count(packed[name], config.seq_len)} for name in SPLITS},
+        "seq_len": config.seq_len,
+        "seed": config.seed,
+        "versions": {name: importlib.metadata.version(name) for name in ("openhermes-mixtral", "tokenizers", "pyarrow")},
+    }
+    write(output, packed, rejects, manifest)
+    report(manifest, output)
+
+
+# Stages
+
+
+def encode_rows(config: PrepareConfig, tokenizer: ChatTokenizer) -> tuple[Kept, list[Reject], int]:
+    """Reads, converts and encodes every row; also returns the rejects and the number of rows read."""
+    kept = Kept()
+    rejects: list[Reject] = []
+    rows_in = 0
+    with _progress() as progress:
+        task = progress.add_task("Encoding conversations", total=None)
+        for batch in _batches(read_rows(config), ENCODE_BATCH):
+            conversations: list[tuple[int, RawRow, Conversation]] = []
+            for number, row in enumerate(batch, start=rows_in):
+                outcome = row if isinstance(row, Reject) else to_conversation(row, keep_markers=config.markers == "keep")
+                if isinstance(outcome, Reject):
+                    rejects.append(outcome)
+                else:
+                    assert isinstance(row, RawRow)
+                    conversations.append((number, row, outcome))
+            encoded = tokenizer.encode_batch([conversation for *_, conversation in conversations])
+            for (number, row, _), tokenized in zip(conversations, encoded, strict=True):
+                if len(tokenized) > config.seq_len:
+                    detail = f"the conversation has {len(tokenized)} tokens, and a row holds {config.seq_len}"
+                    rejects.append(Reject(row, "too_long", detail))
+                else:
+                    kept.rows.append(number)
+                    kept.tokenized.append(tokenized)
+            rows_in += len(batch)
+            progress.update(task, completed=rows_in)
+        progress.update(task, total=rows_in)
+    assert rows_in == len(kept.rows) + len(rejects)
+    return kept, rejects, rows_in
+
+
+def refuse_too_many(rejects: list[Reject], rows_in: int, allowed: float) -> None:
+    """Raises `UserError` where nothing is left, or where more than the allowed share was rejected."""
+    if rows_in == 0:
+        raise UserError("files: they hold no rows; name files with at least one row")
+    if len(rejects) < rows_in and len(rejects) <= allowed * rows_in:
+        return
+    commonest = Counter(reject.reason for reject in rejects).most_common(3)
+    reasons = ", ".join(f"{reason} {number}×" for reason, number in commonest)
+    raise UserError(
+        f"max_reject_fraction={allowed}: {len(rejects)} of {rows_in} rows can't be used ({reasons}; the first: "
+        f"{rejects[0]}); mend the rows, or allow more where at least one can be used"
+    )
+
+
+def choose_eval(conversations: int, fraction: float, seed: int) -> set[int]:
+    """Which conversations are held out: a seeded draw, at least one where the fraction is above 0.
+
+    Raises:
+        UserError: a single conversation can't be both trained on and held out.
+    """
+    if fraction == 0:
+        return set()
+    number = max(1, round(conversations * fraction))
+    if number >= conversations:
+        raise UserError(
+            f"eval_fraction={fraction}: it would hold out {number} of {conversations} conversations and leave none to "
+            f"train on; give more rows, or eval_fraction=0"
+        )
+    return set(random.Random(seed).sample(range(conversations), number))
+
+
+def pack_rows(kept: Kept, chosen: list[int], config: PrepareConfig) -> list[PackedRow]:
+    """The chosen conversations in packed rows, in a seeded order so that equal lengths do not cluster by source."""
+    order = random.Random(config.seed).sample(chosen, len(chosen))
+    packed = []
+    for plan in pack([len(kept.tokenized[i]) for i in order], config.seq_len):
+        members = [order[place] for place in plan]
+        packed.append(
+            PackedRow(
+                ids=[token for i in members for token in kept.tokenized[i].ids],
+                labels=[label for i in members for label in kept.tokenized[i].labels],
+                lengths=[len(kept.tokenized[i]) for i in members],
+                rows=[kept.rows[i] for i in members],
+            )
+        )
+    return packed
+
+
+def count(packed: list[PackedRow], seq_len: int) -> dict[str, Any]:
+    """Rows, tokens, supervised tokens, and the share of token slots that hold a token."""
+    tokens = sum(len(row.ids) for row in packed)
+    supervised = sum(label != IGNORE_INDEX for row in packed for label in row.labels)
+    efficiency = tokens / (len(packed) * seq_len) if packed else 0.0
+    return {"packed_rows": len(packed), "tokens": tokens, "supervised_tokens": supervised, "efficiency": efficiency}
+
+
+# Writing
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raises `UserError` rather than replace a directory that is not a prepared dataset."""
+    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output={output}: something else is there; choose another directory, or move it away")
+
+
+def write(output: Path, packed: dict[str, list[PackedRow]], rejects: list[Reject], manifest: dict[str, Any]) -> None:
+    """Writes everything beside the target, then puts it in the place of what was there."""
+    temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for name, rows in packed.items():
+            (temporary / name).mkdir(parents=True)
+            columns = {field: [getattr(row, field) for row in rows] for field in ROW_SCHEMA.names}
+            table = pa.table(columns, schema=ROW_SCHEMA)
+            with pa.OSFile(str(temporary / name / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as arrow:
+                arrow.write_table(table, max_chunksize=1024)
+        with (temporary / "rejects.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(reject.record(), ensure_ascii=False) + "\n" for reject in rejects)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    except OSError as error:
+        raise UserError(f"output={output}: it can't be written ({error.strerror}); choose a writable place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def report(manifest: dict[str, Any], output: Path) -> None:
+    """The summary table."""
+    rows = manifest["rows"]
+    table = Table(title=f"Prepared {output}", title_justify="left")
+    for heading in ("", "train", "eval"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    labels = {
+        "conversations": "conversations",
+        "packed_rows": f"packed rows of {manifest['seq_len']} tokens",
+        "tokens": "tokens",
+        "supervised_tokens": "supervised tokens",
+    }
+    for key, label in labels.items():
+        table.add_row(label, *(f"{manifest[split][key]:,}" for split in SPLITS))
+    table.add_row("packing efficiency", *(f"{manifest[split]['efficiency']:.1%}" for split in SPLITS))
+    reasons = ", ".join(f"{reason} {number}" for reason, number in rows["rejected_by_reason"].items()) or "none"
+    console.print(table)
+    console.print(f"{rows['in']:,} rows in = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({reasons})")
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _batches(rows: Iterable[RawRow | Reject], size: int) -> Iterator[list[RawRow | Reject]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch

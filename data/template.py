@@ -1,0 +1,274 @@
+"""The only place where text becomes ids, and the only place that decides which tokens are trained.
+
+The text of a turn is `<s>[INST] {user} [/INST] {assistant} </s>`. `<s>` and `</s>` are placed as ids; all other text
+goes through the vocabulary's merges alone, in which no control token takes part. So nothing that a message says can
+become a control token, however it is spelled.
+"""
+
+import hashlib
+import json
+import re
+from bisect import bisect_left
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from configs.errors import UserError
+from data.schema import IGNORE_INDEX, Conversation, TokenizedConversation
+
+EMBEDDED = "embedded"
+"""The Mixtral vocabulary that the package mistral-common carries."""
+
+UNK, BOS, EOS = 0, 1, 2
+"""Ids of `<unk>`, `<s>` and `</s>` in the Mixtral vocabulary."""
+
+SPACE = "▁"
+"""How SentencePiece writes a space (U+2581)."""
+
+MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+"""The template's own words. They are plain text to the vocabulary, so only a policy keeps them out of contents."""
+
+# Ids of the Mixtral vocabulary for texts that the common mistakes get wrong: no space before the first piece after a
+# control token ("[" 28792 for "▁[" 733), control tokens read from text, byte pieces, and runs of spaces.
+# Computed with SentencePiece from mistral-common's tokenizer.model.v1.
+PROBES: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("[INST] Hello [/INST]", (733, 16289, 28793, 22557, 733, 28748, 16289, 28793)),
+    ("</s>", (1867, 28713, 28767)),
+    ("x   y\n", (1318, 259, 337, 13)),
+    ("🧿 <0x0A>", (28705, 243, 162, 170, 194, 523, 28734, 28744, 28734, 28741, 28767)),
+)
+
+
+class ChatTokenizer:
+    """Renders conversations with the LLaMA-2 chat template and encodes them with the Mixtral vocabulary."""
+
+    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], source: str = "memory"):
+        """Builds the tokenizer from the vocabulary (piece → id) and the merges, strongest first.
+
+        Raises:
+            UserError: the ids of known texts differ from Mixtral's, so training would learn the wrong tokens.
+        """
+        self.source = source
+        self._vocabulary = vocabulary
+        self._merges = merges
+        self._text = _merges_only(vocabulary, merges)
+        for text, expected in PROBES:
+            found = self._text.encode(text, add_special_tokens=False).ids
+            if tuple(found) != expected:
+                raise UserError(
+                    f"tokenizer={source}: it encodes {text!r} as {found}, and the Mixtral vocabulary gives "
+                    f"{list(expected)}; use the tokenizer of a Mixtral-8x7B model, or tokenizer={EMBEDDED}"
+                )
+
+    @classmethod
+    def load(cls, source: str = EMBEDDED) -> "ChatTokenizer":
+        """Loads the vocabulary of a model directory, a hub id, or `"embedded"`.
+
+        `tokenizer.json` and `tokenizer.model` give the same ids here: only vocabulary and merges are taken from
+        either, never the stored pre- and post-processing, which differs between versions of the same tokenizer.
+
+        Raises:
+            UserError: nothing usable is there, or the vocabulary is not Mixtral's.
+        """
+        path = _locate(source)
+        vocabulary, merges = _read_json(path) if path.suffix == ".json" else _read_sentencepiece(path)
+        return cls(vocabulary, merges, source)
+
+    # Text
+
+    def render(self, conversation: Conversation) -> str:
+        """The exact text of a conversation, control tokens spelled out."""
+        return "".join(
+            f"<s>{prompt}" if reply is None else f"<s>{prompt}{reply}</s>"
+            for prompt, reply in self._turn_texts(conversation)
+        )
+
+    @staticmethod
+    def _turn_texts(conversation: Conversation) -> list[tuple[str, str | None]]:
+        """For each turn the text up to `[/INST]`, and the reply with its spaces, or None where none is given."""
+        turns = conversation.turns
+        texts: list[tuple[str, str | None]] = []
+        for place in range(0, len(turns), 2):
+            user = turns[place].content.strip()
+            if place == 0 and conversation.system is not None:
+                user = f"<<SYS>>\n{conversation.system.content.strip()}\n<</SYS>>\n\n{user}"
+            reply = f" {turns[place + 1].content.strip()} " if place + 1 < len(turns) else None
+            texts.append((f"[INST] {user} [/INST]", reply))
+        return texts
+
+    # Ids
+
+    def encode(self, conversation: Conversation) -> TokenizedConversation:
+        """Ids and labels. Trained are each reply, the space after it, and `</s>`."""
+        return self.encode_batch([conversation])[0]
+
+    def encode_batch(self, conversations: list[Conversation]) -> list[TokenizedConversation]:
+        """`encode` for many conversations in one call of the tokenizer, which spreads them over the cores."""
+        turns = [self._turn_texts(conversation) for conversation in conversations]
+        texts = [prompt + (reply or "") for texts in turns for prompt, reply in texts]
+        encodings = iter(self._text.encode_batch(texts, add_special_tokens=False))
+        encoded = []
+        for turn_texts in turns:
+            ids: list[int] = []
+            labels: list[int] = []
+            for prompt, reply in turn_texts:
+                encoding = next(encodings)
+                turn_ids = [BOS, *encoding.ids]
+                ids += turn_ids
+                if reply is None:
+                    labels += [IGNORE_INDEX] * len(turn_ids)
+                    continue
+                # No piece crosses from "[/INST]" into the reply's leading space, so the reply starts at a token.
+                first_trained = 1 + bisect_left(encoding.offsets, len(prompt), key=lambda offset: offset[0])
+                ids.append(EOS)
+                labels += [IGNORE_INDEX] * first_trained + turn_ids[first_trained:] + [EOS]
+            encoded.append(TokenizedConversation(ids, labels))
+        return encoded
+
+    def encode_prompt(self, conversation: Conversation) -> list[int]:
+        """The ids that generation starts from: everything up to the last `[/INST]`.
+
+        For a conversation that ends with a reply, this is the prompt of that reply, a strict prefix of `encode`.
+        """
+        turns = conversation.messages if conversation.is_prompt else conversation.messages[:-1]
+        return self.encode(Conversation(turns)).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of generated ids: control tokens left out, surrounding space stripped as in training."""
+        return self._text.decode([i for i in ids if i not in (UNK, BOS, EOS)]).strip()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return len(self._vocabulary)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over vocabulary and merges: equal exactly where the ids of every text are equal."""
+        pieces = sorted(self._vocabulary.items(), key=lambda item: item[1])
+        return hashlib.sha256(json.dumps([pieces, self._merges]).encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, with the chat template, for stock transformers."""
+        stock = _merges_only(self._vocabulary, self._merges)
+        stock.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")])
+        stock.save(str(directory / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+CHAT_TEMPLATE = (
+    "{%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else none -%}"
+    "{%- set turns = messages[1:] if system is not none else messages -%}"
+    "{%- for message in turns -%}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('after an optional system message, user and assistant alternate, the user first') }}"
+    "{%- endif -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{ '<s>[INST] ' }}"
+    "{%- if loop.first and system is not none -%}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{%- endif -%}"
+    "{{ message['content'] | trim + ' [/INST]' }}"
+    "{%- else -%}"
+    "{{ ' ' + message['content'] | trim + ' </s>' }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""The same template in Jinja, stored with exported models for programs that do not use this one."""
+
+
+def _merges_only(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """The vocabulary's merges, with SentencePiece's leading space, and without any token that is matched in text."""
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _locate(source: str) -> Path:
+    """The tokenizer's file for a directory, a hub id or `"embedded"`."""
+    if source == EMBEDDED:
+        return Path(str(resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
+    directory = Path(source)
+    if directory.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (directory / name).is_file():
+                return directory / name
+        raise UserError(
+            f"tokenizer={source}: the directory holds neither tokenizer.json nor tokenizer.model; "
+            f"name a model directory, a hub id, or {EMBEDDED}"
+        )
+    remedy = f"name a model directory, a hub id such as mistralai/Mixtral-8x7B-Instruct-v0.1, or {EMBEDDED}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise UserError(f"tokenizer={source}: there is no such directory; {remedy}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in ("tokenizer.json", "tokenizer.model"):
+        try:
+            return Path(hf_hub_download(source, name))
+        except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the hub was not reached
+            break
+        except EntryNotFoundError:
+            continue
+        except OSError:  # what the hub client raises for an unknown or closed repository
+            break
+    raise UserError(f"tokenizer={source}: no such directory, and the hub gave no tokenizer of that name; {remedy}")
+
+
+def _read_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a `tokenizer.json`."""
+    try:
+        model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
+        vocabulary: dict[str, int] = dict(model["vocab"])
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        return vocabulary, _merges(vocabulary, list(dict.fromkeys(left + right for left, right in pairs)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"tokenizer={path}: it is not a tokenizer.json with a vocabulary and merges ({error}); "
+            f"use the one of a Mixtral-8x7B model, or tokenizer={EMBEDDED}"
+        ) from error
+
+
+def _read_sentencepiece(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a SentencePiece BPE model."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError lives in a different place in each of its implementations
+        raise UserError(
+            f"tokenizer={path}: it is not a SentencePiece model; use the one of a Mixtral-8x7B model"
+        ) from error
+    vocabulary = {piece.piece: place for place, piece in enumerate(model.pieces)}
+    normal = [piece for piece in model.pieces if piece.type == piece.NORMAL]
+    return vocabulary, _merges(vocabulary, [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)])
+
+
+def _merges(vocabulary: dict[str, int], ranked_pieces: list[str]) -> list[tuple[str, str]]:
+    """The merges of BPE from its pieces, strongest first: each way to cut a piece in two is a merge.
+
+    SentencePiece ranks pieces and merges the leftmost of equals; a list of merges ranks the cuts of one piece too.
+    Putting the cut with the longer left part first gives SentencePiece's ids; stored files have other orders, which
+    differ on long runs of one character. Runs of spaces share the last rank; among them the order is by id.
+    """
+    spaces_last = sorted(ranked_pieces, key=lambda piece: -1 if piece.strip(SPACE) else vocabulary[piece])
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in spaces_last
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]

@@ -1,0 +1,1 @@
+"""Mixtral with adapters, trained through DeepSpeed."""
