@@ -1,0 +1,237 @@
+"""What training can be told, the checks across fields, and the batch arithmetic."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from configs.errors import UserError
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERT_TARGETS = ("gate_up_proj", "down_proj")
+
+
+def _positive(name: str, value: float, example: str) -> None:
+    if value <= 0:
+        raise UserError(f"{name}={value}: it must be above 0; give for example {example}")
+
+
+def _choice(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise UserError(f"{name}={value}: there is no such choice; choose one of {', '.join(choices)}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The base model: weights at `path`, or random ones of the given architecture."""
+
+    path: str | None = None
+    """A model directory or a hub id. Unset, the base starts random from `architecture`."""
+    revision: str | None = None
+    """The commit, tag or branch of a hub id."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers' `MixtralConfig`. With `path` set, only `dry_run` uses them, which reads no weights."""
+    dtype: str = "bfloat16"
+    """`bfloat16` or `float32`: weights, activations and gradients. ZeRO keeps float32 masters either way."""
+    attention: str = "sdpa"
+    """transformers' attention implementation: `sdpa`, `eager`, `flash_attention_2`."""
+
+    def check(self) -> None:
+        _choice("model.dtype", self.dtype, "bfloat16", "float32")
+        if self.path is None and not self.architecture:
+            raise UserError("model.path: no base model; choose model=mixtral_8x7b or model=nano, or name a directory")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Which parameters train: adapters, or everything."""
+
+    method: str = "lora"
+    """`lora`, or `none` to train every parameter of the base."""
+    rank: int = 16
+    """The LoRA rank, the inner size of every adapter."""
+    alpha: float = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    attention: list[str] = field(default_factory=lambda: list(ATTENTION_TARGETS))
+    """Attention projections with an adapter."""
+    experts: list[str] = field(default_factory=lambda: list(EXPERT_TARGETS))
+    """Expert projections with an adapter on every expert: `gate_up_proj` (gate and up in one) and `down_proj`."""
+
+    def check(self) -> None:
+        _choice("lora.method", self.method, "lora", "none")
+        _positive("lora.rank", self.rank, "lora.rank=16")
+        _positive("lora.alpha", self.alpha, "lora.alpha=32")
+        for name, known in (("attention", ATTENTION_TARGETS), ("experts", EXPERT_TARGETS)):
+            for target in getattr(self, name):
+                _choice(f"lora.{name}", target, *known)
+        if self.method == "lora" and not self.attention and not self.experts:
+            raise UserError("lora.attention=[]: with lora.experts=[] nothing would train; name a target in one of them")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, a linear warm-up, and a cosine to a share of the peak."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    warmup_fraction: float = 0.03
+    """Share of all steps over which the rate rises from 0."""
+    final_fraction: float = 0.1
+    """Share of the peak at which the cosine ends."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices and adapters, not on norms."""
+    clip: float = 1.0
+    """The gradient norm, over all trained parameters, above which gradients are scaled down to it."""
+
+    def check(self) -> None:
+        _positive("optim.lr", self.lr, "optim.lr=2e-4")
+        _positive("optim.clip", self.clip, "optim.clip=1.0")
+        for name in ("warmup_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: it is a share; give a number from 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={self.betas}: give two numbers from 0 to below 1, such as [0.9,0.95]")
+
+
+@dataclass(kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """How DeepSpeed divides the work's state."""
+
+    stage: int = 3
+    """ZeRO stage: 0 shares nothing, 2 shards gradients and optimizer state, 3 the parameters as well."""
+    offload_optimizer: str = "none"
+    """`none` or `cpu`: where the optimizer state lives."""
+    offload_param: str = "none"
+    """`none` or `cpu`: where the sharded parameters live between uses (stage 3)."""
+    bucket_size: int = 50_000_000
+    """Elements that are reduced or gathered at once: more speeds up the network and costs memory."""
+    persistence_threshold: int = 10_000
+    """Parameters with fewer elements than this stay whole on every process (stage 3)."""
+
+    def check(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise UserError(f"deepspeed.stage={self.stage}: ZeRO has the stages 0, 1, 2 and 3; choose one")
+        _choice("deepspeed.offload_optimizer", self.offload_optimizer, "none", "cpu")
+        _choice("deepspeed.offload_param", self.offload_param, "none", "cpu")
+        _positive("deepspeed.bucket_size", self.bucket_size, "deepspeed.bucket_size=50000000")
+        if self.offload_param == "cpu" and self.stage != 3:
+            raise UserError("deepspeed.offload_param=cpu: only stage 3 shards parameters; set deepspeed.stage=3 as well")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is told, where, and how often."""
+
+    every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    progress: bool = True
+    """A progress bar on process 0."""
+    wandb: str = "auto"
+    """`auto` logs online where the user is logged in and offline else; `online`, `offline`, `off`."""
+    project: str = "openhermes-mixtral"
+    """The wandb project."""
+
+    def check(self) -> None:
+        _positive("logging.every", self.every, "logging.every=1")
+        _choice("logging.wandb", self.wandb, "auto", "online", "offline", "off")
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """What the processes run on."""
+
+    device: str = "auto"
+    """`auto` takes CUDA where there is a GPU; `cuda`, `cpu`."""
+    threads: int = 0
+    """CPU threads of each process; 0 divides the machine's cores among its processes."""
+    processes: int = 1
+    """Processes that `dry_run` plans for. A real run takes the number that was launched."""
+
+    def check(self) -> None:
+        _choice("hardware.device", self.device, "auto", "cuda", "cpu")
+        _positive("hardware.processes", self.processes, "hardware.processes=8")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchArithmetic:
+    """global batch = micro-batch × accumulation × processes, in packed rows."""
+
+    micro_batch: int
+    accumulation: int
+    processes: int
+
+    @property
+    def rows(self) -> int:
+        """Packed rows of one optimizer step."""
+        return self.micro_batch * self.accumulation * self.processes
+
+    def __str__(self) -> str:
+        factors = f"micro-batch {self.micro_batch} × accumulation {self.accumulation} × processes {self.processes}"
+        return f"{factors} = {self.rows} rows per step"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Settings of `python -m train`."""
+
+    name: str = "run"
+    """The start of the run directory's name, where `run_dir` is not given."""
+    run_dir: str | None = None
+    """The run directory; unset, `runs/{name}-{date}-{time}`."""
+    overwrite: bool = False
+    """Whether a run directory that already holds a run may be replaced."""
+    dataset: str = "prepared/sample"
+    """The prepared dataset (the setting `output` of `python -m data`)."""
+    epochs: int = 3
+    """How often each row is seen."""
+    max_steps: int = 0
+    """Stops after this many optimizer steps; 0 means after the epochs. The schedule ends there too."""
+    global_batch: int = 8
+    """Packed rows of one optimizer step over all processes; the accumulation follows from it."""
+    micro_batch: int = 1
+    """Packed rows of one forward and backward on one process."""
+    router_aux_loss: float = 0.02
+    """Weight of the router's load-balancing loss (Mixtral's own default); 0 leaves it out."""
+    activation_checkpointing: bool = False
+    """Keeps only each layer's input for the backward and computes the rest again: less memory, a third more work."""
+    eval_every: int = 0
+    """Steps between evaluations on the held-out split; 0 evaluates before the first step and after the last."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves after the last step only."""
+    seed: int = 0
+    """Decides the initial adapters (or the random base) and the order of rows."""
+    dry_run: bool = False
+    """Plans the run on the meta device, prints parameters, batch and DeepSpeed config, and trains nothing."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def check(self) -> None:
+        """Raises `UserError` for values that can't be used, alone or together."""
+        for name in ("epochs", "global_batch", "micro_batch"):
+            _positive(name, getattr(self, name), f"{name}=1")
+        for name in ("max_steps", "eval_every", "save_every", "router_aux_loss"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: it can't be negative; give 0 or more")
+        for section in (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware):
+            section.check()
+
+    def batch(self, processes: int) -> BatchArithmetic:
+        """The batch arithmetic for a number of processes.
+
+        Raises:
+            UserError: the global batch can't be divided into whole micro-batches for that many processes.
+        """
+        at_once = self.micro_batch * processes
+        if self.global_batch % at_once:
+            nearest = max(1, round(self.global_batch / at_once)) * at_once
+            raise UserError(
+                f"global_batch={self.global_batch}: it is no multiple of micro_batch {self.micro_batch} × {processes} "
+                f"processes; give for example global_batch={nearest}"
+            )
+        return BatchArithmetic(self.micro_batch, self.global_batch // at_once, processes)

@@ -1,0 +1,265 @@
+"""The only file that imports deepspeed: processes, collectives, and one optimizer over all of them."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from data.dataset import Batch
+from train.config import BatchArithmetic, HardwareConfig, TrainConfig
+from train.loss import MixtralWithLoss
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int
+    """The process rank, from 0; not a LoRA rank."""
+    count: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def start(config: HardwareConfig) -> Processes:
+    """Joins the processes of the launch (or makes a group of one), chooses the device and divides the cores.
+
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device=cuda: torch finds no CUDA GPU here; use hardware.device=cpu")
+    on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if not on_cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # The processes of a machine share its cores; left alone, each would start a thread for every one of them.
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+    import deepspeed
+
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def finish() -> None:
+    """Leaves the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def agree(value: Any) -> Any:
+    """The main process's value, on every process."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def settings(config: TrainConfig, batch: BatchArithmetic) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run."""
+    zero: dict[str, Any] = {"stage": config.deepspeed.stage}
+    if config.deepspeed.stage > 0:
+        size = config.deepspeed.bucket_size
+        # Overlapping needs streams, which only CUDA has; contiguous gradients would copy every adapter's once more.
+        zero |= {"reduce_bucket_size": size, "contiguous_gradients": False, "overlap_comm": False}
+    if config.deepspeed.stage == 3:
+        # The MoE block is gathered as one leaf by DeepSpeed's default list: naming leaves here would replace that list.
+        zero |= {
+            "stage3_prefetch_bucket_size": size,
+            "stage3_param_persistence_threshold": config.deepspeed.persistence_threshold,
+        }
+    for name in ("offload_optimizer", "offload_param"):
+        if getattr(config.deepspeed, name) != "none":
+            zero[name] = {"device": getattr(config.deepspeed, name), "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
+        "train_batch_size": batch.rows,
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # GuardedAdamW is an AdamW, which DeepSpeed knows by its exact type
+        "steps_per_print": 2**31,
+    }
+
+
+@contextlib.contextmanager
+def partitioned_loading(config: TrainConfig, batch: BatchArithmetic) -> Iterator[None]:
+    """Within it, transformers loads pretrained weights straight into ZeRO-3's shards, where the run has any.
+
+    No process ever holds the whole model; process 0 reads the files and the others receive their parts.
+    """
+    if config.deepspeed.stage != 3 or config.model.path is None:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(settings(config, batch))  # transformers holds only a weak reference
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that refuses a step, on all processes, when any of them sees a gradient that is not finite.
+
+    DeepSpeed refuses such a step itself in bfloat16 and under ZeRO-3; float32 at the lower stages reaches the optimizer.
+    """
+
+    guarded = False
+    refused = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step, or none; `refused` says which."""
+        if self.guarded:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all().float()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+            self.refused = not bool(finite)
+            if self.refused:
+                return None
+        return super().step(closure)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What became of an optimizer step."""
+
+    gradient_norm: float
+    """The 2-norm over all trained parameters, before clipping."""
+    applied: bool
+    """False where the step was refused because of a value that is not finite."""
+
+
+class Engine:
+    """The model, its optimizer and its peers. Losses given to `backward` are summed over processes, not averaged."""
+
+    def __init__(self, model: MixtralWithLoss, config: TrainConfig, batch: BatchArithmetic, processes: Processes):
+        """Hands the model to DeepSpeed, which shards it; collective.
+
+        Raises:
+            UserError: nothing in the model trains.
+        """
+        import deepspeed
+
+        self.processes = processes
+        self._adamw = GuardedAdamW(
+            _parameter_groups(model, config.optim.weight_decay),
+            lr=config.optim.lr,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            eps=config.optim.eps,
+            fused=True,
+        )
+        self._adamw.guarded = config.model.dtype == "float32" and config.deepspeed.stage < 3
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=self._adamw, config=settings(config, batch), dist_init_required=False
+        )
+        self.module: MixtralWithLoss = self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.processes.device
+
+    def train(self) -> None:
+        """Switches to training mode."""
+        self._engine.train()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it, no gradients and no dropout."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of `MixtralWithLoss` for this process's micro-batch."""
+        on_device = batch.to(self.device)
+        return self._engine(on_device.ids, on_device.positions, on_device.targets, on_device.is_token)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of a share of the step's loss. The shares of all processes and micro-batches are summed."""
+        # DeepSpeed averages over processes and divides by the accumulation steps; the first is undone here, the second
+        # is switched off.
+        self._engine.backward(loss * self.processes.count, scale_wrt_gas=False)
+
+    def micro_step_done(self) -> None:
+        """Tells DeepSpeed that a micro-batch before the step's last is finished."""
+        assert not self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+
+    def step(self, learning_rate: float) -> Update:
+        """Clips and updates; collective. Where any process has a value that is not finite, nothing changes anywhere."""
+        assert self._engine.is_gradient_accumulation_boundary()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        applied = self._engine.was_step_applied() and not self._adamw.refused
+        return Update(float(norm if norm is not None else float("nan")), applied)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes, in float64; collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return [float(value) for value in total]
+
+    def collect(self, chosen: Callable[[str, nn.Parameter], bool]) -> dict[str, torch.Tensor]:
+        """The chosen parameters whole, on the CPU of the main process, in the model's dtype; collective.
+
+        Gathered one at a time, so a process holds at most one parameter beyond its share. Empty on other processes.
+        """
+        import deepspeed
+
+        whole: dict[str, torch.Tensor] = {}
+        for name, parameter in self.module.causal_lm.named_parameters():
+            if not chosen(name, parameter):
+                continue
+            sharded = hasattr(parameter, "ds_id")
+            gathered = deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext()
+            with gathered:
+                if self.processes.is_main:
+                    whole[name] = parameter.detach().to("cpu", copy=True)
+        return whole
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters, those of one dimension (norms) without weight decay."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise UserError("lora: nothing in the model trains; name targets in lora.attention or lora.experts")
+    # Under ZeRO-3 a parameter's own shape is empty; ds_shape is what it was.
+    is_vector = {name: len(getattr(p, "ds_shape", p.shape)) == 1 for name, p in trained}
+    groups = [
+        {"params": [p for name, p in trained if not is_vector[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if is_vector[name]], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,137 @@
+"""What a run tells while it trains: a progress bar, metrics.jsonl, wandb."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from train.config import LoggingConfig
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step, over all processes."""
+
+    step: int
+    loss: float
+    """Nats per supervised token."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    applied: bool
+    """False where the update was refused."""
+    router_balance: float
+    """The routers' load-balancing loss (the auxiliary loss before its weight)."""
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+
+
+class Metrics:
+    """Writes on the main process; on the others every call does nothing."""
+
+    def __init__(self, directory: Path, config: LoggingConfig, settings: dict[str, Any], *, is_main: bool):
+        """Opens metrics.jsonl and, where it is wanted, a wandb run that lives in the run directory."""
+        self._is_main = is_main
+        self._config = config
+        self._file = (directory / "metrics.jsonl").open("w", encoding="utf-8") if is_main else None
+        self._wandb = _wandb(directory, config, settings) if is_main and config.wandb != "off" else None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self.evaluations: dict[int, float] = {}
+        self.last: StepRecord | None = None
+
+    @contextlib.contextmanager
+    def progress(self, steps: int) -> Iterator[None]:
+        """Shows a progress bar while the body runs, where one is wanted."""
+        if not (self._is_main and self._config.progress):
+            yield
+            return
+        columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
+        with self._progress:
+            self._task = self._progress.add_task("train", total=steps, status="")
+            yield
+        self._progress = None
+
+    def stepped(self, record: StepRecord) -> None:
+        """Records a step."""
+        self.last = record
+        if not self._is_main:
+            return
+        if not record.applied:
+            console.print(f"step {record.step}: loss or gradient not finite, the update was refused", style="bold red")
+        rate = record.tokens / record.seconds
+        if self._progress is not None and self._task is not None:
+            status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
+            self._progress.update(self._task, completed=record.step, status=status)
+        if record.step % self._config.every and record.applied:
+            return
+        self._write(
+            {
+                "step": record.step,
+                "loss": record.loss,
+                "learning_rate": record.learning_rate,
+                "gradient_norm": record.gradient_norm,
+                "applied": record.applied,
+                "auxiliary_loss": record.router_balance,
+                "tokens": record.tokens,
+                "supervised_tokens": record.supervised_tokens,
+                "tokens_per_second": rate,
+                "memory_gib": memory_gib(),
+            }
+        )
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Records an evaluation; nothing where the held-out split is empty."""
+        if math.isnan(loss) and not self.evaluations:
+            return
+        self.evaluations[step] = loss
+        if self._is_main:
+            console.print(f"step {step}: evaluation loss {loss:.4f}")
+            self._write({"step": step, "evaluation_loss": loss})
+
+    def close(self) -> None:
+        """Ends the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        assert self._file is not None
+        # JSON knows no NaN: a value that is not finite is written as its name
+        plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+
+def memory_gib() -> float:
+    """Peak memory of this process so far in GiB: allocated on its GPU where it has one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any]) -> Any:
+    """A wandb run: online where asked or logged in, else offline."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    mode = config.wandb
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    return wandb.init(project=config.project, name=directory.name, dir=str(directory), mode=mode, config=settings)

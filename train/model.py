@@ -1,0 +1,108 @@
+"""Mixtral with its adapters; decides which parameters train."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from configs.errors import UserError
+from train import expert_lora
+from train.config import LoraConfig, ModelConfig, TrainConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def build(config: TrainConfig) -> MixtralForCausalLM:
+    """The base model with adapters attached and everything else frozen, or with everything trainable.
+
+    The caller decides where weights go, by the context in which it calls: `engine.partitioned_loading` for ZeRO-3, the
+    meta device for a plan. The seed decides random bases and initial adapters, the same on every process.
+
+    Raises:
+        UserError: there is no Mixtral at `model.path`.
+    """
+    torch.manual_seed(config.seed)
+    model = base(config.model) if config.model.path is None else pretrained(config.model)
+    model.config.use_cache = False
+    if config.lora.method == "none":
+        model.set_experts_implementation("grouped_mm")
+    else:
+        torch.manual_seed(config.seed)  # again: how many numbers loading draws depends on the ZeRO stage
+        add_adapters(model, config.lora)
+    if config.activation_checkpointing:
+        # Non-reentrant: the reentrant form runs the first forward without a graph, and the router logits recorded in
+        # it would lose their gradient.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def base(config: ModelConfig) -> MixtralForCausalLM:
+    """A random Mixtral of the configured architecture."""
+    try:
+        architecture = MixtralConfig(**config.architecture)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.architecture: it is no MixtralConfig ({error}); compare configs/model/") from error
+    architecture._attn_implementation = config.attention
+    return MixtralForCausalLM._from_config(architecture, dtype=DTYPES[config.dtype])
+
+
+def pretrained(config: ModelConfig) -> MixtralForCausalLM:
+    """The Mixtral at `model.path`, a directory or a hub id."""
+    assert config.path is not None
+    try:
+        architecture = MixtralConfig.from_pretrained(config.path, revision=config.revision)
+        if architecture.model_type != "mixtral":
+            raise UserError(
+                f"model.path={config.path}: it is a {architecture.model_type} model; name a Mixtral, such as "
+                f"mistralai/Mixtral-8x7B-Instruct-v0.1"
+            )
+        return MixtralForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path={config.path}: no model can be loaded from there ({reason}); name a directory with config.json "
+            f"and safetensors, or a hub id that can be reached"
+        ) from error
+
+
+def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
+    """Freezes the base and adds adapters: PEFT's own on attention, the split ones on experts."""
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    model.requires_grad_(False)
+    if config.attention:
+        attention = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.attention))
+        inject_adapter_in_model(attention, model, low_cpu_mem_usage=_on_meta(model))
+    if config.experts:
+        model.set_experts_implementation(expert_lora.IMPLEMENTATION)
+        expert_lora.attach(
+            model, lora_rank=config.rank, alpha=config.alpha, projections=tuple(config.experts)
+        )
+    else:
+        model.set_experts_implementation("grouped_mm")
+    for _, parameter in trainable(model):
+        parameter.data = parameter.data.to(model.dtype)
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "meta"
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that train, with their names."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def kind(name: str) -> str:
+    """What a trained parameter adapts: `attention`, `experts`, or `other`."""
+    if ".self_attn." in name:
+        return "attention"
+    return "experts" if ".experts." in name else "other"

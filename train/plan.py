@@ -1,0 +1,41 @@
+"""What a run would be, found out without weights: parameters, batch arithmetic, DeepSpeed configuration."""
+
+import json
+import os
+from collections import Counter
+
+import torch
+from rich.console import Console
+
+from train import model
+from train.config import TrainConfig
+from train.engine import settings
+
+
+def show_plan(config: TrainConfig) -> None:
+    """Builds the model with its adapters on the meta device, where tensors have shapes and no numbers, and prints.
+
+    The architecture is `model.architecture`, also where `model.path` names weights: a plan reads no files. The number
+    of processes is that of the launch, or `hardware.processes` where there is one.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", config.hardware.processes))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    batch = config.batch(processes)
+    with torch.device("meta"):
+        planned = model.base(config.model)
+        total = sum(parameter.numel() for parameter in planned.parameters())
+        if config.lora.method != "none":
+            model.add_adapters(planned, config.lora)
+    kinds: Counter[str] = Counter()
+    for name, parameter in model.trainable(planned):
+        kinds[model.kind(name)] += parameter.numel()
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"base                 {config.model.path or 'random weights'}")
+    console.print(f"base parameters      {total:,}")
+    console.print(f"trained parameters   {sum(kinds.values()):,} ({sum(kinds.values()) / total:.3%} of the base)")
+    for name, number in sorted(kinds.items()):
+        console.print(f"  {name:<18} {number:,}")
+    console.print(f"batch                {batch}")
+    console.print("DeepSpeed            " + json.dumps(settings(config, batch), indent=2))
