@@ -32,8 +32,13 @@ def register(config_name: str, schema: type) -> None:
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
 
 
-def run(program: str, config_name: str, schema: type[Config], main: Callable[[Config], None]) -> None:
+def run(
+    program: str, config_name: str, schema: type[Config], main: Callable[[Config], None], *, texts: tuple[str, ...] = ()
+) -> None:
     """Composes `configs/{config_name}.yaml` and `sys.argv`, and calls `main` with the result.
+
+    `texts` names settings that hold a person's words: their values are taken from the command line as they stand, where
+    Hydra would read commas, brackets and `${…}` as grammar.
 
     Exits 2 with one sentence where Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
     error: what is not the user's to mend propagates.
@@ -41,9 +46,14 @@ def run(program: str, config_name: str, schema: type[Config], main: Callable[[Co
     register(config_name, schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
+    words = dict(argument.split("=", 1) for argument in sys.argv[1:] if argument.partition("=")[0] in texts)
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in texts]
+
     def typed(composed: Any) -> None:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, schema)
+        for name, text in words.items():
+            setattr(config, name, text)
         try:
             main(config)
         except UserError as error:  # here, because Hydra would add a line of its own on the way out

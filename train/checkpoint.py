@@ -157,6 +157,9 @@ def write_adapter(directory: Path, config: TrainConfig, tensors: dict[str, torch
 
 def write_model(directory: Path, model: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Writes a whole model as transformers does (Mixtral's per-expert names), with tokenizer and chat template."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for each file would break the one of the run
     model.save_pretrained(directory, state_dict=tensors)
     ChatTokenizer.load().save(directory)
 

@@ -72,8 +72,8 @@ def step(engine: Engine, micro_batches: list[Batch], lr: float, router_aux_loss:
     for place, batch in enumerate(micro_batches):
         cross_entropy, balance = engine.forward(batch)
         loss = cross_entropy / max(supervised, 1.0) + router_aux_loss * balance * (batch.tokens / max(tokens, 1.0))
-        cross_entropies += float(cross_entropy)
-        balances += float(balance) * batch.tokens
+        cross_entropies += cross_entropy.item()
+        balances += balance.item() * batch.tokens
         if place < len(micro_batches) - 1:
             engine.backward(loss)
             engine.micro_step_done()
@@ -101,7 +101,7 @@ def evaluate(engine: Engine, table: PackedTable, batch: BatchArithmetic) -> floa
     with engine.evaluating():
         for micro_batch in share(table, rows, batch.micro_batch, engine.processes.rank, engine.processes.count):
             cross_entropy, _ = engine.forward(micro_batch)
-            loss += float(cross_entropy)
+            loss += cross_entropy.item()
             supervised += micro_batch.supervised_tokens
     loss, supervised = engine.sum(loss, supervised)
     return loss / supervised if supervised else math.nan

@@ -1,5 +1,7 @@
 """`python -m train`: configuration → objects, each named once, in order → train()."""
 
+from dataclasses import asdict
+
 from configs import entry
 from data.dataset import PreparedDataset
 from train import engine
@@ -26,16 +28,14 @@ def run(config: TrainConfig) -> None:
         return
     dataset = PreparedDataset(config.dataset)
     processes = engine.start(config.hardware)
-    try:
-        batch = config.batch(processes.count)
-        directory = RunDirectory(config, processes)
-        with engine.partitioned_loading(config, batch):
-            model = build(config)
-        module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
-        trainer = Engine(module, config, batch, processes)
-        metrics = Metrics(directory.path, config.logging, {}, is_main=processes.is_main)
-        train(trainer, dataset, config, batch, directory, metrics)
-        directory.write_receipt(dataset, batch, metrics)
-        metrics.close()
-    finally:
-        engine.finish()
+    batch = config.batch(processes.count)
+    directory = RunDirectory(config, processes)
+    with engine.partitioned_loading(config, batch):
+        model = build(config)
+    module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
+    trainer = Engine(module, config, batch, processes)
+    metrics = Metrics(directory.path, config.logging, asdict(config), is_main=processes.is_main)
+    train(trainer, dataset, config, batch, directory, metrics)
+    directory.write_receipt(dataset, batch, metrics)
+    metrics.close()
+    engine.finish()

@@ -1,0 +1,3 @@
+from inference.run import main
+
+main()
