@@ -1,1 +1,1 @@
-"""The configuration of every program: YAML groups here, their defaults in dataclasses beside the code that uses them."""
+"""The configuration of every program: YAML groups here, defaults in dataclasses beside the code that uses them."""

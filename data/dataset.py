@@ -33,9 +33,9 @@ ROW_SCHEMA = pa.schema(
 class Batch:
     """One micro-batch of B rows, each padded to T = seq_len tokens.
 
-        ids        | a0 a1 a2 b0 b1 pad |
-        positions  |  0  1  2  0  1  0  |
-        targets    | a1 a2  -  b1 -  -  |   where trained, else IGNORE_INDEX: what the token's output should predict
+    ids        | a0 a1 a2 b0 b1 pad |
+    positions  |  0  1  2  0  1  0  |
+    targets    | a1 a2  -  b1 -  -  |   where trained, else IGNORE_INDEX: what the token's output should predict
     """
 
     ids: torch.Tensor
@@ -62,8 +62,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.positions, self.targets, self.is_token))
-        return Batch(*moved, rows=self.rows)
+        return Batch(
+            ids=self.ids.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            is_token=self.is_token.to(device, non_blocking=True),
+            rows=self.rows,
+        )
 
 
 class PackedTable:
@@ -100,7 +105,13 @@ class PackedTable:
             sources += row.rows
         # A conversation's first token is never trained, so shifting across a boundary trains nothing.
         targets = np.ascontiguousarray(labels[:, 1:])
-        return Batch(*(torch.from_numpy(array) for array in (ids, positions, targets, is_token)), rows=sources)
+        return Batch(
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            targets=torch.from_numpy(targets),
+            is_token=torch.from_numpy(is_token),
+            rows=sources,
+        )
 
 
 class PreparedDataset:
@@ -121,9 +132,7 @@ class PreparedDataset:
             )
         self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         self.seq_len: int = self.manifest["seq_len"]
-        self.train, self.eval = (
-            PackedTable(self.directory / split / "rows.arrow", self.seq_len) for split in SPLITS
-        )
+        self.train, self.eval = (PackedTable(self.directory / split / "rows.arrow", self.seq_len) for split in SPLITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +158,8 @@ class Schedule:
         """The rows of a step (from 0), always `rows_per_step` of them."""
         first = step * self.rows_per_step
         places = range(first, first + self.rows_per_step)
-        orders = {epoch: self._order(epoch) for epoch in {place // self.rows for place in places} if epoch < self.epochs}
+        epochs = {place // self.rows for place in places if place < self.rows * self.epochs}
+        orders = {epoch: self._order(epoch) for epoch in epochs}
         return [
             int(orders[place // self.rows][place % self.rows]) if place // self.rows in orders else None
             for place in places

@@ -1,6 +1,6 @@
 """The stages in order; writes the prepared dataset and its manifest.
 
-    read → convert → encode → split → pack → write
+read → convert → encode → split → pack → write
 """
 
 import importlib.metadata
@@ -31,6 +31,9 @@ from data.template import ChatTokenizer
 
 ENCODE_BATCH = 1000
 """Conversations encoded in one call: enough to keep every core busy."""
+
+PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow")
+"""Those whose version can change what is written."""
 
 console = Console(stderr=True)
 
@@ -78,7 +81,7 @@ def prepare(config: PrepareConfig) -> None:
         **{name: {"conversations": len(splits[name]), **count(packed[name], config.seq_len)} for name in SPLITS},
         "seq_len": config.seq_len,
         "seed": config.seed,
-        "versions": {name: importlib.metadata.version(name) for name in ("openhermes-mixtral", "tokenizers", "pyarrow")},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     write(output, packed, rejects, manifest)
     report(manifest, output)
@@ -92,12 +95,13 @@ def encode_rows(config: PrepareConfig, tokenizer: ChatTokenizer) -> tuple[Kept, 
     kept = Kept()
     rejects: list[Reject] = []
     rows_in = 0
+    keep_markers = config.markers == "keep"
     with _progress() as progress:
         task = progress.add_task("Encoding conversations", total=None)
         for batch in _batches(read_rows(config), ENCODE_BATCH):
             conversations: list[tuple[int, RawRow, Conversation]] = []
             for number, row in enumerate(batch, start=rows_in):
-                outcome = row if isinstance(row, Reject) else to_conversation(row, keep_markers=config.markers == "keep")
+                outcome = row if isinstance(row, Reject) else to_conversation(row, keep_markers=keep_markers)
                 if isinstance(outcome, Reject):
                     rejects.append(outcome)
                 else:
@@ -192,7 +196,8 @@ def write(output: Path, packed: dict[str, list[PackedRow]], rejects: list[Reject
             (temporary / name).mkdir(parents=True)
             columns = {field: [getattr(row, field) for row in rows] for field in ROW_SCHEMA.names}
             table = pa.table(columns, schema=ROW_SCHEMA)
-            with pa.OSFile(str(temporary / name / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as arrow:
+            path = str(temporary / name / "rows.arrow")
+            with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as arrow:
                 arrow.write_table(table, max_chunksize=1024)
         with (temporary / "rejects.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(reject.record(), ensure_ascii=False) + "\n" for reject in rejects)

@@ -1,6 +1,6 @@
 """The records that the data stages hand on, one per stage. Imports nothing of ours.
 
-    raw row → Conversation → TokenizedConversation → PackedRow
+raw row → Conversation → TokenizedConversation → PackedRow
 """
 
 from dataclasses import dataclass
@@ -72,10 +72,10 @@ class TokenizedConversation:
 class PackedRow:
     """Several conversations end to end, at most `seq_len` tokens.
 
-        ids      | conversation 7     | conversation 2   | conversation 9 |
-        lengths  | 5                  | 4                | 3              |
-        position | 0 1 2 3 4            0 1 2 3            0 1 2
-        attends  | only within its own conversation, to the left
+    ids      | conversation 7     | conversation 2   | conversation 9 |
+    lengths  | 5                  | 4                | 3              |
+    position | 0 1 2 3 4            0 1 2 3            0 1 2
+    attends  | only within its own conversation, to the left
     """
 
     ids: list[int]

@@ -86,7 +86,9 @@ def _existing(name: str) -> Path:
 
 def _read_file(name: str) -> Iterator[RawRow | Reject]:
     """A JSON array, or one JSON object a line; told apart by the first character that is not space."""
-    not_json = UserError(f"files={name}: it is not JSON; give a JSON array of rows, or one JSON object per line (JSONL)")
+    not_json = UserError(
+        f"files={name}: it is not JSON; give a JSON array of rows, or one JSON object per line (JSONL)"
+    )
     with _existing(name).open("rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         file.seek(0)

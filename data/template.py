@@ -154,7 +154,8 @@ class ChatTokenizer:
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, with the chat template, for stock transformers."""
         stock = _merges_only(self._vocabulary, self._merges)
-        stock.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")])
+        control = [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")]
+        stock.add_special_tokens(control)
         stock.save(str(directory / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",

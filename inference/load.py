@@ -4,6 +4,8 @@ The adapter directory is all that training hands over: PEFT's two files, which s
 """
 
 import json
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,10 @@ def load(config: InferenceConfig) -> Loaded:
     Raises:
         UserError: the adapter directory or the base is not one, or the two do not belong together.
     """
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     adapter = None if config.adapter is None else Path(config.adapter)
     base = config.base or base_of(adapter)
     model = load_base(base, config.dtype)
@@ -88,11 +94,15 @@ def fold(model: MixtralForCausalLM, adapter: Path) -> MixtralForCausalLM:
     from peft import PeftModel
     from safetensors import safe_open
 
+    # PEFT 0.21 asks transformers 5.23 by a property's old name.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"adapter={adapter}: it does not fit this base ({reason}); give the base it was trained on") from error
+        raise UserError(
+            f"adapter={adapter}: it does not fit this base ({reason}); give the base it was trained on"
+        ) from error
     # PEFT only warns of keys that are missing or left over; an adapter that is half applied answers wrongly.
     expected = {name.replace(".default.", ".") for name, _ in adapted.named_parameters() if ".lora_" in name}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:

@@ -1,11 +1,11 @@
 """The run directory: what a run writes, and when each piece is whole.
 
-    runs/{name}-{date}-{time}/
-      config.yaml               the resolved configuration
-      metrics.jsonl
-      checkpoints/step-000123/  adapter/ (or model/) as it was after that step
-      adapter/                  the result, in PEFT's format; model/ after training in full
-      receipt.json              what was run, on what, from what, with what outcome
+runs/{name}-{date}-{time}/
+  config.yaml               the resolved configuration
+  metrics.jsonl
+  checkpoints/step-000123/  adapter/ (or model/) as it was after that step
+  adapter/                  the result, in PEFT's format; model/ after training in full
+  receipt.json              what was run, on what, from what, with what outcome
 """
 
 import datetime
@@ -33,7 +33,17 @@ from train.config import BatchArithmetic, TrainConfig
 from train.engine import Engine, Processes, agree
 from train.metrics import Metrics, console
 
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "tokenizers", "safetensors", "openhermes-mixtral")
+PACKAGES = (
+    "openhermes-mixtral",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+)
+"""Those whose versions the receipt records."""
 
 
 class RunDirectory:

@@ -48,7 +48,7 @@ class LoraConfig:
     """`lora`, or `none` to train every parameter of the base."""
     rank: int = 16
     """The LoRA rank, the inner size of every adapter."""
-    alpha: float = 32.0
+    alpha: int = 32
     """The adapters' output is scaled by alpha / rank."""
     attention: list[str] = field(default_factory=lambda: list(ATTENTION_TARGETS))
     """Attention projections with an adapter."""
@@ -117,7 +117,9 @@ class DeepSpeedConfig:
         _choice("deepspeed.offload_param", self.offload_param, "none", "cpu")
         _positive("deepspeed.bucket_size", self.bucket_size, "deepspeed.bucket_size=50000000")
         if self.offload_param == "cpu" and self.stage != 3:
-            raise UserError("deepspeed.offload_param=cpu: only stage 3 shards parameters; set deepspeed.stage=3 as well")
+            raise UserError(
+                "deepspeed.offload_param=cpu: only stage 3 shards parameters; set deepspeed.stage=3 as well"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

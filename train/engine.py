@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import os
 import socket
 import warnings
@@ -56,7 +57,8 @@ def start(config: HardwareConfig) -> Processes:
 
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # every process would print that an op was built
+        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
@@ -149,23 +151,20 @@ def partitioned_loading(config: TrainConfig, batch: BatchArithmetic) -> Iterator
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that refuses a step, on all processes, when any of them sees a gradient that is not finite.
 
-    DeepSpeed refuses such a step itself in bfloat16 and under ZeRO-3; float32 at the lower stages reaches the optimizer.
+    DeepSpeed refuses such a step itself in bfloat16 and under ZeRO-3; in float32 at lower stages it calls the
+    optimizer.
     """
 
-    guarded = False
     refused = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step, or none; `refused` says which."""
-        if self.guarded:
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all().float()
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-            self.refused = not bool(finite)
-            if self.refused:
-                return None
-        return super().step(closure)
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all().float()
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        self.refused = not bool(finite)
+        return None if self.refused else super().step(closure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +189,15 @@ class Engine:
         import deepspeed
 
         self.processes = processes
-        self._adamw = GuardedAdamW(
+        guarded = config.model.dtype == "float32" and config.deepspeed.stage < 3
+        adamw = GuardedAdamW if guarded else torch.optim.AdamW
+        self._adamw = adamw(
             _parameter_groups(model, config.optim.weight_decay),
             lr=config.optim.lr,
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
             fused=True,
         )
-        self._adamw.guarded = config.model.dtype == "float32" and config.deepspeed.stage < 3
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=settings(config, batch), dist_init_required=False
         )
@@ -245,7 +245,8 @@ class Engine:
             group["lr"] = learning_rate
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        applied = self._engine.was_step_applied() and not self._adamw.refused
+        refused = isinstance(self._adamw, GuardedAdamW) and self._adamw.refused
+        applied = self._engine.was_step_applied() and not refused
         return Update(float(norm if norm is not None else float("nan")), applied)
 
     def sum(self, *values: float) -> list[float]:

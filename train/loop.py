@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import dataclass
 
-
 from data.dataset import Batch, PackedTable, PreparedDataset, Schedule, share
 from train.checkpoint import RunDirectory
 from train.config import BatchArithmetic, OptimConfig, TrainConfig
@@ -29,6 +28,7 @@ def train(
     engine: Engine,
     dataset: PreparedDataset,
     config: TrainConfig,
+    *,
     batch: BatchArithmetic,
     run: RunDirectory,
     metrics: Metrics,

@@ -58,8 +58,15 @@ class Metrics:
         if not (self._is_main and self._config.progress):
             yield
             return
-        columns = (TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
+        self._progress = Progress(
+            TextColumn("Training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+        )
         with self._progress:
             self._task = self._progress.add_task("train", total=steps, status="")
             yield
@@ -131,7 +138,7 @@ def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any]) -> 
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    mode = config.wandb
+    mode: Any = config.wandb
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     return wandb.init(project=config.project, name=directory.name, dir=str(directory), mode=mode, config=settings)

@@ -1,5 +1,6 @@
 """Mixtral with its adapters; decides which parameters train."""
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -49,7 +50,11 @@ def base(config: ModelConfig) -> MixtralForCausalLM:
 
 def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     """The Mixtral at `model.path`, a directory or a hub id."""
+    from transformers.utils import logging
+
     assert config.path is not None
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         architecture = MixtralConfig.from_pretrained(config.path, revision=config.revision)
         if architecture.model_type != "mixtral":
@@ -67,8 +72,8 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.path={config.path}: no model can be loaded from there ({reason}); name a directory with config.json "
-            f"and safetensors, or a hub id that can be reached"
+            f"model.path={config.path}: no model can be loaded from there ({reason}); name a directory with "
+            f"config.json and safetensors, or a hub id that can be reached"
         ) from error
 
 
@@ -83,9 +88,7 @@ def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
         inject_adapter_in_model(attention, model, low_cpu_mem_usage=_on_meta(model))
     if config.experts:
         model.set_experts_implementation(expert_lora.IMPLEMENTATION)
-        expert_lora.attach(
-            model, lora_rank=config.rank, alpha=config.alpha, projections=tuple(config.experts)
-        )
+        expert_lora.attach(model, lora_rank=config.rank, alpha=config.alpha, projections=tuple(config.experts))
     else:
         model.set_experts_implementation("grouped_mm")
     for _, parameter in trainable(model):

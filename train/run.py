@@ -35,7 +35,7 @@ def run(config: TrainConfig) -> None:
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     trainer = Engine(module, config, batch, processes)
     metrics = Metrics(directory.path, config.logging, asdict(config), is_main=processes.is_main)
-    train(trainer, dataset, config, batch, directory, metrics)
+    train(trainer, dataset, config, batch=batch, run=directory, metrics=metrics)
     directory.write_receipt(dataset, batch, metrics)
     metrics.close()
     engine.finish()

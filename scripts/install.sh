@@ -1,0 +1,45 @@
+# Sourced by quickstart.sh and test.sh: makes .venv with the pinned packages. Says what is missing and stops, in one
+# sentence; does nothing where everything is there already.
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+
+die() {
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit 2
+}
+
+find_python() { # the first Python that is new enough
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "Python 3.11, 3.12 or 3.13 is needed and none is on the PATH; install one, for example with: apt install python3 python3-venv"
+}
+
+install() { # install EXTRA: the packages of pyproject.toml with that extra ("" for none), at the versions of constraints.txt
+    local extra="$1" python wanted
+    command -v g++ >/dev/null ||
+        die "g++ is needed to compile DeepSpeed's shared-memory op and is not on the PATH; install it, for example with: apt install g++"
+    python="$(find_python)"
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        die "Python's venv module is needed and $python lacks it; install it, for example with: apt install python3-venv"
+    "$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
+        die "Python's header files are needed to compile DeepSpeed's op and $python lacks them; install them, for example with: apt install python3-dev"
+
+    # What is installed is remembered by the hash of what asks for it.
+    wanted="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
+    if ! grep -qsx "$wanted:${extra:-run}" .venv/installed; then
+        say "Installing packages into .venv (once; several minutes, and gigabytes where torch comes with CUDA)"
+        [ -x .venv/bin/python ] || "$python" -m venv .venv || die ".venv can't be made here; is the disk full or read-only?"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extra:+[$extra]}" ||
+            die "pip could not install the packages (its reason is above); check the network and the free disk space, then run this again"
+        echo "$wanted:${extra:-run}" >>.venv/installed
+        # Development packages include what running needs.
+        [ -z "$extra" ] || echo "$wanted:run" >>.venv/installed
+    fi
+    export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+}

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Installs everything and runs every check: style, types, tests. Arguments go to pytest (scripts/test.sh -k packing).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/install.sh
+install dev
+
+say "Style"
+ruff check .
+ruff format --check .
+say "Types"
+mypy
+say "Tests"
+# The programs under test start processes of their own; wandb stays offline and nothing asks a hub.
+export WANDB_MODE=offline HF_HUB_OFFLINE=1
+python -m pytest "$@"
