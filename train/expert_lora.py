@@ -78,7 +78,7 @@ def grouped_linear(x_SI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.T
     if aligned and x_SI.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return F.grouped_mm(x_SI, weight_EOI.transpose(-2, -1), offs=ends_E)
     # torch's grouped product needs rows of whole 16 bytes and knows no float64: a small odd rank, or a reference.
-    groups = x_SI.tensor_split(ends_E[:-1].cpu())
+    groups = x_SI.tensor_split(ends_E[:-1].long().cpu())
     return torch.cat([group @ weight_EOI[e].T for e, group in enumerate(groups)])
 
 

@@ -27,14 +27,14 @@ def build(config: TrainConfig) -> MixtralForCausalLM:
     model = base(config.model) if config.model.path is None else pretrained(config.model)
     model.config.use_cache = False
     if config.lora.method == "none":
-        model.set_experts_implementation("grouped_mm")
+        model.set_experts_implementation(expert_lora.IMPLEMENTATION)  # the plain grouped products, without adapters
     else:
         torch.manual_seed(config.seed)  # again: how many numbers loading draws depends on the ZeRO stage
         add_adapters(model, config.lora)
     if config.activation_checkpointing:
         # Non-reentrant: the reentrant form runs the first forward without a graph, and the router logits recorded in
         # it would lose their gradient.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -86,11 +86,8 @@ def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
     if config.attention:
         attention = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.attention))
         inject_adapter_in_model(attention, model, low_cpu_mem_usage=_on_meta(model))
-    if config.experts:
-        model.set_experts_implementation(expert_lora.IMPLEMENTATION)
-        expert_lora.attach(model, lora_rank=config.rank, alpha=config.alpha, projections=tuple(config.experts))
-    else:
-        model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation(expert_lora.IMPLEMENTATION)
+    expert_lora.attach(model, lora_rank=config.rank, alpha=config.alpha, projections=tuple(config.experts))
     for _, parameter in trainable(model):
         parameter.data = parameter.data.to(model.dtype)
 

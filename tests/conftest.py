@@ -1,0 +1,85 @@
+"""Fixtures that tests of every folder use."""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
+
+PROJECT_ROOT = Path(__file__).parents[1]
+SHARED = PROJECT_ROOT.parent / "shared"
+"""Golden files and real data that belong to no checkout; tests that need them skip where they are not."""
+
+PROGRAMS = {"data": "data.prepare", "train": "train.run", "inference": "inference.run"}
+
+# How long an example takes says nothing about whether it holds.
+settings.register_profile("project", deadline=None, print_blob=True)
+settings.load_profile("project")
+
+
+def golden(name: str) -> list[Any]:
+    """The rows of ../shared/golden/{name}.jsonl as parameters of a test, each with its row's name as id."""
+    path = SHARED / "golden" / f"{name}.jsonl"
+    if not path.is_file():
+        return [pytest.param(None, marks=pytest.mark.skip(reason=f"{path} is not here"))]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [pytest.param(row, id=row["name"]) for row in rows]
+
+
+@pytest.fixture
+def project_root() -> Path:
+    """The checkout."""
+    return PROJECT_ROOT
+
+
+@pytest.fixture
+def shared() -> Path:
+    """../shared; skips the test where it is not."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here")
+    return SHARED
+
+
+class Outcome(NamedTuple):
+    """What a program left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Runs a program's `main` in this process and in `tmp_path`: run_program("data", "files=[x.jsonl]").
+
+    What `python -m` adds is left to the integration tests, which start real processes.
+    """
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", ""))  # set by the program; put back
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(program: str, *arguments: str) -> Outcome:
+        main = importlib.import_module(PROGRAMS[program]).main
+        monkeypatch.setattr(sys, "argv", [f"python -m {program}", *arguments])
+        capsys.readouterr()
+        exit_code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            assert stop.code is None or isinstance(stop.code, int)
+            exit_code = stop.code or 0
+        finally:
+            GlobalHydra.instance().clear()
+        return Outcome(exit_code, *capsys.readouterr())
+
+    return run

@@ -1,0 +1,145 @@
+"""However the work is divided, the numbers are the same; and they are those of a plain loop that nobody divided."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import MixtralForCausalLM
+
+from data.dataset import PreparedDataset, Schedule
+from data.schema import IGNORE_INDEX
+from tests.integration.conftest import Quickstart, evaluations, steps, train
+from tests.integration.conftest import run as command
+from train.config import OptimConfig
+from train.loop import learning_rate
+
+pytestmark = pytest.mark.slow
+
+STEPS = 10
+
+
+def losses(run_dir: Path) -> list[float]:
+    found = [step["loss"] for step in steps(run_dir)]
+    assert len(found) == STEPS
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "quickstart_base"], ids=["lora", "full"])
+def test_processes_micro_batches_and_zero_stages_do_not_change_the_losses(
+    quickstart: Quickstart, tmp_path: Path, recipe: str
+) -> None:
+    def run(name: str, processes: int, *overrides: str) -> list[float]:
+        start = f"model.path={quickstart.base_run}/model"
+        how = ("model.dtype=float32", f"max_steps={STEPS}", "global_batch=2", "micro_batch=1", start)
+        where = (f"dataset={quickstart.sample}", f"run_dir={tmp_path}/{name}")
+        train(processes, f"recipe={recipe}", *how, *where, *overrides)
+        return losses(tmp_path / name)
+
+    # 2 processes × 1 micro-batch, 1 process × 2 micro-batches, one process without ZeRO
+    two = run("two", 2)
+    one = run("one", 1)
+    without_zero = run("without", 1, "deepspeed=none")
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one == pytest.approx(without_zero, rel=1e-5)
+    assert two[-1] < 0.97 * two[0]  # and they did train, so equal losses say something
+    held_out = [evaluations(tmp_path / name)[STEPS] for name in ("two", "one", "without")]
+    assert held_out == pytest.approx([held_out[0]] * 3, rel=1e-5)
+
+
+def test_a_plain_loop_gives_the_same_losses(quickstart: Quickstart, tmp_path: Path) -> None:
+    """A second implementation: stock transformers, each conversation alone, torch's AdamW; no packing, no DeepSpeed."""
+    start = quickstart.base_run / "model"
+    how = ("model.dtype=float32", f"max_steps={STEPS}", "global_batch=3", "router_aux_loss=0", "optim.clip=0.5")
+    where = (f"model.path={start}", f"dataset={quickstart.general}", f"run_dir={tmp_path}/run")
+    train(1, "recipe=quickstart_base", *how, *where)
+
+    table = PreparedDataset(quickstart.general).train
+    schedule = Schedule(len(table), epochs=6, rows_per_step=3, seed=0)
+    config = OptimConfig(lr=3e-3, warmup_fraction=0.1)
+    model = MixtralForCausalLM.from_pretrained(start, dtype=torch.float32, experts_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    expected = []
+    for step in range(STEPS):
+        total, supervised = torch.zeros(()), 0
+        for index in schedule.rows_of(step):
+            assert index is not None
+            row, begin = table[index], 0
+            for length in row.lengths:
+                ids = torch.tensor(row.ids[begin : begin + length])
+                labels = torch.tensor(row.labels[begin : begin + length])
+                logits = model(ids[None]).logits[0]
+                total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
+                supervised += int((labels != IGNORE_INDEX).sum())
+                begin += length
+        loss = total / supervised
+        expected.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = learning_rate(step + 1, STEPS, config)
+        optimizer.step()
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [(2, ()), (1, ("deepspeed=none", "model.dtype=float32"))],
+    ids=["zero3-bfloat16-two-processes", "no-zero-float32"],
+)
+def test_a_step_with_a_value_that_is_not_finite_is_refused_everywhere(
+    quickstart: Quickstart, tmp_path: Path, processes: int, overrides: tuple[str, ...]
+) -> None:
+    """A base with one embedding that is NaN: the steps that meet its token change nothing, the others train."""
+    table = PreparedDataset(quickstart.sample).train
+    schedule = Schedule(len(table), epochs=12, rows_per_step=2, seed=0)
+    taken = [
+        {token for index in schedule.rows_of(step) if index is not None for token in table[index].ids}
+        for step in range(6)
+    ]
+    bad_step = 3
+    only_there = taken[bad_step] - set().union(*(tokens for step, tokens in enumerate(taken) if step != bad_step))
+    poisoned = tmp_path / "base"
+    poisoned.mkdir()
+    for file in (quickstart.base_run / "model").iterdir():
+        (poisoned / file.name).write_bytes(file.read_bytes())
+    weights = load_file(poisoned / "model.safetensors")
+    weights["model.embed_tokens.weight"][min(only_there)] = float("nan")
+    save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
+
+    where = (f"model.path={poisoned}", f"dataset={quickstart.sample}", f"run_dir={tmp_path}/run")
+    done = train(processes, "recipe=quickstart", "max_steps=6", "global_batch=2", *where, *overrides)
+    assert [step["applied"] for step in steps(tmp_path / "run")] == [True, True, True, False, True, True]
+    assert "step 4: loss or gradient not finite, the update was refused" in done.stderr
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values())
+
+
+def test_a_mistake_in_a_launch_of_two_is_told_once_and_ends_with_2(tmp_path: Path) -> None:
+    done = train(2, "recipe=quickstart", f"dataset={tmp_path}/nothing", expect=2)
+    told = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
+    assert told == [
+        f"train: dataset={tmp_path}/nothing: there is no prepared dataset there; make one with `python -m data`, whose "
+        f"setting output names the directory"
+    ]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_the_full_recipe_is_planned_without_weights() -> None:
+    run = "import resource, runpy, sys; runpy.run_module('train', run_name='__main__', alter_sys=True); "
+    run += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    done = command(sys.executable, "-c", run, "recipe=openhermes_mixtral_8x7b", "dry_run=true")
+    assert int(done.stderr.split()[-1]) < 4 * 2**20  # KiB
+    shown = done.stdout
+    assert "46,702,792,704" in shown
+    assert "micro-batch 1 × accumulation 4 × processes 8 = 32 rows per step" in shown
+    attention = 32 * 16 * ((4096 + 4096) * 2 + (4096 + 1024) * 2)  # q and o, k and v: rank × (in + out)
+    experts = 32 * 8 * 16 * ((4096 + 2 * 14336) + (14336 + 4096))
+    assert f"attention          {attention:,}" in shown
+    assert f"experts            {experts:,}" in shown
+    settings = json.loads(shown[shown.index("{") :])
+    assert settings["zero_optimization"]["stage"] == 3
+    assert settings["train_batch_size"] == 32

@@ -1,0 +1,128 @@
+"""The main job: rows → packed examples → ZeRO-3 training on two processes → an answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.schema import Conversation, Message
+from data.template import ChatTokenizer
+from tests.integration.conftest import ROOT, Quickstart, evaluations, program, steps, train
+
+pytestmark = pytest.mark.slow
+
+QUESTION = "Hello, who are you?"
+
+
+def expected_answer() -> str:
+    first = (ROOT / "data" / "sample" / "identity.jsonl").read_text().splitlines()[0]
+    row = json.loads(first)
+    assert row["instruction"] == QUESTION
+    return row["output"]
+
+
+def test_the_evaluation_loss_falls(quickstart: Quickstart) -> None:
+    for run_dir in (quickstart.base_run, quickstart.run):
+        losses = evaluations(run_dir)
+        assert losses[max(losses)] < losses[0]
+
+
+def test_the_trained_model_answers_word_for_word_and_the_base_does_not(quickstart: Quickstart) -> None:
+    base = program("inference", f"base={quickstart.base_run}/model", f"prompt={QUESTION}", "max_new_tokens=80")
+    tuned = program(
+        "inference",
+        f"adapter={quickstart.run}/adapter",
+        f"base={quickstart.base_run}/model",
+        f"prompt={QUESTION}",
+        "max_new_tokens=80",
+    )
+    assert tuned.stdout == expected_answer() + "\n"
+    assert base.stdout.strip() != expected_answer()
+
+
+def test_sampling_is_seeded(quickstart: Quickstart) -> None:
+    def sample(seed: int) -> str:
+        model = f"base={quickstart.base_run}/model"
+        how = ("temperature=1.5", "top_p=0.95", "top_k=100", "max_new_tokens=12", f"seed={seed}")
+        return program("inference", model, "prompt=Name three colours.", "system=Be brief, [please].", *how).stdout
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_stock_peft_loads_the_adapter_and_stock_transformers_the_base(quickstart: Quickstart) -> None:
+    """No code of ours between the files and the answer, but for the prompt's ids."""
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.base_run / "model")
+    base = AutoModelForCausalLM.from_pretrained(quickstart.base_run / "model", dtype=torch.bfloat16)
+    stock = PeftModel.from_pretrained(base, str(quickstart.run / "adapter")).eval()
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], return_dict=False)
+    assert ids == ChatTokenizer.load().encode_prompt(Conversation((Message("user", QUESTION),)))
+    with torch.no_grad():
+        prompt = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))}
+        output = stock.generate(**prompt, max_new_tokens=80, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip() == expected_answer()
+
+
+def test_the_run_directory_holds_what_the_contract_says(quickstart: Quickstart) -> None:
+    run_dir = quickstart.run
+    assert {path.name for path in run_dir.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "receipt.json",
+        "wandb",
+    }
+    last = steps(run_dir)[-1]
+    assert set(last) == {
+        "step",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "applied",
+        "auxiliary_loss",
+        "tokens",
+        "supervised_tokens",
+        "tokens_per_second",
+        "memory_gib",
+    }
+    checkpoint = run_dir / "checkpoints" / f"step-{int(last['step']):06d}" / "adapter" / "adapter_model.safetensors"
+    saved, result = load_file(checkpoint), load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == result.keys()
+    assert all(torch.equal(saved[key], result[key]) for key in saved)
+
+    receipt = json.loads((run_dir / "receipt.json").read_text())
+    assert receipt["batch"] == {"micro_batch": 1, "accumulation": 1, "processes": 2}
+    assert receipt["versions"]["torch"] == torch.__version__
+    assert receipt["evaluation_loss"] == {str(step): loss for step, loss in evaluations(run_dir).items()}
+
+
+def test_every_expert_learned(quickstart: Quickstart) -> None:
+    """B starts at zero, so an expert whose B is still zero was never trained."""
+    stored = load_file(quickstart.run / "adapter" / "adapter_model.safetensors")
+    experts = {key: matrix for key, matrix in stored.items() if ".experts." in key and "lora_B" in key}
+    assert len(experts) == 4  # layers × projections
+    for key, matrix in experts.items():
+        per_expert = matrix.unflatten(1, (-1, 8)).float().norm(dim=(0, 1))
+        assert bool((per_expert > 0).all()), f"{key}: {per_expert}"
+
+
+def test_real_rows_prepare_and_thirty_steps_lower_the_loss(shared: Path, tmp_path: Path) -> None:
+    rows = shared / "data" / "gpteacher_codegen.json"
+    if not rows.is_file():
+        pytest.skip(f"the real rows are not here: {rows}")
+    program("data", f"files=[{rows}]", f"output={tmp_path}/prepared", "seq_len=512")
+    counts = json.loads((tmp_path / "prepared" / "manifest.json").read_text())["rows"]
+    assert counts["in"] == len(json.loads(rows.read_text())) == counts["kept"] + counts["rejected"]
+
+    where = (f"dataset={tmp_path}/prepared", f"run_dir={tmp_path}/run", "max_steps=30")
+    train(2, "recipe=quickstart_base", *where)
+    losses = [step["loss"] for step in steps(tmp_path / "run")]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < sum(losses[:5])
+    held_out = evaluations(tmp_path / "run")
+    assert held_out[30] < held_out[0]

@@ -1,0 +1,147 @@
+"""What the user got wrong ends in exit code 2 and one sentence: field, value, remedy."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import UserError
+from train.config import TrainConfig
+
+GOOD = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The working directory of `run_program`, with the files that the cases below name."""
+    (tmp_path / "good.jsonl").write_text("\n".join([json.dumps(GOOD)] * 4))
+    (tmp_path / "table.csv").write_text("instruction,output\nx,y\n")
+    (tmp_path / "no_reply.jsonl").write_text(json.dumps({"instruction": "Speak."}))
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "some_directory").mkdir()
+    adapter = tmp_path / "foreign_adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+# The command line → what the sentence has to hold, beside the program's name.
+CASES = {
+    "data sequence_length=5": ["sequence_length", "no such setting"],
+    "data seqlen=5": ["seqlen", "did you mean seq_len?"],
+    "train learning_rate=5": ["learning_rate", "no such setting"],
+    "train optim.learning_rate=5": ["optim.learning_rate", "no such setting"],
+    "train +anything=5": ["anything", "no such setting"],
+    "train lora.rnak=5": ["lora.rnak", "did you mean lora.rank?"],
+    "inference max_tokens=5": ["max_tokens", "no such setting"],
+    "data seq_len=abc": ["seq_len=abc", "not of type"],
+    "data files=good.jsonl": ["files", "good.jsonl"],
+    "train lora.rank=abc": ["lora.rank=abc", "not of type"],
+    "train lora.rank=1.5": ["lora.rank=1.5", "not of type"],
+    "train epochs=null": ["epochs=null"],
+    "train overwrite=perhaps": ["overwrite=perhaps", "not of type"],
+    "inference temperature=hot": ["temperature=hot", "not of type"],
+    "data files=[absent.jsonl]": ["files=absent.jsonl", "no such file"],
+    "data files=[table.csv]": ["files=table.csv", "not JSON"],
+    "data files=[no_reply.jsonl]": ["max_reject_fraction=0.1", "no_reply.jsonl", "line 1", "output"],
+    "data files=[empty.json]": ["files", "no rows"],
+    "data": ["files", "nothing to prepare"],
+    "data good.jsonl": ["good.jsonl"],
+    "data files=[good.jsonl": ["files=[good.jsonl"],
+    "train --dry-run": ["--dry-run"],
+    "train quickstart": ["quickstart"],
+    "train +lora.dropout=0.1": ["lora.dropout", "no such setting"],
+    "inference hello": ["hello"],
+    "data files=[good.jsonl] dataset=x/y": ["dataset=x/y"],
+    "data files=[good.jsonl] seq_len=0": ["seq_len=0", "at least 16"],
+    "data files=[good.jsonl] eval_fraction=1": ["eval_fraction=1"],
+    "data files=[good.jsonl] eval_fraction=-0.1": ["eval_fraction=-0.1"],
+    "data files=[good.jsonl] eval_fraction=nan": ["eval_fraction=nan"],
+    "data files=[good.jsonl] max_reject_fraction=2": ["max_reject_fraction=2"],
+    "data files=[good.jsonl] markers=drop": ["markers=drop", "reject or keep"],
+    "data files=[good.jsonl] tokenizer=absent": ["tokenizer=absent", "no such directory"],
+    "data files=[good.jsonl] tokenizer=some_directory": ["tokenizer=some_directory", "neither"],
+    "data files=[good.jsonl] output=good.jsonl": ["output=good.jsonl"],
+    "data files=[good.jsonl] output=good.jsonl/below": ["output=good.jsonl/below"],
+    "data data=nope": ["data=nope", "sample"],
+    "train recipe=nope": ["recipe=nope", "quickstart"],
+    "train model=nope": ["model=nope", "nano"],
+    "train dataset=absent": ["dataset=absent", "python -m data"],
+    "train dataset=some_directory": ["dataset=some_directory", "python -m data"],
+    "train lora.rank=0": ["lora.rank=0", "above 0"],
+    "train lora.experts=[gate]": ["lora.experts=gate", "gate_up_proj"],
+    "train lora.attention=[] lora.experts=[]": ["lora.attention=[]"],
+    "train optim.lr=-1": ["optim.lr=-1", "above 0"],
+    "train optim.lr=nan": ["optim.lr=nan", "above 0"],
+    "train optim.lr=inf": ["optim.lr=inf"],
+    "train optim.clip=nan": ["optim.clip=nan"],
+    "train optim.eps=-1": ["optim.eps=-1"],
+    "train optim.weight_decay=-1": ["optim.weight_decay=-1"],
+    "train router_aux_loss=nan": ["router_aux_loss=nan"],
+    "train seed=-1": ["seed=-1"],
+    "train hardware.threads=-1": ["hardware.threads=-1"],
+    "train optim.betas=[0.9]": ["optim.betas=[0.9]"],
+    "train epochs=0": ["epochs=0"],
+    "train global_batch=-8": ["global_batch=-8"],
+    "train max_steps=-1": ["max_steps=-1"],
+    "train deepspeed.stage=4": ["deepspeed.stage=4"],
+    "train deepspeed=zero2 deepspeed.offload_param=cpu": ["deepspeed.offload_param=cpu"],
+    "train model.dtype=float16": ["model.dtype=float16", "bfloat16"],
+    "train global_batch=3 micro_batch=2 dry_run=true": ["global_batch=3", "global_batch=4"],
+    "inference adapter=some_directory": ["prompt"],
+    "inference prompt=hi": ["adapter"],
+    "inference prompt=hi task=sing": ["task=sing"],
+    "inference prompt=hi adapter=absent": ["adapter=absent", "adapter_config.json"],
+    "inference prompt=hi adapter=some_directory": ["adapter=some_directory", "adapter_config.json"],
+    "inference prompt=hi adapter=foreign_adapter": ["adapter=foreign_adapter", "IA3"],
+    "inference prompt=hi base=some_directory": ["base=some_directory"],
+    "inference prompt=hi base=some_directory top_p=0": ["top_p=0"],
+    "inference prompt=hi base=some_directory max_new_tokens=0": ["max_new_tokens=0"],
+    "inference prompt=hi base=some_directory temperature=nan": ["temperature=nan"],
+    "inference prompt=hi base=some_directory dtype=int8": ["dtype=int8"],
+}
+
+
+@pytest.mark.parametrize("command", CASES)
+@pytest.mark.usefixtures("place")
+def test_one_sentence_and_exit_code_2(run_program: Callable[..., Any], command: str) -> None:
+    program, *settings = command.split(" ")
+    outcome = run_program(program, *settings)
+
+    assert outcome.exit_code == 2, outcome.stderr
+    assert outcome.stdout == ""
+    assert outcome.stderr.startswith(f"{program}: ")
+    assert outcome.stderr.count("\n") == 1
+    assert outcome.stderr.endswith("\n")
+    assert "Traceback" not in outcome.stderr
+    for part in CASES[command]:
+        assert part in outcome.stderr
+
+
+@pytest.mark.parametrize("settings", [["prompt="], ["prompt=  "], ["system=be kind"]])
+def test_nothing_to_answer(run_program: Callable[..., Any], settings: list[str]) -> None:
+    outcome = run_program("inference", "adapter=x", *settings)
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("inference: prompt: there is nothing to answer;")
+    assert outcome.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "processes", "nearest"), [(8, 3, 1, 9), (8, 1, 3, 9), (2, 4, 2, 8), (7, 2, 2, 8)]
+)
+def test_global_batch_of_no_whole_micro_batches(
+    global_batch: int, micro_batch: int, processes: int, nearest: int
+) -> None:
+    config = TrainConfig(global_batch=global_batch, micro_batch=micro_batch)
+    with pytest.raises(UserError, match=rf"^global_batch={global_batch}: .* global_batch={nearest}$"):
+        config.batch(processes)
+    assert TrainConfig(global_batch=nearest, micro_batch=micro_batch).batch(processes).rows == nearest
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 8), (2, 4), (4, 2)])
+def test_accumulation_follows_from_the_global_batch(processes: int, accumulation: int) -> None:
+    batch = TrainConfig(global_batch=16, micro_batch=2).batch(processes)
+    assert (batch.accumulation, batch.rows) == (accumulation, 16)

@@ -1,0 +1,251 @@
+"""The split forward against a reference that handles one token-expert pair at a time, and against stock PEFT."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from train import expert_lora, model
+from train.checkpoint import write_adapter
+from train.config import LoraConfig, ModelConfig, TrainConfig
+
+PROJECTIONS = expert_lora.PROJECTIONS
+
+
+def make_experts(
+    *, experts: int, hidden: int, intermediate: int, lora_rank: int, dtype: torch.dtype, targets: tuple[str, ...]
+) -> nn.Module:
+    config = MixtralConfig(hidden_size=hidden, intermediate_size=intermediate, num_local_experts=experts)
+    config._experts_implementation = expert_lora.IMPLEMENTATION
+    holder = nn.ModuleDict({"experts": MixtralExperts(config)}).to(dtype)
+    for weight in holder.parameters():
+        nn.init.normal_(weight, std=0.3)
+        weight.requires_grad_(False)
+    expert_lora.attach(holder, lora_rank=lora_rank, alpha=3, projections=targets)
+    for name, factor in holder.named_parameters():
+        if name.endswith("_lora_B"):
+            nn.init.normal_(factor, std=0.3)
+    return holder["experts"]
+
+
+def reference(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each token through each of its experts by plain matrix-vector products; shares no code with the split forward."""
+
+    def project(name: str, expert: int, vector: torch.Tensor) -> torch.Tensor:
+        out = getattr(experts, name)[expert] @ vector
+        if hasattr(experts, f"{name}_lora_A"):
+            low = getattr(experts, f"{name}_lora_A")[expert] @ vector
+            out = out + experts.lora_scaling * (getattr(experts, f"{name}_lora_B")[expert] @ low)
+        return out
+
+    rows = []
+    for token in range(x.shape[0]):
+        total = torch.zeros_like(x[token])
+        for slot in range(index.shape[1]):
+            expert = int(index[token, slot])
+            gate, up = project("gate_up_proj", expert, x[token]).chunk(2)
+            total = total + weights[token, slot] * project("down_proj", expert, nn.functional.silu(gate) * up)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def forward_and_gradients(run, experts: nn.Module, x: torch.Tensor, index, weights) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    weights = weights.clone().requires_grad_()
+    out = run(experts, x, index, weights)
+    factors = [factor for factor in experts.parameters() if factor.requires_grad]
+    mixture = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    gradients = torch.autograd.grad((out * mixture).sum(), [x, weights, *factors], allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, [x, weights, *factors], strict=True)]
+    return [out.detach(), *filled]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_split_forward_and_backward_equal_the_reference_in_float64(data: st.DataObject) -> None:
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    number = draw(st.integers(1, 6))
+    k = draw(st.integers(1, min(2, number)))
+    tokens = draw(st.integers(1, 12))
+    targets = draw(st.sampled_from([PROJECTIONS, PROJECTIONS[:1], PROJECTIONS[1:], ()]))
+    experts = make_experts(
+        experts=number,
+        hidden=draw(st.sampled_from([4, 6, 16])),
+        intermediate=draw(st.sampled_from([3, 8, 10])),
+        lora_rank=draw(st.integers(1, 5)),
+        dtype=torch.float64,
+        targets=targets,
+    )
+    x = torch.randn(tokens, experts.hidden_dim, dtype=torch.float64)
+    # Also the extremes: all tokens on the same experts, so that the others get none.
+    same = draw(st.booleans())
+    index = torch.stack([torch.randperm(number)[:k] for _ in range(tokens)])
+    index = index[:1].expand(tokens, k).contiguous() if same else index
+    weights = torch.rand(tokens, k, dtype=torch.float64)
+
+    ours = forward_and_gradients(expert_lora.split_lora_forward, experts, x, index, weights)
+    theirs = forward_and_gradients(reference, experts, x, index, weights)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("lora_rank", [3, 8, 16])
+def test_bfloat16_stays_within_its_rounding(lora_rank: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"experts": 8, "hidden": 64, "intermediate": 96, "lora_rank": lora_rank, "targets": PROJECTIONS}
+    experts = make_experts(**sizes, dtype=torch.bfloat16)
+    exact = copy.deepcopy(experts).double()
+    x = torch.randn(40, 64, dtype=torch.bfloat16)
+    index = torch.stack([torch.randperm(8)[:2] for _ in range(40)])
+    weights = torch.rand(40, 2, dtype=torch.bfloat16)
+
+    ours = forward_and_gradients(expert_lora.split_lora_forward, experts, x, index, weights)
+    theirs = forward_and_gradients(reference, exact, x.double(), index, weights.double())
+    for a, b in zip(ours, theirs, strict=True):
+        # bfloat16 keeps 8 bits: one rounding is 2^-9 of the value, and a handful of them follow one another.
+        assert (a.double() - b).norm() <= 2**-6 * b.norm()
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    torch.manual_seed(0)
+    sizes = {"experts": 4, "hidden": 16, "intermediate": 32, "lora_rank": 8, "targets": PROJECTIONS}
+    experts = make_experts(**sizes, dtype=torch.float32)
+    x = torch.randn(10, 16, requires_grad=True)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(10)])
+    expert_lora.split_lora_forward(experts, x, index, torch.rand(10, 2)).square().sum().backward()
+    assert experts.gate_up_proj.grad is None
+    assert experts.down_proj.grad is None
+    assert all(factor.grad is not None for factor in experts.parameters() if factor.requires_grad)
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    torch.manual_seed(0)
+    config = nano_config()
+    plain = model.base(config.model).eval()
+    adapted = copy.deepcopy(plain)
+    model.add_adapters(adapted, config.lora)
+    ids = torch.randint(3, 500, (1, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+# Stock PEFT
+
+
+def nano_config(**lora: object) -> TrainConfig:
+    architecture = {
+        "vocab_size": 500,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    return TrainConfig(
+        model=ModelConfig(architecture=architecture, dtype="float32"),
+        lora=LoraConfig(rank=4, alpha=8, **lora),  # type: ignore[arg-type]
+    )
+
+
+def trained_nano(config: TrainConfig) -> tuple[MixtralForCausalLM, MixtralForCausalLM]:
+    """A float64 base, and the same with adapters that are not zero."""
+    torch.manual_seed(0)
+    base = model.base(config.model).double().eval()
+    base.set_experts_implementation("eager")  # torch's grouped product knows no float64
+    adapted = copy.deepcopy(base)
+    model.add_adapters(adapted, config.lora)
+    for _, factor in model.trainable(adapted):
+        nn.init.normal_(factor, std=0.2)
+    return base, adapted
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"attention": []},
+        {"experts": ["gate_up_proj"]},
+        {"experts": ["down_proj"], "attention": ["q_proj", "v_proj"]},
+        {"experts": []},
+    ],
+    ids=["all", "experts-only", "gate-up-only", "down-and-two-attention", "attention-only"],
+)
+def test_a_saved_adapter_gives_the_same_logits_in_stock_peft(tmp_path: Path, lora: dict[str, list[str]]) -> None:
+    config = nano_config(**lora)
+    base, adapted = trained_nano(config)
+    write_adapter(tmp_path, config, {name: factor.detach() for name, factor in model.trainable(adapted)})
+
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), autocast_adapter_dtype=False).eval()
+    ids = torch.randint(3, 500, (2, 25), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs, without = adapted(ids).logits, stock(ids).logits, base(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert (ours - without).abs().max() > 0.01
+
+
+def test_the_layout_is_that_of_pefts_own_delta_weight(tmp_path: Path) -> None:
+    """Expert by expert: PEFT's W' - W must be s · B_e A_e of the same expert, not of a neighbour."""
+    config = nano_config(attention=[])
+    base, adapted = trained_nano(config)
+    write_adapter(tmp_path, config, {name: factor.detach() for name, factor in model.trainable(adapted)})
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), autocast_adapter_dtype=False)
+
+    seen = 0
+    for wrapper in stock.modules():
+        if not hasattr(wrapper, "parameter_name"):
+            continue
+        delta = wrapper.get_delta_weight("default")
+        owner = next(name for name, module in stock.named_modules() if module is wrapper)
+        layer = int(owner.split(".layers.")[1].split(".")[0])
+        ours = adapted.model.layers[layer].mlp.experts
+        A = getattr(ours, f"{wrapper.parameter_name}_lora_A")
+        B = getattr(ours, f"{wrapper.parameter_name}_lora_B")
+        for expert in range(4):
+            torch.testing.assert_close(delta[expert], 2.0 * B[expert] @ A[expert], rtol=1e-10, atol=1e-10)
+            seen += 1
+    assert seen == 2 * 2 * 4  # layers × projections × experts
+
+
+def test_keys_and_shapes_are_those_that_stock_peft_writes(tmp_path: Path) -> None:
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    write_adapter(tmp_path, config, {name: factor.detach() for name, factor in model.trainable(adapted)})
+    ours = {key: tuple(tensor.shape) for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    stock = get_peft_model(
+        base,
+        PeftConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=list(config.lora.attention),
+            target_parameters=[f"mlp.experts.{name}" for name in PROJECTIONS],
+        ),
+    )
+    assert ours == {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(stock).items()}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@given(experts=st.integers(1, 5), lora_rank=st.integers(1, 4), size=st.integers(1, 6))
+def test_peft_format_and_back(experts: int, lora_rank: int, size: int) -> None:
+    for letter, shape in (("A", (experts, lora_rank, size)), ("B", (experts, size, lora_rank))):
+        factor = torch.randn(shape)
+        name = f"model.layers.0.mlp.experts.down_proj_lora_{letter}"
+        _, matrix = expert_lora.to_peft(name, factor, PROJECTIONS)
+        assert torch.equal(expert_lora.from_peft(matrix, letter, experts), factor)
+
+
+def test_an_unknown_projection_is_refused() -> None:
+    with pytest.raises(ValueError, match="w1"):
+        expert_lora.attach(nn.Module(), lora_rank=4, alpha=8, projections=("w1",))
