@@ -11,11 +11,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -50,7 +50,12 @@ def run(
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in texts]
 
     def typed(composed: Any) -> None:
-        config = OmegaConf.to_object(composed)
+        try:  # `+key=value` adds what the dataclass lacks; only a merge onto the bare dataclass notices
+            config = OmegaConf.to_object(
+                OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed))
+            )
+        except OmegaConfBaseException as error:
+            leave(program, explain(error, program, config_name, schema))
         assert isinstance(config, schema)
         for name, text in words.items():
             setattr(config, name, text)
@@ -62,17 +67,17 @@ def run(
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(typed)()
     except (HydraException, OmegaConfBaseException) as error:
-        leave(program, explain(error, program, schema))
+        leave(program, explain(error, program, config_name, schema))
 
 
-def leave(program: str, sentence: str) -> None:
+def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{program}: {sentence}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
 
 
-def explain(error: Exception, program: str, schema: type) -> str:
+def explain(error: Exception, program: str, config_name: str, schema: type) -> str:  # noqa: PLR0911 - one per kind
     """One sentence (field, value, remedy) for what Hydra or OmegaConf refused."""
     causes = []
     cause: BaseException | None = error
@@ -103,7 +108,14 @@ def explain(error: Exception, program: str, schema: type) -> str:
             return f"{group}={name}: there is no such choice; choose one of {', '.join(options)}"
         return f"{group or name}: there is no such group of settings; see {CONFIG_DIR.name}/"
 
-    return f"{first_lines[0] if first_lines else type(error).__name__}; check it against configs/{program}.yaml"
+    if merging := re.search(r"Error merging override ([^\s=]+=.*)", text):
+        setting = merging.group(1).strip()
+        return f"{setting}: the setting can't have that value; `python -m {program} --cfg job` shows its default"
+
+    if unread := [cause.override for cause in causes if isinstance(cause, OverrideParseException)]:
+        return f"{unread[0]}: that can't be read; write field=value, and a list as 'field=[a,b]'"
+
+    return f"{first_lines[0] if first_lines else type(error).__name__}; check it against configs/{config_name}.yaml"
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:

@@ -240,6 +240,8 @@ def _progress() -> Progress:
         TextColumn("rows"),
         TimeElapsedColumn(),
         console=console,
+        transient=True,  # the table that follows says it again, and an error stays one line
+        disable=not console.is_terminal,
     )
 
 

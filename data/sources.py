@@ -95,20 +95,20 @@ def _read_file(name: str) -> Iterator[RawRow | Reject]:
         if head == b"[":
             try:
                 rows = json.loads(file.read().decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise not_json from error
             for number, value in enumerate(rows):
                 yield RawRow(value, name, "row", number)
         elif head == b"{":
             for number, line in enumerate(file, start=1):
-                if not line.strip():
+                if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                     continue
                 row = RawRow(None, name, "line", number)
                 try:
                     yield RawRow(json.loads(line.decode("utf-8-sig")), name, "line", number)
                 except UnicodeDecodeError:
                     yield Reject(row, "invalid_utf8", "the line is not UTF-8 text")
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield Reject(row, "invalid_json", f"the line is not JSON ({error})")
         else:
             raise not_json

@@ -12,7 +12,6 @@ from bisect import bisect_left
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -31,9 +30,15 @@ SPACE = "▁"
 MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 """The template's own words. They are plain text to the vocabulary, so only a policy keeps them out of contents."""
 
-# Ids of the Mixtral vocabulary for texts that the common mistakes get wrong: no space before the first piece after a
-# control token ("[" 28792 for "▁[" 733), control tokens read from text, byte pieces, and runs of spaces.
-# Computed with SentencePiece from mistral-common's tokenizer.model.v1.
+FIRST_PIECE = 259
+"""Ids from here on are pieces of text; below are the control tokens and the 256 bytes."""
+
+FINGERPRINT = "f5960015e10ae442ae6af9b2ea717c316445fb88954689e0cac575ec2826370d"
+"""`ChatTokenizer.fingerprint` of the Mixtral vocabulary."""
+
+# Ids for texts that the common mistakes get wrong: no space before the first piece after a control token ("[" 28792 for
+# "▁[" 733), control tokens read from text, byte pieces, runs of spaces. Computed with SentencePiece from the model
+# tokenizer.model.v1 of mistral-common. The fingerprint covers the vocabulary, these what the library makes of it.
 PROBES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("[INST] Hello [/INST]", (733, 16289, 28793, 22557, 733, 28748, 16289, 28793)),
     ("</s>", (1867, 28713, 28767)),
@@ -45,37 +50,40 @@ PROBES: tuple[tuple[str, tuple[int, ...]], ...] = (
 class ChatTokenizer:
     """Renders conversations with the LLaMA-2 chat template and encodes them with the Mixtral vocabulary."""
 
-    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], source: str = "memory"):
-        """Builds the tokenizer from the vocabulary (piece → id) and the merges, strongest first.
+    def __init__(self, vocabulary: dict[str, int], source: str = "memory"):
+        """Builds the tokenizer from the vocabulary, piece → id.
 
         Raises:
-            UserError: the ids of known texts differ from Mixtral's, so training would learn the wrong tokens.
+            UserError: the vocabulary is not Mixtral's, so training would learn the wrong tokens.
         """
         self.source = source
         self._vocabulary = vocabulary
-        self._merges = merges
-        self._text = _merges_only(vocabulary, merges)
+        if self.fingerprint != FINGERPRINT:
+            raise UserError(
+                f"tokenizer={source}: its vocabulary is not Mixtral's; use the tokenizer of a Mixtral-8x7B model, or "
+                f"tokenizer={EMBEDDED}"
+            )
+        self._text = _merges_only(vocabulary)
         for text, expected in PROBES:
             found = self._text.encode(text, add_special_tokens=False).ids
             if tuple(found) != expected:
-                raise UserError(
-                    f"tokenizer={source}: it encodes {text!r} as {found}, and the Mixtral vocabulary gives "
-                    f"{list(expected)}; use the tokenizer of a Mixtral-8x7B model, or tokenizer={EMBEDDED}"
+                raise RuntimeError(
+                    f"this version of the library tokenizers encodes {text!r} as {found}, and SentencePiece as "
+                    f"{list(expected)}: install the one in constraints.txt"
                 )
 
     @classmethod
     def load(cls, source: str = EMBEDDED) -> "ChatTokenizer":
         """Loads the vocabulary of a model directory, a hub id, or `"embedded"`.
 
-        `tokenizer.json` and `tokenizer.model` give the same ids here: only vocabulary and merges are taken from
-        either, never the stored pre- and post-processing, which differs between versions of the same tokenizer.
+        `tokenizer.json` and `tokenizer.model` give the same ids here: only the vocabulary is taken from either, never
+        the stored merges and processing, which differ between versions of the same tokenizer.
 
         Raises:
             UserError: nothing usable is there, or the vocabulary is not Mixtral's.
         """
         path = _locate(source)
-        vocabulary, merges = _read_json(path) if path.suffix == ".json" else _read_sentencepiece(path)
-        return cls(vocabulary, merges, source)
+        return cls(_read_json(path) if path.suffix == ".json" else _read_sentencepiece(path), source)
 
     # Text
 
@@ -147,13 +155,13 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over vocabulary and merges: equal exactly where the ids of every text are equal."""
+        """SHA-256 over the pieces in the order of their ids: equal exactly where the ids of every text are equal."""
         pieces = sorted(self._vocabulary.items(), key=lambda item: item[1])
-        return hashlib.sha256(json.dumps([pieces, self._merges]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, with the chat template, for stock transformers."""
-        stock = _merges_only(self._vocabulary, self._merges)
+        stock = _merges_only(self._vocabulary)
         control = [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")]
         stock.add_special_tokens(control)
         stock.save(str(directory / "tokenizer.json"))
@@ -173,7 +181,7 @@ CHAT_TEMPLATE = (
     "{%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else none -%}"
     "{%- set turns = messages[1:] if system is not none else messages -%}"
     "{%- for message in turns -%}"
-    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
     "{{ raise_exception('after an optional system message, user and assistant alternate, the user first') }}"
     "{%- endif -%}"
     "{%- if message['role'] == 'user' -%}"
@@ -188,10 +196,10 @@ CHAT_TEMPLATE = (
 """The same template in Jinja, stored with exported models for programs that do not use this one."""
 
 
-def _merges_only(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+def _merges_only(vocabulary: dict[str, int]) -> Tokenizer:
     """The vocabulary's merges, with SentencePiece's leading space, and without any token that is matched in text."""
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab=vocabulary, merges=_merges(vocabulary), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -229,22 +237,19 @@ def _locate(source: str) -> Path:
     raise UserError(f"tokenizer={source}: no such directory, and the hub gave no tokenizer of that name; {remedy}")
 
 
-def _read_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a `tokenizer.json`."""
+def _read_json(path: Path) -> dict[str, int]:
+    """The vocabulary of a `tokenizer.json`."""
     try:
-        model: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
-        vocabulary: dict[str, int] = dict(model["vocab"])
-        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-        return vocabulary, _merges(vocabulary, list(dict.fromkeys(left + right for left, right in pairs)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"tokenizer={path}: it is not a tokenizer.json with a vocabulary and merges ({error}); "
+            f"tokenizer={path}: it is not a tokenizer.json with a vocabulary ({error}); "
             f"use the one of a Mixtral-8x7B model, or tokenizer={EMBEDDED}"
         ) from error
 
 
-def _read_sentencepiece(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a SentencePiece BPE model."""
+def _read_sentencepiece(path: Path) -> dict[str, int]:
+    """The vocabulary of a SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -254,22 +259,21 @@ def _read_sentencepiece(path: Path) -> tuple[dict[str, int], list[tuple[str, str
         raise UserError(
             f"tokenizer={path}: it is not a SentencePiece model; use the one of a Mixtral-8x7B model"
         ) from error
-    vocabulary = {piece.piece: place for place, piece in enumerate(model.pieces)}
-    normal = [piece for piece in model.pieces if piece.type == piece.NORMAL]
-    return vocabulary, _merges(vocabulary, [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)])
+    return {piece.piece: place for place, piece in enumerate(model.pieces)}
 
 
-def _merges(vocabulary: dict[str, int], ranked_pieces: list[str]) -> list[tuple[str, str]]:
-    """The merges of BPE from its pieces, strongest first: each way to cut a piece in two is a merge.
+def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges of BPE, strongest first: each way to cut a piece in two is a merge.
 
-    SentencePiece ranks pieces and merges the leftmost of equals; a list of merges ranks the cuts of one piece too.
-    Putting the cut with the longer left part first gives SentencePiece's ids; stored files have other orders, which
-    differ on long runs of one character. Runs of spaces share the last rank; among them the order is by id.
+    SentencePiece ranks pieces, here by id, and merges the leftmost of equals; a list of merges ranks the cuts of one
+    piece too. Putting the cut with the longer left part first gives SentencePiece's ids; stored files have other
+    orders, which differ on long runs of one character. Runs of spaces share the last rank.
     """
-    spaces_last = sorted(ranked_pieces, key=lambda piece: -1 if piece.strip(SPACE) else vocabulary[piece])
+    pieces = sorted(vocabulary, key=lambda piece: (not piece.strip(SPACE), vocabulary[piece]))
     return [
         (piece[:cut], piece[cut:])
-        for piece in spaces_last
+        for piece in pieces
+        if vocabulary[piece] >= FIRST_PIECE
         for cut in range(len(piece) - 1, 0, -1)
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]

@@ -44,7 +44,7 @@ class InferenceConfig:
             raise UserError("adapter: no model is named; give adapter=runs/…/adapter, or base= for a model without one")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: it must be at least 1; give for example 512")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UserError(f"temperature={self.temperature}: it can't be negative; give 0 for greedy, or such as 0.7")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: it is a probability; give a number above 0, to 1")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, MixtralForCausalLM
 
 from configs.errors import UserError
 from data.template import EMBEDDED, ChatTokenizer
@@ -42,11 +42,10 @@ def load(config: InferenceConfig) -> Loaded:
         logging.disable_progress_bar()
     adapter = None if config.adapter is None else Path(config.adapter)
     base = config.base or base_of(adapter)
-    model = load_base(base, config.dtype)
+    model = load_base(base, config)
     if adapter is not None:
         model = fold(model, adapter)
-    model.eval()
-    return Loaded(model.to(_device(config.device)), load_tokenizer(base))
+    return Loaded(model.eval(), load_tokenizer(base))
 
 
 def base_of(adapter: Path | None) -> str:
@@ -73,15 +72,22 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     return settings
 
 
-def load_base(base: str, dtype: str) -> MixtralForCausalLM:
-    """The Mixtral in a directory or on the hub, in safetensors."""
+def load_base(base: str, config: InferenceConfig) -> MixtralForCausalLM:
+    """The Mixtral in a directory or on the hub, in safetensors; on CUDA spread over the GPUs where one is too small."""
     remedy = "give base= with a Mixtral's directory, or a hub id that can be reached"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch finds no CUDA GPU here; use device=cpu")
+    on_cuda = config.device != "cpu" and torch.cuda.is_available()
     try:
-        architecture = MixtralConfig.from_pretrained(base)
+        architecture = AutoConfig.from_pretrained(base)
         if architecture.model_type != "mixtral":
             raise UserError(f"base={base}: it is a {architecture.model_type} model; {remedy}")
-        return MixtralForCausalLM.from_pretrained(base, dtype=DTYPES[dtype], use_safetensors=True)
-    except OSError as error:
+        return MixtralForCausalLM.from_pretrained(
+            base, dtype=DTYPES[config.dtype], use_safetensors=True, device_map="auto" if on_cuda else None
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"base={base}: no model can be loaded from there; {remedy}") from error
 
 
@@ -120,9 +126,3 @@ def load_tokenizer(base: str) -> ChatTokenizer:
         (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
     )
     return ChatTokenizer.load(EMBEDDED if has_none else base)
-
-
-def _device(choice: str) -> torch.device:
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch finds no CUDA GPU here; use device=cpu")
-    return torch.device("cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu")

@@ -12,12 +12,12 @@ find_python() { # the first Python that is new enough
     local candidate
     for candidate in python3 python3.13 python3.12 python3.11; do
         if command -v "$candidate" >/dev/null &&
-            "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    die "Python 3.11, 3.12 or 3.13 is needed and none is on the PATH; install one, for example with: apt install python3 python3-venv"
+    die "Python 3.11 or newer is needed and none is on the PATH; install it, for example with: apt install python3"
 }
 
 install() { # install EXTRA: the packages of pyproject.toml with that extra ("" for none), at the versions of constraints.txt
@@ -30,13 +30,19 @@ install() { # install EXTRA: the packages of pyproject.toml with that extra ("" 
     "$python" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
         die "Python's header files are needed to compile DeepSpeed's op and $python lacks them; install them, for example with: apt install python3-dev"
 
-    # What is installed is remembered by the hash of what asks for it.
-    wanted="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
+    # What is installed is remembered by the hash of what asks for it. An environment holds absolute paths, so one that
+    # was made elsewhere (the checkout was moved) is made anew.
+    wanted="$({ cat pyproject.toml constraints.txt && pwd; } | sha256sum | cut -d' ' -f1)"
     if ! grep -qsx "$wanted:${extra:-run}" .venv/installed; then
         say "Installing packages into .venv (once; several minutes, and gigabytes where torch comes with CUDA)"
-        [ -x .venv/bin/python ] || "$python" -m venv .venv || die ".venv can't be made here; is the disk full or read-only?"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extra:+[$extra]}" ||
-            die "pip could not install the packages (its reason is above); check the network and the free disk space, then run this again"
+        if [ "$(cat .venv/made-in 2>/dev/null)" != "$PWD" ]; then
+            "$python" -m venv --clear .venv || die ".venv can't be made here; is the disk full or read-only?"
+            pwd >.venv/made-in
+        fi
+        .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+            --editable ".${extra:+[$extra]}" >.venv/pip.log 2>&1 ||
+            die "pip could not install the packages ($(grep -m1 '^ERROR' .venv/pip.log || tail -n1 .venv/pip.log));" \
+                "check the network and the free disk space, then run this again; .venv/pip.log has the details"
         echo "$wanted:${extra:-run}" >>.venv/installed
         # Development packages include what running needs.
         [ -z "$extra" ] || echo "$wanted:run" >>.venv/installed

@@ -1,5 +1,6 @@
 """What training can be told, the checks across fields, and the batch arithmetic."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,13 @@ EXPERT_TARGETS = ("gate_up_proj", "down_proj")
 
 
 def _positive(name: str, value: float, example: str) -> None:
-    if value <= 0:
-        raise UserError(f"{name}={value}: it must be above 0; give for example {example}")
+    if not 0 < value < math.inf:
+        raise UserError(f"{name}={value}: it must be above 0, and finite; give for example {example}")
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise UserError(f"{name}={value}: it can't be negative; give 0 or more")
 
 
 def _choice(name: str, value: str, *choices: str) -> None:
@@ -87,6 +93,8 @@ class OptimConfig:
 
     def check(self) -> None:
         _positive("optim.lr", self.lr, "optim.lr=2e-4")
+        for name in ("eps", "weight_decay"):
+            _not_negative(f"optim.{name}", getattr(self, name))
         _positive("optim.clip", self.clip, "optim.clip=1.0")
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
@@ -153,6 +161,7 @@ class HardwareConfig:
 
     def check(self) -> None:
         _choice("hardware.device", self.device, "auto", "cuda", "cpu")
+        _not_negative("hardware.threads", self.threads)
         _positive("hardware.processes", self.processes, "hardware.processes=8")
 
 
@@ -217,9 +226,8 @@ class TrainConfig:
         """Raises `UserError` for values that can't be used, alone or together."""
         for name in ("epochs", "global_batch", "micro_batch"):
             _positive(name, getattr(self, name), f"{name}=1")
-        for name in ("max_steps", "eval_every", "save_every", "router_aux_loss"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: it can't be negative; give 0 or more")
+        for name in ("max_steps", "eval_every", "save_every", "router_aux_loss", "seed"):
+            _not_negative(name, getattr(self, name))
         for section in (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware):
             section.check()
 

@@ -140,5 +140,11 @@ def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any]) -> 
 
     mode: Any = config.wandb
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    return wandb.init(project=config.project, name=directory.name, dir=str(directory), mode=mode, config=settings)
+        logged_in = wandb.login(prompt=False, verify=False)
+        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+    run: dict[str, Any] = {"project": config.project, "name": directory.name, "dir": str(directory), "config": settings}
+    try:
+        return wandb.init(mode=mode, **run)
+    except wandb.errors.Error as error:
+        console.print(f"wandb can't be reached ({error}); it logs offline, into {directory}/wandb")
+        return wandb.init(mode="offline", **run)

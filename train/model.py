@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from configs.errors import UserError
 from train import expert_lora
@@ -56,7 +56,7 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        architecture = MixtralConfig.from_pretrained(config.path, revision=config.revision)
+        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
         if architecture.model_type != "mixtral":
             raise UserError(
                 f"model.path={config.path}: it is a {architecture.model_type} model; name a Mixtral, such as "
@@ -69,7 +69,9 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
             attn_implementation=config.attention,
             use_safetensors=True,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model.path={config.path}: no model can be loaded from there ({reason}); name a directory with "

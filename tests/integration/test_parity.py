@@ -45,9 +45,13 @@ def test_processes_micro_batches_and_zero_stages_do_not_change_the_losses(
     without_zero = run("without", 1, "deepspeed=none")
     assert two == pytest.approx(one, rel=1e-5)
     assert one == pytest.approx(without_zero, rel=1e-5)
-    assert two[-1] < 0.97 * two[0]  # and they did train, so equal losses say something
-    held_out = [evaluations(tmp_path / name)[STEPS] for name in ("two", "one", "without")]
-    assert held_out == pytest.approx([held_out[0]] * 3, rel=1e-5)
+    held_out = [evaluations(tmp_path / name) for name in ("two", "one", "without")]
+    assert [losses[STEPS] for losses in held_out] == pytest.approx([held_out[0][STEPS]] * 3, rel=1e-5)
+    # And they did train, so equal losses say something.
+    assert abs(held_out[0][STEPS] - held_out[0][0]) > 0.01
+    if recipe == "quickstart":
+        checkpointed = run("checkpointed", 2, "activation_checkpointing=true")
+        assert checkpointed == pytest.approx(two, rel=1e-5)
 
 
 def test_a_plain_loop_gives_the_same_losses(quickstart: Quickstart, tmp_path: Path) -> None:

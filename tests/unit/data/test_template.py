@@ -1,7 +1,6 @@
 import json
 import random
 import shutil
-import warnings
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -27,11 +26,9 @@ def chat() -> ChatTokenizer:
 
 @cache
 def sentencepiece() -> Any:
-    with warnings.catch_warnings():  # its SWIG types lack __module__
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from sentencepiece import SentencePieceProcessor
+    from sentencepiece import SentencePieceProcessor
 
-        return SentencePieceProcessor(model_file=str(SENTENCEPIECE_MODEL))
+    return SentencePieceProcessor(model_file=str(SENTENCEPIECE_MODEL))
 
 
 def conversation_of(messages: list[dict[str, str]]) -> Conversation:
@@ -79,9 +76,8 @@ fragments = st.one_of(
     st.text(st.sampled_from(" \t\n\r\u00a0\u2003\u3000▁"), max_size=20),
     st.builds(lambda character, times: character * times, st.sampled_from("a=-#0.▁ é🧿"), st.integers(1, 70)),
     st.sampled_from(("<s>", "</s>", "<unk>", "<0x0A>", "<0xF0>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "▁[")),
-    st.sampled_from(
-        ("def f(x):\n    return x", "The answer is", "Größe", "你好", "مرحبا", "e\u0301", "👩‍👩‍👧", "12345.67")
-    ),
+    st.sampled_from(("def f(x):\n    return x", "The answer is", "Größe", "你好", "مرحبا", "e\u0301", "12345.67")),
+    st.sampled_from(("👩\u200d👩\u200d👧", "🧿", "\u200b", "\ufeff", "\x7f", "\x01", "\U0010ffff")),
 )
 contents = st.lists(fragments, max_size=6).map("".join)
 
@@ -222,10 +218,6 @@ def merge_outside_the_vocabulary(model: dict[str, Any]) -> None:
     model.update(vocab={"<unk>": 0, "a": 1, "b": 2}, merges=[["a", "b"]])
 
 
-def without_merges(model: dict[str, Any]) -> None:
-    del model["merges"]
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -233,7 +225,6 @@ def without_merges(model: dict[str, Any]) -> None:
         foreign_without_unk,
         foreign_with_unk,
         merge_outside_the_vocabulary,
-        without_merges,
     ],
 )
 def test_another_vocabulary_is_refused(stored: Path, change: Any) -> None:
@@ -257,7 +248,7 @@ def test_two_swapped_pieces_are_refused(stored: Path) -> None:
 
     def swap(model: dict[str, Any]) -> None:
         vocabulary = model["vocab"]
-        vocabulary["▁Hydro"], vocabulary["▁bapt"] = vocabulary["▁bapt"], vocabulary["▁Hydro"]
+        vocabulary["▁Campaign"], vocabulary["▁bapt"] = vocabulary["▁bapt"], vocabulary["▁Campaign"]
 
     edit(stored, swap)
     with pytest.raises(UserError, match=f"tokenizer={stored}"):

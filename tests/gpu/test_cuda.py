@@ -1,0 +1,45 @@
+"""The same code on CUDA. Skipped without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.train.test_expert_lora import forward_and_gradients, make_experts, reference
+from train import expert_lora
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("lora_rank", [3, 16])
+def test_the_split_forward_on_cuda_equals_the_reference(lora_rank: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"experts": 8, "hidden": 64, "intermediate": 96, "lora_rank": lora_rank}
+    experts = make_experts(**sizes, dtype=torch.bfloat16, targets=expert_lora.PROJECTIONS)
+    x = torch.randn(64, 64, dtype=torch.bfloat16)
+    index = torch.stack([torch.randperm(7)[:2] for _ in range(64)])  # the last expert gets no token
+    weights = torch.rand(64, 2, dtype=torch.bfloat16)
+    theirs = forward_and_gradients(reference, experts.double(), x.double(), index, weights.double())
+    on_gpu = experts.to("cuda", torch.bfloat16)
+    ours = forward_and_gradients(expert_lora.split_lora_forward, on_gpu, x.cuda(), index.cuda(), weights.cuda())
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.cpu().double() - b).norm() <= 2**-6 * b.norm()
+
+
+def test_training_on_cuda_lowers_the_loss(tmp_path: Path) -> None:
+    def program(*arguments: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+        subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, check=True)
+
+    program("data", "data=sample_general", f"output={tmp_path}/prepared")
+    where = (f"dataset={tmp_path}/prepared", f"run_dir={tmp_path}/run")
+    program("train", "recipe=quickstart_base", "logging=quiet", "hardware.device=cuda", "max_steps=20", *where)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["evaluation_loss"] for line in lines if "evaluation_loss" in line]
+    assert losses[-1] < losses[0]

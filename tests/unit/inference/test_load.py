@@ -1,0 +1,89 @@
+"""Adapter and base become one model, or one sentence says why not."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.errors import UserError
+from inference.config import InferenceConfig
+from inference.load import load
+from tests.unit.train.test_expert_lora import nano_config, trained_nano
+from train import model
+from train.checkpoint import write_adapter
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Path, torch.Tensor]:
+    """A base, an adapter for it, and the adapted model's logits before anything was saved."""
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", config, {n: p.detach().float() for n, p in model.trainable(adapted)})
+    base.float().save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        return tmp_path / "base", tmp_path / "adapter", adapted(prompt()).logits
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(3, 500, (1, 20), generator=torch.Generator().manual_seed(0))
+
+
+def asked(base: Path, adapter: Path) -> InferenceConfig:
+    return InferenceConfig(base=str(base), adapter=str(adapter), prompt="hello", dtype="float32", device="cpu")
+
+
+def edit_adapter(adapter: Path, edit) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def test_the_folded_model_is_the_trained_one(saved: tuple[Path, Path, torch.Tensor]) -> None:
+    base, adapter, logits = saved
+    loaded = load(asked(base, adapter))
+    assert not any("lora" in name for name, _ in loaded.model.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(prompt()).logits.double(), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_tensor_is_named(saved: tuple[Path, Path, torch.Tensor]) -> None:
+    base, adapter, _ = saved
+    key = "base_model.model.model.layers.1.mlp.experts.lora_B.weight"
+    edit_adapter(adapter, lambda tensors: tensors.pop(key))
+    with pytest.warns(UserWarning, match="missing"), pytest.raises(UserError, match=f"{key} is missing"):
+        load(asked(base, adapter))
+
+
+def test_a_renamed_tensor_is_named(saved: tuple[Path, Path, torch.Tensor]) -> None:
+    base, adapter, _ = saved
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    edit_adapter(adapter, lambda tensors: tensors.update({"base_model.model.model.layers.9.x": tensors.pop(key)}))
+    with pytest.warns(UserWarning, match="missing"), pytest.raises(UserError, match=r"q_proj.lora_A.weight is missing"):
+        load(asked(base, adapter))
+
+
+def test_an_adapter_of_another_size_is_refused(saved: tuple[Path, Path, torch.Tensor]) -> None:
+    base, adapter, _ = saved
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    edit_adapter(adapter, lambda tensors: tensors.update({key: copy.deepcopy(tensors[key][:, :16]).contiguous()}))
+    with pytest.raises(UserError, match=r"does not fit this base"):
+        load(asked(base, adapter))
+
+
+def test_another_kind_of_model_is_refused(saved: tuple[Path, Path, torch.Tensor]) -> None:
+    base, adapter, _ = saved
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    with pytest.raises(UserError, match="it is a llama model"):
+        load(asked(base, adapter))
+
+
+def test_a_base_without_weights_is_refused(saved: tuple[Path, Path, torch.Tensor]) -> None:
+    base, adapter, _ = saved
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"base={base}: no model can be loaded"):
+        load(asked(base, adapter))
