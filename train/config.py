@@ -210,7 +210,7 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations on the held-out split; 0 evaluates before the first step and after the last."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves after the last step only."""
+    """Steps between checkpoints; 0 keeps the result alone."""
     seed: int = 0
     """Decides the initial adapters (or the random base) and the order of rows."""
     dry_run: bool = False

@@ -50,7 +50,7 @@ def train(
             metrics.stepped(_record(number, result, lr, time.perf_counter() - started))
             if number == steps or (config.eval_every and number % config.eval_every == 0):
                 metrics.evaluated(number, evaluate(engine, dataset.eval, batch))
-            if number == steps or (config.save_every and number % config.save_every == 0):
+            if config.save_every and number % config.save_every == 0:
                 run.save_checkpoint(engine, number)
     run.save_result(engine)
 
@@ -92,8 +92,8 @@ def step(engine: Engine, micro_batches: list[Batch], lr: float, router_aux_loss:
     )
 
 
-def evaluate(engine: Engine, table: PackedTable, batch: BatchArithmetic) -> float:
-    """Cross-entropy on the held-out split in nats per supervised token, NaN where the split is empty; collective."""
+def evaluate(engine: Engine, table: PackedTable, batch: BatchArithmetic) -> float | None:
+    """Cross-entropy on the held-out split in nats per supervised token, None where the split is empty; collective."""
     at_once = batch.micro_batch * batch.processes
     rows: list[int | None] = list(range(len(table)))
     rows += [None] * (-len(rows) % at_once)  # blank rows, so that every process makes the same number of forwards
@@ -104,7 +104,7 @@ def evaluate(engine: Engine, table: PackedTable, batch: BatchArithmetic) -> floa
             loss += cross_entropy.item()
             supervised += micro_batch.supervised_tokens
     loss, supervised = engine.sum(loss, supervised)
-    return loss / supervised if supervised else math.nan
+    return loss / supervised if supervised else None
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -100,9 +100,9 @@ class Metrics:
             }
         )
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """Records an evaluation; nothing where the held-out split is empty."""
-        if math.isnan(loss) and not self.evaluations:
+    def evaluated(self, step: int, loss: float | None) -> None:
+        """Records an evaluation; None, where the held-out split is empty, records nothing."""
+        if loss is None:
             return
         self.evaluations[step] = loss
         if self._is_main:

@@ -90,10 +90,15 @@ def test_the_run_directory_holds_what_the_contract_says(quickstart: Quickstart) 
         "tokens_per_second",
         "memory_gib",
     }
-    checkpoint = run_dir / "checkpoints" / f"step-{int(last['step']):06d}" / "adapter" / "adapter_model.safetensors"
-    saved, result = load_file(checkpoint), load_file(run_dir / "adapter" / "adapter_model.safetensors")
-    assert saved.keys() == result.keys()
-    assert all(torch.equal(saved[key], result[key]) for key in saved)
+    checkpoints = sorted((run_dir / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step-000114", "step-000228"]
+    assert last["step"] == 228
+    halfway, end, result = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (*checkpoints, run_dir)
+    )
+    assert halfway.keys() == end.keys() == result.keys()
+    assert all(torch.equal(end[key], result[key]) for key in result)
+    assert any(not torch.equal(halfway[key], result[key]) for key in result)
 
     receipt = json.loads((run_dir / "receipt.json").read_text())
     assert receipt["batch"] == {"micro_batch": 1, "accumulation": 1, "processes": 2}
