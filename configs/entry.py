@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +24,7 @@ from configs.errors import UserError
 
 CONFIG_DIR = Path(__file__).parent
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 Config = TypeVar("Config")
 
@@ -46,13 +48,13 @@ def run(
     register(config_name, schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
-    words = dict(argument.split("=", 1) for argument in sys.argv[1:] if argument.partition("=")[0] in texts)
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in texts]
+    words = dict(argument.split("=", 1) for argument in sys.argv[1:] if _names_one_of(argument, texts))
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not _names_one_of(argument, texts)]
 
     def typed(composed: Any) -> None:
         try:  # `+key=value` adds what the dataclass lacks; only a merge onto the bare dataclass notices
             config = OmegaConf.to_object(
-                OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed))
+                OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
             )
         except OmegaConfBaseException as error:
             leave(program, explain(error, program, config_name, schema))
@@ -68,12 +70,22 @@ def run(
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(typed)()
     except (HydraException, OmegaConfBaseException) as error:
         leave(program, explain(error, program, config_name, schema))
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _names_one_of(argument: str, settings: tuple[str, ...]) -> bool:
+    return "=" in argument and argument.partition("=")[0] in settings
 
 
 def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{program}: {sentence}", file=sys.stderr, flush=True)
+    else:
+        # The launcher ends all processes when the first one ends: leave that to the one that has the sentence.
+        time.sleep(10)
     sys.exit(EXIT_USER_ERROR)
 
 

@@ -14,6 +14,8 @@ from configs.errors import UserError
 from data.schema import IGNORE_INDEX, PackedRow
 
 MANIFEST = "manifest.json"
+MANIFEST_KIND = "openhermes-mixtral prepared dataset"
+"""What a manifest says that it is, so that no other file of that name is taken for one."""
 SPLITS = ("train", "eval")
 PAD_ID = 0
 """The id in unused slots (`<unk>`). Nothing attends to it from a conversation, and it is never trained."""
@@ -47,8 +49,6 @@ class Batch:
     """[B, T] int64."""
     is_token: torch.Tensor
     """[B, T] bool. False in padding."""
-    rows: list[int]
-    """The raw rows that the conversations came from."""
 
     @property
     def tokens(self) -> int:
@@ -67,7 +67,6 @@ class Batch:
             positions=self.positions.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             is_token=self.is_token.to(device, non_blocking=True),
-            rows=self.rows,
         )
 
 
@@ -92,7 +91,6 @@ class PackedTable:
         positions = np.zeros(shape, dtype=np.int64)
         labels = np.full((len(indices), self.seq_len + 1), IGNORE_INDEX, dtype=np.int64)
         is_token = np.zeros(shape, dtype=bool)
-        sources: list[int] = []
         for place, index in enumerate(indices):
             if index is None:
                 continue
@@ -102,7 +100,6 @@ class PackedTable:
             labels[place, :used] = row.labels
             positions[place, :used] = np.concatenate([np.arange(length) for length in row.lengths])
             is_token[place, :used] = True
-            sources += row.rows
         # A conversation's first token is never trained, so shifting across a boundary trains nothing.
         targets = np.ascontiguousarray(labels[:, 1:])
         return Batch(
@@ -110,8 +107,26 @@ class PackedTable:
             positions=torch.from_numpy(positions),
             targets=torch.from_numpy(targets),
             is_token=torch.from_numpy(is_token),
-            rows=sources,
         )
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a prepared dataset.
+
+    Raises:
+        UserError: there is none, or it is something else.
+    """
+    remedy = "make one with `python -m data`, whose setting output names the directory"
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(f"dataset={directory}: there is no prepared dataset there; {remedy}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"dataset={directory}: its {MANIFEST} can't be read ({error}); {remedy}") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != MANIFEST_KIND:
+        raise UserError(f"dataset={directory}: its {MANIFEST} is not that of a prepared dataset; {remedy}")
+    return manifest
 
 
 class PreparedDataset:
@@ -121,18 +136,18 @@ class PreparedDataset:
         """Opens it.
 
         Raises:
-            UserError: there is no prepared dataset.
+            UserError: there is no prepared dataset, or a part of it is missing or damaged.
         """
         self.directory = Path(directory)
-        path = self.directory / MANIFEST
-        if not path.is_file():
-            raise UserError(
-                f"dataset={directory}: there is no prepared dataset there; make one with `python -m data`, whose "
-                f"setting output names the directory"
-            )
-        self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.manifest = read_manifest(self.directory)
         self.seq_len: int = self.manifest["seq_len"]
-        self.train, self.eval = (PackedTable(self.directory / split / "rows.arrow", self.seq_len) for split in SPLITS)
+        try:
+            tables = [PackedTable(self.directory / split / "rows.arrow", self.seq_len) for split in SPLITS]
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"dataset={directory}: it is not whole ({error}); prepare it again") from error
+        self.train, self.eval = tables
+        if not len(self.train):
+            raise UserError(f"dataset={directory}: it holds no rows to train on; prepare more rows")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from rich.table import Table
 from configs import entry
 from configs.errors import UserError
 from data.config import PrepareConfig
-from data.dataset import MANIFEST, ROW_SCHEMA, SPLITS
+from data.dataset import MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, read_manifest
 from data.packing import pack
 from data.schema import IGNORE_INDEX, Conversation, PackedRow, TokenizedConversation
 from data.sources import RawRow, Reject, describe_inputs, read_rows, to_conversation
@@ -55,7 +55,7 @@ def prepare(config: PrepareConfig) -> None:
     """Reads, renders, encodes, splits and packs the rows of `config`, and writes the prepared dataset."""
     config.check()
     output = Path(config.output)
-    refuse_foreign(output)
+    refuse_foreign(output, config.files)
     inputs = describe_inputs(config)
     tokenizer = ChatTokenizer.load(config.tokenizer)
 
@@ -69,6 +69,7 @@ def prepare(config: PrepareConfig) -> None:
     packed = {name: pack_rows(kept, chosen, config) for name, chosen in splits.items()}
 
     manifest = {
+        "kind": MANIFEST_KIND,
         "inputs": inputs,
         "config": asdict(config),
         "tokenizer": {"source": config.tokenizer, "fingerprint": tokenizer.fingerprint},
@@ -181,15 +182,25 @@ def count(packed: list[PackedRow], seq_len: int) -> dict[str, Any]:
 # Writing
 
 
-def refuse_foreign(output: Path) -> None:
-    """Raises `UserError` rather than replace a directory that is not a prepared dataset."""
-    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output={output}: something else is there; choose another directory, or move it away")
+def refuse_foreign(output: Path, files: list[str]) -> None:
+    """Raises `UserError` rather than replace what is not a prepared dataset, or what the rows are read from."""
+    place = output.resolve()
+    if place.is_dir() and any(Path(path).resolve().is_relative_to(place) for path in [str(Path.cwd()), *files]):
+        raise UserError(f"output={output}: it holds the working directory or an input; choose a directory of its own")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        read_manifest(output)
+    except UserError as error:
+        raise UserError(
+            f"output={output}: something else is there, not a prepared dataset; choose another directory"
+        ) from error
 
 
 def write(output: Path, packed: dict[str, list[PackedRow]], rejects: list[Reject], manifest: dict[str, Any]) -> None:
     """Writes everything beside the target, then puts it in the place of what was there."""
-    temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    place = output.resolve()  # where a link points, so that the link stays
+    temporary = place.parent / f".{place.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         for name, rows in packed.items():
@@ -202,11 +213,14 @@ def write(output: Path, packed: dict[str, list[PackedRow]], rejects: list[Reject
         with (temporary / "rejects.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(reject.record(), ensure_ascii=False) + "\n" for reject in rejects)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
+        older = place.parent / f".{place.name}.{os.getpid()}.old"
+        if place.exists():
+            place.rename(older)
+        temporary.rename(place)
+        shutil.rmtree(older, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"output={output}: it can't be written ({error.strerror}); choose a writable place") from error
+        reason = error.strerror or error
+        raise UserError(f"output={output}: it can't be written ({reason}); choose a writable place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,12 @@ def describe_inputs(config: PrepareConfig) -> list[dict[str, Any]]:
 
 def _existing(name: str) -> Path:
     path = Path(name)
+    if path.is_dir():
+        raise UserError(f"files={name}: it is a directory; name the files in it")
     if not path.is_file():
         raise UserError(f"files={name}: there is no such file; check the path, relative to {Path.cwd()}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"files={name}: it can't be read; check its permissions")
     return path
 
 
@@ -99,6 +104,8 @@ def _read_file(name: str) -> Iterator[RawRow | Reject]:
                 raise not_json from error
             for number, value in enumerate(rows):
                 yield RawRow(value, name, "row", number)
+        elif not head:
+            return
         elif head == b"{":
             for number, line in enumerate(file, start=1):
                 if not line.strip(b"\xef\xbb\xbf \t\r\n"):
@@ -144,7 +151,7 @@ def to_conversation(row: RawRow, *, keep_markers: bool) -> Conversation | Reject
             raise _UnusableError("not_an_object", f"expected an object, found {type(row.value).__name__}")
         instruction = _text(row.value, "instruction")
         context = _text(row.value, "input", required=False)
-        reply_field = next((name for name in REPLY_FIELDS if name in row.value), REPLY_FIELDS[0])
+        reply_field = next((name for name in REPLY_FIELDS if row.value.get(name) is not None), REPLY_FIELDS[0])
         reply = _text(row.value, reply_field)
         if not keep_markers:
             for text in (instruction, context, reply):

@@ -30,6 +30,9 @@ SPACE = "▁"
 MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 """The template's own words. They are plain text to the vocabulary, so only a policy keeps them out of contents."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""The files that hold a vocabulary, the preferred first."""
+
 FIRST_PIECE = 259
 """Ids from here on are pieces of text; below are the control tokens and the 256 bytes."""
 
@@ -50,19 +53,15 @@ PROBES: tuple[tuple[str, tuple[int, ...]], ...] = (
 class ChatTokenizer:
     """Renders conversations with the LLaMA-2 chat template and encodes them with the Mixtral vocabulary."""
 
-    def __init__(self, vocabulary: dict[str, int], source: str = "memory"):
-        """Builds the tokenizer from the vocabulary, piece → id.
+    def __init__(self, vocabulary: dict[str, int], named: str = "tokenizer"):
+        """Builds the tokenizer from the vocabulary, piece → id; errors begin with `named`.
 
         Raises:
             UserError: the vocabulary is not Mixtral's, so training would learn the wrong tokens.
         """
-        self.source = source
         self._vocabulary = vocabulary
         if self.fingerprint != FINGERPRINT:
-            raise UserError(
-                f"tokenizer={source}: its vocabulary is not Mixtral's; use the tokenizer of a Mixtral-8x7B model, or "
-                f"tokenizer={EMBEDDED}"
-            )
+            raise UserError(f"{named}: its vocabulary is not Mixtral's; name a Mixtral-8x7B model")
         self._text = _merges_only(vocabulary)
         for text, expected in PROBES:
             found = self._text.encode(text, add_special_tokens=False).ids
@@ -73,17 +72,22 @@ class ChatTokenizer:
                 )
 
     @classmethod
-    def load(cls, source: str = EMBEDDED) -> "ChatTokenizer":
+    def load(
+        cls, source: str = EMBEDDED, *, revision: str | None = None, setting: str = "tokenizer"
+    ) -> "ChatTokenizer":
         """Loads the vocabulary of a model directory, a hub id, or `"embedded"`.
 
         `tokenizer.json` and `tokenizer.model` give the same ids here: only the vocabulary is taken from either, never
         the stored merges and processing, which differ between versions of the same tokenizer.
 
+        `revision` is the commit, tag or branch of a hub id; `setting` names the user's setting in errors.
+
         Raises:
             UserError: nothing usable is there, or the vocabulary is not Mixtral's.
         """
-        path = _locate(source)
-        return cls(_read_json(path) if path.suffix == ".json" else _read_sentencepiece(path), source)
+        named = f"{setting}={source}"
+        path = _locate(source, revision, named)
+        return cls(_read_json(path, named) if path.suffix == ".json" else _read_sentencepiece(path, named), named)
 
     # Text
 
@@ -148,11 +152,6 @@ class ChatTokenizer:
         """The text of generated ids: control tokens left out, surrounding space stripped as in training."""
         return self._text.decode([i for i in ids if i not in (UNK, BOS, EOS)]).strip()
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces."""
-        return len(self._vocabulary)
-
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the pieces in the order of their ids: equal exactly where the ids of every text are equal."""
@@ -206,49 +205,50 @@ def _merges_only(vocabulary: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
-def _locate(source: str) -> Path:
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory brings a tokenizer of its own."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _locate(source: str, revision: str | None, named: str) -> Path:
     """The tokenizer's file for a directory, a hub id or `"embedded"`."""
     if source == EMBEDDED:
         return Path(str(resources.files("mistral_common") / "data" / "tokenizer.model.v1"))
     directory = Path(source)
     if directory.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):
+        for name in TOKENIZER_FILES:
             if (directory / name).is_file():
                 return directory / name
-        raise UserError(
-            f"tokenizer={source}: the directory holds neither tokenizer.json nor tokenizer.model; "
-            f"name a model directory, a hub id, or {EMBEDDED}"
-        )
-    remedy = f"name a model directory, a hub id such as mistralai/Mixtral-8x7B-Instruct-v0.1, or {EMBEDDED}"
+        raise UserError(f"{named}: the directory holds neither {' nor '.join(TOKENIZER_FILES)}; name a model directory")
+    remedy = "name a model directory, or a hub id such as mistralai/Mixtral-8x7B-Instruct-v0.1"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise UserError(f"tokenizer={source}: there is no such directory; {remedy}")
+        raise UserError(f"{named}: there is no such directory; {remedy}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in TOKENIZER_FILES:
         try:
-            return Path(hf_hub_download(source, name))
+            return Path(hf_hub_download(source, name, revision=revision))
         except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the hub was not reached
             break
         except EntryNotFoundError:
             continue
         except OSError:  # what the hub client raises for an unknown or closed repository
             break
-    raise UserError(f"tokenizer={source}: no such directory, and the hub gave no tokenizer of that name; {remedy}")
+    raise UserError(f"{named}: no such directory, and the hub gave no tokenizer of that name; {remedy}")
 
 
-def _read_json(path: Path) -> dict[str, int]:
+def _read_json(path: Path, named: str) -> dict[str, int]:
     """The vocabulary of a `tokenizer.json`."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"tokenizer={path}: it is not a tokenizer.json with a vocabulary ({error}); "
-            f"use the one of a Mixtral-8x7B model, or tokenizer={EMBEDDED}"
+            f"{named}: its {path.name} is not one with a vocabulary ({error}); name a Mixtral-8x7B model"
         ) from error
 
 
-def _read_sentencepiece(path: Path) -> dict[str, int]:
+def _read_sentencepiece(path: Path, named: str) -> dict[str, int]:
     """The vocabulary of a SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -256,9 +256,7 @@ def _read_sentencepiece(path: Path) -> dict[str, int]:
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError lives in a different place in each of its implementations
-        raise UserError(
-            f"tokenizer={path}: it is not a SentencePiece model; use the one of a Mixtral-8x7B model"
-        ) from error
+        raise UserError(f"{named}: its {path.name} is no SentencePiece model; name a Mixtral-8x7B model") from error
     return {piece.piece: place for place, piece in enumerate(model.pieces)}
 
 

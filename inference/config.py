@@ -15,6 +15,8 @@ class InferenceConfig:
     """The adapter directory of a run (`runs/…/adapter`). Unset, the base answers alone."""
     base: str | None = None
     """The base model, a directory or a hub id; unset, the one that the adapter was trained on."""
+    revision: str | None = None
+    """The commit, tag or branch of a hub id; unset, the one that the adapter names."""
     prompt: str = ""
     """What the user says."""
     system: str | None = None
@@ -40,6 +42,9 @@ class InferenceConfig:
             raise UserError(f"task={self.task}: there is no such task; use task=generate")
         if not self.prompt.strip():
             raise UserError('prompt: there is nothing to answer; give for example prompt="Hello, who are you?"')
+        for name, text in (("prompt", self.prompt), ("system", self.system or "")):
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"{name}={text!r}: it is not UTF-8 text; check the terminal's encoding")
         if self.adapter is None and self.base is None:
             raise UserError("adapter: no model is named; give adapter=runs/…/adapter, or base= for a model without one")
         if self.max_new_tokens < 1:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, MixtralForCausalLM
 
 from configs.errors import UserError
-from data.template import EMBEDDED, ChatTokenizer
+from data.template import EMBEDDED, ChatTokenizer, has_tokenizer
 from inference.config import InferenceConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -31,7 +32,7 @@ class Loaded:
 def load(config: InferenceConfig) -> Loaded:
     """Loads the base, folds the adapter into its weights, and puts it on the device.
 
-    Folded in, the adapter costs nothing per token. The base's tokenizer is used where it has one.
+    Folded in, the adapter costs nothing per token; in bfloat16 the sum is rounded once to the base's dtype.
 
     Raises:
         UserError: the adapter directory or the base is not one, or the two do not belong together.
@@ -41,54 +42,75 @@ def load(config: InferenceConfig) -> Loaded:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     adapter = None if config.adapter is None else Path(config.adapter)
-    base = config.base or base_of(adapter)
-    model = load_base(base, config)
+    base, revision, named = base_of(config, adapter)
+    tokenizer = load_tokenizer(base, revision)
+    model = load_base(base, revision, named, config)
     if adapter is not None:
         model = fold(model, adapter)
-    return Loaded(model.eval(), load_tokenizer(base))
+    return Loaded(model.eval(), tokenizer)
 
 
-def base_of(adapter: Path | None) -> str:
-    """The base that an adapter names."""
-    assert adapter is not None
-    base = read_adapter_config(adapter).get("base_model_name_or_path")
+def base_of(config: InferenceConfig, adapter: Path | None) -> tuple[str, str | None, str]:
+    """The base's place and revision, as given or as the adapter names them, and how errors call it."""
+    settings = {} if adapter is None else read_adapter_config(adapter)
+    if config.base is not None:
+        return config.base, config.revision, f"base={config.base}"
+    base = settings.get("base_model_name_or_path")
     if not base:
         raise UserError(f"base: the adapter {adapter} names no base model; give it, as in base=path/to/model")
-    return str(base)
+    return str(base), config.revision or settings.get("revision"), f"base: the adapter names {base}"
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter directory."""
     remedy = "give the directory adapter/ of a training run"
+    if (adapter / "config.json").is_file():
+        raise UserError(f"adapter={adapter}: it is a whole model; give it as base={adapter}, without an adapter")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise UserError(f"adapter={adapter}: it is no adapter directory, {name} is missing; {remedy}")
     try:
-        settings: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
-    except ValueError as error:
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"adapter={adapter}: its adapter_config.json is not JSON ({error}); {remedy}") from error
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"adapter={adapter}: its peft_type is {settings.get('peft_type')}, not LORA; {remedy}")
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise UserError(f"adapter={adapter}: its adapter_config.json is not that of a LoRA adapter; {remedy}")
     return settings
 
 
-def load_base(base: str, config: InferenceConfig) -> MixtralForCausalLM:
+def load_base(base: str, revision: str | None, named: str, config: InferenceConfig) -> MixtralForCausalLM:
     """The Mixtral in a directory or on the hub, in safetensors; on CUDA spread over the GPUs where one is too small."""
     remedy = "give base= with a Mixtral's directory, or a hub id that can be reached"
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch finds no CUDA GPU here; use device=cpu")
+    if (Path(base) / "adapter_config.json").is_file():
+        raise UserError(f"{named}: it is an adapter; give it as adapter={base}")
+    if base.startswith(("/", ".")) and not Path(base).is_dir():
+        raise UserError(f"{named}: there is no such directory; {remedy}")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
     try:
-        architecture = AutoConfig.from_pretrained(base)
+        architecture = AutoConfig.from_pretrained(base, revision=revision)
         if architecture.model_type != "mixtral":
-            raise UserError(f"base={base}: it is a {architecture.model_type} model; {remedy}")
-        return MixtralForCausalLM.from_pretrained(
-            base, dtype=DTYPES[config.dtype], use_safetensors=True, device_map="auto" if on_cuda else None
+            raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
+        model, loading = MixtralForCausalLM.from_pretrained(
+            base,
+            revision=revision,
+            dtype=DTYPES[config.dtype],
+            use_safetensors=True,
+            device_map="auto" if on_cuda else None,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"base={base}: no model can be loaded from there; {remedy}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{named}: no model can be loaded from there ({_first_line(error)}); {remedy}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{named}: its tensor {missing[0]} is missing; {remedy}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def fold(model: MixtralForCausalLM, adapter: Path) -> MixtralForCausalLM:
@@ -98,31 +120,27 @@ def fold(model: MixtralForCausalLM, adapter: Path) -> MixtralForCausalLM:
         UserError: keys or shapes of the adapter are not those that its configuration asks of this base.
     """
     from peft import PeftModel
-    from safetensors import safe_open
 
-    # PEFT 0.21 asks transformers 5.23 by a property's old name.
+    # PEFT 0.21 asks transformers 5.23 for a property by its old name.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
     try:
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
+            found = set(stored.keys())
         adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(
-            f"adapter={adapter}: it does not fit this base ({reason}); give the base it was trained on"
+            f"adapter={adapter}: it does not fit this base, or is damaged ({reason}); give the base it was trained on"
         ) from error
     # PEFT only warns of keys that are missing or left over; an adapter that is half applied answers wrongly.
     expected = {name.replace(".default.", ".") for name, _ in adapted.named_parameters() if ".lora_" in name}
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
-        found = set(stored.keys())
     if odd := sorted(expected ^ found):
         state = "is missing" if odd[0] in expected else "is unknown"
         raise UserError(f"adapter={adapter}: its tensor {odd[0]} {state}; give the adapter as training wrote it")
     return adapted.merge_and_unload()
 
 
-def load_tokenizer(base: str) -> ChatTokenizer:
+def load_tokenizer(base: str, revision: str | None) -> ChatTokenizer:
     """The base's tokenizer, or the embedded Mixtral vocabulary where a local base has none."""
-    directory = Path(base)
-    has_none = directory.is_dir() and not any(
-        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
-    )
-    return ChatTokenizer.load(EMBEDDED if has_none else base)
+    has_none = Path(base).is_dir() and not has_tokenizer(Path(base))
+    return ChatTokenizer.load(EMBEDDED if has_none else base, revision=revision, setting="base")

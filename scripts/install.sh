@@ -33,9 +33,9 @@ install() { # install EXTRA: the packages of pyproject.toml with that extra ("" 
     # What is installed is remembered by the hash of what asks for it. An environment holds absolute paths, so one that
     # was made elsewhere (the checkout was moved) is made anew.
     wanted="$({ cat pyproject.toml constraints.txt && pwd; } | sha256sum | cut -d' ' -f1)"
-    if ! grep -qsx "$wanted:${extra:-run}" .venv/installed; then
+    if ! { grep -qsx "$wanted:${extra:-run}" .venv/installed && .venv/bin/python -c '' 2>/dev/null; }; then
         say "Installing packages into .venv (once; several minutes, and gigabytes where torch comes with CUDA)"
-        if [ "$(cat .venv/made-in 2>/dev/null)" != "$PWD" ]; then
+        if [ "$(cat .venv/made-in 2>/dev/null)" != "$PWD" ] || ! .venv/bin/python -c '' 2>/dev/null; then
             "$python" -m venv --clear .venv || die ".venv can't be made here; is the disk full or read-only?"
             pwd >.venv/made-in
         fi

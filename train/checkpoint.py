@@ -31,7 +31,7 @@ from data.template import ChatTokenizer
 from train import expert_lora
 from train.config import BatchArithmetic, TrainConfig
 from train.engine import Engine, Processes, agree
-from train.metrics import Metrics, console
+from train.metrics import Metrics, console, finite
 
 PACKAGES = (
     "openhermes-mixtral",
@@ -46,56 +46,80 @@ PACKAGES = (
 """Those whose versions the receipt records."""
 
 
-class RunDirectory:
-    """Creates the run directory and writes into it. Only the main process touches the disk."""
+RUN_ENTRIES = {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "model", "receipt.json", "wandb"}
+"""All that a run directory holds; a directory with anything else in it is not replaced."""
 
-    def __init__(self, config: TrainConfig, processes: Processes):
-        """Decides the directory, the same on every process, and writes config.yaml; collective.
+
+class RunDirectory:
+    """The place of a run. Only the main process touches the disk."""
+
+    def __init__(self, config: TrainConfig, dataset: PreparedDataset, batch: BatchArithmetic, processes: Processes):
+        """Decides the directory, the same on every process, and changes nothing yet; collective.
 
         Raises:
-            UserError: the directory holds something already, or can't be written.
+            UserError: it can't be used, or something is there that must not be replaced.
         """
         self.config = config
+        self.dataset = dataset
+        self.batch = batch
         self.processes = processes
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        chosen = agree(config.run_dir or f"runs/{config.name}-{stamp}")  # clocks differ between processes
-        self.path = Path(chosen)
+        self.path = Path(agree(config.run_dir or f"runs/{config.name}-{stamp}"))  # clocks differ between processes
         self._started = datetime.datetime.now(datetime.UTC)
-        problem = agree(self._create() if processes.is_main else None)
-        if problem:
-            raise UserError(problem)
+        if problem := agree(self._problem() if processes.is_main else None):
+            raise UserError(f"run_dir={self.path}: {problem}")
+
+    def _problem(self) -> str | None:
+        """What speaks against the directory, as the rest of a sentence."""
+        place = self.path.resolve()
+        needed = [Path.cwd(), self.dataset.directory, Path(self.config.model.path or ".")]
+        if any(path.resolve().is_relative_to(place) for path in needed):
+            return "it holds the working directory, the dataset or the base; name a directory of its own"
+        if place.exists() and not place.is_dir():
+            return "it is a file; name another directory"
+        there = {path.name for path in place.iterdir()} if place.exists() else set()
+        if there - RUN_ENTRIES:
+            return f"{min(there - RUN_ENTRIES)} is there, which no run writes; name another directory"
+        if there and not self.config.overwrite:
+            return "a run is there already; name another directory, or give overwrite=true to replace it"
+        return None
+
+    def create(self) -> None:
+        """Makes the directory, in the place of an older run where there is one, and writes config.yaml; collective.
+
+        Raises:
+            UserError: it can't be written.
+        """
+        if problem := agree(self._create() if self.processes.is_main else None):
+            raise UserError(f"run_dir={self.path}: {problem}")
 
     def _create(self) -> str | None:
-        """Makes the directory; returns the sentence for the user where that can't be."""
         try:
-            if self.path.exists() and any(self.path.iterdir()):
-                if not (self.config.overwrite and (self.path / "config.yaml").is_file()):
-                    return (
-                        f"run_dir={self.path}: something is there already; name another directory, or give "
-                        f"overwrite=true to replace a run"
-                    )
-                shutil.rmtree(self.path)
+            if self.path.exists():
+                shutil.rmtree(self.path.resolve())
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self.config)))
         except OSError as error:
-            return f"run_dir={self.path}: it can't be written ({error.strerror}); name a writable directory"
+            return f"it can't be written ({error.strerror or error}); name a writable directory"
         return None
 
-    def save_checkpoint(self, engine: Engine, step: int) -> None:
+    def save_checkpoint(self, engine: Engine, metrics: Metrics, step: int) -> None:
         """Writes checkpoints/step-…; collective."""
-        self._save(engine, self.path / "checkpoints" / f"step-{step:06d}" / self._result_name)
+        self._save(engine, metrics, self.path / "checkpoints" / f"step-{step:06d}" / self._result_name)
 
-    def save_result(self, engine: Engine) -> None:
-        """Writes adapter/ (or model/); collective."""
-        self._save(engine, self.path / self._result_name)
+    def save_result(self, engine: Engine, metrics: Metrics) -> None:
+        """Writes adapter/ (or model/) and receipt.json; collective."""
+        target = self.path / self._result_name
+        self._save(engine, metrics, target)
         if self.processes.is_main:
-            console.print(f"Saved {self.path / self._result_name}")
+            shutil.copyfile(target / "receipt.json", self.path / "receipt.json")
+            console.print(f"Saved {target}")
 
     @property
     def _result_name(self) -> str:
         return "model" if self.config.lora.method == "none" else "adapter"
 
-    def _save(self, engine: Engine, target: Path) -> None:
+    def _save(self, engine: Engine, metrics: Metrics, target: Path) -> None:
         everything = self.config.lora.method == "none"
         tensors = engine.collect(lambda _, parameter: everything or parameter.requires_grad)
         if not self.processes.is_main:
@@ -108,30 +132,29 @@ class RunDirectory:
         else:
             write_adapter(temporary, self.config, tensors)
         shutil.copyfile(self.path / "config.yaml", temporary / "train_config.yaml")
+        (temporary / "receipt.json").write_text(json.dumps(finite(self._receipt(metrics)), indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
 
-    def write_receipt(self, dataset: PreparedDataset, batch: BatchArithmetic, metrics: Metrics) -> None:
-        """Writes receipt.json, beside the result and into it, on the main process."""
-        if not self.processes.is_main:
-            return
-        receipt = {
+    def _receipt(self, metrics: Metrics) -> dict[str, Any]:
+        """What was run, on what, from what, and how far it came."""
+        return {
             "started": self._started.isoformat(timespec="seconds"),
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": ["python", "-m", "train", *sys.argv[1:]],
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": sys.orig_argv,
             "commit": _commit(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "hardware": hardware(self.processes),
-            "batch": asdict(batch),
+            "batch": asdict(self.batch),
             "base": {"path": self.config.model.path, "revision": self.config.model.revision},
-            "dataset": {"path": str(dataset.directory), "manifest_sha256": _sha256(dataset.directory / MANIFEST)},
+            "dataset": {
+                "path": str(self.dataset.directory),
+                "manifest_sha256": _sha256(self.dataset.directory / MANIFEST),
+            },
             "evaluation_loss": {str(step): loss for step, loss in metrics.evaluations.items()},
             "steps": metrics.last.step if metrics.last else 0,
             "loss": metrics.last.loss if metrics.last else None,
         }
-        text = json.dumps(receipt, indent=2) + "\n"
-        (self.path / "receipt.json").write_text(text)
-        (self.path / self._result_name / "receipt.json").write_text(text)
 
 
 def write_adapter(directory: Path, config: TrainConfig, tensors: dict[str, torch.Tensor]) -> None:
@@ -145,6 +168,9 @@ def write_adapter(directory: Path, config: TrainConfig, tensors: dict[str, torch
     from peft import LoraConfig as PeftConfig
 
     projections = tuple(config.lora.experts)
+    # A local base is named by its whole path, so that the adapter finds it from any working directory.
+    local = config.model.path is not None and Path(config.model.path).is_dir()
+    base = str(Path(str(config.model.path)).resolve()) if local else config.model.path
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if ".experts." in name:
@@ -154,7 +180,7 @@ def write_adapter(directory: Path, config: TrainConfig, tensors: dict[str, torch
         stored[key] = matrix.contiguous()
     save_file(stored, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     PeftConfig(
-        base_model_name_or_path=config.model.path,
+        base_model_name_or_path=base,
         revision=config.model.revision,
         task_type="CAUSAL_LM",
         inference_mode=True,

@@ -1,13 +1,16 @@
 """What training can be told, the checks across fields, and the batch arithmetic."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 from configs.errors import UserError
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Linear layers of Mixtral's attention."""
 EXPERT_TARGETS = ("gate_up_proj", "down_proj")
+"""The expert parameters: [E, 2I, H] (gate and up in one) and [E, H, I]."""
+VOCABULARY = 32_000
+"""Pieces of the Mixtral vocabulary, in which datasets are prepared."""
 
 
 def _positive(name: str, value: float, example: str) -> None:
@@ -26,6 +29,57 @@ def _choice(name: str, value: str, *choices: str) -> None:
 
 
 @dataclass(kw_only=True, slots=True)
+class ArchitectureConfig:
+    """The sizes of a Mixtral; the defaults are those of Mixtral-8x7B's config.json."""
+
+    vocab_size: int = VOCABULARY
+    """Pieces of the vocabulary."""
+    hidden_size: int = 4096
+    """Width of the residual stream."""
+    intermediate_size: int = 14336
+    """Inner width of each expert."""
+    num_hidden_layers: int = 32
+    """Layers."""
+    num_attention_heads: int = 32
+    """Query heads of a layer."""
+    num_key_value_heads: int = 8
+    """Key and value heads of a layer; they divide the query heads into groups."""
+    num_local_experts: int = 8
+    """Experts of a layer."""
+    num_experts_per_tok: int = 2
+    """Experts that the router chooses for a token."""
+    max_position_embeddings: int = 32768
+    """Longest conversation, in tokens."""
+    rope_theta: float = 1_000_000.0
+    """Base of the rotary embedding's wavelengths."""
+    initializer_range: float = 0.02
+    """Standard deviation of random weights."""
+
+    def check(self) -> None:
+        for item in fields(self):
+            _positive(f"model.architecture.{item.name}", getattr(self, item.name), f"{item.name}={item.default}")
+        for name, divisor in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, name) % getattr(self, divisor):
+                raise UserError(
+                    f"model.architecture.{name}={getattr(self, name)}: it is no multiple of {divisor} "
+                    f"{getattr(self, divisor)}; change one of the two"
+                )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise UserError(
+                f"model.architecture.num_experts_per_tok={self.num_experts_per_tok}: there are only "
+                f"{self.num_local_experts} experts; give at most as many"
+            )
+        if self.vocab_size < VOCABULARY:
+            raise UserError(
+                f"model.architecture.vocab_size={self.vocab_size}: prepared rows hold ids up to {VOCABULARY - 1}; "
+                f"give {VOCABULARY}"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """The base model: weights at `path`, or random ones of the given architecture."""
 
@@ -33,8 +87,8 @@ class ModelConfig:
     """A model directory or a hub id. Unset, the base starts random from `architecture`."""
     revision: str | None = None
     """The commit, tag or branch of a hub id."""
-    architecture: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' `MixtralConfig`. With `path` set, only `dry_run` uses them, which reads no weights."""
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    """The sizes of a random base. Where `path` names weights, theirs count."""
     dtype: str = "bfloat16"
     """`bfloat16` or `float32`: weights, activations and gradients. ZeRO keeps float32 masters either way."""
     attention: str = "sdpa"
@@ -42,8 +96,9 @@ class ModelConfig:
 
     def check(self) -> None:
         _choice("model.dtype", self.dtype, "bfloat16", "float32")
-        if self.path is None and not self.architecture:
-            raise UserError("model.path: no base model; choose model=mixtral_8x7b or model=nano, or name a directory")
+        _choice("model.attention", self.attention, "sdpa", "eager", "flash_attention_2")
+        if self.path is None:
+            self.architecture.check()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,11 +271,17 @@ class TrainConfig:
     dry_run: bool = False
     """Plans the run on the meta device, prints parameters, batch and DeepSpeed config, and trains nothing."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The base."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """What trains."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer and its schedule."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """How the work is divided."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What is told."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """What it runs on."""
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
@@ -230,6 +291,16 @@ class TrainConfig:
             _not_negative(name, getattr(self, name))
         for section in (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware):
             section.check()
+        if self.model.attention == "flash_attention_2" and self.micro_batch > 1:
+            # transformers 5.23 reads packed positions for this implementation in batches of one row only.
+            raise UserError(
+                f"micro_batch={self.micro_batch}: with model.attention=flash_attention_2 packed conversations stay "
+                f"apart in micro-batches of one row only; give micro_batch=1"
+            )
+        if self.lora.method == "lora" and self.model.path is None and not self.dry_run:
+            raise UserError(
+                "model.path: adapters need a base with weights; name a directory or a hub id, or use lora=none"
+            )
 
     def batch(self, processes: int) -> BatchArithmetic:
         """The batch arithmetic for a number of processes.

@@ -42,7 +42,9 @@ def start(config: HardwareConfig) -> Processes:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("hardware.device=cuda: torch finds no CUDA GPU here; use hardware.device=cpu")
-    on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    on_cuda = _on_cuda(config)
+    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+        raise UserError("LOCAL_RANK: the launcher set RANK without it; launch with deepspeed or torchrun, or set it")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
@@ -61,6 +63,10 @@ def start(config: HardwareConfig) -> Processes:
         deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _on_cuda(config: HardwareConfig) -> bool:
+    return config.device != "cpu" and torch.cuda.is_available()
 
 
 def _free_port() -> str:
@@ -104,8 +110,8 @@ def settings(config: TrainConfig, batch: BatchArithmetic) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.deepspeed.stage}
     if config.deepspeed.stage > 0:
         size = config.deepspeed.bucket_size
-        # Overlapping needs streams, which only CUDA has; contiguous gradients would copy every adapter's once more.
-        zero |= {"reduce_bucket_size": size, "contiguous_gradients": False, "overlap_comm": False}
+        # Overlapping needs streams, which only CUDA has.
+        zero |= {"reduce_bucket_size": size, "overlap_comm": _on_cuda(config.hardware)}
     if config.deepspeed.stage == 3:
         # The MoE block is gathered as one leaf by DeepSpeed's default list: naming leaves here would replace that list.
         zero |= {
@@ -114,8 +120,12 @@ def settings(config: TrainConfig, batch: BatchArithmetic) -> dict[str, Any]:
         }
     for name in ("offload_optimizer", "offload_param"):
         if getattr(config.deepspeed, name) != "none":
-            zero[name] = {"device": getattr(config.deepspeed, name), "pin_memory": torch.cuda.is_available()}
-    return {
+            zero[name] = {"device": getattr(config.deepspeed, name), "pin_memory": _on_cuda(config.hardware)}
+    accumulation: dict[str, Any] = {}
+    if config.deepspeed.stage > 1:
+        # Sums of many micro-batches' gradients lose bits in bfloat16; only the shards of what trains pay for this.
+        accumulation = {"data_types": {"grad_accum_dtype": "fp32"}}
+    return accumulation | {
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
         "train_batch_size": batch.rows,
@@ -132,7 +142,7 @@ def settings(config: TrainConfig, batch: BatchArithmetic) -> dict[str, Any]:
 def partitioned_loading(config: TrainConfig, batch: BatchArithmetic) -> Iterator[None]:
     """Within it, transformers loads pretrained weights straight into ZeRO-3's shards, where the run has any.
 
-    No process ever holds the whole model; process 0 reads the files and the others receive their parts.
+    Process 0 reads the files, into CPU memory, and the others receive their parts; no GPU ever holds the whole model.
     """
     if config.deepspeed.stage != 3 or config.model.path is None:
         yield
@@ -189,11 +199,12 @@ class Engine:
         import deepspeed
 
         self.processes = processes
+        self._plain = config.model.dtype == "float32" and config.deepspeed.stage == 0
         guarded = config.model.dtype == "float32" and config.deepspeed.stage < 3
         adamw = GuardedAdamW if guarded else torch.optim.AdamW
         self._adamw = adamw(
             _parameter_groups(model, config.optim.weight_decay),
-            lr=config.optim.lr,
+            lr=0.0,  # each step sets it; until then DeepSpeed's stage 0 takes a step of its own to allocate the moments
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
             fused=True,
@@ -201,6 +212,8 @@ class Engine:
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=settings(config, batch), dist_init_required=False
         )
+        if config.deepspeed.stage == 0:
+            self._adamw.state.clear()  # that step counted, and would spoil the bias correction of the real ones
         self.module: MixtralWithLoss = self._engine.module
 
     @property
@@ -243,8 +256,12 @@ class Engine:
         assert self._engine.is_gradient_accumulation_boundary()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        norm: torch.Tensor | float | None = None
+        if self._plain:  # here DeepSpeed clips without telling the norm
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
         refused = isinstance(self._adamw, GuardedAdamW) and self._adamw.refused
         applied = self._engine.was_step_applied() and not refused
         return Update(float(norm if norm is not None else float("nan")), applied)

@@ -1,4 +1,4 @@
-"""Expert-aware LoRA: low-rank factors for every expert, computed split, in PEFT's file format in and out.
+"""Expert-aware LoRA: low-rank factors for every expert, computed split, saved in PEFT's file format.
 
 For each expert e and each of its two projections W_e, the forward is
 
@@ -18,11 +18,10 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from train.config import EXPERT_TARGETS
+
 IMPLEMENTATION = "split_lora"
 """The name under which transformers' experts interface knows this forward."""
-
-PROJECTIONS = ("gate_up_proj", "down_proj")
-"""The expert parameters that can be targeted: [E, 2I, H] (gate and up in one) and [E, H, I]."""
 
 
 # Forward
@@ -94,9 +93,9 @@ def attach(model: nn.Module, *, lora_rank: int, alpha: float, projections: tuple
     A starts uniform in ±1/√in as PEFT's does, B at zero, so the adapted model starts equal to the base. The factors
     take the dtype and device of the experts' weights: mixed dtypes fail under ZeRO-3, which keeps float32 masters.
     """
-    unknown = set(projections) - set(PROJECTIONS)
+    unknown = set(projections) - set(EXPERT_TARGETS)
     if unknown:
-        raise ValueError(f"there is no expert projection {sorted(unknown)[0]}; choose from {', '.join(PROJECTIONS)}")
+        raise ValueError(f"there is no expert projection {sorted(unknown)[0]}; choose from {', '.join(EXPERT_TARGETS)}")
     for experts in expert_modules(model).values():
         experts.lora_scaling = alpha / lora_rank
         sizes = {
@@ -134,10 +133,3 @@ def to_peft(name: str, factor: torch.Tensor, projections: tuple[str, ...]) -> tu
     key = f"base_model.model.{module}{wrapper}.lora_{letter}.weight"
     matrix = factor.flatten(0, 1) if letter == "A" else factor.permute(1, 2, 0).flatten(1)
     return key, matrix.contiguous()
-
-
-def from_peft(matrix: torch.Tensor, letter: str, experts: int) -> torch.Tensor:
-    """The factor of all experts, [E, r, in] for A and [E, out, r] for B, from PEFT's matrix."""
-    if letter == "A":
-        return matrix.unflatten(0, (experts, -1)).contiguous()
-    return matrix.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()

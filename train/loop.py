@@ -51,8 +51,8 @@ def train(
             if number == steps or (config.eval_every and number % config.eval_every == 0):
                 metrics.evaluated(number, evaluate(engine, dataset.eval, batch))
             if config.save_every and number % config.save_every == 0:
-                run.save_checkpoint(engine, number)
-    run.save_result(engine)
+                run.save_checkpoint(engine, metrics, number)
+    run.save_result(engine, metrics)
 
 
 def step(engine: Engine, micro_batches: list[Batch], lr: float, router_aux_loss: float) -> StepResult:

@@ -49,12 +49,14 @@ class Metrics:
         self._wandb = _wandb(directory, config, settings) if is_main and config.wandb != "off" else None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._steps = 0
         self.evaluations: dict[int, float] = {}
         self.last: StepRecord | None = None
 
     @contextlib.contextmanager
     def progress(self, steps: int) -> Iterator[None]:
-        """Shows a progress bar while the body runs, where one is wanted."""
+        """Shows a progress bar for that many steps while the body runs, where one is wanted."""
+        self._steps = steps
         if not (self._is_main and self._config.progress):
             yield
             return
@@ -83,7 +85,7 @@ class Metrics:
         if self._progress is not None and self._task is not None:
             status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
             self._progress.update(self._task, completed=record.step, status=status)
-        if record.step % self._config.every and record.applied:
+        if record.step % self._config.every and record.applied and record.step != self._steps:
             return
         self._write(
             {
@@ -118,12 +120,15 @@ class Metrics:
 
     def _write(self, values: dict[str, Any]) -> None:
         assert self._file is not None
-        # JSON knows no NaN: a value that is not finite is written as its name
-        plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(plain) + "\n")
+        self._file.write(json.dumps(finite(values)) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values fit for JSON, which knows no NaN: a number that is not finite becomes its name."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def memory_gib() -> float:

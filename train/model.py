@@ -2,8 +2,11 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
@@ -40,10 +43,9 @@ def build(config: TrainConfig) -> MixtralForCausalLM:
 
 def base(config: ModelConfig) -> MixtralForCausalLM:
     """A random Mixtral of the configured architecture."""
-    try:
-        architecture = MixtralConfig(**config.architecture)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.architecture: it is no MixtralConfig ({error}); compare configs/model/") from error
+    sizes = asdict(config.architecture)
+    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    architecture = MixtralConfig(**sizes, rope_parameters=rope, sliding_window=None, bos_token_id=1, eos_token_id=2)
     architecture._attn_implementation = config.attention
     return MixtralForCausalLM._from_config(architecture, dtype=DTYPES[config.dtype])
 
@@ -53,30 +55,37 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     from transformers.utils import logging
 
     assert config.path is not None
+    named = f"model.path={config.path}"
+    remedy = "name a Mixtral's directory with config.json and safetensors, or a hub id that can be reached"
+    if config.path.startswith(("/", ".")) and not Path(config.path).is_dir():
+        raise UserError(f"{named}: there is no such directory; {remedy}")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
         if architecture.model_type != "mixtral":
-            raise UserError(
-                f"model.path={config.path}: it is a {architecture.model_type} model; name a Mixtral, such as "
-                f"mistralai/Mixtral-8x7B-Instruct-v0.1"
-            )
-        return MixtralForCausalLM.from_pretrained(
+            raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
+        model, loading = MixtralForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
             dtype=DTYPES[config.dtype],
             attn_implementation=config.attention,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except ImportError as error:
         raise UserError(
-            f"model.path={config.path}: no model can be loaded from there ({reason}); name a directory with "
-            f"config.json and safetensors, or a hub id that can be reached"
+            f"model.attention={config.attention}: the package for it is not installed; install flash-attn, or use sdpa"
         ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"{named}: no model can be loaded from there ({reason}); {remedy}") from error
+    # transformers fills what a checkpoint lacks with random numbers and goes on.
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{named}: its tensor {missing[0]} is missing; {remedy}")
+    return model
 
 
 def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:

@@ -3,27 +3,30 @@
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers import AutoConfig, MixtralForCausalLM
 
+from configs.errors import UserError
 from train import model
-from train.config import TrainConfig
+from train.config import ModelConfig, TrainConfig
 from train.engine import settings
 
 
 def show_plan(config: TrainConfig) -> None:
     """Builds the model with its adapters on the meta device, where tensors have shapes and no numbers, and prints.
 
-    The architecture is `model.architecture`, also where `model.path` names weights: a plan reads no files. The number
-    of processes is that of the launch, or `hardware.processes` where there is one.
+    The architecture is that of `model.path` where it is a directory, else `model.architecture`: no hub is asked. The
+    number of processes is that of the launch, or `hardware.processes` where there is one.
     """
     processes = int(os.environ.get("WORLD_SIZE", config.hardware.processes))
     if os.environ.get("RANK", "0") != "0":
         return
     batch = config.batch(processes)
     with torch.device("meta"):
-        planned = model.base(config.model)
+        planned = _planned_base(config.model)
         total = sum(parameter.numel() for parameter in planned.parameters())
         if config.lora.method != "none":
             model.add_adapters(planned, config.lora)
@@ -39,3 +42,13 @@ def show_plan(config: TrainConfig) -> None:
         console.print(f"  {name:<18} {number:,}")
     console.print(f"batch                {batch}")
     console.print("DeepSpeed            " + json.dumps(settings(config, batch), indent=2))
+
+
+def _planned_base(config: ModelConfig) -> MixtralForCausalLM:
+    if config.path is None or not Path(config.path).is_dir():
+        return model.base(config)
+    try:
+        architecture = AutoConfig.from_pretrained(config.path)
+        return MixtralForCausalLM._from_config(architecture, dtype=model.DTYPES[config.dtype])
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"model.path={config.path}: it is no Mixtral's directory; name one with config.json") from error

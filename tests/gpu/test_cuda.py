@@ -11,6 +11,7 @@ import torch
 
 from tests.unit.train.test_expert_lora import forward_and_gradients, make_experts, reference
 from train import expert_lora
+from train.config import EXPERT_TARGETS
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_split_forward_on_cuda_equals_the_reference(lora_rank: int) -> None:
     torch.manual_seed(0)
     sizes = {"experts": 8, "hidden": 64, "intermediate": 96, "lora_rank": lora_rank}
-    experts = make_experts(**sizes, dtype=torch.bfloat16, targets=expert_lora.PROJECTIONS)
+    experts = make_experts(**sizes, dtype=torch.bfloat16, targets=EXPERT_TARGETS)
     x = torch.randn(64, 64, dtype=torch.bfloat16)
     index = torch.stack([torch.randperm(7)[:2] for _ in range(64)])  # the last expert gets no token
     weights = torch.rand(64, 2, dtype=torch.bfloat16)

@@ -50,7 +50,6 @@ def test_batch_by_hand(table: PackedTable) -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
     assert batch.targets.tolist() == [[10, 11, X, 12, X, X], [X, 21, 22, 23, 2, X]]
     assert batch.is_token.tolist() == [[True] * 5 + [False], [True] * 6]
-    assert batch.rows == [7, 3, 5]
     assert (batch.tokens, batch.supervised_tokens) == (11, 7)
     assert {batch.ids.dtype, batch.positions.dtype, batch.targets.dtype} == {torch.int64}
     assert batch.is_token.dtype == torch.bool
@@ -63,7 +62,6 @@ def test_blank_row_holds_nothing(table: PackedTable) -> None:
     assert batch.positions.tolist() == [[0] * SEQ_LEN, [0, 1, 0, 0, 0, 0]]
     assert batch.targets.tolist() == [[X] * SEQ_LEN, [30, *[X] * 5]]
     assert batch.is_token.tolist() == [[False] * SEQ_LEN, [True] * 2 + [False] * 4]
-    assert batch.rows == [0]
 
 
 def test_nothing_predicts_across_a_boundary(table: PackedTable) -> None:
@@ -78,7 +76,7 @@ def test_nothing_predicts_across_a_boundary(table: PackedTable) -> None:
 
 def same(a: Batch, b: Batch) -> bool:
     tensors = ("ids", "positions", "targets", "is_token")
-    return a.rows == b.rows and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -17,9 +17,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from train import expert_lora, model
 from train.checkpoint import write_adapter
-from train.config import LoraConfig, ModelConfig, TrainConfig
+from train.config import EXPERT_TARGETS, ArchitectureConfig, LoraConfig, ModelConfig, TrainConfig
 
-PROJECTIONS = expert_lora.PROJECTIONS
+PROJECTIONS = EXPERT_TARGETS
 
 
 def make_experts(
@@ -144,16 +144,15 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 
 
 def nano_config(**lora: object) -> TrainConfig:
-    architecture = {
-        "vocab_size": 500,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    }
+    architecture = ArchitectureConfig(
+        vocab_size=500,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
     return TrainConfig(
         model=ModelConfig(architecture=architecture, dtype="float32"),
         lora=LoraConfig(rank=4, alpha=8, **lora),  # type: ignore[arg-type]
@@ -237,13 +236,26 @@ def test_keys_and_shapes_are_those_that_stock_peft_writes(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-@given(experts=st.integers(1, 5), lora_rank=st.integers(1, 4), size=st.integers(1, 6))
-def test_peft_format_and_back(experts: int, lora_rank: int, size: int) -> None:
-    for letter, shape in (("A", (experts, lora_rank, size)), ("B", (experts, size, lora_rank))):
-        factor = torch.randn(shape)
-        name = f"model.layers.0.mlp.experts.down_proj_lora_{letter}"
-        _, matrix = expert_lora.to_peft(name, factor, PROJECTIONS)
-        assert torch.equal(expert_lora.from_peft(matrix, letter, experts), factor)
+def test_gradients_are_those_of_stock_peft(tmp_path: Path) -> None:
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    write_adapter(tmp_path, config, {name: factor.detach() for name, factor in model.trainable(adapted)})
+    stock = PeftModel.from_pretrained(base, str(tmp_path), autocast_adapter_dtype=False, is_trainable=True)
+    ids = torch.randint(3, 500, (2, 25), generator=torch.Generator().manual_seed(1))
+    for trained in (adapted, stock):
+        trained(input_ids=ids, labels=ids).loss.backward()
+
+    theirs = {n.replace(".default.", "."): p.grad for n, p in stock.named_parameters() if p.requires_grad}
+    seen = set()
+    for name, factor in model.trainable(adapted):
+        assert factor.grad is not None
+        if ".experts." in name:
+            key, gradient = expert_lora.to_peft(name, factor.grad, PROJECTIONS)
+        else:
+            key, gradient = f"base_model.model.{name.replace('.default.', '.')}", factor.grad
+        torch.testing.assert_close(gradient, theirs[key], rtol=1e-9, atol=1e-11)
+        seen.add(key)
+    assert seen == theirs.keys()
 
 
 def test_an_unknown_projection_is_refused() -> None:

@@ -7,24 +7,22 @@ from torch.nn import functional as F
 from data.dataset import Batch
 from data.schema import IGNORE_INDEX
 from train import model
-from train.config import ModelConfig, TrainConfig
+from train.config import ArchitectureConfig, ModelConfig, TrainConfig
 from train.loss import MixtralWithLoss
 
 LENGTHS = [70, 37, 21]
 
 
 def nano(dtype: str) -> model.MixtralForCausalLM:
-    architecture = {
-        "vocab_size": 400,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "initializer_range": 0.1,
-    }
+    architecture = ArchitectureConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
     config = TrainConfig(model=ModelConfig(architecture=architecture, dtype=dtype))
     built = model.build(config)
     for _, factor in model.trainable(built):
@@ -43,7 +41,7 @@ def packed(ids: torch.Tensor) -> Batch:
     labels[:, sum(LENGTHS) :] = IGNORE_INDEX
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     is_token = torch.arange(padded.shape[1])[None] < sum(LENGTHS)
-    return Batch(ids=padded, positions=positions, targets=targets, is_token=is_token, rows=[])
+    return Batch(ids=padded, positions=positions, targets=targets, is_token=is_token)
 
 
 def losses(module: MixtralWithLoss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +123,6 @@ def test_a_blank_micro_batch_has_loss_zero_and_finite_gradients() -> None:
         positions=torch.zeros(1, 16, dtype=torch.long),
         targets=torch.full((1, 16), IGNORE_INDEX),
         is_token=torch.zeros(1, 16, dtype=torch.bool),
-        rows=[],
     )
     cross_entropy, balance = losses(MixtralWithLoss(causal_lm, with_router_loss=True), blank)
     assert cross_entropy == 0
