@@ -73,8 +73,9 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
         settings = json.loads((adapter / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"adapter={adapter}: its adapter_config.json is not JSON ({error}); {remedy}") from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise UserError(f"adapter={adapter}: its adapter_config.json is not that of a LoRA adapter; {remedy}")
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA":
+        raise UserError(f"adapter={adapter}: its adapter_config.json says peft_type {kind}, not LORA; {remedy}")
     return settings
 
 

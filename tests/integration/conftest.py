@@ -18,7 +18,9 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 
 def run(*command: str, expect: int = 0, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """Runs a command in the checkout and fails with its output where the exit code is not the expected one."""
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    for secret in ("WANDB_API_KEY", "WANDB_MODE"):
+        env.pop(secret, None)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == expect, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
@@ -78,6 +80,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
         f"dataset={made.sample}",
         f"model.path={made.base_run}/model",
         f"run_dir={made.run}",
-        "logging.wandb=offline",
+        "logging=default",  # a progress bar, and wandb as it is for a user who is not logged in
     )
     return made

@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from data.dataset import MANIFEST, PAD_ID, ROW_SCHEMA, SPLITS, Batch, PackedTable, PreparedDataset, Schedule, share
+from data.dataset import (
+    MANIFEST,
+    MANIFEST_KIND,
+    PAD_ID,
+    ROW_SCHEMA,
+    SPLITS,
+    Batch,
+    PackedTable,
+    PreparedDataset,
+    Schedule,
+    share,
+)
 from data.schema import IGNORE_INDEX, PackedRow
 
 X = IGNORE_INDEX
@@ -157,7 +168,7 @@ def test_order_differs_between_epochs_and_seeds() -> None:
 
 
 def test_prepared_dataset_opens_its_splits(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text(json.dumps({"seq_len": SEQ_LEN}))
+    (tmp_path / MANIFEST).write_text(json.dumps({"kind": MANIFEST_KIND, "seq_len": SEQ_LEN}))
     for split, rows in zip(SPLITS, (ROWS, []), strict=True):
         write(tmp_path / split / "rows.arrow", rows)
     dataset = PreparedDataset(tmp_path)
@@ -173,3 +184,12 @@ def test_directory_without_manifest_is_refused(tmp_path: Path, exists: bool) -> 
         directory.mkdir()
     with pytest.raises(UserError, match=f"^dataset={directory}: there is no prepared dataset there; make one"):
         PreparedDataset(directory)
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", "{", '{"manifest_version": 3}', json.dumps({"kind": MANIFEST_KIND, "seq_len": SEQ_LEN})]
+)
+def test_what_is_not_whole_is_refused(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / MANIFEST).write_text(manifest)
+    with pytest.raises(UserError, match=f"dataset={tmp_path}: "):
+        PreparedDataset(tmp_path)

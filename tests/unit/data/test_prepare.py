@@ -292,3 +292,39 @@ def test_shipped_sample_prepares_whole(
     assert question["instruction"] == "Hello, who are you?"
     general = (project_root / "data/sample/general.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(general) in {n for row in arrow(out, "train") for n in row["rows"]}
+
+
+@pytest.mark.parametrize("foreign", ['{"manifest_version": 3}', "{", "[]"])
+def test_a_manifest_of_something_else_is_no_licence_to_replace(
+    run_program: Callable[..., Any], files: list[Path], tmp_path: Path, foreign: str
+) -> None:
+    out = tmp_path / "extension"
+    out.mkdir()
+    (out / "manifest.json").write_text(foreign)
+    (out / "thesis.txt").write_text("years of work")
+    outcome = run_program("data", f"files=[{files[0]}]", "output=extension")
+    assert outcome.exit_code == 2
+    assert "output=extension: something else is there" in outcome.stderr
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_neither_the_working_directory_nor_an_input_is_replaced(
+    run_program: Callable[..., Any], files: list[Path], tmp_path: Path
+) -> None:
+    assert run_program("data", f"files=[{files[0]}]", "output=out").exit_code == 0
+    (tmp_path / "out" / "rows.json").write_bytes(files[0].read_bytes())
+    for output, rows in ((".", files[0]), ("out", tmp_path / "out" / "rows.json")):
+        outcome = run_program("data", f"files=[{rows}]", f"output={output}")
+        assert outcome.exit_code == 2
+        assert f"output={output}: it holds the working directory or an input" in outcome.stderr
+    assert files[0].is_file()
+
+
+def test_a_link_stays_a_link(run_program: Callable[..., Any], files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        assert run_program("data", f"files=[{files[0]}]", "output=out").exit_code == 0
+        assert (tmp_path / "out").is_symlink()
+        assert tree(tmp_path / "disk") == WHOLE
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()

@@ -106,7 +106,7 @@ def test_bottomless_nesting_is_no_fault_of_ours(tmp_path: Path, name: str, depth
         assert isinstance(found, Reject)
 
 
-@pytest.mark.parametrize("content", [b"", b"  \n", b"name,age\n1,2\n", b"PK\x03\x04", b'[{"instruction": ', b"[\xff]"])
+@pytest.mark.parametrize("content", [b"name,age\n1,2\n", b"PK\x03\x04", b'[{"instruction": ', b"[\xff]"])
 def test_file_that_is_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.json"
     with pytest.raises(UserError, match=f"files={path}: it is not JSON"):
@@ -122,8 +122,13 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_directory_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="it is a directory"):
         list(read_rows(PrepareConfig(files=[str(tmp_path)])))
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n"])
+def test_empty_file_holds_no_rows(tmp_path: Path, content: bytes) -> None:
+    assert read(tmp_path / "rows.json", content) == []
 
 
 def test_files_are_read_in_the_order_named(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""What a run tells, and where."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from train.config import LoggingConfig
+from train.metrics import Metrics, StepRecord
+
+
+def record(step: int, *, loss: float = 2.0, applied: bool = True) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=loss,
+        learning_rate=1e-3,
+        gradient_norm=0.5,
+        applied=applied,
+        router_balance=2.0,
+        tokens=100,
+        supervised_tokens=60,
+        seconds=0.5,
+    )
+
+
+def lines(directory: Path) -> list[dict[str, object]]:
+    return [
+        json.loads(line, parse_constant=pytest.fail) for line in (directory / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LoggingConfig(every=3, wandb="off", progress=False), {}, is_main=True)
+    with metrics.progress(7):
+        for step in range(1, 8):
+            metrics.stepped(record(step, loss=float("nan") if step == 5 else 2.0, applied=step != 5))
+    metrics.close()
+    written = lines(tmp_path)
+    assert [line["step"] for line in written] == [3, 5, 6, 7]
+    assert written[1]["loss"] == "nan"
+    assert written[0]["tokens_per_second"] == 200
+
+
+def test_the_progress_bar_shows_steps_loss_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off"), {}, is_main=True)
+    with metrics.progress(2):
+        metrics.stepped(record(1))
+        metrics.stepped(record(2))
+    metrics.evaluated(2, 1.25)
+    metrics.close()
+    told = capsys.readouterr().err
+    assert "2/2 steps" in told
+    assert "loss 2.000  200 tokens/s" in told
+    assert "step 2: evaluation loss 1.2500" in told
+
+
+def test_other_processes_tell_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(tmp_path, LoggingConfig(), {}, is_main=False)
+    with metrics.progress(1):
+        metrics.stepped(record(1))
+        metrics.evaluated(1, 1.0)
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_an_empty_held_out_split_is_not_an_evaluation(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
+    metrics.evaluated(0, None)
+    metrics.close()
+    assert lines(tmp_path) == []

@@ -1,0 +1,70 @@
+"""Which bases are taken: whole ones, of the right kind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.errors import UserError
+from tests.unit.train.test_expert_lora import nano_config
+from train import model
+from train.config import ArchitectureConfig, ModelConfig, TrainConfig
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    model.base(nano_config().model).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(base: Path) -> None:
+    model.pretrained(ModelConfig(path=str(base), dtype="float32"))
+
+
+def test_a_whole_base_loads(base: Path) -> None:
+    load(base)
+
+
+def test_a_base_that_lacks_a_tensor_is_refused_by_its_name(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight is missing"):
+        load(base)
+
+
+def test_a_damaged_file_is_refused(base: Path) -> None:
+    content = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=f"model.path={base}: no model can be loaded"):
+        load(base)
+
+
+def test_another_kind_of_model_is_refused(base: Path) -> None:
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    with pytest.raises(UserError, match="it is a llama model"):
+        load(base)
+
+
+def test_the_defaults_are_mixtral_8x7b() -> None:
+    with torch.device("meta"):
+        full = model.base(ModelConfig())
+    assert sum(parameter.numel() for parameter in full.parameters()) == 46_702_792_704
+
+
+@pytest.mark.parametrize(
+    ("sizes", "field"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads=32"),
+        ({"hidden_size": 100}, "hidden_size=100"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
+        ({"vocab_size": 1000}, "vocab_size=1000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes: dict[str, int], field: str) -> None:
+    with pytest.raises(UserError, match=f"model.architecture.{field}"):
+        TrainConfig(model=ModelConfig(architecture=ArchitectureConfig(**sizes))).check()
