@@ -5,13 +5,24 @@ from dataclasses import dataclass, field
 from configs.errors import UserError
 from data.template import EMBEDDED
 
+AUTO = "auto"
+"""The schema is found by looking at the rows."""
+SCHEMAS = ("instruction", "sharegpt", "messages")
+
 
 @dataclass(kw_only=True, slots=True)
 class PrepareConfig:
     """Settings of `python -m data`. One docstring per field."""
 
     files: list[str] = field(default_factory=list)
-    """Local files of rows: a JSON array, or JSON Lines. Relative paths start at the working directory."""
+    """Local files of rows: a JSON array, JSON Lines or Parquet, each also as .gz or .zst; patterns such as
+    `rows/*.jsonl` stand for the files that match, in the order of their names. Relative paths start at the working
+    directory."""
+    schema: str = AUTO
+    """`instruction` (instruction, input, output), `sharegpt` (conversations: from, value), `messages` (messages: role,
+    content), or `auto`: the one whose field the first rows of a source have."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where a field of the schema has another name in the rows: `columns={output: answer}`."""
     dataset: str | None = None
     """A hub dataset id, read with the library `datasets`; used where `files` is empty."""
     revision: str | None = None
@@ -39,6 +50,9 @@ class PrepareConfig:
             raise UserError("files: nothing to prepare; name files, as in files=[rows.jsonl], or a dataset on the hub")
         if self.files and self.dataset:
             raise UserError(f"dataset={self.dataset}: files are named too; keep one of the two")
+        if self.schema not in (AUTO, *SCHEMAS):
+            choices = ", ".join((AUTO, *SCHEMAS))
+            raise UserError(f"schema={self.schema}: there is no such schema; choose one of {choices}")
         if self.seq_len < 16:
             raise UserError(f"seq_len={self.seq_len}: a row needs at least 16 tokens; give for example seq_len=2048")
         if not 0 <= self.eval_fraction < 1:

@@ -22,11 +22,12 @@ from rich.table import Table
 
 from configs import entry
 from configs.errors import UserError
-from data.config import PrepareConfig
+from data.config import AUTO, PrepareConfig
+from data.conversion import detect_schema, to_conversation
 from data.dataset import MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, read_manifest
 from data.packing import pack
 from data.schema import IGNORE_INDEX, Conversation, PackedRow, TokenizedConversation
-from data.sources import RawRow, Reject, describe_inputs, read_rows, to_conversation
+from data.sources import RawRow, Reject, Source, find_sources
 from data.template import ChatTokenizer
 
 ENCODE_BATCH = 1000
@@ -44,95 +45,133 @@ def main() -> None:
 
 
 @dataclass(slots=True)
-class Kept:
-    """The conversations that passed every stage, side by side with the numbers of the rows they came from."""
+class Encoded:
+    """What the first stages made of the rows."""
 
     rows: list[int] = field(default_factory=list)
+    """The numbers of the rows that were kept, counted over all sources from 0."""
     tokenized: list[TokenizedConversation] = field(default_factory=list)
+    """Their conversations, side by side with `rows`."""
+    rejects: list[tuple[int, Reject]] = field(default_factory=list)
+    """The other rows, by number."""
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    """What the manifest says of each source."""
+
+    @property
+    def rows_in(self) -> int:
+        """Rows read."""
+        return len(self.rows) + len(self.rejects)
 
 
 def prepare(config: PrepareConfig) -> None:
     """Reads, renders, encodes, splits and packs the rows of `config`, and writes the prepared dataset."""
     config.check()
     output = Path(config.output)
-    refuse_foreign(output, config.files)
-    inputs = describe_inputs(config)
+    sources = find_sources(config)
+    refuse_foreign(output, [source.name for source in sources])
     tokenizer = ChatTokenizer.load(config.tokenizer)
 
-    kept, rejects, rows_in = encode_rows(config, tokenizer)
-    refuse_too_many(rejects, rows_in, config.max_reject_fraction)
-    held_out = choose_eval(len(kept.rows), config.eval_fraction, config.seed)
+    encoded = encode_rows(sources, config, tokenizer)
+    refuse_too_many(encoded, config.max_reject_fraction)
+    held_out = choose_eval(len(encoded.rows), config.eval_fraction, config.seed)
     splits = {
-        "train": [i for i in range(len(kept.rows)) if i not in held_out],
+        "train": [i for i in range(len(encoded.rows)) if i not in held_out],
         "eval": sorted(held_out),
     }
-    packed = {name: pack_rows(kept, chosen, config) for name, chosen in splits.items()}
+    packed = {name: pack_rows(encoded, chosen, config) for name, chosen in splits.items()}
 
     manifest = {
         "kind": MANIFEST_KIND,
-        "inputs": inputs,
+        "inputs": encoded.inputs,
         "config": asdict(config),
         "tokenizer": {"source": config.tokenizer, "fingerprint": tokenizer.fingerprint},
         "rows": {
-            "in": rows_in,
-            "kept": len(kept.rows),
-            "rejected": len(rejects),
-            "rejected_by_reason": dict(sorted(Counter(reject.reason for reject in rejects).items())),
+            "in": encoded.rows_in,
+            "kept": len(encoded.rows),
+            "rejected": len(encoded.rejects),
+            "rejected_by_reason": dict(sorted(Counter(reject.reason for _, reject in encoded.rejects).items())),
         },
         **{name: {"conversations": len(splits[name]), **count(packed[name], config.seq_len)} for name in SPLITS},
         "seq_len": config.seq_len,
         "seed": config.seed,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    write(output, packed, rejects, manifest)
+    write(output, packed, [reject for _, reject in encoded.rejects], manifest)
     report(manifest, output)
 
 
 # Stages
 
 
-def encode_rows(config: PrepareConfig, tokenizer: ChatTokenizer) -> tuple[Kept, list[Reject], int]:
-    """Reads, converts and encodes every row; also returns the rejects and the number of rows read."""
-    kept = Kept()
-    rejects: list[Reject] = []
-    rows_in = 0
-    keep_markers = config.markers == "keep"
+def encode_rows(sources: list[Source], config: PrepareConfig, tokenizer: ChatTokenizer) -> Encoded:
+    """Reads, converts and encodes every row of every source."""
+    encoded = Encoded()
+    first = 0
     with _progress() as progress:
         task = progress.add_task("Encoding conversations", total=None)
-        for batch in _batches(read_rows(config), ENCODE_BATCH):
-            conversations: list[tuple[int, RawRow, Conversation]] = []
-            for number, row in enumerate(batch, start=rows_in):
-                outcome = row if isinstance(row, Reject) else to_conversation(row, keep_markers=keep_markers)
-                if isinstance(outcome, Reject):
-                    rejects.append(outcome)
-                else:
-                    assert isinstance(row, RawRow)
-                    conversations.append((number, row, outcome))
-            encoded = tokenizer.encode_batch([conversation for *_, conversation in conversations])
-            for (number, row, _), tokenized in zip(conversations, encoded, strict=True):
-                if len(tokenized) > config.seq_len:
-                    detail = f"the conversation has {len(tokenized)} tokens, and a row holds {config.seq_len}"
-                    rejects.append(Reject(row, "too_long", detail))
-                else:
-                    kept.rows.append(number)
-                    kept.tokenized.append(tokenized)
-            rows_in += len(batch)
-            progress.update(task, completed=rows_in)
-        progress.update(task, total=rows_in)
-    assert rows_in == len(kept.rows) + len(rejects)
-    return kept, rejects, rows_in
+        for source in sources:
+            begin = first
+            schema = config.schema
+            for batch in _batches(source.rows(), ENCODE_BATCH):
+                if schema == AUTO:
+                    schema = _schema_of(batch, config.columns)
+                _encode_batch(batch, first, schema, config, tokenizer=tokenizer, into=encoded)
+                first += len(batch)
+                progress.update(task, completed=first)
+            encoded.inputs.append({**source.description, "schema": schema, "rows": first - begin})
+        progress.update(task, total=first)
+    encoded.rejects.sort(key=lambda numbered: numbered[0])
+    assert encoded.rows_in == first
+    return encoded
 
 
-def refuse_too_many(rejects: list[Reject], rows_in: int, allowed: float) -> None:
+def _schema_of(batch: list[RawRow | Reject], columns: dict[str, str]) -> str:
+    """The schema of a source's first rows. Where none fits, the plainest: its rejects say what is missing."""
+    found = (detect_schema(row.value, columns) for row in batch if isinstance(row, RawRow))
+    return next((schema for schema in found if schema is not None), "instruction")
+
+
+def _encode_batch(
+    batch: list[RawRow | Reject],
+    first: int,
+    schema: str,
+    config: PrepareConfig,
+    *,
+    tokenizer: ChatTokenizer,
+    into: Encoded,
+) -> None:
+    """Adds the rows of a batch, of which the first has the number `first`, to what was kept or rejected."""
+    conversations: list[tuple[int, RawRow, Conversation]] = []
+    for number, row in enumerate(batch, start=first):
+        if isinstance(row, Reject):
+            into.rejects.append((number, row))
+            continue
+        outcome = to_conversation(row, schema, columns=config.columns, keep_markers=config.markers == "keep")
+        if isinstance(outcome, Reject):
+            into.rejects.append((number, outcome))
+        else:
+            conversations.append((number, row, outcome))
+    encoded = tokenizer.encode_batch([conversation for *_, conversation in conversations])
+    for (number, row, _), tokenized in zip(conversations, encoded, strict=True):
+        if len(tokenized) > config.seq_len:
+            detail = f"the conversation has {len(tokenized)} tokens, and a row holds {config.seq_len}"
+            into.rejects.append((number, Reject(row, "too_long", detail)))
+        else:
+            into.rows.append(number)
+            into.tokenized.append(tokenized)
+
+
+def refuse_too_many(encoded: Encoded, allowed: float) -> None:
     """Raises `UserError` where nothing is left, or where more than the allowed share was rejected."""
-    if rows_in == 0:
+    rejects = [reject for _, reject in encoded.rejects]
+    if encoded.rows_in == 0:
         raise UserError("files: they hold no rows; name files with at least one row")
-    if len(rejects) < rows_in and len(rejects) <= allowed * rows_in:
+    if encoded.rows and len(rejects) <= allowed * encoded.rows_in:
         return
     commonest = Counter(reject.reason for reject in rejects).most_common(3)
     reasons = ", ".join(f"{reason} {number}×" for reason, number in commonest)
     raise UserError(
-        f"max_reject_fraction={allowed}: {len(rejects)} of {rows_in} rows can't be used ({reasons}; the first: "
+        f"max_reject_fraction={allowed}: {len(rejects)} of {encoded.rows_in} rows can't be used ({reasons}; the first: "
         f"{rejects[0]}); mend the rows, or allow more where at least one can be used"
     )
 
@@ -154,18 +193,18 @@ def choose_eval(conversations: int, fraction: float, seed: int) -> set[int]:
     return set(random.Random(seed).sample(range(conversations), number))
 
 
-def pack_rows(kept: Kept, chosen: list[int], config: PrepareConfig) -> list[PackedRow]:
+def pack_rows(encoded: Encoded, chosen: list[int], config: PrepareConfig) -> list[PackedRow]:
     """The chosen conversations in packed rows, in a seeded order so that equal lengths do not cluster by source."""
     order = random.Random(config.seed).sample(chosen, len(chosen))
     packed = []
-    for plan in pack([len(kept.tokenized[i]) for i in order], config.seq_len):
+    for plan in pack([len(encoded.tokenized[i]) for i in order], config.seq_len):
         members = [order[place] for place in plan]
         packed.append(
             PackedRow(
-                ids=[token for i in members for token in kept.tokenized[i].ids],
-                labels=[label for i in members for label in kept.tokenized[i].labels],
-                lengths=[len(kept.tokenized[i]) for i in members],
-                rows=[kept.rows[i] for i in members],
+                ids=[token for i in members for token in encoded.tokenized[i].ids],
+                labels=[label for i in members for label in encoded.tokenized[i].labels],
+                lengths=[len(encoded.tokenized[i]) for i in members],
+                rows=[encoded.rows[i] for i in members],
             )
         )
     return packed

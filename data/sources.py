@@ -1,20 +1,24 @@
-"""Files or a hub dataset → raw rows → `Conversation`, or a `Reject` that says why not."""
+"""Files or a hub dataset → raw rows, in the order in which they stand."""
 
+import glob
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import pyarrow as pa
 
 from configs.errors import UserError
 from data.config import PrepareConfig
-from data.schema import Conversation, Message
-from data.template import MARKERS
 
-REPLY_FIELDS = ("output", "response")
-"""The names under which instruction rows carry their reply, first match first."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""File endings of compressed files, and what pyarrow calls the compression."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,44 +48,49 @@ class Reject:
         return f"{self.row.file}, {self.row.unit} {self.row.number}: {self.detail}"
 
 
-class _UnusableError(Exception):
-    """Raised while converting one row; becomes its Reject."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file, or the hub dataset: what the manifest says of it, and its rows."""
 
-    def __init__(self, reason: str, detail: str):
-        self.reason, self.detail = reason, detail
+    name: str
+    description: dict[str, Any]
+    config: PrepareConfig
+
+    def rows(self) -> Iterator[RawRow | Reject]:
+        """Its rows in their order; a line that is not JSON comes as a Reject.
+
+        Raises:
+            UserError: the file is of no known kind, or the hub dataset can't be had.
+        """
+        return _read_hub(self.config) if "dataset" in self.description else _read_file(self.name)
 
 
-# Reading
-
-
-def read_rows(config: PrepareConfig) -> Iterator[RawRow | Reject]:
-    """All rows of all sources in their order; a line that is not JSON comes as a Reject.
+def find_sources(config: PrepareConfig) -> list[Source]:
+    """The files, patterns resolved and each hashed, or the hub dataset.
 
     Raises:
-        UserError: a file is missing or is no JSON at all, or the hub dataset can't be had.
+        UserError: a file is missing or can't be read, or a pattern matches nothing.
     """
-    for name in config.files:
-        yield from _read_file(name)
+    sources = []
+    for pattern in config.files:
+        # Path.glob takes no absolute patterns.
+        names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
+        if not names:
+            raise UserError(f"files={pattern}: no file matches; check the pattern, relative to {Path.cwd()}")
+        for name in names:
+            with _existing(name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            sources.append(Source(name, {"file": name, "bytes": Path(name).stat().st_size, "sha256": digest}, config))
     if config.dataset:
-        yield from _read_hub(config)
-
-
-def describe_inputs(config: PrepareConfig) -> list[dict[str, Any]]:
-    """What the manifest says of each input: path, bytes and SHA-256, or the hub dataset's id and revision."""
-    inputs: list[dict[str, Any]] = []
-    for name in config.files:
-        with _existing(name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        inputs.append({"file": name, "bytes": Path(name).stat().st_size, "sha256": digest})
-    if config.dataset:
-        inputs.append({"dataset": config.dataset, "revision": config.revision, "split": config.split})
-    return inputs
+        description = {"dataset": config.dataset, "revision": config.revision, "split": config.split}
+        sources.append(Source(config.dataset, description, config))
+    return sources
 
 
 def _existing(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
-        raise UserError(f"files={name}: it is a directory; name the files in it")
+        raise UserError(f"files={name}: it is a directory; name the files in it, for example {name}/*.jsonl")
     if not path.is_file():
         raise UserError(f"files={name}: there is no such file; check the path, relative to {Path.cwd()}")
     if not os.access(path, os.R_OK):
@@ -90,35 +99,78 @@ def _existing(name: str) -> Path:
 
 
 def _read_file(name: str) -> Iterator[RawRow | Reject]:
-    """A JSON array, or one JSON object a line; told apart by the first character that is not space."""
+    """Parquet by the file's name; else JSON, an array or an object a line by the first character that is not space."""
+    plain = Path(name).with_suffix("") if Path(name).suffix in COMPRESSIONS else Path(name)
+    try:
+        with _open(name) as file:
+            yield from _read_parquet(name, file) if plain.suffix == ".parquet" else _read_json(name, file)
+    except (EOFError, OSError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
+        raise UserError(
+            f"files={name}: it can't be read ({_first_line(error)}); check that the file is whole"
+        ) from error
+
+
+def _open(name: str) -> BinaryIO:
+    compression = COMPRESSIONS.get(Path(name).suffix)
+    if compression is None:
+        return Path(name).open("rb")
+    # pyarrow's stream is a file in all but type
+    return io.BufferedReader(pa.input_stream(name, compression=compression))
+
+
+def _read_json(name: str, file: BinaryIO) -> Iterator[RawRow | Reject]:
     not_json = UserError(
-        f"files={name}: it is not JSON; give a JSON array of rows, or one JSON object per line (JSONL)"
+        f"files={name}: it is not JSON; give a JSON array of rows, one JSON object per line (JSONL), or Parquet"
     )
-    with _existing(name).open("rb") as file:
-        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        file.seek(0)
-        if head == b"[":
-            try:
-                rows = json.loads(file.read().decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise not_json from error
-            for number, value in enumerate(rows):
-                yield RawRow(value, name, "row", number)
-        elif not head:
-            return
-        elif head == b"{":
-            for number, line in enumerate(file, start=1):
-                if not line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    continue
-                row = RawRow(None, name, "line", number)
-                try:
-                    yield RawRow(json.loads(line.decode("utf-8-sig")), name, "line", number)
-                except UnicodeDecodeError:
-                    yield Reject(row, "invalid_utf8", "the line is not UTF-8 text")
-                except (ValueError, RecursionError) as error:
-                    yield Reject(row, "invalid_json", f"the line is not JSON ({error})")
-        else:
-            raise not_json
+    lines = iter(file)
+    # blank lines before the first row
+    number, line = 0, b""
+    for number, line in enumerate(lines, start=1):  # noqa: B007 - both are read after the loop
+        if line.strip(BYTE_ORDER_MARK + b" \t\r\n"):
+            break
+    else:
+        return
+    head = line.lstrip(BYTE_ORDER_MARK + b" \t\r\n")[:1]
+    if head == b"[":
+        try:
+            rows = json.loads((line + b"".join(lines)).decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise not_json from error
+        for place, value in enumerate(rows):
+            yield RawRow(value, name, "row", place)
+    elif head == b"{":
+        yield _parse_line(name, number, line)
+        for following, text in enumerate(lines, start=number + 1):
+            if text.strip():
+                yield _parse_line(name, following, text)
+    else:
+        raise not_json
+
+
+def _parse_line(name: str, number: int, line: bytes) -> RawRow | Reject:
+    row = RawRow(None, name, "line", number)
+    try:
+        return RawRow(json.loads(line.decode("utf-8-sig")), name, "line", number)
+    except UnicodeDecodeError:
+        return Reject(row, "invalid_utf8", "the line is not UTF-8 text")
+    except (ValueError, RecursionError) as error:
+        return Reject(row, "invalid_json", f"the line is not JSON ({error})")
+
+
+def _read_parquet(name: str, file: BinaryIO) -> Iterator[RawRow]:
+    """Parquet is read from its end, so a compressed file is unpacked into memory first."""
+    import pyarrow.parquet as pq
+
+    compressed = Path(name).suffix in COMPRESSIONS
+    try:
+        table = pq.ParquetFile(pa.BufferReader(file.read()) if compressed else file)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"files={name}: it is not Parquet ({_first_line(error)}); check the file") from error
+    number = 0
+    for batch in table.iter_batches(batch_size=1000):
+        for value in batch.to_pylist():
+            yield RawRow(value, name, "row", number)
+            number += 1
 
 
 def _read_hub(config: PrepareConfig) -> Iterator[RawRow]:
@@ -139,47 +191,3 @@ def _read_hub(config: PrepareConfig) -> Iterator[RawRow]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-# Converting
-
-
-def to_conversation(row: RawRow, *, keep_markers: bool) -> Conversation | Reject:
-    """An instruction/input/output row as a conversation of one turn; `response` stands for `output` as well."""
-    try:
-        if not isinstance(row.value, dict):
-            raise _UnusableError("not_an_object", f"expected an object, found {type(row.value).__name__}")
-        instruction = _text(row.value, "instruction")
-        context = _text(row.value, "input", required=False)
-        reply_field = next((name for name in REPLY_FIELDS if row.value.get(name) is not None), REPLY_FIELDS[0])
-        reply = _text(row.value, reply_field)
-        if not keep_markers:
-            for text in (instruction, context, reply):
-                for marker in MARKERS:
-                    if marker in text:
-                        raise _UnusableError("template_marker", f"the text holds the template's own marker {marker}")
-    except _UnusableError as unusable:
-        return Reject(row, unusable.reason, unusable.detail)
-    # The field joins instruction and input with a blank line, as Alpaca's and OpenHermes's own rows read best.
-    user = f"{instruction}\n\n{context}" if context else instruction
-    return Conversation((Message("user", user), Message("assistant", reply)))
-
-
-def _text(value: dict[str, Any], name: str, *, required: bool = True) -> str:
-    """The stripped text of a field, fit to be encoded."""
-    text = value.get(name)
-    if text is None or (isinstance(text, str) and not text.strip()):
-        if not required:
-            return ""
-        if text is None:
-            raise _UnusableError("missing_field", f"there is no field {name}")
-        raise _UnusableError("empty_field", f"the field {name} is empty")
-    if not isinstance(text, str):
-        raise _UnusableError("not_text", f"the field {name} is {type(text).__name__}, not text")
-    if "\0" in text:
-        raise _UnusableError("nul_character", f"the field {name} holds a NUL character")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _UnusableError("lone_surrogate", f"the field {name} holds half of a surrogate pair") from None
-    return text.strip()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from data.config import PrepareConfig
 from data.packing import pack
 from data.prepare import encode_rows
+from data.sources import find_sources
 from data.template import ChatTokenizer
 
 
@@ -76,11 +77,11 @@ def test_real_rows_fill_their_slots(shared: Path) -> None:
     if not path.is_file():
         pytest.skip(f"{path} is not here")
     config = PrepareConfig(files=[str(path)], seq_len=2048)
-    kept, _, rows_in = encode_rows(config, ChatTokenizer.load())
-    lengths = [len(tokenized) for tokenized in kept.tokenized]
+    encoded = encode_rows(find_sources(config), config, ChatTokenizer.load())
+    lengths = [len(tokenized) for tokenized in encoded.tokenized]
     rows = pack(lengths, config.seq_len)
 
-    assert rows_in == 4535
+    assert encoded.rows_in == 4535
     assert len(lengths) > 4000
     full = [sum(lengths[i] for i in row) for row in rows[:-1]]
     assert sum(full) >= 0.995 * len(full) * config.seq_len

@@ -109,8 +109,10 @@ def test_manifest_tells_the_truth(prepare: Callable[..., Any], out: Path, files:
             "file": str(path),
             "bytes": len(path.read_bytes()),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "schema": "instruction",
+            "rows": rows,
         }
-        for path in files
+        for path, rows in zip(files, (15, 25), strict=True)
     ]
     assert told["tokenizer"] == {"source": "embedded", "fingerprint": ChatTokenizer.load().fingerprint}
     assert (told["seed"], told["seq_len"]) == (3, 128)
@@ -131,7 +133,8 @@ def test_manifest_tells_the_truth(prepare: Callable[..., Any], out: Path, files:
 
 
 def test_rows_hold_the_conversations_they_name(prepare: Callable[..., Any], out: Path) -> None:
-    from data.sources import RawRow, to_conversation
+    from data.conversion import to_conversation
+    from data.sources import RawRow
 
     prepare()
     chat = ChatTokenizer.load()
@@ -140,7 +143,7 @@ def test_rows_hold_the_conversations_they_name(prepare: Callable[..., Any], out:
         assert len(row["rows"]) == len(row["lengths"])
         start = 0
         for number, length in zip(row["rows"], row["lengths"], strict=True):
-            conversation = to_conversation(RawRow(good(number), "", "row", number), keep_markers=False)
+            conversation = to_conversation(RawRow(good(number), "", "row", number), "instruction")
             expected = chat.encode(conversation)  # type: ignore[arg-type]
             assert row["ids"][start : start + length] == expected.ids
             assert row["labels"][start : start + length] == expected.labels

@@ -1,13 +1,17 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import UserError
 from data.config import PrepareConfig
+from data.conversion import to_conversation
 from data.schema import Conversation
-from data.sources import RawRow, Reject, describe_inputs, read_rows, to_conversation
+from data.sources import RawRow, Reject, find_sources
 from data.template import MARKERS
 from tests.conftest import golden
 
@@ -18,11 +22,18 @@ def read(path: Path, content: bytes | str, *, keep_markers: bool = False) -> lis
     """What becomes of every row of a file with this content."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     rows = read_rows(PrepareConfig(files=[str(path)]))
-    return [row if isinstance(row, Reject) else to_conversation(row, keep_markers=keep_markers) for row in rows]
+    return [
+        row if isinstance(row, Reject) else to_conversation(row, "instruction", keep_markers=keep_markers)
+        for row in rows
+    ]
+
+
+def read_rows(config: PrepareConfig) -> list[RawRow | Reject]:
+    return [row for source in find_sources(config) for row in source.rows()]
 
 
 def convert(value: Any, *, keep_markers: bool = False) -> Conversation | Reject:
-    return to_conversation(RawRow(value, "rows.json", "row", 0), keep_markers=keep_markers)
+    return to_conversation(RawRow(value, "rows.json", "row", 0), "instruction", keep_markers=keep_markers)
 
 
 def texts(conversation: Conversation | Reject) -> list[str]:
@@ -116,14 +127,12 @@ def test_file_that_is_not_json_is_refused(tmp_path: Path, content: bytes) -> Non
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     config = PrepareConfig(files=[str(tmp_path / "absent.jsonl")])
     with pytest.raises(UserError, match=r"absent\.jsonl: there is no such file"):
-        list(read_rows(config))
-    with pytest.raises(UserError, match=r"absent\.jsonl: there is no such file"):
-        describe_inputs(config)
+        find_sources(config)
 
 
 def test_directory_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is a directory"):
-        list(read_rows(PrepareConfig(files=[str(tmp_path)])))
+        (read_rows(PrepareConfig(files=[str(tmp_path)])))
 
 
 @pytest.mark.parametrize("content", [b"", b"  \n"])
@@ -244,3 +253,53 @@ def test_golden_markers_are_rejected(row: dict[str, Any], field: str) -> None:
 @pytest.mark.parametrize("text", ["INST", "[inst]", "[INST", "<<SYS", "<SYS>", "</s>", "<s>"])
 def test_what_only_resembles_a_marker_is_kept(text: str) -> None:
     assert texts(convert(GOOD | {"instruction": text}))[0] == text
+
+
+# Kinds of files
+
+FOUR = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("one", "two", "three", "four")]
+
+
+def store(path: Path) -> None:
+    """Writes FOUR as the file's name says."""
+    kind, _, compression = path.name.partition(".")[2].partition(".")
+    buffer = io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(FOUR), buffer)
+    elif kind == "json":
+        buffer.write(json.dumps(FOUR).encode())
+    else:
+        buffer.write("".join(json.dumps(row) + "\n" for row in FOUR).encode())
+    with pa.output_stream(str(path), compression={"": None, "gz": "gzip", "zst": "zstd"}[compression]) as file:
+        file.write(buffer.getvalue())
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, compression: str) -> None:
+    path = tmp_path / f"rows.{kind}{compression}"
+    store(path)
+    rows = read_rows(PrepareConfig(files=[str(path)]))
+    assert [row.value for row in rows if isinstance(row, RawRow)] == FOUR
+    first = 1 if kind == "jsonl" else 0
+    assert [row.number for row in rows if isinstance(row, RawRow)] == list(range(first, first + 4))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.zst", "rows.parquet", "rows.parquet.gz"])
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str, damage: str) -> None:
+    path = tmp_path / name
+    store(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"neither this nor that" * 9)
+    with pytest.raises(UserError, match=f"files={path}: it "):
+        read_rows(PrepareConfig(files=[str(path)]))
+
+
+def test_a_pattern_stands_for_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.json"):
+        store(tmp_path / name)
+    found = [source.name for source in find_sources(PrepareConfig(files=[f"{tmp_path}/*.jsonl", f"{tmp_path}/c.json"]))]
+    assert [Path(name).name for name in found] == ["a.jsonl", "b.jsonl", "c.json"]
+    with pytest.raises(UserError, match=r"\*\.txt: no file matches"):
+        find_sources(PrepareConfig(files=[f"{tmp_path}/*.txt"]))
