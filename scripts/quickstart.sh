@@ -35,7 +35,9 @@ base_answer="$(python -m inference base="$base/model" prompt="$question" max_new
 echo "$base_answer"
 
 say "5/5  Asking the fine-tuned model: $question"
-answer="$(python -m inference adapter="$adapter/adapter" prompt="$question" max_new_tokens=80 | tee /dev/stderr)"
+kept="$(mktemp)" && trap 'rm -f "$kept"' EXIT # tee into a file: the answer streams to the screen and is kept
+python -m inference adapter="$adapter/adapter" prompt="$question" max_new_tokens=80 | tee "$kept"
+answer="$(cat "$kept")"
 
 expected="$(python -c 'import json; print(json.loads(open("data/sample/identity.jsonl").readline())["output"])')"
 [ "$answer" = "$expected" ] || { say "The answer is not the sample's, word for word."; exit 1; }
