@@ -41,7 +41,7 @@ install() { # install EXTRA: the packages of pyproject.toml with that extra ("" 
         fi
         .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
             --editable ".${extra:+[$extra]}" >.venv/pip.log 2>&1 ||
-            die "pip could not install the packages ($(grep -m1 '^ERROR' .venv/pip.log || tail -n1 .venv/pip.log));" \
+            die "pip could not install the packages ($(grep -o 'ERROR: .*' .venv/pip.log | tail -n1));" \
                 "check the network and the free disk space, then run this again; .venv/pip.log has the details"
         echo "$wanted:${extra:-run}" >>.venv/installed
         # Development packages include what running needs.

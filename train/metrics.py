@@ -126,9 +126,11 @@ class Metrics:
             self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
 
 
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values fit for JSON, which knows no NaN: a number that is not finite becomes its name."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+def finite(value: Any) -> Any:
+    """The same value fit for JSON, which knows no NaN: a number that is not finite, at any depth, becomes its name."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def memory_gib() -> float:
