@@ -8,6 +8,7 @@ from data.template import EMBEDDED
 AUTO = "auto"
 """The schema is found by looking at the rows."""
 SCHEMAS = ("instruction", "sharegpt", "messages")
+OVERLONG = ("drop", "truncate", "split_turns")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,6 +36,9 @@ class PrepareConfig:
     """A model directory, a hub id, or `embedded`: the Mixtral vocabulary that ships with mistral-common."""
     seq_len: int = 2048
     """Tokens of a packed row."""
+    overlong: str = "drop"
+    """What to do with a conversation that is longer than a row: `drop` rejects it; `truncate` drops its last turns and
+    cuts the end of the last reply that is left; `split_turns` makes several conversations of its turns."""
     eval_fraction: float = 0.02
     """Share of the conversations held out for evaluation, at least one where it is above 0."""
     seed: int = 0
@@ -55,6 +59,8 @@ class PrepareConfig:
             raise UserError(f"schema={self.schema}: there is no such schema; choose one of {choices}")
         if self.seq_len < 16:
             raise UserError(f"seq_len={self.seq_len}: a row needs at least 16 tokens; give for example seq_len=2048")
+        if self.overlong not in OVERLONG:
+            raise UserError(f"overlong={self.overlong}: there is no such policy; choose one of {', '.join(OVERLONG)}")
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction={self.eval_fraction}: it is a share; give a number from 0 to below 1")
         if not 0 <= self.max_reject_fraction <= 1:

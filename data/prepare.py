@@ -25,6 +25,7 @@ from configs.errors import UserError
 from data.config import AUTO, PrepareConfig
 from data.conversion import detect_schema, to_conversation
 from data.dataset import MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, read_manifest
+from data.overlong import split_turns, truncate
 from data.packing import pack
 from data.schema import IGNORE_INDEX, Conversation, PackedRow, TokenizedConversation
 from data.sources import RawRow, Reject, Source, find_sources
@@ -49,18 +50,23 @@ class Encoded:
     """What the first stages made of the rows."""
 
     rows: list[int] = field(default_factory=list)
-    """The numbers of the rows that were kept, counted over all sources from 0."""
+    """For each conversation the number of its row, counted over all sources from 0; a split row has several."""
     tokenized: list[TokenizedConversation] = field(default_factory=list)
-    """Their conversations, side by side with `rows`."""
+    """The conversations, side by side with `rows`."""
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
     """The other rows, by number."""
     inputs: list[dict[str, Any]] = field(default_factory=list)
     """What the manifest says of each source."""
 
     @property
+    def kept(self) -> list[int]:
+        """The numbers of the rows of which something was kept, ascending."""
+        return sorted(set(self.rows))
+
+    @property
     def rows_in(self) -> int:
         """Rows read."""
-        return len(self.rows) + len(self.rejects)
+        return len(self.kept) + len(self.rejects)
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -73,10 +79,10 @@ def prepare(config: PrepareConfig) -> None:
 
     encoded = encode_rows(sources, config, tokenizer)
     refuse_too_many(encoded, config.max_reject_fraction)
-    held_out = choose_eval(len(encoded.rows), config.eval_fraction, config.seed)
+    held_out = choose_eval(encoded.kept, config.eval_fraction, config.seed)
     splits = {
-        "train": [i for i in range(len(encoded.rows)) if i not in held_out],
-        "eval": sorted(held_out),
+        "train": [i for i, row in enumerate(encoded.rows) if row not in held_out],
+        "eval": [i for i, row in enumerate(encoded.rows) if row in held_out],
     }
     packed = {name: pack_rows(encoded, chosen, config) for name, chosen in splits.items()}
 
@@ -87,7 +93,7 @@ def prepare(config: PrepareConfig) -> None:
         "tokenizer": {"source": config.tokenizer, "fingerprint": tokenizer.fingerprint},
         "rows": {
             "in": encoded.rows_in,
-            "kept": len(encoded.rows),
+            "kept": len(encoded.kept),
             "rejected": len(encoded.rejects),
             "rejected_by_reason": dict(sorted(Counter(reject.reason for _, reject in encoded.rejects).items())),
         },
@@ -152,13 +158,27 @@ def _encode_batch(
         else:
             conversations.append((number, row, outcome))
     encoded = tokenizer.encode_batch([conversation for *_, conversation in conversations])
-    for (number, row, _), tokenized in zip(conversations, encoded, strict=True):
-        if len(tokenized) > config.seq_len:
-            detail = f"the conversation has {len(tokenized)} tokens, and a row holds {config.seq_len}"
-            into.rejects.append((number, Reject(row, "too_long", detail)))
-        else:
+    for (number, row, conversation), tokenized in zip(conversations, encoded, strict=True):
+        fitting = _fit(conversation, tokenized, config, tokenizer)
+        for part in fitting:
             into.rows.append(number)
-            into.tokenized.append(tokenized)
+            into.tokenized.append(part)
+        if not fitting:
+            what = "the conversation" if config.overlong == "drop" else "no prompt fits: the conversation"
+            detail = f"{what} has {len(tokenized)} tokens, and a row holds {config.seq_len}"
+            into.rejects.append((number, Reject(row, "too_long", detail)))
+
+
+def _fit(
+    conversation: Conversation, tokenized: TokenizedConversation, config: PrepareConfig, tokenizer: ChatTokenizer
+) -> list[TokenizedConversation]:
+    """What is kept of a conversation: itself where it fits a row, else what the policy makes of it."""
+    if len(tokenized) <= config.seq_len:
+        return [tokenized]
+    if config.overlong == "split_turns":
+        return split_turns(conversation, tokenizer, config.seq_len)
+    part = truncate(tokenized, config.seq_len) if config.overlong == "truncate" else None
+    return [] if part is None else [part]
 
 
 def refuse_too_many(encoded: Encoded, allowed: float) -> None:
@@ -176,21 +196,21 @@ def refuse_too_many(encoded: Encoded, allowed: float) -> None:
     )
 
 
-def choose_eval(conversations: int, fraction: float, seed: int) -> set[int]:
-    """Which conversations are held out: a seeded draw, at least one where the fraction is above 0.
+def choose_eval(rows: list[int], fraction: float, seed: int) -> set[int]:
+    """Which rows are held out, with all that was made of them: a seeded draw, at least one unless the fraction is 0.
 
     Raises:
-        UserError: a single conversation can't be both trained on and held out.
+        UserError: a single row can't be both trained on and held out.
     """
     if fraction == 0:
         return set()
-    number = max(1, round(conversations * fraction))
-    if number >= conversations:
+    number = max(1, round(len(rows) * fraction))
+    if number >= len(rows):
         raise UserError(
-            f"eval_fraction={fraction}: it would hold out {number} of {conversations} conversations and leave none to "
-            f"train on; give more rows, or eval_fraction=0"
+            f"eval_fraction={fraction}: it would hold out {number} of {len(rows)} rows and leave none to train on; "
+            f"give more rows, or eval_fraction=0"
         )
-    return set(random.Random(seed).sample(range(conversations), number))
+    return set(random.Random(seed).sample(rows, number))
 
 
 def pack_rows(encoded: Encoded, chosen: list[int], config: PrepareConfig) -> list[PackedRow]:

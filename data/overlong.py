@@ -1,0 +1,57 @@
+"""Conversations that are longer than a row: what is kept of them.
+
+a conversation of three turns and a row that ends in the second reply
+
+| prompt 1 | reply 1 | prompt 2 | reply 2 ····|·· | prompt 3 | reply 3 |
+                                              ↑ seq_len
+drop         nothing is kept
+truncate     prompt 1, reply 1, prompt 2, and reply 2 up to the end of the row
+split_turns  turn 1 alone, turn 2 alone, turn 3 alone, or as many in a row as fit
+"""
+
+from data.schema import IGNORE_INDEX, Conversation, TokenizedConversation
+from data.template import BOS, ChatTokenizer
+
+
+def truncate(tokenized: TokenizedConversation, seq_len: int) -> TokenizedConversation | None:
+    """The beginning of a conversation, at most `seq_len` tokens, or None where not even the first prompt fits.
+
+    Whole last turns are dropped, and the end of the last reply is cut; a prompt is never cut, since nothing would be
+    trained after it. A cut reply keeps its first trained token at least, and loses its `</s>`: the model must not learn
+    to stop there.
+    """
+    if len(tokenized) <= seq_len:
+        return tokenized
+    starts = [place for place, token in enumerate(tokenized.ids) if token == BOS]
+    ends = [*starts[1:], len(tokenized)]
+    for start, end in reversed(list(zip(starts, ends, strict=True))):
+        reply = next(place for place in range(start, end) if tokenized.labels[place] != IGNORE_INDEX)
+        if reply < seq_len:
+            kept = min(end, seq_len)
+            return TokenizedConversation(tokenized.ids[:kept], tokenized.labels[:kept])
+    return None
+
+
+def split_turns(conversation: Conversation, tokenizer: ChatTokenizer, seq_len: int) -> list[TokenizedConversation]:
+    """The turns in several conversations of at most `seq_len` tokens, each with as many as fit, in their order.
+
+    Each begins with the system message, if there is one. A turn that is too long alone is truncated, and left out where
+    its prompt does not fit; the list is empty where no turn's prompt fits.
+    """
+    system = () if conversation.system is None else (conversation.system,)
+    turns = conversation.turns
+    parts: list[TokenizedConversation] = []
+    first = 0
+    while first < len(turns):
+        part, last = None, first
+        for end in range(first + 2, len(turns) + 1, 2):
+            longer = tokenizer.encode(Conversation((*system, *turns[first:end])))
+            if len(longer) > seq_len and part is not None:
+                break
+            part, last = truncate(longer, seq_len), end
+            if len(longer) > seq_len:
+                break
+        if part is not None:
+            parts.append(part)
+        first = last
+    return parts
