@@ -1,34 +1,19 @@
 """The prepared dataset → batches, the same rows in the same order whatever the number of processes."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from configs.errors import UserError
+from data.layout import SPLITS, read_manifest
 from data.schema import IGNORE_INDEX, PackedRow
 
-MANIFEST = "manifest.json"
-MANIFEST_KIND = "openhermes-mixtral prepared dataset"
-"""What a manifest says that it is, so that no other file of that name is taken for one."""
-SPLITS = ("train", "eval")
 PAD_ID = 0
 """The id in unused slots (`<unk>`). Nothing attends to it from a conversation, and it is never trained."""
-
-ROW_SCHEMA = pa.schema(
-    [
-        ("ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("lengths", pa.list_(pa.int32())),
-        ("rows", pa.list_(pa.int64())),
-    ]
-)
-"""The columns of `rows.arrow`; see `PackedRow`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +93,6 @@ class PackedTable:
             targets=torch.from_numpy(targets),
             is_token=torch.from_numpy(is_token),
         )
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a prepared dataset.
-
-    Raises:
-        UserError: there is none, or it is something else.
-    """
-    remedy = "make one with `python -m data`, whose setting output names the directory"
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise UserError(f"dataset={directory}: there is no prepared dataset there; {remedy}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"dataset={directory}: its {MANIFEST} can't be read ({error}); {remedy}") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != MANIFEST_KIND:
-        raise UserError(f"dataset={directory}: its {MANIFEST} is not that of a prepared dataset; {remedy}")
-    return manifest
 
 
 class PreparedDataset:

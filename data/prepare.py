@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from configs import entry
 from configs.errors import UserError
 from data.config import AUTO, PrepareConfig
 from data.conversion import detect_schema, to_conversation
-from data.dataset import MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, read_manifest
+from data.layout import MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, file_sizes, read_manifest
 from data.overlong import split_turns, truncate
 from data.packing import pack
 from data.schema import IGNORE_INDEX, Conversation, PackedRow, TokenizedConversation
@@ -70,11 +71,18 @@ class Encoded:
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Reads, renders, encodes, splits and packs the rows of `config`, and writes the prepared dataset."""
+    """Reads, renders, encodes, splits and packs the rows of `config`, and writes the prepared dataset.
+
+    Where `output` already holds just that, nothing is done again.
+    """
     config.check()
     output = Path(config.output)
     sources = find_sources(config)
     refuse_foreign(output, [source.name for source in sources])
+    if is_prepared(output, request(config, [source.description for source in sources])):
+        report(read_manifest(output), output)
+        console.print(f"{output} is already prepared from these inputs with these settings; nothing was done")
+        return
     tokenizer = ChatTokenizer.load(config.tokenizer)
 
     encoded = encode_rows(sources, config, tokenizer)
@@ -88,8 +96,7 @@ def prepare(config: PrepareConfig) -> None:
 
     manifest = {
         "kind": MANIFEST_KIND,
-        "inputs": encoded.inputs,
-        "config": asdict(config),
+        **request(config, encoded.inputs),
         "tokenizer": {"source": config.tokenizer, "fingerprint": tokenizer.fingerprint},
         "rows": {
             "in": encoded.rows_in,
@@ -100,10 +107,37 @@ def prepare(config: PrepareConfig) -> None:
         **{name: {"conversations": len(splits[name]), **count(packed[name], config.seq_len)} for name in SPLITS},
         "seq_len": config.seq_len,
         "seed": config.seed,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     write(output, packed, [reject for _, reject in encoded.rejects], manifest)
     report(manifest, output)
+
+
+def request(config: PrepareConfig, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The part of the manifest that decides the rest: inputs, settings, versions."""
+    return {
+        "inputs": inputs,
+        "config": asdict(config),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def is_prepared(output: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a whole prepared dataset is there that was made from the same inputs, settings and versions.
+
+    The inputs' contents are compared by hash; a hub dataset counts as the same only at a named commit.
+    """
+    if not (output / MANIFEST).is_file():
+        return False
+    there = read_manifest(output)
+    if not {*wanted, "files"} <= there.keys():  # written by an earlier version
+        return False
+    same_inputs = len(wanted["inputs"]) == len(there["inputs"]) and all(
+        new.items() <= old.items() and ("dataset" not in new or re.fullmatch("[0-9a-f]{40}", new["revision"] or ""))
+        for new, old in zip(wanted["inputs"], there["inputs"], strict=True)
+    )
+    same_settings = {**wanted["config"], "output": None} == {**there["config"], "output": None}
+    same_versions = wanted["versions"] == there["versions"]
+    return same_inputs and same_settings and same_versions and there["files"] == file_sizes(output)
 
 
 # Stages
@@ -271,7 +305,8 @@ def write(output: Path, packed: dict[str, list[PackedRow]], rejects: list[Reject
                 arrow.write_table(table, max_chunksize=1024)
         with (temporary / "rejects.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(reject.record(), ensure_ascii=False) + "\n" for reject in rejects)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        whole = {**manifest, "files": file_sizes(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         older = place.parent / f".{place.name}.{os.getpid()}.old"
         if place.exists():
             place.rename(older)

@@ -26,7 +26,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from configs.errors import UserError
-from data.dataset import MANIFEST, PreparedDataset
+from data.dataset import PreparedDataset
+from data.layout import MANIFEST
 from data.template import ChatTokenizer
 from train import expert_lora
 from train.config import BatchArithmetic, TrainConfig

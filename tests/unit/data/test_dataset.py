@@ -8,18 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from data.dataset import (
-    MANIFEST,
-    MANIFEST_KIND,
-    PAD_ID,
-    ROW_SCHEMA,
-    SPLITS,
-    Batch,
-    PackedTable,
-    PreparedDataset,
-    Schedule,
-    share,
-)
+from data.dataset import PAD_ID, Batch, PackedTable, PreparedDataset, Schedule, share
+from data.layout import MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS
 from data.schema import IGNORE_INDEX, PackedRow
 
 X = IGNORE_INDEX

@@ -1,6 +1,8 @@
 import hashlib
 import importlib.metadata
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -331,3 +333,39 @@ def test_a_link_stays_a_link(run_program: Callable[..., Any], files: list[Path],
         assert (tmp_path / "out").is_symlink()
         assert tree(tmp_path / "disk") == WHOLE
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_what_is_already_prepared_is_not_prepared_again(
+    run_program: Callable[..., Any], files: list[Path], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(good(i)) for i in range(30)) + "\n")
+
+    def prepare_again(*settings: str) -> bool:
+        """Whether it was done again, and if not, said so."""
+        before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+        outcome = run_program("data", "files=[rows.jsonl]", "output=out", *settings)
+        assert outcome.exit_code == 0
+        again = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns != before
+        assert again != ("out is already prepared from these inputs" in outcome.stderr)
+        return again
+
+    assert run_program("data", "files=[rows.jsonl]", "output=out").exit_code == 0
+    assert not prepare_again()
+    assert prepare_again("seed=1")
+    assert prepare_again()
+    assert not prepare_again()
+    rows.write_text(rows.read_text().replace("Count", "Go"))
+    assert prepare_again()
+    (tmp_path / "out" / "rejects.jsonl").unlink()
+    assert prepare_again()
+    with (tmp_path / "out" / "train" / "rows.arrow").open("ab") as file:
+        file.write(b"x")
+    assert prepare_again()
+    assert not prepare_again()
+
+
+def test_asking_for_what_is_prepared_imports_no_torch() -> None:
+    """It costs most of a second, and the answer needs none of it."""
+    code = "import sys, data.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0
