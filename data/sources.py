@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from data.config import PrepareConfig
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -105,9 +105,7 @@ def _read_file(name: str) -> Iterator[RawRow | Reject]:
         with _open(name) as file:
             yield from _read_parquet(name, file) if plain.suffix == ".parquet" else _read_json(name, file)
     except (EOFError, OSError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
-        raise UserError(
-            f"files={name}: it can't be read ({_first_line(error)}); check that the file is whole"
-        ) from error
+        raise UserError(f"files={name}: it can't be read ({one_line(error)}); check that the file is whole") from error
 
 
 def _open(name: str) -> BinaryIO:
@@ -165,7 +163,7 @@ def _read_parquet(name: str, file: BinaryIO) -> Iterator[RawRow]:
     try:
         table = pq.ParquetFile(pa.BufferReader(file.read()) if compressed else file)
     except pa.ArrowInvalid as error:
-        raise UserError(f"files={name}: it is not Parquet ({_first_line(error)}); check the file") from error
+        raise UserError(f"files={name}: it is not Parquet ({one_line(error)}); check the file") from error
     number = 0
     for batch in table.iter_batches(batch_size=1000):
         for value in batch.to_pylist():
@@ -182,12 +180,8 @@ def _read_hub(config: PrepareConfig) -> Iterator[RawRow]:
         rows = datasets.load_dataset(config.dataset, revision=config.revision, split=config.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"dataset={config.dataset}: it can't be loaded ({_first_line(error)}); check the id, revision and split, "
+            f"dataset={config.dataset}: it can't be loaded ({one_line(error)}); check the id, revision and split, "
             f"and that the hub can be reached, or name downloaded files with files=[…]"
         ) from error
     for number, value in enumerate(rows):
         yield RawRow(value, config.dataset, "row", number)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

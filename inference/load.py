@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, MixtralForCausalLM
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from data.template import EMBEDDED, ChatTokenizer, has_tokenizer
 from inference.config import InferenceConfig
 
@@ -104,14 +104,10 @@ def load_base(base: str, revision: str | None, named: str, config: InferenceConf
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{named}: no model can be loaded from there ({_first_line(error)}); {remedy}") from error
+        raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {remedy}") from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{named}: its tensor {missing[0]} is missing; {remedy}")
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def fold(model: MixtralForCausalLM, adapter: Path) -> MixtralForCausalLM:
@@ -129,7 +125,7 @@ def fold(model: MixtralForCausalLM, adapter: Path) -> MixtralForCausalLM:
             found = set(stored.keys())
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = one_line(error, -1)  # the last line says which tensor
         raise UserError(
             f"adapter={adapter}: it does not fit this base, or is damaged ({reason}); give the base it was trained on"
         ) from error

@@ -17,6 +17,7 @@ from configs.errors import UserError
 from data.dataset import Batch
 from train.config import BatchArithmetic, HardwareConfig, TrainConfig
 from train.loss import MixtralWithLoss
+from train.model import trainable
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +294,7 @@ class Engine:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trained parameters, those of one dimension (norms) without weight decay."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = list(trainable(model))
     if not trained:
         raise UserError("lora: nothing in the model trains; name targets in lora.attention or lora.experts")
     # Under ZeRO-3 a parameter's own shape is empty; ds_shape is what it was.

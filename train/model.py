@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from train import expert_lora
 from train.config import LoraConfig, ModelConfig, TrainConfig
 
@@ -80,8 +80,7 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
             f"model.attention={config.attention}: the package for it is not installed; install flash-attn, or use sdpa"
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"{named}: no model can be loaded from there ({reason}); {remedy}") from error
+        raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {remedy}") from error
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{named}: its tensor {missing[0]} is missing; {remedy}")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from data.conversion import detect_schema, to_conversation
+from data.config import SCHEMAS as SETTINGS
+from data.conversion import SCHEMAS, detect_schema, to_conversation
 from data.schema import Conversation, Message
 from data.sources import RawRow, Reject
 
@@ -142,3 +143,7 @@ def test_the_same_conversation_in_three_schemas_is_one_conversation() -> None:
     assert convert({"instruction": "Hi", "output": "Hello."}, "instruction") == expected
     assert convert({"conversations": [HUMAN, GPT]}, "sharegpt") == expected
     assert convert({"messages": [USER, ASSISTANT]}, "messages") == expected
+
+
+def test_every_schema_can_be_asked_for() -> None:
+    assert set(SETTINGS) == set(SCHEMAS)
