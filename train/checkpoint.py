@@ -10,13 +10,8 @@ runs/{name}-{date}-{time}/
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +21,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from configs.errors import UserError
+from configs.receipt import machine, provenance
 from data.dataset import PreparedDataset
 from data.layout import MANIFEST
 from data.template import ChatTokenizer
@@ -142,9 +138,7 @@ class RunDirectory:
         return {
             "started": self._started.isoformat(timespec="seconds"),
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": sys.orig_argv,
-            "commit": _commit(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            **provenance(PACKAGES),
             "hardware": hardware(self.processes),
             "batch": asdict(self.batch),
             "base": {"path": self.config.model.path, "revision": self.config.model.revision},
@@ -205,29 +199,11 @@ def hardware(processes: Processes) -> dict[str, Any]:
     """What the run computes on."""
     on_cuda = processes.device.type == "cuda"
     return {
+        **machine(),
+        "device": torch.cuda.get_device_name(processes.device) if on_cuda else "cpu",
         "processes": processes.count,
-        "device": torch.cuda.get_device_name(processes.device) if on_cuda else _cpu_name(),
-        "cpus": os.cpu_count(),
         "threads_per_process": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "system": platform.platform(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with a mark where files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _sha256(path: Path) -> str:
