@@ -1,3 +1,3 @@
-from data.prepare import main
+from data.run import main
 
 main()

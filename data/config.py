@@ -1,5 +1,6 @@
 """What preparing data can be told."""
 
+import math
 from dataclasses import dataclass, field
 
 from configs.errors import UserError
@@ -10,11 +11,36 @@ AUTO = "auto"
 SCHEMAS = ("instruction", "sharegpt", "messages")
 OVERLONG = ("drop", "truncate", "split_turns")
 
+CHOICES = {
+    "task": ("prepare", "preview", "report"),
+    "schema": (AUTO, *SCHEMAS),
+    "overlong": OVERLONG,
+    "markers": ("reject", "keep"),
+    "duplicates": ("keep", "drop", "drop_near"),
+}
+"""Settings with a fixed choice of values."""
+
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    "seq_len": (16, 2**31 - 1, "a row needs at least 16 tokens; give for example seq_len=2048"),
+    "eval_fraction": (0, math.nextafter(1, 0), "it is a share; give a number from 0 to below 1"),
+    "max_reject_fraction": (0, 1, "it is a share; give a number from 0 to 1"),
+    "near_threshold": (math.nextafter(0, 1), 1, "it is a similarity; give a number above 0, at most 1"),
+    "workers": (0, 1024, "it is a number of processes; give 1 or more, or 0 for one a core"),
+    "rows": (1, math.inf, "there is nothing to show; give at least 1"),
+}
+"""Settings with a least and a greatest value, and what to say to others."""
+
+SHAPELESS = ("task", "output", "workers", "rows")
+"""Settings that do not change what a prepared dataset holds."""
+
 
 @dataclass(kw_only=True, slots=True)
 class PrepareConfig:
     """Settings of `python -m data`. One docstring per field."""
 
+    task: str = "prepare"
+    """`prepare` makes the prepared dataset; `preview` prints some of its rows as the model sees them; `report` writes a
+    page about it beside it. The last two need nothing but `output`."""
     files: list[str] = field(default_factory=list)
     """Local files of rows: a JSON array, JSON Lines or Parquet, each also as .gz or .zst; patterns such as
     `rows/*.jsonl` stand for the files that match, in the order of their names. Relative paths start at the working
@@ -22,6 +48,12 @@ class PrepareConfig:
     schema: str = AUTO
     """`instruction` (instruction, input, output), `sharegpt` (conversations: from, value), `messages` (messages: role,
     content), or `auto`: the one whose field the first rows of a source have."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """Rows to read of a source, from its beginning: `limits={rows.jsonl: 1000}`. A source is called as in `files` or
+    `dataset`; what is said of a pattern goes for each of its files."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How often an epoch trains on each conversation of a source: 2 is twice, 0.5 a seeded half of them. Called as in
+    `limits`. What is held out is held out once."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where a field of the schema has another name in the rows: `columns={output: answer}`."""
     dataset: str | None = None
@@ -39,6 +71,9 @@ class PrepareConfig:
     overlong: str = "drop"
     """What to do with a conversation that is longer than a row: `drop` rejects it; `truncate` drops its last turns and
     cuts the end of the last reply that is left; `split_turns` makes several conversations of its turns."""
+    packing: bool = True
+    """Several conversations in a row, by best fit. Without, each has a row of its own, and training batches rows of
+    like length and pads them to the longest."""
     eval_fraction: float = 0.02
     """Share of the conversations held out for evaluation, at least one where it is above 0."""
     seed: int = 0
@@ -46,24 +81,44 @@ class PrepareConfig:
     markers: str = "reject"
     """What to do with a row whose text holds the template's own markers, such as `[INST]`: `reject` or `keep`."""
     max_reject_fraction: float = 0.1
-    """Rejecting more than this share of the rows stops the run."""
+    """Rejecting more than this share of the rows as unusable stops the run."""
+    duplicates: str = "keep"
+    """What to do with a conversation that was there before: `keep`, `drop` where it is the same to the letter, or
+    `drop_near`, which drops also what is alike."""
+    near_threshold: float = 0.8
+    """From which estimated Jaccard similarity of their five-word sequences two conversations are alike."""
+    contamination: list[str] = field(default_factory=list)
+    """Evaluation data to keep out of training: a row that shares thirteen words in a row with it is rejected. Files,
+    JSON Lines or text, or tasks of the Open LLM Leaderboard: arc, hellaswag, mmlu, truthfulqa, winogrande, gsm8k."""
+    workers: int = 0
+    """Processes that encode; 0 means one a core, fewer where there is little to do. What is written is the same."""
+    rows: int = 3
+    """Rows that `task=preview` prints."""
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
+        for setting, choices in CHOICES.items():
+            value = getattr(self, setting)
+            if value not in choices:
+                raise UserError(f"{setting}={value}: there is no such choice; it is one of {', '.join(choices)}")
+        for setting, (least, most, remedy) in BOUNDS.items():
+            value = getattr(self, setting)
+            if not least <= value <= most:
+                raise UserError(f"{setting}={value}: {remedy}")
+        if self.task != "prepare":
+            return
         if not self.files and not self.dataset:
             raise UserError("files: nothing to prepare; name files, as in files=[rows.jsonl], or a dataset on the hub")
         if self.files and self.dataset:
             raise UserError(f"dataset={self.dataset}: files are named too; keep one of the two")
-        if self.schema not in (AUTO, *SCHEMAS):
-            choices = ", ".join((AUTO, *SCHEMAS))
-            raise UserError(f"schema={self.schema}: there is no such schema; choose one of {choices}")
-        if self.seq_len < 16:
-            raise UserError(f"seq_len={self.seq_len}: a row needs at least 16 tokens; give for example seq_len=2048")
-        if self.overlong not in OVERLONG:
-            raise UserError(f"overlong={self.overlong}: there is no such policy; choose one of {', '.join(OVERLONG)}")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"eval_fraction={self.eval_fraction}: it is a share; give a number from 0 to below 1")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise UserError(f"max_reject_fraction={self.max_reject_fraction}: it is a share; give a number from 0 to 1")
-        if self.markers not in ("reject", "keep"):
-            raise UserError(f"markers={self.markers}: there is no such policy; choose reject or keep")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        named = [self.dataset] if self.dataset else self.files
+        for setting, of_source in (("limits", self.limits), ("weights", self.weights)):
+            for name, value in of_source.items():
+                if name not in named:
+                    raise UserError(f"{setting}.{name}: no source is called so; it is one of {', '.join(named)}")
+                least = 1 if setting == "limits" else 0
+                if not least <= value < float("inf"):
+                    raise UserError(f"{setting}.{name}={value}: it can't be; give a number from {least} up")

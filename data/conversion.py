@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from data.reading import RawRow, Reject
 from data.schema import Conversation, Message, Role
-from data.sources import RawRow, Reject
 from data.template import MARKERS
 
 REPLY_FIELDS = ("output", "response")
@@ -42,7 +42,7 @@ def to_conversation(
             _refuse_markers(messages)
         return _in_order(messages)
     except UnusableError as unusable:
-        return Reject(row, unusable.reason, unusable.detail)
+        return Reject.of(row, unusable.reason, unusable.detail)
 
 
 def _renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

@@ -6,19 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from configs.errors import UserError
-from data.layout import SPLITS, read_manifest
-from data.schema import IGNORE_INDEX, PackedRow
+from configs.errors import UserError, one_line
+from data.layout import SPLITS, damage, open_split, read_manifest
+from data.schema import IGNORE_INDEX, PackedRow, labels_of
 
 PAD_ID = 0
 """The id in unused slots (`<unk>`). Nothing attends to it from a conversation, and it is never trained."""
 
+PAD_MULTIPLE = 16
+"""What the width of a padded batch is a multiple of: kernels are built for such."""
+
+GROUPED_STEPS = 32
+"""Steps whose rows are sorted by length together: more makes less padding, and an order that is less random."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch of B rows, each padded to T = seq_len tokens.
+    """One micro-batch of B rows, each padded to T tokens: seq_len, or without packing what the longest of them needs.
 
     ids        | a0 a1 a2 b0 b1 pad |
     positions  |  0  1  2  0  1  0  |
@@ -58,9 +65,10 @@ class Batch:
 class PackedTable:
     """The packed rows of one split, memory-mapped: only the rows that are asked for are read."""
 
-    def __init__(self, path: Path, seq_len: int):
-        self.seq_len = seq_len
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    def __init__(self, rows: pa.Table, seq_len: int, *, pad_to_longest: bool = False):
+        """Over rows of `ROW_SCHEMA`; with `pad_to_longest` batches are no wider than they have to be."""
+        self.seq_len, self.pad_to_longest = seq_len, pad_to_longest
+        self._table = rows
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -69,20 +77,28 @@ class PackedTable:
         row = self._table.slice(index, 1).to_pylist()[0]
         return PackedRow(**row)
 
+    def lengths(self) -> np.ndarray:
+        """[rows] int64: the tokens of each row."""
+        return pc.list_value_length(self._table["ids"]).to_numpy().astype(np.int64)
+
     def batch(self, indices: list[int | None]) -> Batch:
         """The rows at these indices; None stands for a row without tokens."""
-        shape = (len(indices), self.seq_len)
+        rows = [None if index is None else self[index] for index in indices]
+        width = self.seq_len
+        if self.pad_to_longest:
+            longest = max((len(row.ids) for row in rows if row is not None), default=1)
+            width = min(self.seq_len, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
+        shape = (len(rows), width)
         ids = np.full(shape, PAD_ID, dtype=np.int64)
         positions = np.zeros(shape, dtype=np.int64)
-        labels = np.full((len(indices), self.seq_len + 1), IGNORE_INDEX, dtype=np.int64)
+        labels = np.full((len(rows), width + 1), IGNORE_INDEX, dtype=np.int64)
         is_token = np.zeros(shape, dtype=bool)
-        for place, index in enumerate(indices):
-            if index is None:
+        for place, row in enumerate(rows):
+            if row is None:
                 continue
-            row = self[index]
             used = len(row.ids)
             ids[place, :used] = row.ids
-            labels[place, :used] = row.labels
+            labels[place, :used] = labels_of(ids[place, :used], row.spans)
             positions[place, :used] = np.concatenate([np.arange(length) for length in row.lengths])
             is_token[place, :used] = True
         # A conversation's first token is never trained, so shifting across a boundary trains nothing.
@@ -106,14 +122,34 @@ class PreparedDataset:
         """
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
+        while (
+            True
+        ):  # until the manifest is the one of the rows: a new dataset may take the place of the old at any time
+            wrong = damage(self.directory, self.manifest)
+            try:
+                tables = [] if wrong else self._open()
+            except (OSError, pa.ArrowInvalid) as error:
+                wrong = one_line(error)
+            now = read_manifest(self.directory)
+            if now == self.manifest:
+                break
+            self.manifest = now
+        if wrong:
+            raise UserError(f"dataset={directory}: it is not whole ({wrong}); prepare it again")
         self.seq_len: int = self.manifest["seq_len"]
-        try:
-            tables = [PackedTable(self.directory / split / "rows.arrow", self.seq_len) for split in SPLITS]
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"dataset={directory}: it is not whole ({error}); prepare it again") from error
+        self.packing: bool = self.manifest["packing"]
         self.train, self.eval = tables
         if not len(self.train):
             raise UserError(f"dataset={directory}: it holds no rows to train on; prepare more rows")
+
+    def _open(self) -> list[PackedTable]:
+        seq_len, packing = self.manifest["seq_len"], self.manifest["packing"]
+        return [PackedTable(open_split(self.directory, split), seq_len, pad_to_longest=not packing) for split in SPLITS]
+
+    def schedule(self, *, epochs: int, rows_per_step: int, seed: int) -> "Schedule":
+        """Which rows of the training split each step takes; without packing, rows of like length."""
+        lengths = None if self.packing else self.train.lengths()
+        return Schedule(len(self.train), epochs, rows_per_step, seed, lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +165,14 @@ class Schedule:
     rows_per_step: int
     """Rows of one optimizer step, over all processes (the global batch)."""
     seed: int
+    lengths: np.ndarray | None = None
+    """[rows] tokens of each row, where rows of like length are to come together; the order depends on `rows_per_step`
+    then.
+
+    shuffled  5 1 8 2 | 7 4 6 3      two steps of four rows
+    sorted    1 2 3 4 | 5 6 7 8      by length, among the rows of GROUPED_STEPS steps
+    shuffled  5 6 7 8 | 1 2 3 4      the steps
+    """
 
     @property
     def steps(self) -> int:
@@ -147,7 +191,20 @@ class Schedule:
         ]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.rows)
+        if self.lengths is None:
+            return order
+        # The first rows complete the step in which the epoch before ended.
+        lead = -epoch * self.rows % self.rows_per_step
+        body = order[lead:]
+        whole = len(body) // self.rows_per_step * self.rows_per_step
+        window = GROUPED_STEPS * self.rows_per_step
+        for first in range(0, len(body), window):
+            rows = body[first : first + window]
+            body[first : first + window] = rows[np.argsort(self.lengths[rows], kind="stable")]
+        steps = body[:whole].reshape(-1, self.rows_per_step)
+        return np.concatenate([order[:lead], rng.permutation(steps).reshape(-1), body[whole:]])
 
 
 def share(

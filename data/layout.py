@@ -20,10 +20,13 @@ MANIFEST_KIND = "openhermes-mixtral prepared dataset"
 """What a manifest says that it is, so that no other file of that name is taken for one."""
 SPLITS = ("train", "eval")
 
+LAYOUT = 2
+"""Counts up when what a prepared dataset holds is stored differently."""
+
 ROW_SCHEMA = pa.schema(
     [
-        ("ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
+        ("ids", pa.list_(pa.uint16())),
+        ("spans", pa.list_(pa.int32())),
         ("lengths", pa.list_(pa.int32())),
         ("rows", pa.list_(pa.int64())),
     ]
@@ -50,7 +53,23 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def file_sizes(directory: Path) -> dict[str, int]:
-    """The bytes of each file of a prepared dataset but the manifest, by its path in it."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
+def open_split(directory: Path, split: str) -> pa.Table:
+    """The packed rows of a split, memory-mapped.
+
+    Raises:
+        OSError, pa.ArrowInvalid: the file is missing or damaged.
+    """
+    return pa.ipc.open_file(pa.memory_map(str(directory / split / "rows.arrow"))).read_all()
+
+
+def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
+    """What is not as the manifest says, by the files' names and sizes; None where all is."""
+    if manifest.get("layout") != LAYOUT:
+        return "another version of this program made it"
+    for name, told in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != told["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {told['bytes']}"
+    return None

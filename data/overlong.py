@@ -9,8 +9,8 @@ truncate     prompt 1, reply 1, prompt 2, and reply 2 up to the end of the row
 split_turns  turn 1 alone, turn 2 alone, turn 3 alone, or as many in a row as fit
 """
 
-from data.schema import IGNORE_INDEX, Conversation, TokenizedConversation
-from data.template import BOS, ChatTokenizer
+from data.schema import Conversation, TokenizedConversation
+from data.template import ChatTokenizer
 
 
 def truncate(tokenized: TokenizedConversation, seq_len: int) -> TokenizedConversation | None:
@@ -22,14 +22,15 @@ def truncate(tokenized: TokenizedConversation, seq_len: int) -> TokenizedConvers
     """
     if len(tokenized) <= seq_len:
         return tokenized
-    starts = [place for place, token in enumerate(tokenized.ids) if token == BOS]
-    ends = [*starts[1:], len(tokenized)]
-    for start, end in reversed(list(zip(starts, ends, strict=True))):
-        reply = next(place for place in range(start, end) if tokenized.labels[place] != IGNORE_INDEX)
-        if reply < seq_len:
-            kept = min(end, seq_len)
-            return TokenizedConversation(tokenized.ids[:kept], tokenized.labels[:kept])
-    return None
+    kept = 0
+    spans: tuple[int, ...] = ()
+    for prompt, reply in zip(tokenized.spans[::2], tokenized.spans[1::2], strict=True):
+        room = seq_len - kept - prompt
+        if room <= 0:
+            break
+        kept += prompt + min(reply, room)
+        spans += (prompt, min(reply, room))
+    return TokenizedConversation(tokenized.packed_ids[: 2 * kept], spans) if spans else None
 
 
 def split_turns(conversation: Conversation, tokenizer: ChatTokenizer, seq_len: int) -> list[TokenizedConversation]:

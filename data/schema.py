@@ -3,8 +3,11 @@
 raw row → Conversation → TokenizedConversation → PackedRow
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained; what torch's cross-entropy ignores."""
@@ -59,13 +62,30 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedConversation:
-    """Token ids of a conversation, and the labels: `labels[i] == ids[i]` where trained, else `IGNORE_INDEX`."""
+    """Token ids of a conversation, and which of them are trained.
 
-    ids: list[int]
-    labels: list[int]
+    ids     | <s> [INST] … [/INST] | ▁reply ▁ </s> | <s> [INST] … [/INST] | ▁reply ▁ </s> |
+    spans   | 7                    | 3             | 9                    | 3             |
+    trained | no                   | yes           | no                   | yes           |
+    """
+
+    packed_ids: bytes
+    """The ids, two bytes each: native uint16, as the vocabulary has fewer than 65,536 pieces."""
+    spans: tuple[int, ...]
+    """Tokens of each prompt and each reply in turn; they sum to the number of ids."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids."""
+        return memoryview(self.packed_ids).cast("H").tolist()
+
+    @property
+    def labels(self) -> list[int]:
+        """For each id, itself where trained, else `IGNORE_INDEX`."""
+        return labels_of(np.frombuffer(self.packed_ids, np.uint16), self.spans).tolist()
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.packed_ids) // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +94,26 @@ class PackedRow:
 
     ids      | conversation 7     | conversation 2   | conversation 9 |
     lengths  | 5                  | 4                | 3              |
+    spans    | 2 not trained, 3 … | 2, 2             | 1, 2           |
     position | 0 1 2 3 4            0 1 2 3            0 1 2
     attends  | only within its own conversation, to the left
     """
 
     ids: list[int]
-    labels: list[int]
+    spans: list[int]
+    """Tokens not trained and trained in turn, over all the conversations; they sum to `len(ids)`."""
     lengths: list[int]
     """Tokens of each conversation; they sum to `len(ids)`."""
     rows: list[int]
-    """For each conversation, the number of the raw row that it came from, counted over all input files from 0."""
+    """For each conversation, the number of the raw row that it came from, counted over all sources from 0."""
+
+    @property
+    def labels(self) -> list[int]:
+        """For each id, itself where trained, else `IGNORE_INDEX`."""
+        return labels_of(np.array(self.ids), self.spans).tolist()
+
+
+def labels_of(ids: np.ndarray, spans: Sequence[int]) -> np.ndarray:
+    """[T] int64: each id where it is trained, else `IGNORE_INDEX`."""
+    trained = np.repeat(np.arange(len(spans)) % 2 == 1, spans)
+    return np.where(trained, ids.astype(np.int64), IGNORE_INDEX)

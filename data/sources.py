@@ -1,68 +1,47 @@
-"""Files or a hub dataset → raw rows, in the order in which they stand."""
+"""What rows are read from: files, each hashed, or a hub dataset at a commit."""
 
 import glob
 import hashlib
-import io
-import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import pyarrow as pa
+from typing import Any
 
 from configs.errors import UserError, one_line
 from data.config import PrepareConfig
-
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-"""File endings of compressed files, and what pyarrow calls the compression."""
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+from data.reading import Chunk, read_arrow, read_file
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row as it was read, and where it stands: a line of a JSONL file (from 1), or an item of a list (from 0)."""
-
-    value: Any
-    file: str
-    unit: str
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """A row that can't be used: a reason code to count by, and a sentence for the person who looks it up."""
-
-    row: RawRow
-    reason: str
-    detail: str
-
-    def record(self) -> dict[str, Any]:
-        """The line of `rejects.jsonl`."""
-        where = {"file": self.row.file, self.row.unit: self.row.number}
-        return {**where, "reason": self.reason, "detail": self.detail}
-
-    def __str__(self) -> str:
-        return f"{self.row.file}, {self.row.unit} {self.row.number}: {self.detail}"
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One file, or the hub dataset: what the manifest says of it, and its rows."""
+    """One file, or the hub dataset."""
 
     name: str
     description: dict[str, Any]
-    config: PrepareConfig
+    """What the manifest says of it; the same where the contents are the same."""
+    is_hub: bool = False
+    limit: int | None = None
+    """Rows that are read of it; None for all."""
+    weight: float = 1.0
+    """How often an epoch trains on each of its conversations."""
 
-    def rows(self) -> Iterator[RawRow | Reject]:
-        """Its rows in their order; a line that is not JSON comes as a Reject.
+    def chunks(self) -> Iterator[Chunk]:
+        """Its rows in their order, in pieces that another process can parse.
 
         Raises:
-            UserError: the file is of no known kind, or the hub dataset can't be had.
+            UserError: the file is of no known kind or damaged, or the hub dataset can't be had.
         """
-        return _read_hub(self.config) if "dataset" in self.description else _read_file(self.name)
+        left = self.limit
+        for chunk in _read_hub(self) if self.is_hub else read_file(self.name):
+            if left is None:
+                yield chunk
+                continue
+            yield chunk.first(left)
+            left -= len(chunk)
+            if left <= 0:
+                return
 
 
 def find_sources(config: PrepareConfig) -> list[Source]:
@@ -72,116 +51,85 @@ def find_sources(config: PrepareConfig) -> list[Source]:
         UserError: a file is missing or can't be read, or a pattern matches nothing.
     """
     sources = []
-    for pattern in config.files:
-        # Path.glob takes no absolute patterns.
-        names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
-        if not names:
-            raise UserError(f"files={pattern}: no file matches; check the pattern, relative to {Path.cwd()}")
-        for name in names:
-            with _existing(name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            sources.append(Source(name, {"file": name, "bytes": Path(name).stat().st_size, "sha256": digest}, config))
+    for entry in config.files:
+        for name in files_of("files", entry):
+            description = {"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256(Path(name))}
+            sources.append(
+                Source(
+                    name=name,
+                    description=description,
+                    limit=config.limits.get(entry),
+                    weight=config.weights.get(entry, 1.0),
+                )
+            )
     if config.dataset:
-        description = {"dataset": config.dataset, "revision": config.revision, "split": config.split}
-        sources.append(Source(config.dataset, description, config))
+        dataset = config.dataset
+        described = {
+            "dataset": dataset,
+            "revision": config.revision,
+            "commit": _commit_of(dataset, config.revision),
+            "split": config.split,
+        }
+        limit, weight = config.limits.get(dataset), config.weights.get(dataset, 1.0)
+        sources.append(Source(name=dataset, description=described, is_hub=True, limit=limit, weight=weight))
     return sources
 
 
-def _existing(name: str) -> Path:
-    path = Path(name)
-    if path.is_dir():
-        raise UserError(f"files={name}: it is a directory; name the files in it, for example {name}/*.jsonl")
-    if not path.is_file():
-        raise UserError(f"files={name}: there is no such file; check the path, relative to {Path.cwd()}")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"files={name}: it can't be read; check its permissions")
-    return path
+def files_of(setting: str, entry: str) -> list[str]:
+    """The files that a name or pattern stands for, readable, in the order of their names.
+
+    Raises:
+        UserError: there is none, or one can't be read; the text begins with `setting`.
+    """
+    # Path.glob takes no absolute patterns.
+    names = sorted(glob.glob(entry, recursive=True)) if glob.has_magic(entry) else [entry]  # noqa: PTH207
+    if not names:
+        raise UserError(f"{setting}={entry}: no file matches; check the pattern, relative to {Path.cwd()}")
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            raise UserError(f"{setting}={name}: it is a directory; name the files in it, for example {name}/*.jsonl")
+        if not path.is_file():
+            raise UserError(f"{setting}={name}: there is no such file; check the path, relative to {Path.cwd()}")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{setting}={name}: it can't be read; check its permissions")
+    return names
 
 
-def _read_file(name: str) -> Iterator[RawRow | Reject]:
-    """Parquet by the file's name; else JSON, an array or an object a line by the first character that is not space."""
-    plain = Path(name).with_suffix("") if Path(name).suffix in COMPRESSIONS else Path(name)
+def sha256(path: Path) -> str:
+    """The hash of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _commit_of(dataset: str, revision: str | None) -> str | None:
+    """The commit that a revision of a hub dataset stands for now; None for a local directory or without a hub."""
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    if Path(dataset).is_dir():
+        return None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
     try:
-        with _open(name) as file:
-            yield from _read_parquet(name, file) if plain.suffix == ".parquet" else _read_json(name, file)
-    except (EOFError, OSError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
-        raise UserError(f"files={name}: it can't be read ({one_line(error)}); check that the file is whole") from error
+        return HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
+    except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        return None  # what is in the cache may still be read
 
 
-def _open(name: str) -> BinaryIO:
-    compression = COMPRESSIONS.get(Path(name).suffix)
-    if compression is None:
-        return Path(name).open("rb")
-    # pyarrow's stream is a file in all but type
-    return io.BufferedReader(pa.input_stream(name, compression=compression))
-
-
-def _read_json(name: str, file: BinaryIO) -> Iterator[RawRow | Reject]:
-    not_json = UserError(
-        f"files={name}: it is not JSON; give a JSON array of rows, one JSON object per line (JSONL), or Parquet"
-    )
-    lines = iter(file)
-    # blank lines before the first row
-    number, line = 0, b""
-    for number, line in enumerate(lines, start=1):  # noqa: B007 - both are read after the loop
-        if line.strip(BYTE_ORDER_MARK + b" \t\r\n"):
-            break
-    else:
-        return
-    head = line.lstrip(BYTE_ORDER_MARK + b" \t\r\n")[:1]
-    if head == b"[":
-        try:
-            rows = json.loads((line + b"".join(lines)).decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise not_json from error
-        for place, value in enumerate(rows):
-            yield RawRow(value, name, "row", place)
-    elif head == b"{":
-        yield _parse_line(name, number, line)
-        for following, text in enumerate(lines, start=number + 1):
-            if text.strip():
-                yield _parse_line(name, following, text)
-    else:
-        raise not_json
-
-
-def _parse_line(name: str, number: int, line: bytes) -> RawRow | Reject:
-    row = RawRow(None, name, "line", number)
-    try:
-        return RawRow(json.loads(line.decode("utf-8-sig")), name, "line", number)
-    except UnicodeDecodeError:
-        return Reject(row, "invalid_utf8", "the line is not UTF-8 text")
-    except (ValueError, RecursionError) as error:
-        return Reject(row, "invalid_json", f"the line is not JSON ({error})")
-
-
-def _read_parquet(name: str, file: BinaryIO) -> Iterator[RawRow]:
-    """Parquet is read from its end, so a compressed file is unpacked into memory first."""
-    import pyarrow.parquet as pq
-
-    compressed = Path(name).suffix in COMPRESSIONS
-    try:
-        table = pq.ParquetFile(pa.BufferReader(file.read()) if compressed else file)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"files={name}: it is not Parquet ({one_line(error)}); check the file") from error
-    number = 0
-    for batch in table.iter_batches(batch_size=1000):
-        for value in batch.to_pylist():
-            yield RawRow(value, name, "row", number)
-            number += 1
-
-
-def _read_hub(config: PrepareConfig) -> Iterator[RawRow]:
+def _read_hub(source: Source) -> Iterator[Chunk]:
     """A dataset of the hub, or of a local directory in the same layout."""
     import datasets
 
-    assert config.dataset is not None
+    name, described = source.name, source.description
     try:
-        rows = datasets.load_dataset(config.dataset, revision=config.revision, split=config.split)
+        rows = datasets.load_dataset(
+            name, revision=described["commit"] or described["revision"], split=described["split"]
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"dataset={config.dataset}: it can't be loaded ({one_line(error)}); check the id, revision and split, "
+            f"dataset={name}: it can't be loaded ({one_line(error)}); check the id, revision and split, "
             f"and that the hub can be reached, or name downloaded files with files=[…]"
         ) from error
-    for number, value in enumerate(rows):
-        yield RawRow(value, config.dataset, "row", number)
+    tables = rows.with_format("arrow").iter(batch_size=Chunk.ROWS)
+    yield from read_arrow(name, tables)

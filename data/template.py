@@ -8,7 +8,7 @@ become a control token, however it is spelled.
 import hashlib
 import json
 import re
-from bisect import bisect_left
+from array import array
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -16,13 +16,16 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from configs.errors import UserError
-from data.schema import IGNORE_INDEX, Conversation, TokenizedConversation
+from data.schema import Conversation, TokenizedConversation
 
 EMBEDDED = "embedded"
 """The Mixtral vocabulary that the package mistral-common carries."""
 
 UNK, BOS, EOS = 0, 1, 2
 """Ids of `<unk>`, `<s>` and `</s>` in the Mixtral vocabulary."""
+
+BOS_ID, EOS_ID = (array("H", [token]).tobytes() for token in (BOS, EOS))
+"""The same, as they stand in `TokenizedConversation.packed_ids`."""
 
 SPACE = "▁"
 """How SentencePiece writes a space (U+2581)."""
@@ -50,6 +53,42 @@ PROBES: tuple[tuple[str, tuple[int, ...]], ...] = (
 )
 
 
+UNIT = re.compile(r"\n| *[^ \n]+| +")
+"""A word with the spaces before it, a line end, or spaces that end a line."""
+
+CACHED_UNITS = 1 << 18
+"""Units whose ids are kept, about 50 MB."""
+
+LONGEST_CACHED = 32
+"""Characters of the longest unit that is kept: what is longer seldom comes again."""
+
+
+class UnitIds(dict[str, bytes]):
+    """The ids of units of text, computed when first asked for.
+
+    No piece of the vocabulary has a space after another character, and none holds a line end with something else, so no
+    merge reaches over the border of two units: the ids of a text are those of its units, end to end. Most units come
+    again and again, and looking them up is several times faster than merging a whole text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self._merge = tokenizer.model.tokenize  # the merges alone: nothing is put before the text
+
+    def text(self, text: str) -> bytes:
+        """The ids of a text, each a native uint16."""
+        # SentencePiece does not tell its own sign for a space from a space.
+        return b"".join(map(self.__getitem__, UNIT.findall(text.replace(SPACE, " "))))
+
+    def __missing__(self, unit: str) -> bytes:
+        ids = array("H", [token.id for token in self._merge(unit.replace(" ", SPACE))]).tobytes()
+        if len(unit) <= LONGEST_CACHED:
+            if len(self) >= CACHED_UNITS:
+                self.clear()
+            self[unit] = ids
+        return ids
+
+
 class ChatTokenizer:
     """Renders conversations with the LLaMA-2 chat template and encodes them with the Mixtral vocabulary."""
 
@@ -63,8 +102,9 @@ class ChatTokenizer:
         if self.fingerprint != FINGERPRINT:
             raise UserError(f"{named}: its vocabulary is not Mixtral's; name a Mixtral-8x7B model")
         self._text = _merges_only(vocabulary)
+        self._ids_of = UnitIds(self._text)
         for text, expected in PROBES:
-            found = self._text.encode(text, add_special_tokens=False).ids
+            found = memoryview(self._ids_of.text(f" {text}")).cast("H").tolist()
             if tuple(found) != expected:
                 raise RuntimeError(
                     f"this version of the library tokenizers encodes {text!r} as {found}, and SentencePiece as "
@@ -114,31 +154,19 @@ class ChatTokenizer:
     # Ids
 
     def encode(self, conversation: Conversation) -> TokenizedConversation:
-        """Ids and labels. Trained are each reply, the space after it, and `</s>`."""
-        return self.encode_batch([conversation])[0]
-
-    def encode_batch(self, conversations: list[Conversation]) -> list[TokenizedConversation]:
-        """`encode` for many conversations in one call of the tokenizer, which spreads them over the cores."""
-        turns = [self._turn_texts(conversation) for conversation in conversations]
-        texts = [prompt + (reply or "") for texts in turns for prompt, reply in texts]
-        encodings = iter(self._text.encode_batch(texts, add_special_tokens=False))
-        encoded = []
-        for turn_texts in turns:
-            ids: list[int] = []
-            labels: list[int] = []
-            for prompt, reply in turn_texts:
-                encoding = next(encodings)
-                turn_ids = [BOS, *encoding.ids]
-                ids += turn_ids
-                if reply is None:
-                    labels += [IGNORE_INDEX] * len(turn_ids)
-                    continue
-                # No piece crosses from "[/INST]" into the reply's leading space, so the reply starts at a token.
-                first_trained = 1 + bisect_left(encoding.offsets, len(prompt), key=lambda offset: offset[0])
-                ids.append(EOS)
-                labels += [IGNORE_INDEX] * first_trained + turn_ids[first_trained:] + [EOS]
-            encoded.append(TokenizedConversation(ids, labels))
-        return encoded
+        """Ids, and which are trained: each reply, the space after it, and `</s>`."""
+        pieces: list[bytes] = []
+        spans: list[int] = []
+        for prompt, reply in self._turn_texts(conversation):
+            # The leading space is SentencePiece's. The text of a turn may be cut before the reply, as at any space.
+            prompt_ids = self._ids_of.text(f" {prompt}")
+            pieces += (BOS_ID, prompt_ids)
+            spans.append(1 + len(prompt_ids) // 2)
+            if reply is not None:
+                reply_ids = self._ids_of.text(reply)
+                pieces += (reply_ids, EOS_ID)
+                spans.append(len(reply_ids) // 2 + 1)
+        return TokenizedConversation(b"".join(pieces), tuple(spans))
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """The ids that generation starts from: everything up to the last `[/INST]`.
@@ -151,6 +179,11 @@ class ChatTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids: control tokens left out, surrounding space stripped as in training."""
         return self._text.decode([i for i in ids if i not in (UNK, BOS, EOS)]).strip()
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """The piece of each id, as the vocabulary spells it."""
+        return sorted(self._vocabulary, key=self._vocabulary.__getitem__)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from data.dataset import Batch, PackedTable, PreparedDataset, Schedule, share
+from data.dataset import Batch, PackedTable, PreparedDataset, share
 from train.checkpoint import RunDirectory
 from train.config import BatchArithmetic, OptimConfig, TrainConfig
 from train.engine import Engine, Update
@@ -34,7 +34,7 @@ def train(
     metrics: Metrics,
 ) -> None:
     """Trains, evaluates and saves as the configuration says; every process calls it."""
-    schedule = Schedule(len(dataset.train), config.epochs, batch.rows, config.seed)
+    schedule = dataset.schedule(epochs=config.epochs, rows_per_step=batch.rows, seed=config.seed)
     steps = min(schedule.steps, config.max_steps or schedule.steps)
     engine.train()
     with metrics.progress(steps):

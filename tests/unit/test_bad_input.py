@@ -61,7 +61,7 @@ CASES = {
     "data files=[good.jsonl] eval_fraction=-0.1": ["eval_fraction=-0.1"],
     "data files=[good.jsonl] eval_fraction=nan": ["eval_fraction=nan"],
     "data files=[good.jsonl] max_reject_fraction=2": ["max_reject_fraction=2"],
-    "data files=[good.jsonl] markers=drop": ["markers=drop", "reject or keep"],
+    "data files=[good.jsonl] markers=drop": ["markers=drop", "one of reject, keep"],
     "data files=[good.jsonl] tokenizer=absent": ["tokenizer=absent", "no such directory"],
     "data files=[good.jsonl] tokenizer=some_directory": ["tokenizer=some_directory", "neither"],
     "data files=[good.jsonl] output=good.jsonl": ["output=good.jsonl"],

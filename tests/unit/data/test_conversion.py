@@ -9,8 +9,8 @@ import pytest
 
 from data.config import SCHEMAS as SETTINGS
 from data.conversion import SCHEMAS, detect_schema, to_conversation
+from data.reading import RawRow, Reject
 from data.schema import Conversation, Message
-from data.sources import RawRow, Reject
 
 HUMAN = {"from": "human", "value": "Hi"}
 GPT = {"from": "gpt", "value": " Hello. "}

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -9,16 +10,16 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from data.dataset import PAD_ID, Batch, PackedTable, PreparedDataset, Schedule, share
-from data.layout import MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS
+from data.layout import LAYOUT, MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, open_split
 from data.schema import IGNORE_INDEX, PackedRow
 
 X = IGNORE_INDEX
 SEQ_LEN = 6
 
 ROWS = [
-    PackedRow(ids=[1, 10, 11, 1, 12], labels=[X, 10, 11, X, 12], lengths=[3, 2], rows=[7, 3]),
-    PackedRow(ids=[1, 20, 21, 22, 23, 2], labels=[X, X, 21, 22, 23, 2], lengths=[6], rows=[5]),
-    PackedRow(ids=[1, 30], labels=[X, 30], lengths=[2], rows=[0]),
+    PackedRow(ids=[1, 10, 11, 1, 12], spans=[1, 2, 1, 1], lengths=[3, 2], rows=[7, 3]),
+    PackedRow(ids=[1, 20, 21, 22, 23, 2], spans=[2, 4], lengths=[6], rows=[5]),
+    PackedRow(ids=[1, 30], spans=[1, 1], lengths=[2], rows=[0]),
 ]
 
 
@@ -32,7 +33,7 @@ def write(path: Path, rows: list[PackedRow]) -> None:
 @pytest.fixture
 def table(tmp_path: Path) -> PackedTable:
     write(tmp_path / "rows.arrow", ROWS)
-    return PackedTable(tmp_path / "rows.arrow", SEQ_LEN)
+    return PackedTable(pa.ipc.open_file(tmp_path / "rows.arrow").read_all(), SEQ_LEN)
 
 
 # Batches
@@ -154,17 +155,116 @@ def test_order_differs_between_epochs_and_seeds() -> None:
     assert both.rows_of(1) not in (both.rows_of(0), second.rows_of(0))
 
 
+# Without packing
+
+
+def test_batch_is_as_wide_as_its_longest_row_needs() -> None:
+    rows = [PackedRow(ids=[1] * n, spans=[1, n - 1], lengths=[n], rows=[n]) for n in (5, 17, 33, 40)]
+    columns = {name: [getattr(row, name) for row in rows] for name in ROW_SCHEMA.names}
+    table = PackedTable(pa.table(columns, schema=ROW_SCHEMA), seq_len=40, pad_to_longest=True)
+
+    widths = [table.batch(indices).ids.shape[1] for indices in ([0], [0, 1], [2], [3], [None], [None, 1])]
+    assert widths == [16, 32, 40, 40, 16, 32]
+    batch = table.batch([1, 0])
+    assert batch.is_token.sum(dim=1).tolist() == [17, 5]
+    assert (batch.targets[1, 5:] == X).all()
+    assert batch.positions[1, :5].tolist() == [0, 1, 2, 3, 4]
+
+
+grouped = st.builds(
+    lambda lengths, epochs, rows_per_step, seed: Schedule(len(lengths), epochs, rows_per_step, seed, np.array(lengths)),
+    st.lists(st.integers(1, 100), min_size=1, max_size=80),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(0, 2**32),
+)
+
+
+@given(grouped)
+def test_grouped_rows_are_seen_once_an_epoch(schedule: Schedule) -> None:
+    test_each_epoch_sees_every_row_once.hypothesis.inner_test(schedule)  # type: ignore[attr-defined]
+    test_blanks_come_only_at_the_very_end.hypothesis.inner_test(schedule)  # type: ignore[attr-defined]
+
+
+def test_rows_of_like_length_come_together_and_steps_in_any_order() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 400)
+    schedule = Schedule(400, 3, 10, 0, lengths)
+    spreads, means = [], []
+    for step in range(schedule.steps):
+        of_step = lengths[schedule.rows_of(step)]
+        spreads.append(of_step.max() - of_step.min())
+        means.append(of_step.mean())
+    assert np.median(spreads) < 60  # a tenth of what ten rows at random span
+    half = len(means) // 2
+    assert abs(np.mean(means[:half]) - np.mean(means[half:])) < 100  # neither short nor long rows come first
+    assert schedule.rows_of(0) != Schedule(400, 3, 10, 1, lengths).rows_of(0)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_only_an_unpacked_dataset_groups_by_length(tmp_path: Path, packing: bool) -> None:
+    dataset = PreparedDataset(prepared(tmp_path, packing=packing))
+    schedule = dataset.schedule(epochs=1, rows_per_step=2, seed=0)
+    assert (schedule.lengths is None) == packing
+    if not packing:
+        assert schedule.lengths is not None
+        assert schedule.lengths.tolist() == [5, 6, 2]
+        assert dataset.train.batch([2]).ids.shape[1] == SEQ_LEN  # narrower than the multiple: the row's own limit
+
+
 # The directory
 
 
-def test_prepared_dataset_opens_its_splits(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text(json.dumps({"kind": MANIFEST_KIND, "seq_len": SEQ_LEN}))
+def prepared(directory: Path, *, packing: bool = True) -> Path:
+    """A prepared dataset of ROWS, as small as can be."""
     for split, rows in zip(SPLITS, (ROWS, []), strict=True):
-        write(tmp_path / split / "rows.arrow", rows)
-    dataset = PreparedDataset(tmp_path)
+        write(directory / split / "rows.arrow", rows)
+    files = {f"{split}/rows.arrow": {"bytes": (directory / split / "rows.arrow").stat().st_size} for split in SPLITS}
+    manifest = {"kind": MANIFEST_KIND, "layout": LAYOUT, "seq_len": SEQ_LEN, "packing": packing, "files": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+    return directory
 
+
+def test_prepared_dataset_opens_its_splits(tmp_path: Path) -> None:
+    dataset = PreparedDataset(prepared(tmp_path))
     assert dataset.seq_len == SEQ_LEN
     assert (len(dataset.train), len(dataset.eval)) == (3, 0)
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    rows = prepared(tmp_path) / "train" / "rows.arrow"
+    content = rows.read_bytes()
+    for damaged, told in ((content[:-1], "has .* bytes, not"), (content[::-1], "Not an Arrow file")):
+        rows.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"dataset={tmp_path}: it is not whole .*{told}.*; prepare it again"):
+            PreparedDataset(tmp_path)
+    rows.unlink()
+    with pytest.raises(UserError, match=r"train/rows\.arrow is missing"):
+        PreparedDataset(tmp_path)
+
+
+def test_another_layout_is_refused(tmp_path: Path) -> None:
+    manifest = prepared(tmp_path) / MANIFEST
+    manifest.write_text(manifest.read_text().replace(f'"layout": {LAYOUT}', f'"layout": {LAYOUT - 1}'))
+    with pytest.raises(UserError, match="another version of this program made it"):
+        PreparedDataset(tmp_path)
+
+
+def test_a_dataset_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manifest and rows belong together, also where a new dataset takes the place of the old between the two."""
+    prepared(tmp_path)
+    changed = []
+
+    def open_and_change(directory: Path, split: str) -> pa.Table:
+        table = open_split(directory, split)
+        if not changed:
+            manifest = json.loads((directory / MANIFEST).read_text())
+            (directory / MANIFEST).write_text(json.dumps({**manifest, "seq_len": 7}))
+            changed.append(split)
+        return table
+
+    monkeypatch.setattr("data.dataset.open_split", open_and_change)
+    dataset = PreparedDataset(tmp_path)
+    assert dataset.seq_len == dataset.train.seq_len == dataset.manifest["seq_len"] == 7
 
 
 @pytest.mark.parametrize("exists", [True, False])

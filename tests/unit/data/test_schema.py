@@ -1,3 +1,4 @@
+from array import array
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -57,4 +58,7 @@ def test_records_are_frozen() -> None:
 
 
 def test_length_is_tokens() -> None:
-    assert len(TokenizedConversation([1, 5, 2], [-100, 5, 2])) == 3
+    tokenized = TokenizedConversation(array("H", [1, 5, 2, 1, 7, 2]).tobytes(), (1, 2, 2, 1))
+    assert len(tokenized) == 6
+    assert tokenized.ids == [1, 5, 2, 1, 7, 2]
+    assert tokenized.labels == [-100, 5, 2, -100, -100, 2]

@@ -10,8 +10,9 @@ import pytest
 from configs.errors import UserError
 from data.config import PrepareConfig
 from data.conversion import to_conversation
+from data.reading import RawRow, Reject
 from data.schema import Conversation
-from data.sources import RawRow, Reject, find_sources
+from data.sources import find_sources
 from data.template import MARKERS
 from tests.conftest import golden
 
@@ -29,7 +30,7 @@ def read(path: Path, content: bytes | str, *, keep_markers: bool = False) -> lis
 
 
 def read_rows(config: PrepareConfig) -> list[RawRow | Reject]:
-    return [row for source in find_sources(config) for row in source.rows()]
+    return [row for source in find_sources(config) for chunk in source.chunks() for row in chunk.rows()]
 
 
 def convert(value: Any, *, keep_markers: bool = False) -> Conversation | Reject:
@@ -101,7 +102,7 @@ def test_bad_line_is_rejected_and_its_neighbours_kept(tmp_path: Path, line: byte
 
     assert texts(before) == texts(after) == ["Add 1 and 2.", "3"]
     assert isinstance(between, Reject)
-    assert (between.reason, between.row.number) == (reason, 2)
+    assert (between.reason, between.number) == (reason, 2)
 
 
 @pytest.mark.parametrize("depth", [100_000])

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import shutil
 from functools import cache
 from importlib import resources
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from data.schema import IGNORE_INDEX, Conversation, Message
-from data.template import ChatTokenizer
+from data.template import FIRST_PIECE, ChatTokenizer
 from tests.conftest import golden
 
 GOLDEN = golden("llama2_mixtral")
@@ -62,11 +63,20 @@ def test_golden_prompt(row: dict[str, Any]) -> None:
     assert len(prompt) < len(row["ids"])
 
 
-def test_batch_is_one_by_one() -> None:
-    if len(GOLDEN) == 1:
-        pytest.skip("the golden file is not here")
-    conversations = [conversation_of(row.values[0]["messages"]) for row in GOLDEN]
-    assert chat().encode_batch(conversations) == [chat().encode(c) for c in conversations]
+def test_no_piece_crosses_the_border_of_two_units() -> None:
+    """What lets a text be encoded unit by unit; see `UnitIds`."""
+    pieces = [piece for piece, number in chat()._vocabulary.items() if number >= FIRST_PIECE]
+    assert not [piece for piece in pieces if re.search(r"[^▁]▁", piece) or ("\n" in piece and piece != "\n")]
+
+
+def test_units_are_forgotten_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.template.CACHED_UNITS", 3)
+    forgetful = ChatTokenizer.load()
+    text = "one two three four five six one two " * 5
+    for _ in range(2):
+        ids = memoryview(forgetful._ids_of.text(f" {text}")).cast("H").tolist()
+        assert ids == sentencepiece().encode(text)
+        assert len(forgetful._ids_of) <= 3
 
 
 # Against SentencePiece

@@ -1,0 +1,153 @@
+"""Evaluation data that must not be trained on: rows that share thirteen words in a row with it.
+
+The measure of the GPT-3 paper (Brown et al. 2020, appendix C): words in lower case, without punctuation. What has fewer
+than thirteen words can't be found out by it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from configs.errors import UserError, one_line
+from data.schema import Conversation
+from data.sources import files_of, sha256
+
+GRAM = 13
+"""Words of a sequence that must not be shared."""
+
+WORD = re.compile(r"\w+")
+
+# Odd factors make the place of a word count; their products wrap at 64 bits.
+FACTORS = np.array([pow(0x9E3779B97F4A7C15, place, 1 << 64) for place in range(1, GRAM + 1)], dtype=np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Where the hub keeps a task of the Open LLM Leaderboard, and the columns with its texts."""
+
+    dataset: str
+    name: str | None
+    split: str
+    columns: tuple[str, ...]
+
+
+# The splits that the leaderboard scores, as in lm-evaluation-harness.
+TASKS = {
+    "arc": Task("allenai/ai2_arc", "ARC-Challenge", "test", ("question",)),
+    "hellaswag": Task("Rowan/hellaswag", None, "validation", ("ctx", "endings")),
+    "mmlu": Task("cais/mmlu", "all", "test", ("question", "choices")),
+    "truthfulqa": Task("truthfulqa/truthful_qa", "generation", "validation", ("question", "best_answer")),
+    "winogrande": Task("allenai/winogrande", "winogrande_xl", "validation", ("sentence",)),
+    "gsm8k": Task("openai/gsm8k", "main", "test", ("question", "answer")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluations:
+    """All thirteen-word sequences of the evaluation data, as sorted hashes.
+
+    64 bits each: among ten million sequences here and a billion in the rows, an accidental match is a matter of one in
+    two thousand.
+    """
+
+    grams: np.ndarray
+    """[n] uint64, ascending."""
+
+    def shared_with(self, conversation: Conversation) -> str | None:
+        """The first sequence of words that a conversation shares with them, or None."""
+        for message in conversation.messages:
+            words = words_of(message.content)
+            grams = grams_of(words)
+            places = np.searchsorted(self.grams, grams)
+            hits = np.flatnonzero(self.grams[np.minimum(places, len(self.grams) - 1)] == grams)
+            if len(hits):
+                return " ".join(words[hits[0] : hits[0] + GRAM])
+        return None
+
+
+def words_of(text: str) -> list[str]:
+    """Its words in lower case."""
+    return WORD.findall(text.lower())
+
+
+def grams_of(words: list[str]) -> np.ndarray:
+    """[max(0, words - 12)] uint64: the hash of each sequence of thirteen words."""
+    if len(words) < GRAM:
+        return np.empty(0, np.uint64)
+    hashes = np.fromiter((xxhash.xxh3_64_intdigest(word.encode()) for word in words), np.uint64, len(words))
+    return (np.lib.stride_tricks.sliding_window_view(hashes, GRAM) * FACTORS).sum(axis=1, dtype=np.uint64)
+
+
+def load_evaluations(names: list[str]) -> tuple[Evaluations | None, list[dict[str, Any]]]:
+    """The sequences of the named files and tasks, and what the manifest says of each.
+
+    Raises:
+        UserError: a file can't be read, a task can't be had, or nothing in one is thirteen words long.
+    """
+    descriptions, grams = [], []
+    for name in names:
+        if name in TASKS:
+            found = _grams_of(_texts_of_task(name))
+            descriptions.append({"task": name, "grams": len(found), "xxh3": xxhash.xxh3_128_hexdigest(found.tobytes())})
+            grams.append(found)
+            continue
+        for file in files_of("contamination", name):
+            found = _grams_of(_texts_of_file(file))
+            if not len(found):
+                raise UserError(
+                    f"contamination={file}: nothing in it is {GRAM} words long, so nothing would be found; "
+                    f"name a file with whole questions, or one of {', '.join(TASKS)}"
+                )
+            descriptions.append({"file": file, "sha256": sha256(Path(file)), "grams": len(found)})
+            grams.append(found)
+    return (Evaluations(np.unique(np.concatenate(grams))) if grams else None), descriptions
+
+
+def _grams_of(texts: Iterable[str]) -> np.ndarray:
+    return np.unique(np.concatenate([np.empty(0, np.uint64), *(grams_of(words_of(text)) for text in texts)]))
+
+
+def _texts_of_file(name: str) -> Iterator[str]:
+    """Every text in a JSONL file's rows, or the paragraphs of any other."""
+    try:
+        content = Path(name).read_text(encoding="utf-8")
+        if Path(name).suffix == ".jsonl":
+            for line in content.split("\n"):
+                if line.strip():
+                    yield from _texts_in(json.loads(line))
+        else:
+            yield from content.split("\n\n")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"contamination={name}: it can't be read ({one_line(error)}); give JSON Lines (.jsonl) or UTF-8 text"
+        ) from error
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(part)
+
+
+def _texts_of_task(name: str) -> Iterator[str]:
+    import datasets
+
+    task = TASKS[name]
+    try:
+        rows = datasets.load_dataset(task.dataset, task.name, split=task.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"contamination={name}: {task.dataset} can't be loaded ({one_line(error)}); check that the hub can be "
+            f"reached, or name a downloaded file"
+        ) from error
+    for row in rows:
+        for column in task.columns:
+            yield from _texts_in(row[column])

@@ -1,0 +1,85 @@
+"""Conversations that were there before: to the letter, or nearly.
+
+Whoever encodes a row computes what it is compared by; one process compares, in the order of the rows, so that the first
+of each kind is kept however many processes encode.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+
+from data.schema import Conversation
+
+PERMUTATIONS = 128
+"""Values of a signature: the similarity that it tells is off by 0.04 or so (one standard deviation at 0.8)."""
+
+SHINGLE = 5
+"""Words of a sequence by which two texts are compared."""
+
+WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """What a conversation is compared by."""
+
+    digest: bytes
+    """Equal exactly for conversations with the same messages."""
+    signature: np.ndarray | None
+    """[PERMUTATIONS] uint32; None where only the digest counts."""
+
+
+def likeness(conversation: Conversation, *, near: bool) -> Likeness:
+    """What a conversation is compared by; with `near`, also by what its turns say, system message aside."""
+    exact = hashlib.blake2b(digest_size=16)
+    for message in conversation.messages:
+        exact.update(f"{message.role}\0{message.content}\0".encode())
+    if not near:
+        return Likeness(exact.digest(), None)
+    words = WORD.findall(" ".join(message.content for message in conversation.turns).lower())
+    count = max(1, len(words) - SHINGLE + 1)
+    minhash = _blank().copy()
+    minhash.update_batch({" ".join(words[place : place + SHINGLE]).encode() for place in range(count)})
+    return Likeness(exact.digest(), minhash.hashvalues)
+
+
+@cache
+def _blank() -> MinHash:
+    return MinHash(num_perm=PERMUTATIONS, scheme="affine32")
+
+
+class Seen:
+    """The conversations so far.
+
+    About 0.2 KB of memory for each where digests are compared, 3 KB where signatures are.
+    """
+
+    def __init__(self, *, near_threshold: float | None):
+        self._threshold = near_threshold or 1.0
+        self._by_digest: dict[bytes, int] = {}
+        self._signatures: dict[int, np.ndarray] = {}
+        self._index = None if near_threshold is None else MinHashLSH(threshold=near_threshold, num_perm=PERMUTATIONS)
+
+    def earlier(self, row: int, found: Likeness) -> tuple[int, float] | None:
+        """The row that was there before, and how alike they are (1 where equal), or None, and then `row` is kept."""
+        same = self._by_digest.get(found.digest)
+        if same is not None:
+            return same, 1.0
+        if self._index is not None and found.signature is not None:
+            minhash = MinHash(num_perm=PERMUTATIONS, scheme="affine32", hashvalues=found.signature)
+            alike = [(self._similarity(other, found.signature), -other) for other in self._index.query(minhash)]
+            if alike and max(alike)[0] >= self._threshold:
+                similarity, other = max(alike)
+                return -other, similarity
+            self._index.insert(row, minhash, check_duplication=False)
+            self._signatures[row] = found.signature
+        self._by_digest[found.digest] = row
+        return None
+
+    def _similarity(self, row: int, signature: np.ndarray) -> float:
+        """The share of equal values, which estimates the Jaccard similarity."""
+        return float(np.mean(self._signatures[row] == signature))

@@ -1,0 +1,175 @@
+"""Chunks of rows → encoded conversations and rejects, by one process or several, in the order of the rows."""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import connection, get_context, parent_process
+
+from configs.errors import UserError
+from data.config import PrepareConfig
+from data.contamination import Evaluations
+from data.conversion import to_conversation
+from data.duplicates import Likeness, likeness
+from data.overlong import split_turns, truncate
+from data.reading import Chunk, RawRow, Reject
+from data.schema import Conversation, TokenizedConversation
+from data.template import ChatTokenizer
+
+AHEAD = 3
+"""Chunks for each process that are being encoded or wait for their turn; bounds the memory."""
+
+BYTES_PER_WORKER = 4 << 20
+"""A further process is worth its second of starting for each so many bytes of rows."""
+
+
+@dataclass(slots=True)
+class EncodedChunk:
+    """What became of the rows of a chunk; `place` counts from 0 in the chunk."""
+
+    file: str
+    unit: str
+    numbers: list[int]
+    """Of each row, its line or its place in the list."""
+    kept: list[tuple[int, list[TokenizedConversation]]] = field(default_factory=list)
+    """Place of a row and what is kept of it: one conversation, or several where it was split."""
+    likenesses: list[Likeness] = field(default_factory=list)
+    """Side by side with `kept`; empty where duplicates are kept."""
+    rejects: list[tuple[int, Reject]] = field(default_factory=list)
+    """Place of a row that can't be used, and why."""
+
+
+class Encoder:
+    """Converts, checks and encodes the rows of chunks."""
+
+    def __init__(self, config: PrepareConfig, tokenizer: ChatTokenizer, evaluations: Evaluations | None):
+        self.config, self.tokenizer, self.evaluations = config, tokenizer, evaluations
+
+    def encode(self, chunk: Chunk, schema: str) -> EncodedChunk:
+        """What became of each row."""
+        config = self.config
+        encoded = EncodedChunk(chunk.file, chunk.unit, chunk.numbers)
+        for place, row in enumerate(chunk.rows()):
+            outcome = row if isinstance(row, Reject) else self._conversation(row, schema)
+            if isinstance(outcome, Conversation) and isinstance(row, RawRow):
+                tokenized = self.tokenizer.encode(outcome)
+                if parts := self._fit(outcome, tokenized):
+                    encoded.kept.append((place, parts))
+                    if config.duplicates != "keep":
+                        encoded.likenesses.append(likeness(outcome, near=config.duplicates == "drop_near"))
+                    continue
+                what = "the conversation" if config.overlong == "drop" else "no prompt fits: the conversation"
+                detail = f"{what} has {len(tokenized)} tokens, and a row holds {config.seq_len}"
+                outcome = Reject.of(row, "too_long", detail)
+            assert isinstance(outcome, Reject)
+            encoded.rejects.append((place, outcome))
+        return encoded
+
+    def _conversation(self, row: RawRow, schema: str) -> Conversation | Reject:
+        config = self.config
+        outcome = to_conversation(row, schema, columns=config.columns, keep_markers=config.markers == "keep")
+        if isinstance(outcome, Reject) or self.evaluations is None:
+            return outcome
+        shared = self.evaluations.shared_with(outcome)
+        return outcome if shared is None else Reject.of(row, "contaminated", f"evaluation data has it too: {shared}")
+
+    def _fit(self, conversation: Conversation, tokenized: TokenizedConversation) -> list[TokenizedConversation]:
+        """What is kept of a conversation: itself where it fits a row, else what the policy makes of it."""
+        seq_len, overlong = self.config.seq_len, self.config.overlong
+        if len(tokenized) <= seq_len:
+            return [tokenized]
+        if overlong == "split_turns":
+            return split_turns(conversation, self.tokenizer, seq_len)
+        part = truncate(tokenized, seq_len) if overlong == "truncate" else None
+        return [] if part is None else [part]
+
+
+class Pool:
+    """Encodes chunks in this process, or in several others, with a bounded number of them under way."""
+
+    def __init__(self, encoder: Encoder, workers: int):
+        self._encoder, self._workers = encoder, workers
+        self._executor: ProcessPoolExecutor | None = None
+        if workers > 1:
+            # spawn: forking a process that has threads, as Arrow's, can hang.
+            self._executor = ProcessPoolExecutor(
+                workers,
+                mp_context=get_context("spawn"),
+                initializer=_start,
+                initargs=(encoder.config, encoder.evaluations),
+            )
+
+    def encode(self, chunks: Iterable[Chunk], schema: str) -> Iterator[EncodedChunk]:
+        """The encoded chunks, in the order of the chunks.
+
+        Raises:
+            UserError: a process was killed, most likely for lack of memory.
+        """
+        if self._executor is None:
+            for chunk in chunks:
+                yield self._encoder.encode(chunk, schema)
+            return
+        under_way: deque[Future[EncodedChunk]] = deque()
+        try:
+            for chunk in chunks:
+                under_way.append(self._executor.submit(_encode, chunk, schema))
+                if len(under_way) == AHEAD * self._workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"workers={self._workers}: one of the processes was killed; look for lack of memory, or give workers=1"
+            ) from error
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def pool(encoder: Encoder, workers: int) -> Iterator[Pool]:
+    """A pool that is closed in the end."""
+    opened = Pool(encoder, workers)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def number_of_workers(asked: int, total_bytes: int | None) -> int:
+    """As many as asked for; where that is left open, one a core, and fewer where `total_bytes` of rows are few."""
+    if asked:
+        return asked
+    cores = len(os.sched_getaffinity(0))
+    return cores if total_bytes is None else min(cores, 1 + total_bytes // BYTES_PER_WORKER)
+
+
+# In the other processes
+
+_encoder: Encoder
+
+
+def _start(config: PrepareConfig, evaluations: Evaluations | None) -> None:
+    global _encoder  # noqa: PLW0603 - the state of a worker process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the one that waits for the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(config, ChatTokenizer.load(config.tokenizer), evaluations)
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode(chunk: Chunk, schema: str) -> EncodedChunk:
+    return _encoder.encode(chunk, schema)

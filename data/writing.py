@@ -1,0 +1,159 @@
+"""A prepared dataset on its way to the disk: whole or not there, whenever the process is killed.
+
+.{name}.{process}.tmp/   beside the target, locked while its process lives
+  encoded/               conversations between encoding and packing
+  dataset/               the new dataset; changes places with the old one when it is whole
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from configs.errors import UserError
+from data.layout import MANIFEST, ROW_SCHEMA, read_manifest
+from data.store import ConversationStore, Index
+
+ROWS_PER_BATCH = 256
+"""Packed rows that are put together in memory at a time."""
+
+
+def refuse_foreign(output: Path, files: list[str]) -> None:
+    """Raises `UserError` rather than replace what is not a prepared dataset, or what the rows are read from."""
+    place = output.resolve()
+    if place.is_dir() and any(Path(path).resolve().is_relative_to(place) for path in [str(Path.cwd()), *files]):
+        raise UserError(f"output={output}: it holds the working directory or an input; choose a directory of its own")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        read_manifest(output)
+    except UserError as error:
+        raise UserError(
+            f"output={output}: something else is there, not a prepared dataset; choose another directory"
+        ) from error
+
+
+@contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """A directory beside the target, gone in the end; what killed processes left there goes too.
+
+    Raises:
+        UserError: it can't be written, now or later.
+    """
+    place = output.resolve()  # where a link points, so that the link stays
+    temporary = place.parent / f".{place.name}.{os.getpid()}.tmp"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in place.parent.glob(f".{place.name}.*.tmp"):
+            if (lock := _lock(left_over)) is not None:
+                shutil.rmtree(left_over, ignore_errors=True)
+                os.close(lock)
+        temporary.mkdir()
+        lock = _lock(temporary)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"output={output}: it can't be written ({reason}); choose a writable place") from error
+
+
+def _lock(directory: Path) -> int | None:
+    """A lock on a directory, which goes with the process; None where another process holds it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def write_rows(path: Path, plan: list[list[int]], store: ConversationStore, index: Index) -> None:
+    """Writes one split.
+
+    Args:
+        path: the Arrow file.
+        plan: for each packed row, the conversations in it, by their places in `index`.
+        store: has their tokens.
+        index: has their lengths.
+    """
+    path.parent.mkdir(parents=True)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as arrow:
+        for first in range(0, len(plan), ROWS_PER_BATCH):
+            block = plan[first : first + ROWS_PER_BATCH]
+            members = [member for row in block for member in row]
+            last = np.cumsum([len(row) for row in block])
+            ids, spans = store.read(members)
+            lengths = index.lengths[members]
+            each = np.ones_like(lengths)
+            columns = [
+                _lists(ids, lengths, last),
+                _lists(spans, index.spans[members], last),
+                _lists(lengths, each, last),
+                _lists(index.rows[members], each, last),
+            ]
+            arrow.write_batch(pa.RecordBatch.from_arrays(columns, schema=ROW_SCHEMA))
+
+
+def _lists(values: np.ndarray, sizes: np.ndarray, last: np.ndarray) -> pa.ListArray:
+    """Lists, one a packed row, of values of which each member has `sizes`; row i ends with member `last[i]`, from 1."""
+    ends = np.cumsum(sizes, dtype=np.int32)[last - 1]
+    return pa.ListArray.from_arrays(np.concatenate([np.zeros(1, np.int32), ends]), pa.array(values))
+
+
+def publish(dataset: Path, output: Path, manifest: dict[str, Any]) -> None:
+    """Completes the dataset with its manifest and puts it in the place of what was there, in one step."""
+    files = {}
+    for path in sorted(path for path in dataset.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[str(path.relative_to(dataset))] = {"bytes": path.stat().st_size, "sha256": digest}
+    with (dataset / MANIFEST).open("w", encoding="utf-8") as text:
+        text.write(json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False) + "\n")
+        text.flush()
+        os.fsync(text.fileno())
+    for directory in [path for path in dataset.rglob("*") if path.is_dir()] + [dataset]:
+        _sync(directory)
+    place = output.resolve()
+    if place.exists():
+        _exchange(dataset, place)
+    else:
+        dataset.rename(place)
+    _sync(place.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Lets two directories change places: at no moment is there none."""
+    at_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        done = renameat2(at_working_directory, os.fsencode(new), at_working_directory, os.fsencode(old), exchange)
+        if done == 0:
+            return
+        if (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(number, os.strerror(number))
+    # A file system that can't (NFS among them): for a moment there is none, and never a half.
+    aside = new.with_name("old")
+    old.rename(aside)
+    new.rename(old)
