@@ -91,7 +91,8 @@ class PrepareConfig:
     """Evaluation data to keep out of training: a row that shares thirteen words in a row with it is rejected. Files,
     JSON Lines or text, or tasks of the Open LLM Leaderboard: arc, hellaswag, mmlu, truthfulqa, winogrande, gsm8k."""
     workers: int = 0
-    """Processes that encode; 0 means one a core, fewer where there is little to do. What is written is the same."""
+    """Processes that encode, the first one included; 0 means one a core, fewer where there is little to do. What is
+    written is the same."""
     rows: int = 3
     """Rows that `task=preview` prints."""
 

@@ -8,11 +8,14 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 
 from data.schema import Conversation
+
+if TYPE_CHECKING:  # imported where it is used: it takes half a second, and most runs do without
+    from datasketch import MinHash
 
 PERMUTATIONS = 128
 """Values of a signature: the similarity that it tells is off by 0.04 or so (one standard deviation at 0.8)."""
@@ -48,7 +51,9 @@ def likeness(conversation: Conversation, *, near: bool) -> Likeness:
 
 
 @cache
-def _blank() -> MinHash:
+def _blank() -> "MinHash":
+    from datasketch import MinHash
+
     return MinHash(num_perm=PERMUTATIONS, scheme="affine32")
 
 
@@ -62,7 +67,11 @@ class Seen:
         self._threshold = near_threshold or 1.0
         self._by_digest: dict[bytes, int] = {}
         self._signatures: dict[int, np.ndarray] = {}
-        self._index = None if near_threshold is None else MinHashLSH(threshold=near_threshold, num_perm=PERMUTATIONS)
+        self._index = None
+        if near_threshold is not None:
+            from datasketch import MinHashLSH
+
+            self._index = MinHashLSH(threshold=near_threshold, num_perm=PERMUTATIONS)
 
     def earlier(self, row: int, found: Likeness) -> tuple[int, float] | None:
         """The row that was there before, and how alike they are (1 where equal), or None, and then `row` is kept."""
@@ -70,7 +79,8 @@ class Seen:
         if same is not None:
             return same, 1.0
         if self._index is not None and found.signature is not None:
-            minhash = MinHash(num_perm=PERMUTATIONS, scheme="affine32", hashvalues=found.signature)
+            minhash = _blank().copy()
+            minhash.hashvalues = found.signature
             alike = [(self._similarity(other, found.signature), -other) for other in self._index.query(minhash)]
             if alike and max(alike)[0] >= self._threshold:
                 similarity, other = max(alike)

@@ -22,9 +22,12 @@ from data.schema import Conversation, TokenizedConversation
 from data.template import ChatTokenizer
 
 AHEAD = 3
-"""Chunks for each process that are being encoded or wait for their turn; bounds the memory."""
+"""Chunks that are handed to each further process before it has encoded the first of them."""
 
-BYTES_PER_WORKER = 4 << 20
+LONGEST_QUEUE = 16
+"""Chunks for each further process that are under way or wait for an earlier one; bounds the memory."""
+
+BYTES_PER_WORKER = 16 << 20
 """A further process is worth its second of starting for each so many bytes of rows."""
 
 
@@ -90,16 +93,16 @@ class Encoder:
 
 
 class Pool:
-    """Encodes chunks in this process, or in several others, with a bounded number of them under way."""
+    """Encodes chunks in this process and in further ones, with a bounded number of them under way."""
 
     def __init__(self, encoder: Encoder, workers: int):
-        self._encoder, self._workers = encoder, workers
+        """`workers` is the number of processes, this one included."""
+        self._encoder, self._others = encoder, workers - 1
         self._executor: ProcessPoolExecutor | None = None
-        if workers > 1:
-            # spawn: forking a process that has threads, as Arrow's, can hang.
+        if self._others:
             self._executor = ProcessPoolExecutor(
-                workers,
-                mp_context=get_context("spawn"),
+                self._others,
+                mp_context=get_context("spawn"),  # forking a process that has threads, as Arrow's, can hang
                 initializer=_start,
                 initargs=(encoder.config, encoder.evaluations),
             )
@@ -114,23 +117,37 @@ class Pool:
             for chunk in chunks:
                 yield self._encoder.encode(chunk, schema)
             return
-        under_way: deque[Future[EncodedChunk]] = deque()
+        # In their order: what others encode, done or not, and between it what was encoded here while all of them had
+        # enough to do.
+        under_way: deque[Future[EncodedChunk] | EncodedChunk] = deque()
         try:
             for chunk in chunks:
-                under_way.append(self._executor.submit(_encode, chunk, schema))
-                if len(under_way) == AHEAD * self._workers:
-                    yield under_way.popleft().result()
+                waiting = sum(isinstance(piece, Future) and not piece.done() for piece in under_way)
+                if waiting < AHEAD * self._others:
+                    under_way.append(self._executor.submit(_encode, chunk, schema))
+                else:
+                    under_way.append(self._encoder.encode(chunk, schema))
+                while under_way and (_is_there(under_way[0]) or len(under_way) > LONGEST_QUEUE * self._others):
+                    yield _result(under_way.popleft())
             while under_way:
-                yield under_way.popleft().result()
+                yield _result(under_way.popleft())
         except BrokenProcessPool as error:
             raise UserError(
-                f"workers={self._workers}: one of the processes was killed; look for lack of memory, or give workers=1"
+                f"workers={self._others + 1}: a process was killed; look for lack of memory, or give workers=1"
             ) from error
 
     def close(self) -> None:
         """Ends the processes."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+
+
+def _is_there(piece: "Future[EncodedChunk] | EncodedChunk") -> bool:
+    return not isinstance(piece, Future) or piece.done()
+
+
+def _result(piece: "Future[EncodedChunk] | EncodedChunk") -> EncodedChunk:
+    return piece.result() if isinstance(piece, Future) else piece
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class Places:
 
 
 def copies_of(row: int, weight: float, seed: int) -> int:
-    """How often an epoch trains on a row of a source of that weight: its whole part, and for a seeded share once more."""
+    """How often an epoch trains on a row of a source of that weight: 1.5 is once, and for a seeded half once more."""
     whole, share = divmod(weight, 1)
     if share == 0:
         return int(whole)

@@ -34,22 +34,34 @@ ROW_SCHEMA = pa.schema(
 """The columns of `rows.arrow`; see `PackedRow`."""
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path, setting: str = "dataset") -> dict[str, Any]:
     """The manifest of a prepared dataset.
 
     Raises:
-        UserError: there is none, or it is something else.
+        UserError: there is none, or it is something else; the text begins with `setting`.
     """
     remedy = "make one with `python -m data`, whose setting output names the directory"
     path = directory / MANIFEST
     if not path.is_file():
-        raise UserError(f"dataset={directory}: there is no prepared dataset there; {remedy}")
+        raise UserError(f"{setting}={directory}: there is no prepared dataset there; {remedy}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"dataset={directory}: its {MANIFEST} can't be read ({error}); {remedy}") from error
+        raise UserError(f"{setting}={directory}: its {MANIFEST} can't be read ({error}); {remedy}") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != MANIFEST_KIND:
-        raise UserError(f"dataset={directory}: its {MANIFEST} is not that of a prepared dataset; {remedy}")
+        raise UserError(f"{setting}={directory}: its {MANIFEST} is not that of a prepared dataset; {remedy}")
+    return manifest
+
+
+def open_whole(directory: Path, setting: str = "dataset") -> dict[str, Any]:
+    """The manifest of a prepared dataset whose files are all there.
+
+    Raises:
+        UserError: there is none, or a file is missing or damaged; the text begins with `setting`.
+    """
+    manifest = read_manifest(directory, setting)
+    if wrong := damage(directory, manifest):
+        raise UserError(f"{setting}={directory}: it is not whole ({wrong}); prepare it again")
     return manifest
 
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from configs.errors import UserError
 from data.config import PrepareConfig
-from data.layout import open_split, read_manifest
+from data.layout import open_split, open_whole
 from data.schema import IGNORE_INDEX, PackedRow
 from data.template import ChatTokenizer
 
@@ -23,7 +23,7 @@ NUMBER_WIDTH = 6
 def preview(config: PrepareConfig) -> None:
     """Prints the first rows of the training split: tokens, which of them are trained, positions, pack boundaries."""
     directory = Path(config.output)
-    manifest = read_manifest(directory)
+    manifest = open_whole(directory, "output")
     table = open_split(directory, "train")
     if not table.num_rows:
         raise UserError(f"output={directory}: it holds no rows; prepare more")

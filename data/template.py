@@ -180,6 +180,22 @@ class ChatTokenizer:
         """The text of generated ids: control tokens left out, surrounding space stripped as in training."""
         return self._text.decode([i for i in ids if i not in (UNK, BOS, EOS)]).strip()
 
+    def spell(self, ids: list[int]) -> str:
+        """The text of ids, control tokens and surrounding space included: of `encode`'s ids what `render` gives.
+
+        Bytes that are no UTF-8, as where a character is cut, become U+FFFD.
+        """
+        text = b""
+        for place, token in enumerate(ids):
+            piece = self.pieces[token]
+            if EOS < token < FIRST_PIECE:
+                text += bytes([token - EOS - 1])
+                continue
+            # After <s> stands a space that is SentencePiece's, not the text's.
+            piece = piece.removeprefix(SPACE) if place and ids[place - 1] == BOS else piece
+            text += piece.replace(SPACE, " ").encode()
+        return text.decode(errors="replace")
+
     @cached_property
     def pieces(self) -> list[str]:
         """The piece of each id, as the vocabulary spells it."""
