@@ -49,7 +49,13 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
     words = dict(argument.split("=", 1) for argument in sys.argv[1:] if _names_one_of(argument, texts))
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not _names_one_of(argument, texts)]
+    # Hydra lets no one give a new key to a dictionary, such as `columns`, unless a plus says so.
+    open_to_keys = _dictionaries(OmegaConf.structured(schema))
+    sys.argv[1:] = [
+        f"+{argument}" if _names_one_of(argument, open_to_keys) else argument
+        for argument in sys.argv[1:]
+        if not _names_one_of(argument, texts)
+    ]
 
     def typed(composed: Any) -> None:
         try:  # `+key=value` adds what the dataclass lacks; only a merge onto the bare dataclass notices
@@ -120,6 +126,10 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
             return f"{group}={name}: there is no such choice; choose one of {', '.join(options)}"
         return f"{group or name}: there is no such group of settings; see {CONFIG_DIR.name}/"
 
+    if no_dictionary := re.search(r"An item is already at '([^']+)'", text):
+        name = no_dictionary.group(1)
+        return f"{name}: it takes names with their values; write '{name}={{name: value}}'"
+
     if merging := re.search(r"Error merging override ([^\s=]+=.*)", text):
         setting = merging.group(1).strip()
         return f"{setting}: the setting can't have that value; `python -m {program} --cfg job` shows its default"
@@ -128,6 +138,17 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
         return f"{unread[0]}: that can't be read; write field=value, and a list as 'field=[a,b]'"
 
     return f"{first_lines[0] if first_lines else type(error).__name__}; check it against configs/{config_name}.yaml"
+
+
+def _dictionaries(node: Any, prefix: str = "") -> tuple[str, ...]:
+    """The settings whose keys the user chooses, as dotted names."""
+    found: tuple[str, ...] = ()
+    for key in node:
+        child = node._get_node(key)
+        if OmegaConf.is_dict(child) and not child._is_none():
+            of_user = OmegaConf.get_type(child) is dict
+            found += (f"{prefix}{key}",) if of_user else _dictionaries(child, f"{prefix}{key}.")
+    return found
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:

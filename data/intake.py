@@ -92,7 +92,7 @@ class Intake:
         other, similarity = earlier
         number = encoded.numbers[encoded.kept[position][0]]
         kept = self._places.of(other)
-        if similarity == 1:
+        if similarity is None:
             detail, reason = "the same conversation was there before", "duplicate"
         else:
             detail, reason = (

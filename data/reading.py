@@ -111,13 +111,18 @@ def _decoded(text: str | bytes) -> str:
 def read_file(name: str) -> Iterator[Chunk]:
     """Parquet by the file's name; else JSON, an array or an object a line by the first character that is not space.
 
+    In a file that is called .jsonl the first line may be broken like any other.
+
     Raises:
         UserError: the file is none of them, or damaged.
     """
     plain = Path(name).with_suffix("") if Path(name).suffix in COMPRESSIONS else Path(name)
     try:
         with _open(name) as file:
-            yield from _read_parquet(name, file) if plain.suffix == ".parquet" else _read_json(name, file)
+            if plain.suffix == ".parquet":
+                yield from _read_parquet(name, file)
+            else:
+                yield from _read_json(name, file, known_lines=plain.suffix == ".jsonl")
     except (EOFError, OSError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
         raise UserError(f"files={name}: it can't be read ({one_line(error)}); check that the file is whole") from error
 
@@ -144,14 +149,14 @@ def _open(name: str) -> BinaryIO:
 # JSON
 
 
-def _read_json(name: str, file: BinaryIO) -> Iterator[Chunk]:
+def _read_json(name: str, file: BinaryIO, *, known_lines: bool) -> Iterator[Chunk]:
     lines = enumerate(file, start=1)
     for number, line in lines:
         head = line.lstrip(BYTE_ORDER_MARK + BLANK)[:1]
         if head == b"[":
             items = enumerate(JsonArray(name, line, file))
             yield from _chunks(name, "row", items)
-        elif head == b"{":
+        elif head == b"{" or (head and known_lines):
             yield from _chunks(name, "line", ((n, text) for n, text in _chain((number, line), lines) if text.strip()))
         elif head:
             raise UserError(
@@ -184,6 +189,9 @@ def _chunks(name: str, unit: str, rows: Iterable[tuple[int, str | bytes]]) -> It
 
 SPACES = re.compile(r"[ \t\r\n]*")
 """What JSON allows between values."""
+
+
+AFTER_ITEM = {*" \t\r\n,]"}
 
 
 class JsonArray:
@@ -234,9 +242,12 @@ class JsonArray:
                 if self._at_end or len(self._text) - self._place > LONGEST_ROW:
                     raise self._broken("it can't be parsed") from error
             else:
-                if end < len(self._text) or self._at_end:  # else a number may go on
+                # What follows says that the item is whole: a number may go on otherwise, as 0 does in 0.5.
+                if self._at_end or self._text[end : end + 1] in AFTER_ITEM:
                     start, self._place = self._place, end
                     return self._text[start:end]
+                if len(self._text) - self._place > LONGEST_ROW:
+                    raise self._broken("no comma follows")
             # Each time as much again, so that a long item is parsed in vain a few times and no more.
             self._grow(self._file.read(max(BLOCK, len(self._text) - self._place)))
 

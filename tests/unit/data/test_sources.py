@@ -256,6 +256,13 @@ def test_what_only_resembles_a_marker_is_kept(text: str) -> None:
     assert texts(convert(GOOD | {"instruction": text}))[0] == text
 
 
+def test_the_first_line_of_a_jsonl_file_may_be_broken(tmp_path: Path) -> None:
+    broken, good = read(tmp_path / "rows.jsonl", "nonsense\n" + json.dumps(GOOD))
+    assert isinstance(broken, Reject)
+    assert (broken.reason, broken.number) == ("invalid_json", 1)
+    assert texts(good) == ["Add 1 and 2.", "3"]
+
+
 # Kinds of files
 
 FOUR = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("one", "two", "three", "four")]
