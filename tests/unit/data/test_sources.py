@@ -1,6 +1,8 @@
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -149,6 +151,46 @@ def test_files_are_read_in_the_order_named(tmp_path: Path) -> None:
         names.append(str(path))
     rows = read_rows(PrepareConfig(files=names))
     assert [row.value["output"] for row in rows if isinstance(row, RawRow)] == ["second", "first"]
+
+
+def test_a_hub_revision_is_resolved_to_its_commit(
+    run_program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The hub is stood in for: what is loaded is the commit that the manifest names, and the same commit is reused."""
+    import datasets
+    import huggingface_hub
+
+    commit = "a" * 40
+    loaded = []
+
+    class Api:
+        def dataset_info(self, name: str, revision: str | None, timeout: float) -> Any:
+            if commit == "gone":
+                raise huggingface_hub.errors.OfflineModeIsEnabled("no hub")
+            return SimpleNamespace(sha=commit)
+
+    def load_dataset(name: str, revision: str | None, split: str) -> Any:
+        loaded.append(revision)
+        return datasets.Dataset.from_list([GOOD] * 20)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    def prepare(*settings: str) -> Any:
+        outcome = run_program("data", "dataset=some/rows", "output=out", *settings)
+        assert outcome.exit_code == 0
+        return json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"][0]
+
+    assert prepare("revision=main")["commit"] == commit
+    prepare("revision=main")
+    assert loaded == [commit]
+    commit = "b" * 40  # the branch moves on
+    assert prepare("revision=main")["commit"] == commit
+    assert prepare(f"revision={'c' * 40}")["commit"] == "c" * 40  # named: not asked for
+    commit = "gone"
+    for _ in range(2):  # what the branch is can't be known, so nothing is reused
+        assert prepare("revision=main")["commit"] is None
+    assert loaded == ["a" * 40, "b" * 40, "c" * 40, "main", "main"]
 
 
 def test_local_dataset_directory_is_read(tmp_path: Path) -> None:
