@@ -74,8 +74,9 @@ def prepare(config: PrepareConfig) -> None:
             },
         }
         for split, chosen in choose(index, intake, config).items():
-            plan = plan_rows(chosen, index, config)
-            write_rows(dataset / split / "rows.arrow", plan, store, index)
+            with console.status(f"Packing and writing {len(chosen):,} conversations ({split})"):
+                plan = plan_rows(chosen, index, config)
+                write_rows(dataset / split / "rows.arrow", plan, store, index)
             manifest[split] = count(plan, index, config)
         manifest |= {"seq_len": config.seq_len, "packing": config.packing, "seed": config.seed}
         publish(dataset, output, manifest)
