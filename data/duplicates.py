@@ -63,7 +63,8 @@ def _blank() -> "MinHash":
 class Seen:
     """The conversations so far.
 
-    About 0.2 KB of memory for each where digests are compared, 3 KB where signatures are.
+    They take memory, measured: 0.13 KB for each where digests are compared, 8 KB where signatures are, most of it the
+    library's index.
     """
 
     def __init__(self, *, near_threshold: float | None):
