@@ -91,12 +91,13 @@ class ModelConfig:
     """The sizes of a random base. Where `path` names weights, theirs count."""
     dtype: str = "bfloat16"
     """`bfloat16` or `float32`: weights, activations and gradients. ZeRO keeps float32 masters either way."""
-    attention: str = "sdpa"
-    """transformers' attention implementation: `sdpa`, `eager`, `flash_attention_2`."""
+    attention: str = "packed"
+    """`packed` computes what conversations can see and no more: torch's variable-length flash attention on CUDA, blocks
+    of queries elsewhere. Or one of transformers' own: `flash_attention_2`, `sdpa`, `eager`."""
 
     def check(self) -> None:
         _choice("model.dtype", self.dtype, "bfloat16", "float32")
-        _choice("model.attention", self.attention, "sdpa", "eager", "flash_attention_2")
+        _choice("model.attention", self.attention, "packed", "flash_attention_2", "sdpa", "eager")
         if self.path is None:
             self.architecture.check()
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from configs.errors import UserError, one_line
-from train import expert_lora
+from train import attention, expert_lora
 from train.config import LoraConfig, ModelConfig, TrainConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -97,7 +97,8 @@ def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
         attention = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.attention))
         inject_adapter_in_model(attention, model, low_cpu_mem_usage=_on_meta(model))
     model.set_experts_implementation(expert_lora.IMPLEMENTATION)
-    expert_lora.attach(model, lora_rank=config.rank, alpha=config.alpha, projections=tuple(config.experts))
+    ranks = [[config.rank] * model.config.num_local_experts] * model.config.num_hidden_layers
+    expert_lora.attach(model, ranks=ranks, projections=tuple(config.experts), scaling=expert_lora.Scaling(config.alpha))
     for _, parameter in trainable(model):
         parameter.data = parameter.data.to(model.dtype)
 

@@ -23,7 +23,14 @@ PROJECTIONS = EXPERT_TARGETS
 
 
 def make_experts(
-    *, experts: int, hidden: int, intermediate: int, lora_rank: int, dtype: torch.dtype, targets: tuple[str, ...]
+    *,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    lora_rank: int | tuple[int, ...],
+    dtype: torch.dtype,
+    targets: tuple[str, ...],
+    dropout: float = 0.0,
 ) -> nn.Module:
     config = MixtralConfig(hidden_size=hidden, intermediate_size=intermediate, num_local_experts=experts)
     config._experts_implementation = expert_lora.IMPLEMENTATION
@@ -31,21 +38,33 @@ def make_experts(
     for weight in holder.parameters():
         nn.init.normal_(weight, std=0.3)
         weight.requires_grad_(False)
-    expert_lora.attach(holder, lora_rank=lora_rank, alpha=3, projections=targets)
+    ranks = [[lora_rank] * experts if isinstance(lora_rank, int) else list(lora_rank)]
+    expert_lora.attach(holder, ranks=ranks, projections=targets, scaling=expert_lora.Scaling(3), dropout=dropout)
     for name, factor in holder.named_parameters():
         if name.endswith("_lora_B"):
             nn.init.normal_(factor, std=0.3)
     return holder["experts"]
 
 
-def reference(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Each token through each of its experts by plain matrix-vector products; shares no code with the split forward."""
+def reference(
+    experts: nn.Module,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    keep: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Each token through each of its experts by plain matrix-vector products; shares no code with the split forward.
 
-    def project(name: str, expert: int, vector: torch.Tensor) -> torch.Tensor:
+    `keep` is what dropout leaves of the adapters' inputs, [token-expert pairs, in] for each projection.
+    """
+
+    def project(name: str, expert: int, vector: torch.Tensor, pair: int) -> torch.Tensor:
         out = getattr(experts, name)[expert] @ vector
-        if hasattr(experts, f"{name}_lora_A"):
-            low = getattr(experts, f"{name}_lora_A")[expert] @ vector
-            out = out + experts.lora_scaling * (getattr(experts, f"{name}_lora_B")[expert] @ low)
+        if name in experts.lora and (rank := experts.lora[name].ranks[expert]):
+            if keep is not None:
+                vector = torch.where(keep[name][pair], vector / (1 - experts.lora[name].dropout), 0.0)
+            low = getattr(experts, f"{name}_lora_A")[expert, :rank] @ vector
+            out = out + 3 / rank * (getattr(experts, f"{name}_lora_B")[expert, :, :rank] @ low)
         return out
 
     rows = []
@@ -53,8 +72,9 @@ def reference(experts: nn.Module, x: torch.Tensor, index: torch.Tensor, weights:
         total = torch.zeros_like(x[token])
         for slot in range(index.shape[1]):
             expert = int(index[token, slot])
-            gate, up = project("gate_up_proj", expert, x[token]).chunk(2)
-            total = total + weights[token, slot] * project("down_proj", expert, nn.functional.silu(gate) * up)
+            pair = token * index.shape[1] + slot
+            gate, up = project("gate_up_proj", expert, x[token], pair).chunk(2)
+            total = total + weights[token, slot] * project("down_proj", expert, nn.functional.silu(gate) * up, pair)
         rows.append(total)
     return torch.stack(rows)
 
@@ -260,4 +280,4 @@ def test_gradients_are_those_of_stock_peft(tmp_path: Path) -> None:
 
 def test_an_unknown_projection_is_refused() -> None:
     with pytest.raises(ValueError, match="w1"):
-        expert_lora.attach(nn.Module(), lora_rank=4, alpha=8, projections=("w1",))
+        expert_lora.attach(nn.Module(), ranks=[], projections=("w1",), scaling=expert_lora.Scaling(8))
