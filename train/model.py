@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from configs.errors import UserError, one_line
-from train import attention, expert_lora
+from train import attention, expert_lora  # noqa: F401 - attention registers its implementation
 from train.config import LoraConfig, ModelConfig, TrainConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

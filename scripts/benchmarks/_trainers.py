@@ -10,7 +10,7 @@ the memory of each is its own.
 import gc
 import json
 import os
-import statistics
+import random
 import sys
 import time
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 STATUS = Path("/proc/self/status")
+ROUTER_AUX_LOSS = 0.001
+"""The router loss's weight in SFTTrainer, which takes it from transformers' Mixtral configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,10 @@ class Settings:
     checkpointing: bool
     stage: int
     """Our ZeRO stage."""
+
+    def order(self, rows: int) -> list[int]:
+        """In which the rows are taken: shuffled, because packing puts long conversations first."""
+        return random.Random(0).sample(range(rows), rows)
 
 
 def resident_mib(field: str) -> float:
@@ -117,7 +123,7 @@ def ours(settings: Settings) -> None:
         dataset=settings.dataset,
         global_batch=settings.rows_per_step,
         micro_batch=settings.rows_per_step,
-        router_aux_loss=0.0,  # SFTTrainer leaves it out unless told
+        router_aux_loss=ROUTER_AUX_LOSS,
         activation_checkpointing=settings.checkpointing,
         model=ModelConfig(path=settings.model, dtype=settings.dtype),
         lora=LoraConfig(rank=settings.lora_rank, alpha=2 * settings.lora_rank),
@@ -133,14 +139,16 @@ def ours(settings: Settings) -> None:
     if settings.device == "cuda":
         model.to("cuda")
     memory = Memory(model, settings.device)
-    trainer = engine.Engine(MixtralWithLoss(model, with_router_loss=False), config, batch, processes)
+    trainer = engine.Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     trainer.train()
     turns = Turns(memory)
     turns.answer(threads=torch.get_num_threads())
+    order = settings.order(len(table))
     number = 0
     while turns.wait():
-        rows = [(number * settings.rows_per_step + place) % len(table) for place in range(settings.rows_per_step)]
-        result = step(trainer, [table.batch(rows)], 1e-4, 0.0)
+        first = number * settings.rows_per_step
+        rows = [order[place % len(order)] for place in range(first, first + settings.rows_per_step)]
+        result = step(trainer, [table.batch(rows)], 1e-4, ROUTER_AUX_LOSS)
         turns.done(loss=result.loss, tokens=result.tokens, supervised_tokens=result.supervised_tokens)
         number += 1
 
@@ -158,7 +166,7 @@ def trl(settings: Settings) -> None:
 
     torch.set_num_threads(settings.threads)
     table = PreparedDataset(settings.dataset).train
-    rows = [table[index] for index in range(len(table))]
+    rows = [table[index] for index in settings.order(len(table))]
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.ids for row in rows],
