@@ -18,6 +18,7 @@ from data.dataset import Batch
 from train.config import BatchArithmetic, HardwareConfig, TrainConfig
 from train.loss import MixtralWithLoss
 from train.model import trainable
+from train.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,11 @@ def finish() -> None:
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def seed(number: int, processes: Processes) -> None:
+    """Starts the random numbers of training (dropout), others on every process."""
+    torch.manual_seed(number * processes.count + processes.rank)
 
 
 def agree(value: Any) -> Any:
@@ -241,6 +247,23 @@ class Engine:
         on_device = batch.to(self.device)
         return self._engine(on_device.ids, on_device.positions, on_device.targets, on_device.is_token)
 
+    @contextlib.contextmanager
+    def watching(self, routing: bool) -> Iterator[None]:
+        """Within it, forwards note what the routers do, where that is wanted."""
+        self.module.watches_routing = routing
+        try:
+            yield
+        finally:
+            self.module.watches_routing = False
+
+    def take_routing(self) -> Routing:
+        """What the routers of all processes did since the last time; collective."""
+        config = self.module.causal_lm.config
+        shape = torch.Size((config.num_hidden_layers, config.num_local_experts))
+        own = self.module.routing or Routing.none(shape)
+        self.module.routing = None
+        return Routing.from_list(self.sum(*own.to_list()), shape)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a share of the step's loss. The shares of all processes and micro-batches are summed."""
         # DeepSpeed averages over processes and divides by the accumulation steps; the first is undone here, the second
@@ -296,7 +319,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     """Trained parameters, those of one dimension (norms) without weight decay."""
     trained = list(trainable(model))
     if not trained:
-        raise UserError("lora: nothing in the model trains; name targets in lora.attention or lora.experts")
+        raise UserError("lora: nothing in the model trains; name targets in lora.attention or lora.projections")
     # Under ZeRO-3 a parameter's own shape is empty; ds_shape is what it was.
     is_vector = {name: len(getattr(p, "ds_shape", p.shape)) == 1 for name, p in trained}
     groups = [

@@ -7,12 +7,12 @@ For each expert e and each of its two projections W_e, the forward is
 where m is dropout, drawn for each token-expert pair. The merged weight W + s·BA is never built, forward or backward.
 LoRA: Hu et al. 2021, arXiv:2106.09685; alpha / √r: Kalajdzievski 2023, arXiv:2312.03732.
 
-Shapes: E experts, T tokens, k experts per token, P rows (token-expert pairs sorted by expert), H hidden, I intermediate,
-R the largest LoRA rank.
+Shapes: E experts, T tokens, k experts per token, P rows (token-expert pairs sorted by expert), H hidden, I
+intermediate, r LoRA rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,23 +156,11 @@ class _Group:
 class _Projection:
     """One projection of all experts, forward and backward, group by group."""
 
-    def __init__(
-        self,
-        weight_EOI: torch.Tensor,
-        A_ErI: torch.Tensor | None,
-        B_EOr: torch.Tensor | None,
-        keep_SI: torch.Tensor | None,
-        adapter: "Adapter | None",
-        routed: _Routed,
-    ):
-        self.weight, self.A, self.B, self.keep, self.adapter, self.routed = (
-            weight_EOI,
-            A_ErI,
-            B_EOr,
-            keep_SI,
-            adapter,
-            routed,
-        )
+    def __init__(self, tensors: Sequence[Any], adapter: "Adapter | None", routed: _Routed):
+        """`tensors` are W [E, out, in], A [E, r, in], B [E, out, r], and what dropout keeps [pairs, in], None for
+        none."""
+        self.weight, self.A, self.B, self.keep = tensors
+        self.adapter, self.routed = adapter, routed
 
     def _factors(self, group: _Group) -> tuple[Any, torch.Tensor, torch.Tensor] | None:
         """s, A and B of the group's expert or experts; None where there is no adapter."""
@@ -180,17 +168,21 @@ class _Projection:
             return None
         assert self.A is not None and self.B is not None
         if group.ends_E is None:
-            rank = self.adapter.ranks[group.expert]
-            return (
-                (self.adapter.scales[group.expert], self.A[group.expert, :rank], self.B[group.expert, :, :rank])
-                if rank
-                else None
-            )
-        scales = self.adapter.scales
+            if not (rank := self.adapter.ranks[group.expert]):
+                return None
+            place = self.adapter.places[group.expert]
+            return self.adapter.scales[group.expert], self.A[place, :rank], self.B[place, :, :rank]
+        A, B, scales = self.A, self.B, self.adapter.scales
+        if len(A) < len(scales):  # zeros for the experts without
+            chosen = [expert for expert, rank in enumerate(self.adapter.ranks) if rank]
+            A, B = (t.new_zeros(len(scales), *t.shape[1:]).index_copy_(0, self._index(chosen), t) for t in (A, B))
         if len(set(scales)) == 1:
-            return scales[0], self.A, self.B
-        scale_P = torch.bucketize(torch.arange(len(self.routed.pair_P), device=self.A.device), group.ends_E, right=True)
-        return self.A.new_tensor(scales)[scale_P].unsqueeze(-1), self.A, self.B
+            return scales[0], A, B
+        expert_P = torch.bucketize(torch.arange(len(self.routed.pair_P), device=A.device), group.ends_E, right=True)
+        return A.new_tensor(scales)[expert_P].unsqueeze(-1), A, B
+
+    def _index(self, experts: list[int]) -> torch.Tensor:
+        return torch.tensor(experts, device=self.weight.device)
 
     def _dropped(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """x with dropout's zeros; also what the gradient of such an x goes through."""
@@ -218,14 +210,12 @@ class _Projection:
             into.weight[group.expert] = group.outer(dy, x)
         gradient = group.back(dy, self.weight[group.expert]) if dx else None
         factors = self._factors(group)
-        if factors is None or h is None:
+        if factors is None:
             return gradient
+        assert self.adapter is not None and h is not None
         scale, A, B = factors
-        assert into.A is not None and into.B is not None
         dh = group.back(dy, B).mul_(scale)
-        rank = slice(A.shape[-2])
-        into.A[group.expert, ..., rank, :] = group.outer(dh, self._dropped(group, x))
-        into.B[group.expert, ..., rank] = group.outer(dy, h)
+        into.put(group, self.adapter, group.outer(dh, self._dropped(group, x)), group.outer(dy, h))
         if gradient is not None and self.keep is None:
             group.add(gradient, dh, A)
         elif gradient is not None:
@@ -242,10 +232,22 @@ class _Gradients:
             torch.zeros_like(t) if t is not None and need else None for t, need in zip(tensors, needed, strict=True)
         )
 
+    def put(self, group: _Group, adapter: "Adapter", dA: torch.Tensor, dB: torch.Tensor) -> None:
+        """The factors' gradients: of one expert, or [E, …] of all."""
+        assert self.A is not None and self.B is not None
+        if group.ends_E is None:
+            place, rank = adapter.places[group.expert], len(dA)
+            self.A[place, :rank], self.B[place, :, :rank] = dA, dB
+            return
+        chosen = [expert for expert, rank in enumerate(adapter.ranks) if rank]
+        self.A.copy_(dA[chosen] if len(chosen) < len(dA) else dA)
+        self.B.copy_(dB[chosen] if len(chosen) < len(dB) else dB)
+
 
 class _SplitExperts(torch.autograd.Function):
-    """The experts of one block. Its own backward, so that frozen weights cost their input gradient and nothing else, and
-    so that what is kept for it holds no view of a weight: under ZeRO-3 a view would keep the gathered block alive."""
+    """The experts of one block. Its own backward, so that frozen weights cost their input gradient and nothing else,
+    and so that what is kept for it holds no view of a weight: under ZeRO-3 a view would keep the gathered block
+    alive."""
 
     @staticmethod
     def forward(
@@ -282,7 +284,7 @@ class _SplitExperts(torch.autograd.Function):
         d_weights_Tk = (routed.of_tokens(y_PH) * d_TH.to(wide).unsqueeze(1)).sum(dim=-1).to(weights_Tk.dtype)
         weight_P = weights_Tk.flatten()[routed.pair_P] * routed.is_pair_P
         d_PH = (d_TH[routed.token_P] * weight_P.unsqueeze(-1)).to(x_TH.dtype)
-        dx_parts = []
+        dx_parts: list[Any] = []
         for group in routed.groups():
             gate_up_P2I, low_gate_up, low_down = next(kept), next(kept), next(kept)
             gate, up = gate_up_P2I.chunk(2, dim=-1)
@@ -300,15 +302,10 @@ class _SplitExperts(torch.autograd.Function):
         return dx_TH, d_weights_Tk, *places, None, None
 
 
-def _projections(
-    tensors: list[Any], routed: _Routed, adapters: dict[str, "Adapter"]
-) -> tuple[_Projection, _Projection]:
+def _projections(tensors: Any, routed: _Routed, adapters: dict[str, "Adapter"]) -> tuple[_Projection, _Projection]:
     """Gate-and-up, and down, of the tensors in their order as arguments: weight, A, B, keep of each."""
-    gate_up, down = EXPERT_TARGETS
-    return (
-        _Projection(*tensors[:4], adapters.get(gate_up), routed),
-        _Projection(*tensors[4:], adapters.get(down), routed),
-    )
+    gate_up, down = (adapters.get(projection) for projection in EXPERT_TARGETS)
+    return _Projection(tensors[:4], gate_up, routed), _Projection(tensors[4:], down, routed)
 
 
 # Factors
@@ -319,12 +316,18 @@ class Adapter:
     """The adapter of one projection of one block; its factors are parameters of the `MixtralExperts`."""
 
     ranks: tuple[int, ...]
-    """r_e of each expert; 0 where it has none. Factors are stored at the largest, the rest zeros that stay zeros: each
-    factor's gradient there is a product with the other's zeros."""
+    """r_e of each expert; 0 where it has no adapter. Factors are stored for those that have one, at the largest of
+    their ranks; the rest is zeros that stay zeros, because each factor's gradient there is a product with the other's
+    zeros."""
     scales: tuple[float, ...]
     """s_e of each expert."""
     dropout: float
     """The probability with which an input is dropped."""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where each expert's factors stand among those stored; meaningless for one without."""
+        return tuple(sum(rank > 0 for rank in self.ranks[:expert]) for expert in range(len(self.ranks)))
 
 
 def attach(
@@ -354,19 +357,20 @@ def attach(
             "gate_up_proj": (experts.hidden_dim, 2 * experts.intermediate_dim),
             "down_proj": (experts.intermediate_dim, experts.hidden_dim),
         }
-        scales = tuple(scaling(rank) if rank else 0.0 for rank in of_block)
+        adapter = Adapter(tuple(of_block), tuple(scaling(rank) if rank else 0.0 for rank in of_block), dropout)
+        stored = [rank for rank in of_block if rank]
         for projection in projections:
             weight = getattr(experts, projection)
             size_in, size_out = sizes[projection]
-            A_ErI = weight.new_empty(experts.num_experts, largest, size_in)
+            A_ErI = weight.new_empty(len(stored), largest, size_in)
             # drawn in float32, so that every dtype starts from the same numbers
             A_ErI.copy_(torch.empty(A_ErI.shape, device=A_ErI.device).uniform_(-1, 1) / math.sqrt(size_in))
-            for expert, rank in enumerate(of_block):
-                A_ErI[expert, rank:] = 0
-            B_EOr = weight.new_zeros(experts.num_experts, size_out, largest)
+            for place, rank in enumerate(stored):
+                A_ErI[place, rank:] = 0
+            B_EOr = weight.new_zeros(len(stored), size_out, largest)
             experts.register_parameter(f"{projection}_lora_A", nn.Parameter(A_ErI))
             experts.register_parameter(f"{projection}_lora_B", nn.Parameter(B_EOr))
-            experts.lora[projection] = Adapter(tuple(of_block), scales, dropout)
+            experts.lora[projection] = adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,18 +389,6 @@ def expert_modules(model: nn.Module) -> dict[str, MixtralExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MixtralExperts)}
 
 
-# PEFT's file format
-#
-# PEFT wraps one parameter per layer of wrapping: gate_up_proj is the inner wrapper (its keys say base_layer) and
-# down_proj the outer, where both are targeted. It stores the factors of all experts in two matrices: A with the expert
-# slowest, [E·r, in], and B with the expert fastest, [out, r·E].
-
-
-def to_peft(name: str, factor: torch.Tensor, projections: tuple[str, ...]) -> tuple[str, torch.Tensor]:
-    """PEFT's key and matrix for the factor with our parameter name, as in `….experts.down_proj_lora_B`."""
-    module, _, parameter = name.rpartition(".")
-    projection, _, letter = parameter.partition("_lora_")
-    wrapper = ".base_layer" if projection == "gate_up_proj" and "down_proj" in projections else ""
-    key = f"base_model.model.{module}{wrapper}.lora_{letter}.weight"
-    matrix = factor.flatten(0, 1) if letter == "A" else factor.permute(1, 2, 0).flatten(1)
-    return key, matrix.contiguous()
+def adapters(model: nn.Module) -> dict[str, dict[str, Adapter]]:
+    """The adapters of each block, none for some: by the name of its `MixtralExperts`, then by projection."""
+    return {name: getattr(experts, "lora", {}) for name, experts in expert_modules(model).items()}

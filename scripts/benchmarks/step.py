@@ -157,8 +157,8 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[Settings, list
 def needed_flops(config: dict[str, Any], lengths: list[int], supervised: int) -> float:
     """Floating-point operations that a row must cost: the forward, and the backward for inputs.
 
-    Counted: attention's projections, scores and sums over the past of each token in its own conversation, the router, the
-    chosen experts, and the head on supervised tokens. Not counted: adapters, norms, softmax, the optimizer, and the
+    Counted: attention's projections, scores and sums over the past of each token in its own conversation, the router,
+    the chosen experts, and the head on supervised tokens. Not counted: adapters, norms, softmax, the optimizer, and the
     input gradient of the first layer's projections, which nobody needs.
     """
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
@@ -198,7 +198,7 @@ class _Trainer:
         environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         if settings.device == "cpu":
             environment["DS_ACCELERATOR"] = "cpu"
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
         )
@@ -238,8 +238,8 @@ def _print(figures: dict[str, Any]) -> None:
     table.add_row("first loss", f"{loss['ours']:.4f}", f"{loss['trl']:.4f}", f"{loss['ours'] / loss['trl']:.5f}")
     console.print(table)
     console.print(
-        f"{figures['share_of_peak']:.1%} of the matrix-product peak ({figures['matrix_product_peak_gflops']:,.0f} GFLOP/s) "
-        f"in the {figures['needed_gflop_per_step']:,.0f} GFLOP that a step must do"
+        f"{figures['share_of_peak']:.1%} of the matrix-product peak, "
+        f"{figures['matrix_product_peak_gflops']:,.0f} GFLOP/s, counting the {figures['needed_gflop_per_step']:,.0f} GFLOP that a step must do"
     )
 
 

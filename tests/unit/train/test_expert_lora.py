@@ -15,8 +15,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from train import expert_lora, model
-from train.checkpoint import write_adapter
+from train import adapter_files, expert_lora, model
 from train.config import EXPERT_TARGETS, ArchitectureConfig, LoraConfig, ModelConfig, TrainConfig
 
 PROJECTIONS = EXPERT_TARGETS
@@ -175,7 +174,7 @@ def nano_config(**lora: object) -> TrainConfig:
     )
     return TrainConfig(
         model=ModelConfig(architecture=architecture, dtype="float32"),
-        lora=LoraConfig(rank=4, alpha=8, **lora),  # type: ignore[arg-type]
+        lora=LoraConfig(**({"rank": 4, "alpha": 8} | lora)),  # type: ignore[arg-type]
     )
 
 
@@ -191,21 +190,26 @@ def trained_nano(config: TrainConfig) -> tuple[MixtralForCausalLM, MixtralForCau
     return base, adapted
 
 
+def save(directory: Path, config: TrainConfig, adapted: MixtralForCausalLM) -> None:
+    tensors = {name: factor.detach() for name, factor in model.trainable(adapted)}
+    adapter_files.write(directory, config.model, config.lora, tensors, expert_lora.adapters(adapted))
+
+
 @pytest.mark.parametrize(
     "lora",
     [
         {},
         {"attention": []},
-        {"experts": ["gate_up_proj"]},
-        {"experts": ["down_proj"], "attention": ["q_proj", "v_proj"]},
-        {"experts": []},
+        {"projections": ["gate_up_proj"]},
+        {"projections": ["down_proj"], "attention": ["q_proj", "v_proj"]},
+        {"projections": []},
     ],
     ids=["all", "experts-only", "gate-up-only", "down-and-two-attention", "attention-only"],
 )
 def test_a_saved_adapter_gives_the_same_logits_in_stock_peft(tmp_path: Path, lora: dict[str, list[str]]) -> None:
     config = nano_config(**lora)
     base, adapted = trained_nano(config)
-    write_adapter(tmp_path, config, {name: factor.detach() for name, factor in model.trainable(adapted)})
+    save(tmp_path, config, adapted)
 
     stock = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), autocast_adapter_dtype=False).eval()
     ids = torch.randint(3, 500, (2, 25), generator=torch.Generator().manual_seed(1))
@@ -219,7 +223,7 @@ def test_the_layout_is_that_of_pefts_own_delta_weight(tmp_path: Path) -> None:
     """Expert by expert: PEFT's W' - W must be s · B_e A_e of the same expert, not of a neighbour."""
     config = nano_config(attention=[])
     base, adapted = trained_nano(config)
-    write_adapter(tmp_path, config, {name: factor.detach() for name, factor in model.trainable(adapted)})
+    save(tmp_path, config, adapted)
     stock = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), autocast_adapter_dtype=False)
 
     seen = 0
@@ -241,7 +245,7 @@ def test_the_layout_is_that_of_pefts_own_delta_weight(tmp_path: Path) -> None:
 def test_keys_and_shapes_are_those_that_stock_peft_writes(tmp_path: Path) -> None:
     config = nano_config()
     base, adapted = trained_nano(config)
-    write_adapter(tmp_path, config, {name: factor.detach() for name, factor in model.trainable(adapted)})
+    save(tmp_path, config, adapted)
     ours = {key: tuple(tensor.shape) for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
     stock = get_peft_model(
         base,
@@ -259,23 +263,18 @@ def test_keys_and_shapes_are_those_that_stock_peft_writes(tmp_path: Path) -> Non
 def test_gradients_are_those_of_stock_peft(tmp_path: Path) -> None:
     config = nano_config()
     base, adapted = trained_nano(config)
-    write_adapter(tmp_path, config, {name: factor.detach() for name, factor in model.trainable(adapted)})
+    save(tmp_path, config, adapted)
     stock = PeftModel.from_pretrained(base, str(tmp_path), autocast_adapter_dtype=False, is_trainable=True)
     ids = torch.randint(3, 500, (2, 25), generator=torch.Generator().manual_seed(1))
     for trained in (adapted, stock):
         trained(input_ids=ids, labels=ids).loss.backward()
 
     theirs = {n.replace(".default.", "."): p.grad for n, p in stock.named_parameters() if p.requires_grad}
-    seen = set()
-    for name, factor in model.trainable(adapted):
-        assert factor.grad is not None
-        if ".experts." in name:
-            key, gradient = expert_lora.to_peft(name, factor.grad, PROJECTIONS)
-        else:
-            key, gradient = f"base_model.model.{name.replace('.default.', '.')}", factor.grad
+    gradients = {name: factor.grad for name, factor in model.trainable(adapted)}
+    ours = adapter_files.to_peft(config.lora, gradients, expert_lora.adapters(adapted))
+    assert ours.keys() == theirs.keys()
+    for key, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[key], rtol=1e-9, atol=1e-11)
-        seen.add(key)
-    assert seen == theirs.keys()
 
 
 def test_an_unknown_projection_is_refused() -> None:
