@@ -41,8 +41,8 @@ class Block:
 
     queries: slice
     keys: slice
-    hidden_QS: torch.Tensor
-    """bool: True where the key is of another conversation, or later than the query."""
+    bias_QS: torch.Tensor
+    """float32: -inf where the key is of another conversation, or later than the query; 0 elsewhere."""
 
 
 class Conversations:
@@ -70,7 +70,9 @@ class Conversations:
                 queries = slice(number * QUERIES, min((number + 1) * QUERIES, self._tokens))
                 keys = slice(start // KEYS * KEYS, queries.stop)
                 place_Q, place_S = place_T[queries, None], place_T[None, keys]
-                self._blocks.append(Block(queries, keys, (place_S < begin_T[queries, None]) | (place_S > place_Q)))
+                hidden_QS = (place_S < begin_T[queries, None]) | (place_S > place_Q)
+                bias_QS = torch.zeros(hidden_QS.shape, device=begin_T.device).masked_fill_(hidden_QS, -torch.inf)
+                self._blocks.append(Block(queries, keys, bias_QS))
         return self._blocks
 
 
@@ -144,7 +146,7 @@ class _Blockwise(torch.autograd.Function):
         k_KTD, v_KTD = k_KTD.contiguous(), v_KTD.contiguous()
         out_TND = q_NTD.new_empty(tokens, heads, width)
         for block in blocks:
-            p_KGQS = _probabilities(q_KGTD[:, :, block.queries], k_KTD[:, block.keys], block.hidden_QS, scaling)
+            p_KGQS = _probabilities(q_KGTD[:, :, block.queries], k_KTD[:, block.keys], block.bias_QS, scaling)
             out = torch.bmm(p_KGQS.flatten(1, 2), v_KTD[:, block.keys])  # the queries of a key's group as one matrix
             out_TND[block.queries] = out.view(heads, -1, width).transpose(0, 1)
         ctx.save_for_backward(q_KGTD, k_KTD, v_KTD)
@@ -162,7 +164,7 @@ class _Blockwise(torch.autograd.Function):
         for block in ctx.blocks:
             q, k, v = q_KGTD[:, :, block.queries], k_KTD[:, block.keys], v_KTD[:, block.keys]
             d = d_KGTD[:, :, block.queries].flatten(1, 2)
-            p_KGQS = _probabilities(q, k, block.hidden_QS, ctx.scaling)
+            p_KGQS = _probabilities(q, k, block.bias_QS, ctx.scaling)
             p = p_KGQS.flatten(1, 2)
             dv_KTD[:, block.keys] += torch.bmm(p.transpose(1, 2), d)
             ds = torch._softmax_backward_data(torch.bmm(d, v.transpose(1, 2)), p, -1, p.dtype).mul_(ctx.scaling)
@@ -171,11 +173,13 @@ class _Blockwise(torch.autograd.Function):
         return dq_KGTD.flatten(0, 1), dk_KTD.to(k_KTD.dtype), dv_KTD.to(v_KTD.dtype), None, None
 
 
-def _probabilities(q_KGQD: torch.Tensor, k_KSD: torch.Tensor, hidden_QS: torch.Tensor, scaling: float) -> torch.Tensor:
+def _probabilities(q_KGQD: torch.Tensor, k_KSD: torch.Tensor, bias_QS: torch.Tensor, scaling: float) -> torch.Tensor:
     """[K, G, Q, S] in the dtype of the queries; scores and softmax are wider."""
-    scores = torch.bmm(q_KGQD.flatten(1, 2).to(_wide(q_KGQD)), k_KSD.transpose(1, 2).to(_wide(k_KSD)))
-    scores_KGQS = scores.view(*q_KGQD.shape[:3], -1).mul_(scaling).masked_fill_(hidden_QS, -torch.inf)
-    return scores_KGQS.softmax(-1).to(q_KGQD.dtype)
+    wide = _wide(q_KGQD)
+    key_heads, group, queries, _ = q_KGQD.shape
+    bias = bias_QS.to(wide).expand(key_heads, group, queries, -1).flatten(1, 2)
+    scores = torch.baddbmm(bias, q_KGQD.flatten(1, 2).to(wide), k_KSD.mT.to(wide), alpha=scaling)
+    return scores.softmax(-1).to(q_KGQD.dtype).view(key_heads, group, queries, -1)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -152,10 +152,9 @@ class LoraConfig:
         _choice("lora.router", self.router, "frozen", "trained")
         _choice("lora.by_load", self.by_load, "ranks", "experts")
         self._check_experts()
-        if self.method == "lora" and not self.attention and not self.projections and self.router == "frozen":
+        if self.method == "lora" and not self.attention and not self.projections:
             raise UserError(
-                "lora.attention=[]: with lora.projections=[] and lora.router=frozen nothing would train; name a target "
-                "in one of them"
+                "lora.attention=[]: with lora.projections=[] there would be no adapter; name a target in one of them"
             )
 
     def _check_experts(self) -> None:

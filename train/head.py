@@ -12,6 +12,8 @@ from torch import nn
 
 CHUNK = 256
 """Positions whose logits exist at once: 32 MiB in float32 for 32,000 pieces."""
+UNLIKELY = 1e-30
+"""Probabilities below are near the end of float32, where their logarithm loses its precision and then its value."""
 
 
 class CrossEntropyHead(nn.Module):
@@ -43,13 +45,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
         for start in range(0, len(hidden_NH), CHUNK):
             hidden, targets = hidden_NH[start : start + CHUNK], targets_N[start : start + CHUNK].unsqueeze(1)
-            logp = (hidden @ weight_VH.T).log_softmax(-1, dtype=wide)
-            of_target = logp.gather(1, targets)
-            loss -= of_target.sum()
+            logits = hidden @ weight_VH.T
+            p = logits.to(wide).softmax(-1)
+            of_target = p.gather(1, targets)
+            logp = of_target.log()
+            if bool((unlikely := of_target.squeeze(1) < UNLIKELY).any()):
+                logp[unlikely] = logits[unlikely].log_softmax(-1, dtype=wide).gather(1, targets[unlikely])
+            loss -= logp.sum()
             if d_hidden is None and d_weight is None:
                 continue
-            # the gradient of the logits, p - 1 at the target and p elsewhere
-            d_logits = logp.exp_().scatter_(1, targets, of_target.expm1_()).to(hidden.dtype)
+            # the gradient of the logits: p, and p - 1 at the target
+            d_logits = p.scatter_(1, targets, of_target - 1).to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight_VH, out=d_hidden[start : start + CHUNK])
             if d_weight is not None:

@@ -9,7 +9,7 @@ from torch import nn
 from train.expert_lora import Adapter, expert_modules
 
 
-class ExpertNotLearning(RuntimeError):
+class ExpertNotLearningError(RuntimeError):
     """A targeted expert whose tokens reach the loss got no gradient."""
 
 
@@ -43,7 +43,7 @@ class FirstGradients:
         """Compares what was found, summed over the processes, with the tokens of each expert that reach the loss.
 
         Raises:
-            ExpertNotLearning: an expert has such tokens, and no gradient.
+            ExpertNotLearningError: an expert has such tokens, and no gradient.
         """
         numbers = iter(found)
         for layer, projection, adapter in self._places:
@@ -52,9 +52,9 @@ class FirstGradients:
                     continue
                 alive, tokens = next(numbers) > 0, int(reaching_LE[layer, expert])
                 if tokens and not alive:
-                    raise ExpertNotLearning(
-                        f"layer {layer}, expert {expert}: {tokens:,} tokens of the first step reach the loss through it, and "
-                        f"its adapter on {projection} got no gradient"
+                    raise ExpertNotLearningError(
+                        f"layer {layer}, expert {expert}: {tokens:,} tokens of the first step reach the loss through "
+                        f"it, and its adapter on {projection} got no gradient"
                     )
 
 

@@ -63,9 +63,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     highest = max(max(of_layer) for of_layer in load)
     image = axis.imshow(load, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
     for layer, of_layer in enumerate(load):
-        for expert, share in enumerate(of_layer):
-            colour = "white" if share < 0.6 * highest else "black"
-            axis.text(expert, layer, f"{100 * share:.1f}", ha="center", va="center", color=colour, fontsize=8)
+        for expert, part in enumerate(of_layer):
+            colour = "white" if part < 0.6 * highest else "black"
+            axis.text(expert, layer, f"{100 * part:.1f}", ha="center", va="center", color=colour, fontsize=8)
     axis.set_xticks(range(experts))
     axis.set_yticks(range(layers))
     axis.set_xlabel("expert")

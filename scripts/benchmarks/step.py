@@ -237,10 +237,9 @@ def _print(figures: dict[str, Any]) -> None:
     )
     table.add_row("first loss", f"{loss['ours']:.4f}", f"{loss['trl']:.4f}", f"{loss['ours'] / loss['trl']:.5f}")
     console.print(table)
-    console.print(
-        f"{figures['share_of_peak']:.1%} of the matrix-product peak, "
-        f"{figures['matrix_product_peak_gflops']:,.0f} GFLOP/s, counting the {figures['needed_gflop_per_step']:,.0f} GFLOP that a step must do"
-    )
+    share, peak = figures["share_of_peak"], figures["matrix_product_peak_gflops"]
+    needed = figures["needed_gflop_per_step"]
+    console.print(f"{share:.1%} of the matrix-product peak, {peak:,.0f} GFLOP/s, counting {needed:,.0f} GFLOP a step")
 
 
 def _curves(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
