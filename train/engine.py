@@ -54,7 +54,7 @@ def start(config: HardwareConfig) -> Processes:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # The processes of a machine share its cores; left alone, each would start a thread for every one of them.
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
-        _keep_freed_memory()
+        keep_freed_memory()
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated, at every gather.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     import deepspeed
@@ -77,7 +77,7 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next step instead of giving it back to the kernel.
 
     Each step frees and asks again for the same large tensors, and by default each time the kernel maps and zeroes the

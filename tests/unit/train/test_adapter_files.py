@@ -97,6 +97,7 @@ def test_the_per_expert_export_is_the_same_adapter_on_unfused_experts(trained: A
         torch.testing.assert_close(adapted(ids()).logits, stock(ids()).logits, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # of its own translation
 def test_stock_peft_translates_the_per_expert_export_to_fused_experts(tmp_path: Path) -> None:
     config = nano_config()
     base, adapted = trained_nano(config)
