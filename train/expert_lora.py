@@ -101,6 +101,7 @@ class _Routed:
         self.row_of_Tk[order_S] = row_S
         # Filling rows repeat the first pair: numbers like any other, which nothing reads and whose weight is 0.
         rows = len(order_S) if multiple == 1 else int(self.ends_E[-1])
+        self._room = len(order_S) + experts * (multiple - 1)
         self.pair_P = order_S.new_zeros(rows)
         self.pair_P[row_S] = order_S
         self.token_P = self.pair_P // self.shape[1]
@@ -118,6 +119,11 @@ class _Routed:
                 yield _Group(slice(start, end), expert, None)
             start = end
 
+    def room(self, like: torch.Tensor, size: int) -> torch.Tensor:
+        """Uninitialised rows of that size, as many as any routing of so many tokens fills: tensors of other sizes in
+        every step would break glibc's heap into pieces."""
+        return like.new_empty(0 if self.in_one_product else self._room, size)
+
     def choices(self, y_PH: torch.Tensor) -> Iterator[torch.Tensor]:
         """[T, H], the rows of the tokens' first choices, then of the second, …: they are added in this order, so
         every run gives the same bits; scattering with atomic additions would not on CUDA."""
@@ -134,13 +140,12 @@ class _Group:
     """An index into [E, …]: one expert, or all."""
     ends_E: torch.Tensor | None
 
-    def times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ, [rows, out]. `weight` is [out, in] of the expert, or [E, out, in]."""
-        return x @ weight.T if self.ends_E is None else F.grouped_mm(x, weight.transpose(-2, -1), offs=self.ends_E)
-
-    def back(self, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """y W, [rows, in]: the gradient of the input."""
-        return y @ weight if self.ends_E is None else F.grouped_mm(y, weight, offs=self.ends_E)
+    def times(self, x: torch.Tensor, weight: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+        """x W, [rows, out]. `weight` is [in, out] of the expert, or [E, in, out]; one expert's product is written into
+        its rows of `room`, where that is given."""
+        if self.ends_E is not None:
+            return F.grouped_mm(x, weight, offs=self.ends_E)
+        return x @ weight if room is None else torch.mm(x, weight, out=room[self.rows])
 
     def outer(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """yᵀ x, [out, in] or [E, out, in]: the gradient of a weight."""
@@ -192,35 +197,41 @@ class _Projection:
         assert self.adapter is not None
         return (x * self.keep[self.routed.pair_P[group.rows]]).mul_(1 / (1 - self.adapter.dropout))
 
-    def forward(self, group: _Group, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, group: _Group, x: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output [rows, out], and s·A m(x) [rows, r], which the backward needs."""
-        y = group.times(x, self.weight[group.expert])
+        y = group.times(x, self.weight[group.expert].mT, room)
         factors = self._factors(group)
         if factors is None:
             return y, None
         scale, A, B = factors
-        h = group.times(self._dropped(group, x), A).mul_(scale)  # scaling the [rows, r] middle costs least
-        group.add(y, h, B.transpose(-2, -1))
+        h = group.times(self._dropped(group, x), A.mT).mul_(scale)  # scaling the [rows, r] middle costs least
+        group.add(y, h, B.mT)
         return y, h
 
     def backward(
-        self, group: _Group, dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor | None, into: "_Gradients", *, dx: bool
+        self,
+        group: _Group,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        h: torch.Tensor | None,
+        into: "_Gradients",
+        room: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """The gradient of x, [rows, in], where it is wanted; those of what trains go `into` their places."""
+        """The gradient of x, [rows, in], where there is room for it; those of what trains go `into` their places."""
         if into.weight is not None:
             into.weight[group.expert] = group.outer(dy, x)
-        gradient = group.back(dy, self.weight[group.expert]) if dx else None
+        gradient = None if room is None else group.times(dy, self.weight[group.expert], room)
         factors = self._factors(group)
         if factors is None:
             return gradient
         assert self.adapter is not None and h is not None
         scale, A, B = factors
-        dh = group.back(dy, B).mul_(scale)
+        dh = group.times(dy, B).mul_(scale)
         into.put(group, self.adapter, group.outer(dh, self._dropped(group, x)), group.outer(dy, h))
         if gradient is not None and self.keep is None:
             group.add(gradient, dh, A)
         elif gradient is not None:
-            gradient += self._dropped(group, group.back(dh, A))
+            gradient += self._dropped(group, group.times(dh, A))
         return gradient
 
 
@@ -259,15 +270,17 @@ class _SplitExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         *tensors, routed, adapters = rest
         gate_up, down = _projections(tensors, routed, adapters)
-        outputs, kept = [], []
+        gate_up_P2I = routed.room(x_TH, gate_up.weight.shape[1])
+        y_PH, lows = routed.room(x_TH, x_TH.shape[1]), []
         for group in routed.groups():
-            gate_up_P2I, low_gate_up = gate_up.forward(group, x_TH.index_select(0, routed.token_P[group.rows]))
-            gate, up = gate_up_P2I.chunk(2, dim=-1)
-            y_PH, low_down = down.forward(group, F.silu(gate).mul_(up))
-            outputs.append(y_PH)
-            kept += [gate_up_P2I, low_gate_up, low_down]
-        y_PH = torch.cat(outputs) if len(outputs) != 1 else outputs[0]
-        ctx.save_for_backward(x_TH, weights_Tk, y_PH, *tensors, *kept)
+            x = x_TH.index_select(0, routed.token_P[group.rows])
+            both, low_gate_up = gate_up.forward(group, x, gate_up_P2I)
+            gate, up = both.chunk(2, dim=-1)
+            y, low_down = down.forward(group, F.silu(gate).mul_(up), y_PH)
+            lows += [low_gate_up, low_down]
+            if routed.in_one_product:
+                gate_up_P2I, y_PH = both, y
+        ctx.save_for_backward(x_TH, weights_Tk, gate_up_P2I, y_PH, *tensors, *lows)
         ctx.routed, ctx.adapters = routed, adapters
         weights = weights_Tk.unsqueeze(-1).unbind(1)
         return sum(y_TH * weight for y_TH, weight in zip(routed.choices(y_PH), weights, strict=True)).to(x_TH.dtype)
@@ -275,8 +288,8 @@ class _SplitExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TH, weights_Tk, y_PH, *rest = ctx.saved_tensors
-        tensors, kept = rest[:8], iter(rest[8:])
+        x_TH, weights_Tk, gate_up_P2I, y_PH, *rest = ctx.saved_tensors
+        tensors, lows = rest[:8], iter(rest[8:])
         routed: _Routed = ctx.routed
         gate_up, down = _projections(tensors, routed, ctx.adapters)
         needs = ctx.needs_input_grad
@@ -287,22 +300,25 @@ class _SplitExperts(torch.autograd.Function):
         d_weights_Tk = torch.stack([(d_wide_TH * y_TH).sum(dim=-1) for y_TH in routed.choices(y_PH)], dim=1)
         weight_P = weights_Tk.flatten()[routed.pair_P] * routed.is_pair_P
         d_PH = (d_TH.index_select(0, routed.token_P) * weight_P.unsqueeze(-1)).to(x_TH.dtype)
-        dx_parts: list[Any] = []
+        dx_PH: Any = routed.room(x_TH, x_TH.shape[1]) if needs[0] else None
+        d_PI = routed.room(x_TH, down.weight.shape[2])
         for group in routed.groups():
-            gate_up_P2I, low_gate_up, low_down = next(kept), next(kept), next(kept)
-            gate, up = gate_up_P2I.chunk(2, dim=-1)
+            both, low_gate_up, low_down = gate_up_P2I[group.rows], next(lows), next(lows)
+            gate, up = both.chunk(2, dim=-1)
             activated = F.silu(gate)
-            d = down.backward(group, d_PH[group.rows], activated * up, low_down, for_down, dx=True)
+            d = down.backward(group, d_PH[group.rows], activated * up, low_down, for_down, d_PI)
             assert d is not None
-            d_gate_up = torch.empty_like(gate_up_P2I)
-            d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+            d_both = torch.empty_like(both)
+            d_gate, d_up = d_both.chunk(2, dim=-1)
             torch.mul(d, activated, out=d_up)
             torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gate)
             x = x_TH.index_select(0, routed.token_P[group.rows])
-            dx_parts.append(gate_up.backward(group, d_gate_up, x, low_gate_up, for_gate_up, dx=needs[0]))
+            dx = gate_up.backward(group, d_both, x, low_gate_up, for_gate_up, dx_PH)
+            if routed.in_one_product:
+                dx_PH = dx
         dx_TH: Any = None
         if needs[0]:
-            dx_TH = sum(dx.to(wide) for dx in routed.choices(torch.cat(dx_parts)))
+            dx_TH = sum(dx.to(wide) for dx in routed.choices(dx_PH))
             dx_TH = dx_TH.to(x_TH.dtype)
         places = [for_gate_up.weight, for_gate_up.A, for_gate_up.B, None, for_down.weight, for_down.A, for_down.B, None]
         return dx_TH, d_weights_Tk.to(weights_Tk.dtype), *places, None, None

@@ -43,10 +43,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None,
             torch.zeros(weight_VH.shape, dtype=wide, device=hidden_NH.device) if ctx.needs_input_grad[1] else None,
         )
+        # of one size in every step, as expert_lora.py says why
+        room, room_wide = (hidden_NH.new_empty(CHUNK, len(weight_VH), dtype=dtype) for dtype in (hidden_NH.dtype, wide))
         for start in range(0, len(hidden_NH), CHUNK):
             hidden, targets = hidden_NH[start : start + CHUNK], targets_N[start : start + CHUNK].unsqueeze(1)
-            logits = hidden @ weight_VH.T
-            p = logits.to(wide).softmax(-1)
+            logits = torch.mm(hidden, weight_VH.T, out=room[: len(hidden)])
+            p = room_wide[: len(hidden)].copy_(logits)
+            torch.softmax(p, -1, out=p)
             of_target = p.gather(1, targets)
             logp = of_target.log()
             if bool((unlikely := of_target.squeeze(1) < UNLIKELY).any()):
@@ -55,7 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_hidden is None and d_weight is None:
                 continue
             # the gradient of the logits: p, and p - 1 at the target
-            d_logits = p.scatter_(1, targets, of_target - 1).to(hidden.dtype)
+            d_logits = logits.copy_(p.scatter_(1, targets, of_target - 1))
             if d_hidden is not None:
                 torch.mm(d_logits, weight_VH, out=d_hidden[start : start + CHUNK])
             if d_weight is not None:

@@ -83,11 +83,12 @@ class Memory:
 class Turns:
     """The other end of the line."""
 
-    def __init__(self, memory: Memory):
+    def __init__(self, memory: Memory, at_the_end: Any = dict):
         # What libraries print must not mix with the answers.
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._memory = memory
+        self._at_the_end = at_the_end
         self._started = 0.0
 
     def answer(self, **values: Any) -> None:
@@ -97,7 +98,8 @@ class Turns:
     def wait(self) -> bool:
         """Waits for the next turn; False where there is none."""
         if not sys.stdin.readline():
-            self.answer(peak_mib=self._memory.peak_mib())
+            peak = self._memory.peak_mib()
+            self.answer(peak_mib=peak, **self._at_the_end())
             return False
         self._started = time.perf_counter()
         return True
@@ -141,7 +143,7 @@ def ours(settings: Settings) -> None:
     memory = Memory(model, settings.device)
     trainer = engine.Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     trainer.train()
-    turns = Turns(memory)
+    turns = Turns(memory, lambda: {"watching_seconds": watching_seconds(trainer, table, batch)})
     turns.answer(threads=torch.get_num_threads())
     order = settings.order(len(table))
     number = 0
@@ -151,6 +153,26 @@ def ours(settings: Settings) -> None:
         result = step(trainer, [table.batch(rows)], 1e-4, ROUTER_AUX_LOSS)
         turns.done(loss=result.loss, tokens=result.tokens, supervised_tokens=result.supervised_tokens)
         number += 1
+
+
+def watching_seconds(trainer: Any, table: Any, batch: Any) -> float:
+    """What it takes to note the routers of one step: the median of many times."""
+    import torch
+
+    from train.routing import Routing
+
+    config = trainer.module.causal_lm.config
+    first = table.batch(list(range(batch.micro_batch))).to(trainer.device)
+    flat = [tensor.flatten() for tensor in (first.positions, first.targets, first.is_token)]
+    shape = (len(flat[0]), config.num_local_experts)
+    logits = tuple(torch.randn(shape, device=trainer.device) for _ in range(config.num_hidden_layers))
+    took = []
+    for _ in range(50):
+        started = time.perf_counter()
+        trainer.module.routing = Routing.of(logits, config.num_experts_per_tok, *flat)
+        trainer.take_routing().record()
+        took.append(time.perf_counter() - started)
+    return sorted(took)[len(took) // 2]
 
 
 def trl(settings: Settings) -> None:

@@ -1,8 +1,8 @@
 """One MoE block: its adapters split, against PEFT's target_parameters and against the frozen block without any.
 
 Forward and backward of the block alone, bfloat16, the same tokens and the same routing: `ours` with adapters on both
-projections, `frozen` the same block without (the floor), `peft` transformers' own grouped experts in PEFT's wrapper. The
-routing is drawn again for every repetition, as it changes in every training step. The kinds take turns.
+projections, `frozen` the same block without (the floor), `peft` transformers' own grouped experts in PEFT's wrapper.
+The routing is drawn again for every repetition, as it changes in every training step. The kinds take turns.
 """
 
 import argparse

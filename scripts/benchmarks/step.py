@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks._trainers import Settings
 from configs.errors import UserError
 from data.dataset import PreparedDataset
 from data.schema import IGNORE_INDEX
 from train import model
-from train.config import ArchitectureConfig, ModelConfig
+from train.config import ArchitectureConfig, LoggingConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -87,7 +88,8 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             times[name].append(taken[name])
         if number >= options.warmup:
             peaks.append(_peak_flops(options))
-    memory = {name: trainer.end() for name, trainer in trainers.items()}
+    ends = {name: trainer.end() for name, trainer in trainers.items()}
+    memory = {name: end["peak_mib"] for name, end in ends.items()}
 
     timed = {name: turns[options.warmup :] for name, turns in times.items()}
     rates = {name: [turn["tokens"] / turn["seconds"] for turn in turns] for name, turns in timed.items()}
@@ -103,6 +105,9 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "matrix_product_peak_gflops": statistics.median(peaks) / 1e9,
         "needed_gflop_per_step": statistics.median(flops) / 1e9,
         "share_of_peak": statistics.median(share),
+        "watching_routers_share": ends["ours"]["watching_seconds"]
+        / statistics.median(turn["seconds"] for turn in timed["ours"])
+        / LoggingConfig().routing_every,
         "first_loss": {name: turns[0]["loss"] for name, turns in times.items()},
         "losses": {name: [turn["loss"] for turn in turns] for name, turns in times.items()},
     }
@@ -130,6 +135,7 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[Settings, list
             "num_local_experts": options.experts,
         }
         config = ModelConfig(architecture=ArchitectureConfig(**sizes), dtype=options.dtype)
+        disable_progress_bar()
         model.base(config).save_pretrained(path)
     settings = Settings(
         model=str(path),
@@ -219,13 +225,13 @@ class _Trainer:
         self._process.stdin.flush()
         return self._answer()
 
-    def end(self) -> float:
-        """Ends the process; its peak memory above the model in MiB."""
+    def end(self) -> dict[str, float]:
+        """Ends the process; its peak memory above the model in MiB, and of ours what noting the routers takes."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        peak = self._answer()["peak_mib"]
+        answer = self._answer()
         self._process.wait(60)
-        return peak
+        return answer
 
 
 def _print(figures: dict[str, Any]) -> None:
@@ -239,6 +245,8 @@ def _print(figures: dict[str, Any]) -> None:
     console.print(table)
     share, peak = figures["share_of_peak"], figures["matrix_product_peak_gflops"]
     needed = figures["needed_gflop_per_step"]
+    watching = figures["watching_routers_share"]
+    console.print(f"Noting the routers every {LoggingConfig().routing_every} steps takes {watching:.2%} of the time")
     console.print(f"{share:.1%} of the matrix-product peak, {peak:,.0f} GFLOP/s, counting {needed:,.0f} GFLOP a step")
 
 

@@ -231,7 +231,7 @@ def test_memory_of_a_backward_does_not_grow_with_the_weights() -> None:
     x = torch.randn(8, 512, dtype=torch.bfloat16, requires_grad=True)
     with Largest() as largest:
         expert_lora.split_lora_forward(experts, x, index, weights).float().sum().backward()
-    assert largest.numel <= 8 * expert_lora.ROW_MULTIPLE * 512 < experts.down_proj.numel() / 3
+    assert largest.numel <= (16 + 8 * expert_lora.ROW_MULTIPLE) * 512 < experts.down_proj.numel() / 3
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:
