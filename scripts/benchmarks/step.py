@@ -246,7 +246,7 @@ def _print(figures: dict[str, Any]) -> None:
     share, peak = figures["share_of_peak"], figures["matrix_product_peak_gflops"]
     needed = figures["needed_gflop_per_step"]
     watching = figures["watching_routers_share"]
-    console.print(f"Noting the routers every {LoggingConfig().routing_every} steps takes {watching:.2%} of the time")
+    console.print(f"Noting the routers every {LoggingConfig().routing_every} steps takes {watching:.3%} of the time")
     console.print(f"{share:.1%} of the matrix-product peak, {peak:,.0f} GFLOP/s, counting {needed:,.0f} GFLOP a step")
 
 
