@@ -4,8 +4,9 @@ runs/{name}-{date}-{time}/
   config.yaml               the resolved configuration
   metrics.jsonl
   checkpoints/step-000123/  adapter/ (or model/) as it was after that step
-  adapter/                  the result, in PEFT's format; model/ after training in full
+  adapter/                  the result, in PEFT's format, per_expert/ in it where asked; model/ after training in full
   receipt.json              what was run, on what, from what, with what outcome
+  expert_load.json, .png    of task=profile: which experts the routers choose
 """
 
 import datetime
@@ -18,17 +19,17 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 from configs.errors import UserError
 from configs.receipt import machine, provenance
 from data.dataset import PreparedDataset
 from data.layout import MANIFEST
 from data.template import ChatTokenizer
-from train import expert_lora
+from train import adapter_files, expert_lora
 from train.config import BatchArithmetic, TrainConfig
 from train.engine import Engine, Processes, agree
-from train.metrics import Metrics, console, finite
+from train.learning import Movement, movements
+from train.metrics import Metrics, console, finite, show_movements
 
 PACKAGES = (
     "openhermes-mixtral",
@@ -43,7 +44,17 @@ PACKAGES = (
 """Those whose versions the receipt records."""
 
 
-RUN_ENTRIES = {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "model", "receipt.json", "wandb"}
+RUN_ENTRIES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "adapter",
+    "model",
+    "receipt.json",
+    "wandb",
+    "expert_load.json",
+    "expert_load.png",
+}
 """All that a run directory holds; a directory with anything else in it is not replaced."""
 
 
@@ -63,6 +74,7 @@ class RunDirectory:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = Path(agree(config.run_dir or f"runs/{config.name}-{stamp}"))  # clocks differ between processes
         self._started = datetime.datetime.now(datetime.UTC)
+        self._moved: list[Movement] = []
         if problem := agree(self._problem() if processes.is_main else None):
             raise UserError(f"run_dir={self.path}: {problem}")
 
@@ -109,6 +121,7 @@ class RunDirectory:
         target = self.path / self._result_name
         self._save(engine, metrics, target)
         if self.processes.is_main:
+            show_movements(self._moved)
             shutil.copyfile(target / "receipt.json", self.path / "receipt.json")
             console.print(f"Saved {target}")
 
@@ -127,11 +140,20 @@ class RunDirectory:
         if everything:
             write_model(temporary, engine.module.causal_lm, tensors)
         else:
-            write_adapter(temporary, self.config, tensors)
+            self._write_adapter(temporary, engine.module.causal_lm, tensors)
         shutil.copyfile(self.path / "config.yaml", temporary / "train_config.yaml")
         (temporary / "receipt.json").write_text(json.dumps(finite(self._receipt(metrics)), indent=2) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+
+    def _write_adapter(self, directory: Path, causal_lm: Any, tensors: dict[str, torch.Tensor]) -> None:
+        settings = (self.config.model, self.config.lora, tensors, expert_lora.adapters(causal_lm))
+        adapter_files.write(directory, *settings)
+        if self.config.lora.export_per_expert:
+            per_expert = directory / "per_expert"
+            per_expert.mkdir()
+            adapter_files.write_per_expert(per_expert, *settings)
+        self._moved = movements(causal_lm, tensors)
 
     def _receipt(self, metrics: Metrics) -> dict[str, Any]:
         """What was run, on what, from what, and how far it came."""
@@ -146,44 +168,11 @@ class RunDirectory:
                 "path": str(self.dataset.directory),
                 "manifest_sha256": _sha256(self.dataset.directory / MANIFEST),
             },
+            "experts_moved": [moved.record() for moved in self._moved],
             "evaluation_loss": {str(step): loss for step, loss in metrics.evaluations.items()},
             "steps": metrics.last.step if metrics.last else 0,
             "loss": metrics.last.loss if metrics.last else None,
         }
-
-
-def write_adapter(directory: Path, config: TrainConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json as PEFT does; stock PEFT loads them.
-
-    Args:
-        directory: exists.
-        config: says what is adapted.
-        tensors: the trained parameters by our names.
-    """
-    from peft import LoraConfig as PeftConfig
-
-    projections = tuple(config.lora.experts)
-    # A local base is named by its whole path, so that the adapter finds it from any working directory.
-    local = config.model.path is not None and Path(config.model.path).is_dir()
-    base = str(Path(str(config.model.path)).resolve()) if local else config.model.path
-    stored: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if ".experts." in name:
-            key, matrix = expert_lora.to_peft(name, tensor, projections)
-        else:
-            key, matrix = f"base_model.model.{name.replace('.default.', '.')}", tensor
-        stored[key] = matrix.contiguous()
-    save_file(stored, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    PeftConfig(
-        base_model_name_or_path=base,
-        revision=config.model.revision,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        target_modules=list(config.lora.attention),
-        target_parameters=[f"mlp.experts.{projection}" for projection in projections],
-    ).save_pretrained(str(directory))
 
 
 def write_model(directory: Path, model: Any, tensors: dict[str, torch.Tensor]) -> None:

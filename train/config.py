@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from configs.errors import UserError
 
@@ -91,12 +92,13 @@ class ModelConfig:
     """The sizes of a random base. Where `path` names weights, theirs count."""
     dtype: str = "bfloat16"
     """`bfloat16` or `float32`: weights, activations and gradients. ZeRO keeps float32 masters either way."""
-    attention: str = "sdpa"
-    """transformers' attention implementation: `sdpa`, `eager`, `flash_attention_2`."""
+    attention: str = "packed"
+    """`packed` computes what conversations can see and no more: torch's variable-length flash attention on CUDA, blocks
+    of queries elsewhere. Or one of transformers' own: `flash_attention_2`, `sdpa`, `eager`."""
 
     def check(self) -> None:
         _choice("model.dtype", self.dtype, "bfloat16", "float32")
-        _choice("model.attention", self.attention, "sdpa", "eager", "flash_attention_2")
+        _choice("model.attention", self.attention, "packed", "flash_attention_2", "sdpa", "eager")
         if self.path is None:
             self.architecture.check()
 
@@ -108,23 +110,73 @@ class LoraConfig:
     method: str = "lora"
     """`lora`, or `none` to train every parameter of the base."""
     rank: int = 16
-    """The LoRA rank, the inner size of every adapter."""
+    """The LoRA rank, the inner size of every adapter that is not told another."""
     alpha: int = 32
-    """The adapters' output is scaled by alpha / rank."""
+    """The adapters' output is scaled by alpha / rank, each expert's by its own rank."""
+    rank_stabilised: bool = False
+    """Scales by alpha / √rank instead."""
+    dropout: float = 0.0
+    """Probability with which an adapter's input is dropped; on experts drawn for each token-expert pair."""
     attention: list[str] = field(default_factory=lambda: list(ATTENTION_TARGETS))
     """Attention projections with an adapter."""
-    experts: list[str] = field(default_factory=lambda: list(EXPERT_TARGETS))
-    """Expert projections with an adapter on every expert: `gate_up_proj` (gate and up in one) and `down_proj`."""
+    projections: list[str] = field(default_factory=lambda: list(EXPERT_TARGETS))
+    """Expert projections with an adapter: `gate_up_proj` (gate and up in one) and `down_proj`."""
+    router: str = "frozen"
+    """`frozen`, or `trained` to train the routers' own weights."""
+    experts: Any = "all"
+    """The experts with an adapter: `all`, a list of numbers such as [0,3] (of every layer), or `by_load`: what `budget`
+    and the measured load say."""
+    expert_ranks: list[int] = field(default_factory=list)
+    """A LoRA rank for each expert (0 for none) in place of `rank`, the same in every layer."""
+    load: str | None = None
+    """For `experts=by_load`: the expert_load.json that `task=profile` wrote."""
+    budget: int = 0
+    """For `experts=by_load`: trained parameters that the experts' adapters may have, over all layers."""
+    by_load: str = "ranks"
+    """For `experts=by_load`: `ranks` gives each expert a rank in proportion to its load, `experts` gives the most
+    loaded ones `rank`."""
+    start: str | None = None
+    """An adapter directory of the same shape whose numbers the run starts from, instead of fresh ones."""
+    export_per_expert: bool = False
+    """Also writes adapter/per_expert/, with a key for each expert's w1, w2 and w3, as some servers ask for."""
 
     def check(self) -> None:
         _choice("lora.method", self.method, "lora", "none")
         _positive("lora.rank", self.rank, "lora.rank=16")
         _positive("lora.alpha", self.alpha, "lora.alpha=32")
-        for name, known in (("attention", ATTENTION_TARGETS), ("experts", EXPERT_TARGETS)):
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout={self.dropout}: it is a probability; give a number from 0 to below 1")
+        for name, known in (("attention", ATTENTION_TARGETS), ("projections", EXPERT_TARGETS)):
             for target in getattr(self, name):
                 _choice(f"lora.{name}", target, *known)
-        if self.method == "lora" and not self.attention and not self.experts:
-            raise UserError("lora.attention=[]: with lora.experts=[] nothing would train; name a target in one of them")
+        _choice("lora.router", self.router, "frozen", "trained")
+        _choice("lora.by_load", self.by_load, "ranks", "experts")
+        self._check_experts()
+        if self.method == "lora" and not self.attention and not self.projections:
+            raise UserError(
+                "lora.attention=[]: with lora.projections=[] there would be no adapter; name a target in one of them"
+            )
+
+    def _check_experts(self) -> None:
+        numbers = isinstance(self.experts, list) and all(type(expert) is int for expert in self.experts)
+        if self.experts not in ("all", "by_load") and not numbers:
+            raise UserError(
+                f"lora.experts={self.experts}: there is no such choice; choose all, by_load, or numbers as in "
+                f"'lora.experts=[0,3]' (what adapters sit on is lora.projections)"
+            )
+        if any(rank < 0 for rank in self.expert_ranks):
+            raise UserError(f"lora.expert_ranks={self.expert_ranks}: a rank can't be negative; give 0 for no adapter")
+        if self.experts == "by_load":
+            if self.load is None:
+                raise UserError(
+                    "lora.load: experts=by_load needs a measured load; run `python -m train task=profile` and name the "
+                    "expert_load.json that it writes"
+                )
+            _positive("lora.budget", self.budget, "lora.budget=100000000 parameters with lora.experts=by_load")
+            if self.expert_ranks:
+                raise UserError(
+                    f"lora.expert_ranks={self.expert_ranks}: with lora.experts=by_load the load decides; leave it out"
+                )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,6 +243,8 @@ class LoggingConfig:
 
     every: int = 1
     """Steps between lines of metrics.jsonl."""
+    routing_every: int = 10
+    """Steps between lines about the routers (expert load, entropy, auxiliary loss, unused experts); 0 for none."""
     progress: bool = True
     """A progress bar on process 0."""
     wandb: str = "auto"
@@ -200,6 +254,7 @@ class LoggingConfig:
 
     def check(self) -> None:
         _positive("logging.every", self.every, "logging.every=1")
+        _not_negative("logging.routing_every", self.routing_every)
         _choice("logging.wandb", self.wandb, "auto", "online", "offline", "off")
 
 
@@ -242,6 +297,8 @@ class BatchArithmetic:
 class TrainConfig:
     """Settings of `python -m train`."""
 
+    task: str = "train"
+    """`train`, or `profile` to measure which experts the routers choose for the dataset, without training."""
     name: str = "run"
     """The start of the run directory's name, where `run_dir` is not given."""
     run_dir: str | None = None
@@ -285,18 +342,13 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
+        _choice("task", self.task, "train", "profile")
         for name in ("epochs", "global_batch", "micro_batch"):
             _positive(name, getattr(self, name), f"{name}=1")
         for name in ("max_steps", "eval_every", "save_every", "router_aux_loss", "seed"):
             _not_negative(name, getattr(self, name))
         for section in (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware):
             section.check()
-        if self.model.attention == "flash_attention_2" and self.micro_batch > 1:
-            # transformers 5.23 reads packed positions for this implementation in batches of one row only.
-            raise UserError(
-                f"micro_batch={self.micro_batch}: with model.attention=flash_attention_2 packed conversations stay "
-                f"apart in micro-batches of one row only; give micro_batch=1"
-            )
         if self.lora.method == "lora" and self.model.path is None and not self.dry_run:
             raise UserError(
                 "model.path: adapters need a base with weights; name a directory or a hub id, or use lora=none"

@@ -18,6 +18,7 @@ from data.dataset import Batch
 from train.config import BatchArithmetic, HardwareConfig, TrainConfig
 from train.loss import MixtralWithLoss
 from train.model import trainable
+from train.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def start(config: HardwareConfig) -> Processes:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # The processes of a machine share its cores; left alone, each would start a thread for every one of them.
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
-        _keep_freed_memory()
+        keep_freed_memory()
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated, at every gather.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     import deepspeed
@@ -76,16 +77,18 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next step instead of giving it back to the kernel.
 
     Each step frees and asks again for the same large tensors, and by default each time the kernel maps and zeroes the
-    pages anew: a quarter of a nano step on two cores. Elsewhere than glibc this does nothing.
+    pages anew: a quarter of a nano step on two cores. The largest, logits and the like, are left to the kernel: few as
+    they are, zeroing them costs no time that could be measured, and the holes that they leave in the heap, where others
+    settle, made it grow to twice the size within 40 steps. Elsewhere than glibc this does nothing.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(mmap_threshold, 1 << 30)
+        mallopt(mmap_threshold, 16 << 20)
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
@@ -97,6 +100,11 @@ def finish() -> None:
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def seed(number: int, processes: Processes) -> None:
+    """Starts the random numbers of training (dropout), others on every process."""
+    torch.manual_seed(number * processes.count + processes.rank)
 
 
 def agree(value: Any) -> Any:
@@ -241,6 +249,23 @@ class Engine:
         on_device = batch.to(self.device)
         return self._engine(on_device.ids, on_device.positions, on_device.targets, on_device.is_token)
 
+    @contextlib.contextmanager
+    def watching(self, routing: bool) -> Iterator[None]:
+        """Within it, forwards note what the routers do, where that is wanted."""
+        self.module.watches_routing = routing
+        try:
+            yield
+        finally:
+            self.module.watches_routing = False
+
+    def take_routing(self) -> Routing:
+        """What the routers of all processes did since the last time; collective."""
+        config = self.module.causal_lm.config
+        shape = torch.Size((config.num_hidden_layers, config.num_local_experts))
+        own = self.module.routing or Routing.none(shape)
+        self.module.routing = None
+        return Routing.from_list(self.sum(*own.to_list()), shape)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a share of the step's loss. The shares of all processes and micro-batches are summed."""
         # DeepSpeed averages over processes and divides by the accumulation steps; the first is undone here, the second
@@ -296,7 +321,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     """Trained parameters, those of one dimension (norms) without weight decay."""
     trained = list(trainable(model))
     if not trained:
-        raise UserError("lora: nothing in the model trains; name targets in lora.attention or lora.experts")
+        raise UserError("lora: nothing in the model trains; name targets in lora.attention or lora.projections")
     # Under ZeRO-3 a parameter's own shape is empty; ds_shape is what it was.
     is_vector = {name: len(getattr(p, "ds_shape", p.shape)) == 1 for name, p in trained}
     groups = [

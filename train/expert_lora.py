@@ -1,16 +1,20 @@
-"""Expert-aware LoRA: low-rank factors for every expert, computed split, saved in PEFT's file format.
+"""Expert-aware LoRA: low-rank factors for every expert, computed split, with no work for frozen weights beyond inputs.
 
 For each expert e and each of its two projections W_e, the forward is
 
-    y = W_e x + s · B_e (A_e x),   A_e [r, in], B_e [out, r],   s = alpha / r
+    y = W_e x + s_e · B_e (A_e m(x)),   A_e [r_e, in], B_e [out, r_e],   s_e = alpha / r_e, or alpha / √r_e
 
-over grouped matrix products: the merged weight W + s·BA is never built, forward or backward, and a frozen W gets no
-weight gradient. LoRA: Hu et al. 2021, arXiv:2106.09685.
+where m is dropout, drawn for each token-expert pair. The merged weight W + s·BA is never built, forward or backward.
+LoRA: Hu et al. 2021, arXiv:2106.09685; alpha / √r: Kalajdzievski 2023, arXiv:2312.03732.
 
-Shapes: E experts, S token-expert pairs (tokens × experts per token), H hidden, I intermediate, r LoRA rank.
+Shapes: E experts, T tokens, k experts per token, P rows (token-expert pairs sorted by expert), H hidden, I
+intermediate, r LoRA rank.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +27,16 @@ from train.config import EXPERT_TARGETS
 IMPLEMENTATION = "split_lora"
 """The name under which transformers' experts interface knows this forward."""
 
+ROW_MULTIPLE = 32
+"""What an expert's rows are filled up to on the CPU in half precision.
 
-# Forward
+oneDNN generates code for every new matrix height, half a millisecond to a millisecond each time, and routing gives
+every expert another height in every step: with 8 experts, 4 layers and adapters that was 0.3 s of a 0.9 s step on two
+cores. Filled up, heights repeat and the code comes from its cache; the price is at most 31 idle rows per expert.
+"""
+
+
+# Forward and backward
 
 
 def split_lora_forward(
@@ -34,83 +46,364 @@ def split_lora_forward(
 
     Args:
         experts: the module that holds the frozen weights and the factors.
-        hidden_states: [tokens, H].
-        top_k_index: [tokens, k] int64, the experts chosen by the router.
-        top_k_weights: [tokens, k], their weights.
+        hidden_states: [T, H].
+        top_k_index: [T, k] int64, the experts chosen by the router.
+        top_k_weights: [T, k], their weights.
 
     Returns:
-        [tokens, H], in the dtype of `hidden_states`. Experts without tokens take no part and get zero gradients.
+        [T, H], in the dtype of `hidden_states`. Experts without tokens take no part and get zero gradients.
     """
-    tokens, k = top_k_index.shape
-    # Sort the token-expert pairs by expert, once for both projections.
-    expert_S, order_S = top_k_index.flatten().sort(stable=True)
-    ends_E = torch.bincount(expert_S, minlength=experts.num_experts).cumsum(0).to(torch.int32)
-    x_SH = hidden_states[order_S // k]
-
-    gate_up_S2I = _adapted(experts, "gate_up_proj", x_SH, ends_E)
-    gate_SI, up_SI = gate_up_S2I.chunk(2, dim=-1)
-    y_SH = _adapted(experts, "down_proj", experts.act_fn(gate_SI) * up_SI, ends_E)
-
-    # Undo the sort by gathering, and add each token's k results in one order: the same bits on every run, which
-    # scattering with atomic additions would not give on CUDA.
-    y_SH = y_SH * top_k_weights.flatten()[order_S].unsqueeze(-1)
-    back_S = torch.empty_like(order_S)
-    back_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-    return y_SH[back_S].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
-
-
-def _adapted(experts: MixtralExperts, projection: str, x_SI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """One projection of all experts: the frozen product, plus the low-rank one where the projection is targeted."""
-    y_SO = grouped_linear(x_SI, getattr(experts, projection), ends_E)
-    A_ErI = getattr(experts, f"{projection}_lora_A", None)
-    if A_ErI is None:
-        return y_SO
-    B_EOr = getattr(experts, f"{projection}_lora_B")
-    # Scaling the [S, r] middle costs least.
-    return y_SO + grouped_linear(grouped_linear(x_SI, A_ErI, ends_E) * experts.lora_scaling, B_EOr, ends_E)
-
-
-def grouped_linear(x_SI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """`x @ weight[e].T` for each group of rows of x; group e ends at row `ends_E[e]`. Returns [S, O]."""
-    item = x_SI.element_size()
-    aligned = x_SI.shape[1] * item % 16 == 0 and weight_EOI.shape[1] * item % 16 == 0
-    if aligned and x_SI.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return F.grouped_mm(x_SI, weight_EOI.transpose(-2, -1), offs=ends_E)
-    # torch's grouped product needs rows of whole 16 bytes and knows no float64: a small odd rank, or a reference.
-    groups = x_SI.tensor_split(ends_E[:-1].long().cpu())
-    return torch.cat([group @ weight_EOI[e].T for e, group in enumerate(groups)])
+    adapters: dict[str, Adapter] = getattr(experts, "lora", {})
+    tensors: list[torch.Tensor | None] = []
+    for projection in EXPERT_TARGETS:
+        weight = getattr(experts, projection)
+        tensors += [weight, None, None, None]
+        if adapter := adapters.get(projection):
+            tensors[-3:-1] = [getattr(experts, f"{projection}_lora_{letter}") for letter in "AB"]
+            if adapter.dropout and experts.training:
+                tensors[-1] = draw_keep(top_k_index.numel(), weight.shape[-1], adapter.dropout, weight.device)
+    routed = _Routed(top_k_index, experts.num_experts, hidden_states.dtype, tensors)
+    return _SplitExperts.apply(hidden_states, top_k_weights, *tensors, routed, adapters)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, split_lora_forward)
 
 
+def draw_keep(pairs: int, size_in: int, dropout: float, device: torch.device) -> torch.Tensor:
+    """The inputs that dropout leaves an adapter: [pairs, in] bool, pairs in the order of tokens and their choices."""
+    return torch.empty(pairs, size_in, dtype=torch.bool, device=device).bernoulli_(1 - dropout)
+
+
+class _Routed:
+    """Where each token-expert pair stands when the pairs are sorted by expert: found once per block.
+
+    top_k_index   | 1 0 | 0 2 |             tokens 0 and 1 of E = 3 experts; here filled up to multiples of 2 rows
+    token_P       | 0 1 | 0 - | 1 - |       the token of each row, expert by expert; - is filling
+    row_of_Tk     | 2 0 | 1 4 |
+    """
+
+    def __init__(self, top_k_index: torch.Tensor, experts: int, dtype: torch.dtype, tensors: list[torch.Tensor | None]):
+        device = top_k_index.device
+        self.shape = tuple(top_k_index.shape)
+        # torch's grouped product pays on CUDA; it needs rows of whole 16 bytes, and knows no float64.
+        sizes = [size for tensor in tensors if tensor is not None for size in tensor.shape[1:] if tensor.dtype == dtype]
+        aligned = dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
+        self.in_one_product = device.type == "cuda" and aligned
+        multiple = ROW_MULTIPLE if device.type == "cpu" and dtype.itemsize == 2 else 1
+
+        expert_S, order_S = top_k_index.flatten().sort(stable=True)
+        counts_E = torch.bincount(expert_S, minlength=experts)
+        room_E = (counts_E + multiple - 1) // multiple * multiple
+        self.ends_E = room_E.cumsum(0)
+        spare_E = room_E - counts_E
+        row_S = torch.arange(len(order_S), device=device) + (spare_E.cumsum(0) - spare_E)[expert_S]
+        self.row_of_Tk = torch.empty_like(order_S)
+        self.row_of_Tk[order_S] = row_S
+        # Filling rows repeat the first pair: numbers like any other, which nothing reads and whose weight is 0.
+        rows = len(order_S) if multiple == 1 else int(self.ends_E[-1])
+        self._room = len(order_S) + experts * (multiple - 1)
+        self.pair_P = order_S.new_zeros(rows)
+        self.pair_P[row_S] = order_S
+        self.token_P = self.pair_P // self.shape[1]
+        self.is_pair_P = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.is_pair_P[row_S] = True
+
+    def groups(self) -> Iterator["_Group"]:
+        """All rows as one group, or those of each expert that has any."""
+        if self.in_one_product:
+            yield _Group(slice(None), slice(None), self.ends_E.to(torch.int32))
+            return
+        start = 0
+        for expert, end in enumerate(self.ends_E.tolist()):
+            if end > start:
+                yield _Group(slice(start, end), expert, None)
+            start = end
+
+    def room(self, like: torch.Tensor, size: int) -> torch.Tensor:
+        """Uninitialised rows of that size, as many as any routing of so many tokens fills: tensors of other sizes in
+        every step would break glibc's heap into pieces."""
+        return like.new_empty(0 if self.in_one_product else self._room, size)
+
+    def choices(self, y_PH: torch.Tensor) -> Iterator[torch.Tensor]:
+        """[T, H], the rows of the tokens' first choices, then of the second, …: they are added in this order, so
+        every run gives the same bits; scattering with atomic additions would not on CUDA."""
+        # index_select copies whole rows, where y[rows] goes element by element: a tenth of the time on the CPU
+        return (y_PH.index_select(0, row_T) for row_T in self.row_of_Tk.view(self.shape).unbind(1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that one matrix product serves: those of one expert, or of all through torch's grouped product."""
+
+    rows: slice
+    expert: Any
+    """An index into [E, …]: one expert, or all."""
+    ends_E: torch.Tensor | None
+
+    def times(self, x: torch.Tensor, weight: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+        """x W, [rows, out]. `weight` is [in, out] of the expert, or [E, in, out]; one expert's product is written into
+        its rows of `room`, where that is given."""
+        if self.ends_E is not None:
+            return F.grouped_mm(x, weight, offs=self.ends_E)
+        return x @ weight if room is None else torch.mm(x, weight, out=room[self.rows])
+
+    def outer(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """yᵀ x, [out, in] or [E, out, in]: the gradient of a weight."""
+        return y.T @ x if self.ends_E is None else F.grouped_mm(y.T, x, offs=self.ends_E)
+
+    def add(self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """total += x W, in place; on one expert in one pass over the total."""
+        if self.ends_E is None:
+            torch.addmm(total, x, weight, out=total)
+        else:
+            total += F.grouped_mm(x, weight, offs=self.ends_E)
+
+
+class _Projection:
+    """One projection of all experts, forward and backward, group by group."""
+
+    def __init__(self, tensors: Sequence[Any], adapter: "Adapter | None", routed: _Routed):
+        """`tensors` are W [E, out, in], A [E, r, in], B [E, out, r], and what dropout keeps [pairs, in], None for
+        none."""
+        self.weight, self.A, self.B, self.keep = tensors
+        self.adapter, self.routed = adapter, routed
+
+    def _factors(self, group: _Group) -> tuple[Any, torch.Tensor, torch.Tensor] | None:
+        """s, A and B of the group's expert or experts; None where there is no adapter."""
+        if self.adapter is None:
+            return None
+        assert self.A is not None and self.B is not None
+        if group.ends_E is None:
+            if not (rank := self.adapter.ranks[group.expert]):
+                return None
+            place = self.adapter.places[group.expert]
+            return self.adapter.scales[group.expert], self.A[place, :rank], self.B[place, :, :rank]
+        A, B, scales = self.A, self.B, self.adapter.scales
+        if len(A) < len(scales):  # zeros for the experts without
+            chosen = [expert for expert, rank in enumerate(self.adapter.ranks) if rank]
+            A, B = (t.new_zeros(len(scales), *t.shape[1:]).index_copy_(0, self._index(chosen), t) for t in (A, B))
+        if len(set(scales)) == 1:
+            return scales[0], A, B
+        expert_P = torch.bucketize(torch.arange(len(self.routed.pair_P), device=A.device), group.ends_E, right=True)
+        return A.new_tensor(scales)[expert_P].unsqueeze(-1), A, B
+
+    def _index(self, experts: list[int]) -> torch.Tensor:
+        return torch.tensor(experts, device=self.weight.device)
+
+    def _dropped(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
+        """x with dropout's zeros; also what the gradient of such an x goes through."""
+        if self.keep is None:
+            return x
+        assert self.adapter is not None
+        return (x * self.keep[self.routed.pair_P[group.rows]]).mul_(1 / (1 - self.adapter.dropout))
+
+    def forward(self, group: _Group, x: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output [rows, out], and s·A m(x) [rows, r], which the backward needs."""
+        y = group.times(x, self.weight[group.expert].mT, room)
+        factors = self._factors(group)
+        if factors is None:
+            return y, None
+        scale, A, B = factors
+        h = group.times(self._dropped(group, x), A.mT).mul_(scale)  # scaling the [rows, r] middle costs least
+        group.add(y, h, B.mT)
+        return y, h
+
+    def backward(
+        self,
+        group: _Group,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        h: torch.Tensor | None,
+        into: "_Gradients",
+        room: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """The gradient of x, [rows, in], where there is room for it; those of what trains go `into` their places."""
+        if into.weight is not None:
+            into.weight[group.expert] = group.outer(dy, x)
+        gradient = None if room is None else group.times(dy, self.weight[group.expert], room)
+        factors = self._factors(group)
+        if factors is None:
+            return gradient
+        assert self.adapter is not None and h is not None
+        scale, A, B = factors
+        dh = group.times(dy, B).mul_(scale)
+        into.put(group, self.adapter, group.outer(dh, self._dropped(group, x)), group.outer(dy, h))
+        if gradient is not None and self.keep is None:
+            group.add(gradient, dh, A)
+        elif gradient is not None:
+            gradient += self._dropped(group, group.times(dh, A))
+        return gradient
+
+
+class _Gradients:
+    """Places for the gradients of one projection; zeros, because experts without rows write none."""
+
+    def __init__(self, projection: _Projection, needed: tuple[bool, ...]):
+        tensors = (projection.weight, projection.A, projection.B)
+        self.weight, self.A, self.B = (
+            torch.zeros_like(t) if t is not None and need else None for t, need in zip(tensors, needed, strict=True)
+        )
+
+    def put(self, group: _Group, adapter: "Adapter", dA: torch.Tensor, dB: torch.Tensor) -> None:
+        """The factors' gradients: of one expert, or [E, …] of all."""
+        assert self.A is not None and self.B is not None
+        if group.ends_E is None:
+            place, rank = adapter.places[group.expert], len(dA)
+            self.A[place, :rank], self.B[place, :, :rank] = dA, dB
+            return
+        chosen = [expert for expert, rank in enumerate(adapter.ranks) if rank]
+        self.A.copy_(dA[chosen] if len(chosen) < len(dA) else dA)
+        self.B.copy_(dB[chosen] if len(chosen) < len(dB) else dB)
+
+
+class _SplitExperts(torch.autograd.Function):
+    """The experts of one block. Its own backward, so that frozen weights cost their input gradient and nothing else,
+    and so that what is kept for it holds no view of a weight: under ZeRO-3 a view would keep the gathered block
+    alive."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: torch.Tensor,
+        weights_Tk: torch.Tensor,
+        *rest: Any,
+    ) -> torch.Tensor:
+        *tensors, routed, adapters = rest
+        gate_up, down = _projections(tensors, routed, adapters)
+        gate_up_P2I = routed.room(x_TH, gate_up.weight.shape[1])
+        y_PH, lows = routed.room(x_TH, x_TH.shape[1]), []
+        for group in routed.groups():
+            x = x_TH.index_select(0, routed.token_P[group.rows])
+            both, low_gate_up = gate_up.forward(group, x, gate_up_P2I)
+            gate, up = both.chunk(2, dim=-1)
+            y, low_down = down.forward(group, F.silu(gate).mul_(up), y_PH)
+            lows += [low_gate_up, low_down]
+            if routed.in_one_product:
+                gate_up_P2I, y_PH = both, y
+        ctx.save_for_backward(x_TH, weights_Tk, gate_up_P2I, y_PH, *tensors, *lows)
+        ctx.routed, ctx.adapters = routed, adapters
+        weights = weights_Tk.unsqueeze(-1).unbind(1)
+        return sum(y_TH * weight for y_TH, weight in zip(routed.choices(y_PH), weights, strict=True)).to(x_TH.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TH, weights_Tk, gate_up_P2I, y_PH, *rest = ctx.saved_tensors
+        tensors, lows = rest[:8], iter(rest[8:])
+        routed: _Routed = ctx.routed
+        gate_up, down = _projections(tensors, routed, ctx.adapters)
+        needs = ctx.needs_input_grad
+        for_gate_up, for_down = _Gradients(gate_up, needs[2:5]), _Gradients(down, needs[6:9])
+
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        d_wide_TH = d_TH.to(wide)
+        d_weights_Tk = torch.stack([(d_wide_TH * y_TH).sum(dim=-1) for y_TH in routed.choices(y_PH)], dim=1)
+        weight_P = weights_Tk.flatten()[routed.pair_P] * routed.is_pair_P
+        d_PH = (d_TH.index_select(0, routed.token_P) * weight_P.unsqueeze(-1)).to(x_TH.dtype)
+        dx_PH: Any = routed.room(x_TH, x_TH.shape[1]) if needs[0] else None
+        d_PI = routed.room(x_TH, down.weight.shape[2])
+        for group in routed.groups():
+            both, low_gate_up, low_down = gate_up_P2I[group.rows], next(lows), next(lows)
+            gate, up = both.chunk(2, dim=-1)
+            activated = F.silu(gate)
+            d = down.backward(group, d_PH[group.rows], activated * up, low_down, for_down, d_PI)
+            assert d is not None
+            d_both = torch.empty_like(both)
+            d_gate, d_up = d_both.chunk(2, dim=-1)
+            torch.mul(d, activated, out=d_up)
+            torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gate)
+            x = x_TH.index_select(0, routed.token_P[group.rows])
+            dx = gate_up.backward(group, d_both, x, low_gate_up, for_gate_up, dx_PH)
+            if routed.in_one_product:
+                dx_PH = dx
+        dx_TH: Any = None
+        if needs[0]:
+            dx_TH = sum(dx.to(wide) for dx in routed.choices(dx_PH))
+            dx_TH = dx_TH.to(x_TH.dtype)
+        places = [for_gate_up.weight, for_gate_up.A, for_gate_up.B, None, for_down.weight, for_down.A, for_down.B, None]
+        return dx_TH, d_weights_Tk.to(weights_Tk.dtype), *places, None, None
+
+
+def _projections(tensors: Any, routed: _Routed, adapters: dict[str, "Adapter"]) -> tuple[_Projection, _Projection]:
+    """Gate-and-up, and down, of the tensors in their order as arguments: weight, A, B, keep of each."""
+    gate_up, down = (adapters.get(projection) for projection in EXPERT_TARGETS)
+    return _Projection(tensors[:4], gate_up, routed), _Projection(tensors[4:], down, routed)
+
+
 # Factors
 
 
-def attach(model: nn.Module, *, lora_rank: int, alpha: float, projections: tuple[str, ...]) -> None:
-    """Adds trainable factors for the targeted projections to every `MixtralExperts` of the model.
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The adapter of one projection of one block; its factors are parameters of the `MixtralExperts`."""
+
+    ranks: tuple[int, ...]
+    """r_e of each expert; 0 where it has no adapter. Factors are stored for those that have one, at the largest of
+    their ranks; the rest is zeros that stay zeros, because each factor's gradient there is a product with the other's
+    zeros."""
+    scales: tuple[float, ...]
+    """s_e of each expert."""
+    dropout: float
+    """The probability with which an input is dropped."""
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where each expert's factors stand among those stored; meaningless for one without."""
+        return tuple(sum(rank > 0 for rank in self.ranks[:expert]) for expert in range(len(self.ranks)))
+
+
+def attach(
+    model: nn.Module, *, ranks: list[list[int]], projections: tuple[str, ...], scaling: "Scaling", dropout: float = 0.0
+) -> None:
+    """Adds trainable factors for the targeted projections to the `MixtralExperts` of the model.
 
     A starts uniform in ±1/√in as PEFT's does, B at zero, so the adapted model starts equal to the base. The factors
     take the dtype and device of the experts' weights: mixed dtypes fail under ZeRO-3, which keeps float32 masters.
+
+    Args:
+        model: holds the blocks.
+        ranks: the LoRA rank of each expert of each block; 0 for none.
+        projections: those with an adapter.
+        scaling: s of a rank.
+        dropout: on the adapters' inputs, for each token-expert pair.
     """
     unknown = set(projections) - set(EXPERT_TARGETS)
     if unknown:
         raise ValueError(f"there is no expert projection {sorted(unknown)[0]}; choose from {', '.join(EXPERT_TARGETS)}")
-    for experts in expert_modules(model).values():
-        experts.lora_scaling = alpha / lora_rank
+    for of_block, experts in zip(ranks, expert_modules(model).values(), strict=True):
+        experts.lora = {}
+        largest = max(of_block)
+        if not largest:
+            continue
         sizes = {
             "gate_up_proj": (experts.hidden_dim, 2 * experts.intermediate_dim),
             "down_proj": (experts.intermediate_dim, experts.hidden_dim),
         }
+        adapter = Adapter(tuple(of_block), tuple(scaling(rank) if rank else 0.0 for rank in of_block), dropout)
+        stored = [rank for rank in of_block if rank]
         for projection in projections:
             weight = getattr(experts, projection)
             size_in, size_out = sizes[projection]
-            A_ErI = weight.new_empty(experts.num_experts, lora_rank, size_in)
+            A_ErI = weight.new_empty(len(stored), largest, size_in)
             # drawn in float32, so that every dtype starts from the same numbers
             A_ErI.copy_(torch.empty(A_ErI.shape, device=A_ErI.device).uniform_(-1, 1) / math.sqrt(size_in))
-            B_EOr = weight.new_zeros(experts.num_experts, size_out, lora_rank)
+            for place, rank in enumerate(stored):
+                A_ErI[place, rank:] = 0
+            B_EOr = weight.new_zeros(len(stored), size_out, largest)
             experts.register_parameter(f"{projection}_lora_A", nn.Parameter(A_ErI))
             experts.register_parameter(f"{projection}_lora_B", nn.Parameter(B_EOr))
+            experts.lora[projection] = adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """s of a rank: alpha / r, or rank-stabilised alpha / √r."""
+
+    alpha: float
+    rank_stabilised: bool = False
+
+    def __call__(self, lora_rank: int) -> float:
+        return self.alpha / (math.sqrt(lora_rank) if self.rank_stabilised else lora_rank)
 
 
 def expert_modules(model: nn.Module) -> dict[str, MixtralExperts]:
@@ -118,18 +411,6 @@ def expert_modules(model: nn.Module) -> dict[str, MixtralExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MixtralExperts)}
 
 
-# PEFT's file format
-#
-# PEFT wraps one parameter per layer of wrapping: gate_up_proj is the inner wrapper (its keys say base_layer) and
-# down_proj the outer, where both are targeted. It stores the factors of all experts in two matrices: A with the expert
-# slowest, [E·r, in], and B with the expert fastest, [out, r·E].
-
-
-def to_peft(name: str, factor: torch.Tensor, projections: tuple[str, ...]) -> tuple[str, torch.Tensor]:
-    """PEFT's key and matrix for the factor with our parameter name, as in `….experts.down_proj_lora_B`."""
-    module, _, parameter = name.rpartition(".")
-    projection, _, letter = parameter.partition("_lora_")
-    wrapper = ".base_layer" if projection == "gate_up_proj" and "down_proj" in projections else ""
-    key = f"base_model.model.{module}{wrapper}.lora_{letter}.weight"
-    matrix = factor.flatten(0, 1) if letter == "A" else factor.permute(1, 2, 0).flatten(1)
-    return key, matrix.contiguous()
+def adapters(model: nn.Module) -> dict[str, dict[str, Adapter]]:
+    """The adapters of each block, none for some: by the name of its `MixtralExperts`, then by projection."""
+    return {name: getattr(experts, "lora", {}) for name, experts in expert_modules(model).items()}

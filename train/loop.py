@@ -8,6 +8,7 @@ from data.dataset import Batch, PackedTable, PreparedDataset, share
 from train.checkpoint import RunDirectory
 from train.config import BatchArithmetic, OptimConfig, TrainConfig
 from train.engine import Engine, Update
+from train.learning import FirstGradients
 from train.metrics import Metrics, StepRecord
 
 
@@ -46,7 +47,16 @@ def train(
                 share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
             )
             lr = learning_rate(number, steps, config.optim)
-            result = step(engine, micro_batches, lr, config.router_aux_loss)
+            # The first step is watched always: it proves that every expert learns.
+            gradients = FirstGradients(engine.module.causal_lm) if number == 1 else None
+            routers = bool(config.logging.routing_every and number % config.logging.routing_every == 0)
+            with engine.watching(routers or number == 1):
+                result = step(engine, micro_batches, lr, config.router_aux_loss)
+            if routers or number == 1:
+                routing = engine.take_routing()
+                metrics.routed(number, routing)
+            if gradients is not None and result.update.applied:
+                gradients.check(engine.sum(*gradients.found()), routing.reaching_LE)
             metrics.stepped(_record(number, result, lr, time.perf_counter() - started))
             if number == steps or (config.eval_every and number % config.eval_every == 0):
                 metrics.evaluated(number, evaluate(engine, dataset.eval, batch))

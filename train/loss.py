@@ -1,12 +1,17 @@
 """The loss of a micro-batch: cross-entropy summed over supervised tokens, and the router's load-balancing loss."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from data.schema import IGNORE_INDEX
+from train import attention
+from train.attention import Conversations
+from train.head import CrossEntropyHead
+from train.routing import Routing
 
 
 class MixtralWithLoss(nn.Module):
@@ -19,7 +24,12 @@ class MixtralWithLoss(nn.Module):
     def __init__(self, causal_lm: MixtralForCausalLM, *, with_router_loss: bool):
         super().__init__()
         self.causal_lm = causal_lm
+        self.head = CrossEntropyHead(causal_lm.lm_head)
         self.with_router_loss = with_router_loss
+        self.watches_routing = False
+        """Whether forwards add to `routing`."""
+        self.routing: Routing | None = None
+        """What the routers did since it was last taken."""
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, is_token: torch.Tensor
@@ -31,19 +41,30 @@ class MixtralWithLoss(nn.Module):
             tokens (1 at perfect balance times the experts per token), each a float32 scalar; the second is 0 where it
             is left out.
         """
-        # No attention mask: transformers reads from the restarting positions where conversations begin.
-        outputs = self.causal_lm.model(
-            input_ids=ids, position_ids=positions, use_cache=False, output_router_logits=self.with_router_loss
-        )
+        # No attention mask: attention reads from the restarting positions where conversations begin. So rows can stand
+        # in one behind the other, which transformers' flash attention asks for; its other implementations make a mask
+        # for each row.
+        row: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+        if self.causal_lm.config._attn_implementation in (attention.IMPLEMENTATION, "flash_attention_2"):
+            row = {name: tensor.view(1, -1) for name, tensor in row.items()}
+        if self.causal_lm.config._attn_implementation == attention.IMPLEMENTATION:
+            row["conversations"] = Conversations(positions.flatten())
+        with_routers = self.with_router_loss or self.watches_routing
+        outputs = self.causal_lm.model(**row, use_cache=False, output_router_logits=with_routers)
         # The head is the largest product of all, and unsupervised positions do not need it.
-        hidden_NH = outputs.last_hidden_state[targets != IGNORE_INDEX]
-        logits_NV = self.causal_lm.lm_head(hidden_NH)
-        cross_entropy = F.cross_entropy(logits_NV.float(), targets[targets != IGNORE_INDEX], reduction="sum")
+        supervised_N = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        cross_entropy = self.head(
+            outputs.last_hidden_state.flatten(0, 1)[supervised_N], targets.flatten()[supervised_N]
+        )
+        config = self.causal_lm.config
+        if self.watches_routing:
+            flat = (tensor.flatten() for tensor in (positions, targets, is_token))
+            routing = Routing.of(tuple(outputs.router_logits), config.num_experts_per_tok, *flat)
+            self.routing = routing if self.routing is None else self.routing + routing
         if not self.with_router_loss:
             return cross_entropy, cross_entropy.new_zeros(())
         # A blank micro-batch has no mean; its weight in the step is 0, so any finite number serves.
         mask = is_token if bool(is_token.any()) else None
-        config = self.causal_lm.config
         balance = load_balancing_loss_func(
             tuple(outputs.router_logits), config.num_local_experts, config.num_experts_per_tok, mask
         )

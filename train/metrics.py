@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from train.config import LoggingConfig
+from train.learning import Movement
+from train.routing import Routing
 
 console = Console(stderr=True)
 
@@ -102,6 +105,26 @@ class Metrics:
             }
         )
 
+    def routed(self, step: int, routing: Routing) -> None:
+        """Records what the routers did in a step."""
+        if not self._is_main:
+            return
+        record = routing.record()
+        self._file_line({"step": step, **record})
+        if self._wandb is not None:
+            by_layer = {
+                f"routers/{name}/layer_{layer}": value
+                for name in ("router_entropy", "router_auxiliary_loss")
+                for layer, value in enumerate(record[name])
+            }
+            by_expert = {
+                f"routers/expert_load/layer_{layer}/expert_{expert}": share
+                for layer, of_layer in enumerate(record["expert_load"])
+                for expert, share in enumerate(of_layer)
+            }
+            unused = {"routers/unused_experts": len(record["unused_experts"])}
+            self._wandb.log(by_layer | by_expert | unused, step=step)
+
     def evaluated(self, step: int, loss: float | None) -> None:
         """Records an evaluation; None, where the held-out split is empty, records nothing."""
         if loss is None:
@@ -118,12 +141,28 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _write(self, values: dict[str, Any]) -> None:
+    def _file_line(self, values: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.write(json.dumps(finite(values)) + "\n")
         self._file.flush()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._file_line(values)
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+
+def show_movements(movements: list[Movement]) -> None:
+    """Prints how far the experts' adapters have moved: a row for each projection of each layer."""
+    if not movements:
+        return
+    table = Table("layer", "projection", "least", "median", "most", "not moved", title="How far the experts have moved")
+    for moved in movements:
+        norms = sorted(norm for norm in moved.norms_E if norm)
+        still = [str(expert) for expert, norm in enumerate(moved.norms_E) if not norm and moved.ranks[expert]]
+        shown = [f"{norm:.3g}" for norm in (norms[0], norms[len(norms) // 2], norms[-1])] if norms else ["0"] * 3
+        table.add_row(str(moved.layer), moved.projection, *shown, ", ".join(still) or "-")
+    console.print(table)
 
 
 def finite(value: Any) -> Any:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from configs.errors import UserError, one_line
-from train import expert_lora
+from train import adapter_files, attention, expert_lora  # noqa: F401 - attention registers its implementation
+from train.allocation import expert_ranks
 from train.config import LoraConfig, ModelConfig, TrainConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -65,6 +66,8 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
         architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
         if architecture.model_type != "mixtral":
             raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
+        if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
+            raise UserError(f"{named}: its experts use {architecture.hidden_act}, Mixtral's use silu; {remedy}")
         model, loading = MixtralForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
@@ -88,18 +91,54 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
 
 
 def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
-    """Freezes the base and adds adapters: PEFT's own on attention, the split ones on experts."""
+    """Freezes the base and adds adapters: PEFT's own on attention, the split ones on experts.
+
+    Raises:
+        UserError: the model has no such experts, or `lora.start` is not an adapter of this shape.
+    """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     model.requires_grad_(False)
     if config.attention:
-        attention = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.attention))
+        attention = PeftConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            use_rslora=config.rank_stabilised,
+            lora_dropout=config.dropout,
+            target_modules=list(config.attention),
+        )
         inject_adapter_in_model(attention, model, low_cpu_mem_usage=_on_meta(model))
     model.set_experts_implementation(expert_lora.IMPLEMENTATION)
-    expert_lora.attach(model, lora_rank=config.rank, alpha=config.alpha, projections=tuple(config.experts))
+    sizes = model.config
+    costs = {
+        "gate_up_proj": sizes.hidden_size + 2 * sizes.intermediate_size,
+        "down_proj": sizes.intermediate_size + sizes.hidden_size,
+    }
+    parameters_per_rank = sum(costs[projection] for projection in config.projections)
+    expert_lora.attach(
+        model,
+        ranks=expert_ranks(config, sizes.num_hidden_layers, sizes.num_local_experts, parameters_per_rank),
+        projections=tuple(config.projections),
+        scaling=expert_lora.Scaling(config.alpha, config.rank_stabilised),
+        dropout=config.dropout,
+    )
+    if config.router == "trained":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name.endswith(".mlp.gate.weight"))
     for _, parameter in trainable(model):
         parameter.data = parameter.data.to(model.dtype)
+    if config.start is not None and not _on_meta(model):
+        start_from(model, config)
+
+
+def start_from(model: MixtralForCausalLM, config: LoraConfig) -> None:
+    """Sets what trains to the numbers of the adapter directory `lora.start`."""
+    assert config.start is not None
+    with torch.no_grad():
+        tensors = adapter_files.read(Path(config.start), dict(trainable(model)), expert_lora.adapters(model), config)
+        for name, parameter in trainable(model):
+            parameter.copy_(tensors[name])
 
 
 def _on_meta(model: nn.Module) -> bool:
@@ -112,7 +151,8 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def kind(name: str) -> str:
-    """What a trained parameter adapts: `attention`, `experts`, or `other`."""
-    if ".self_attn." in name:
-        return "attention"
-    return "experts" if ".experts." in name else "other"
+    """What a trained parameter adapts: `attention`, `experts`, `router`, or `other`."""
+    for part, what in ((".self_attn.", "attention"), (".experts.", "experts"), (".mlp.gate.", "router")):
+        if part in name:
+            return what
+    return "other"

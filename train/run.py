@@ -9,13 +9,14 @@ from data.dataset import PreparedDataset
 from data.template import ChatTokenizer, has_tokenizer
 from train import engine
 from train.checkpoint import RunDirectory
-from train.config import ModelConfig, TrainConfig
+from train.config import LoraConfig, ModelConfig, TrainConfig
 from train.engine import Engine
 from train.loop import train
 from train.loss import MixtralWithLoss
 from train.metrics import Metrics
 from train.model import build
 from train.plan import show_plan
+from train.profile import profile
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
 
 
 def run(config: TrainConfig) -> None:
-    """Trains, or with `dry_run` shows the plan."""
+    """Trains, or measures the routers (`task=profile`), or with `dry_run` shows the plan."""
     config.check()
     if config.dry_run:
         show_plan(config)
@@ -34,11 +35,20 @@ def run(config: TrainConfig) -> None:
     processes = engine.start(config.hardware)
     batch = config.batch(processes.count)
     directory = RunDirectory(config, dataset, batch, processes)
+    if config.task == "profile":
+        config.lora = LoraConfig(
+            attention=[], rank=8
+        )  # fresh adapters add nothing: the engine asks for something that trains
     with engine.partitioned_loading(config, batch):
         model = build(config)
+    engine.seed(config.seed, processes)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     trainer = Engine(module, config, batch, processes)
     directory.create()
+    if config.task == "profile":
+        profile(trainer, dataset, config, batch=batch, run=directory)
+        engine.finish()
+        return
     metrics = Metrics(directory.path, config.logging, asdict(config), is_main=processes.is_main)
     train(trainer, dataset, config, batch=batch, run=directory, metrics=metrics)
     metrics.close()

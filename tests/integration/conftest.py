@@ -36,12 +36,17 @@ def train(processes: int, *overrides: str, **options: int) -> subprocess.Complet
     quiet = ("hardware=cpu", "logging=quiet", *overrides)
     if processes == 1:
         return program("train", *quiet, **options)
+    return launch(processes, "train", *quiet, **options)
+
+
+def launch(processes: int, module: str, *overrides: str, **options: int) -> subprocess.CompletedProcess[str]:
+    """`deepspeed … --module {module} …`."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     where = ("--quiet", "--num_gpus", str(processes), "--master_port", port, "--no_local_rank", "--module")
-    return run(launcher, *where, "train", *quiet, **options)
+    return run(launcher, *where, module, *overrides, **options)
 
 
 def steps(run_dir: Path) -> list[dict[str, float]]:

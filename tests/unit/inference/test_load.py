@@ -11,9 +11,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import UserError
 from inference.config import InferenceConfig
 from inference.load import load
-from tests.unit.train.test_expert_lora import nano_config, trained_nano
-from train import model
-from train.checkpoint import write_adapter
+from tests.unit.train.test_expert_lora import nano_config, save, trained_nano
 
 
 @pytest.fixture
@@ -22,7 +20,7 @@ def saved(tmp_path: Path) -> tuple[Path, Path, torch.Tensor]:
     config = nano_config()
     base, adapted = trained_nano(config)
     (tmp_path / "adapter").mkdir()
-    write_adapter(tmp_path / "adapter", config, {n: p.detach().float() for n, p in model.trainable(adapted)})
+    save(tmp_path / "adapter", config, adapted)
     base.float().save_pretrained(tmp_path / "base")
     with torch.no_grad():
         return tmp_path / "base", tmp_path / "adapter", adapted(prompt()).logits

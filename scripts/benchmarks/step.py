@@ -1,0 +1,299 @@
+"""One training step: ours against TRL's SFTTrainer with PEFT's target_parameters, on the same weights and packed rows.
+
+The trainers run in processes of their own and take their steps in turn, each pair of steps between two measurements of
+the machine's matrix-product peak. Memory is the peak of each process above the loaded model.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks._trainers import Settings
+from configs.errors import UserError
+from data.dataset import PreparedDataset
+from data.schema import IGNORE_INDEX
+from train import model
+from train.config import ArchitectureConfig, LoggingConfig, ModelConfig
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+console = Console(width=120)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the user may set."""
+    files = [str(DATA / "gpteacher_codegen.json"), str(DATA / "alpaca_en_demo.json")]
+    parser.add_argument("--data", nargs="+", default=files, metavar="FILE", help="rows, as `python -m data` takes them")
+    parser.add_argument("--row", type=int, default=1024, help="tokens of a packed row (1024)")
+    parser.add_argument("--rows-per-step", type=int, default=1, help="rows of a step (1)")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each trainer (15)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them, not timed (5)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of a trainer")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in both trainers")
+    parser.add_argument("--stage", type=int, choices=(0, 2, 3), default=0, help="our ZeRO stage (0)")
+    parser.add_argument("--model", type=Path, help="a Mixtral's directory, in place of random weights of these sizes:")
+    for name, size in {
+        "hidden": 512,
+        "intermediate": 1792,
+        "layers": 4,
+        "heads": 8,
+        "kv-heads": 2,
+        "experts": 8,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--curves", type=Path, metavar="PNG", help="also measure how the cost grows, and draw it there")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints, and returns the figures."""
+    missing = [file for file in options.data if not Path(file).is_file()]
+    if missing:
+        raise UserError(f"--data={missing[0]}: there is no such file; name files of instruction or chat rows")
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = _compare(options, Path(scratch))
+        if options.curves:
+            figures["curves"] = _curves(options, Path(scratch))
+            _draw(figures["curves"], options.curves)
+    return figures
+
+
+def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Both trainers on the same rows, in turn."""
+    settings, needed = _prepare(options, scratch)
+    trainers = {name: _Trainer(name, settings) for name in ("ours", "trl")}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
+    peaks = []
+    for number in range(options.warmup + options.steps):
+        # first one, then the other: what grows warm or noisy meets both alike
+        order = sorted(trainers, reverse=bool(number % 2))
+        taken = {name: trainers[name].step() for name in order}
+        for name in trainers:
+            times[name].append(taken[name])
+        if number >= options.warmup:
+            peaks.append(_peak_flops(options))
+    ends = {name: trainer.end() for name, trainer in trainers.items()}
+    memory = {name: end["peak_mib"] for name, end in ends.items()}
+
+    timed = {name: turns[options.warmup :] for name, turns in times.items()}
+    rates = {name: [turn["tokens"] / turn["seconds"] for turn in turns] for name, turns in timed.items()}
+    flops = [needed[turn] for turn in range(options.warmup, options.warmup + options.steps)]
+    share = [f / turn["seconds"] / p for f, turn, p in zip(flops, timed["ours"], peaks, strict=True)]
+    figures = {
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        "tokens_per_second": {name: statistics.median(rate) for name, rate in rates.items()},
+        "speedup": statistics.median(a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)),
+        "memory_above_model_mib": memory,
+        "memory_ratio": memory["ours"] / memory["trl"],
+        "seconds": {name: [turn["seconds"] for turn in turns] for name, turns in timed.items()},
+        "matrix_product_peak_gflops": statistics.median(peaks) / 1e9,
+        "needed_gflop_per_step": statistics.median(flops) / 1e9,
+        "share_of_peak": statistics.median(share),
+        "watching_routers_share": ends["ours"]["watching_seconds"]
+        / statistics.median(turn["seconds"] for turn in timed["ours"])
+        / LoggingConfig().routing_every,
+        "first_loss": {name: turns[0]["loss"] for name, turns in times.items()},
+        "losses": {name: [turn["loss"] for turn in turns] for name, turns in times.items()},
+    }
+    _print(figures)
+    return figures
+
+
+def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[Settings, list[float]]:
+    """Model and rows on disk, and the operations that each step must do."""
+    dataset = scratch / f"rows-{options.row}"
+    if not dataset.exists():
+        command = [sys.executable, "-m", "data", f"files=[{','.join(options.data)}]", f"seq_len={options.row}"]
+        done = subprocess.run([*command, f"output={dataset}"], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"--data: {done.stderr.strip().splitlines()[-1]}")
+    path = options.model or scratch / f"model-{options.experts}"
+    if not path.exists():
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": options.hidden,
+            "intermediate_size": options.intermediate,
+            "num_hidden_layers": options.layers,
+            "num_attention_heads": options.heads,
+            "num_key_value_heads": options.kv_heads,
+            "num_local_experts": options.experts,
+        }
+        config = ModelConfig(architecture=ArchitectureConfig(**sizes), dtype=options.dtype)
+        disable_progress_bar()
+        model.base(config).save_pretrained(path)
+    settings = Settings(
+        model=str(path),
+        dataset=str(dataset),
+        lora_rank=options.lora_rank,
+        dtype=options.dtype,
+        rows_per_step=options.rows_per_step,
+        device=options.device,
+        threads=options.threads,
+        checkpointing=options.checkpointing,
+        stage=options.stage,
+    )
+    config = json.loads((path / "config.json").read_text())
+    table = PreparedDataset(dataset).train
+    order = settings.order(len(table))
+    needed = []
+    for number in range(options.warmup + options.steps):
+        rows = [table[order[(number * options.rows_per_step + p) % len(table)]] for p in range(options.rows_per_step)]
+        needed.append(
+            sum(needed_flops(config, row.lengths, sum(x != IGNORE_INDEX for x in row.labels)) for row in rows)
+        )
+    return settings, needed
+
+
+def needed_flops(config: dict[str, Any], lengths: list[int], supervised: int) -> float:
+    """Floating-point operations that a row must cost: the forward, and the backward for inputs.
+
+    Counted: attention's projections, scores and sums over the past of each token in its own conversation, the router,
+    the chosen experts, and the head on supervised tokens. Not counted: adapters, norms, softmax, the optimizer, and the
+    input gradient of the first layer's projections, which nobody needs.
+    """
+    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    tokens = sum(lengths)
+    in_attention = 2 * hidden * width * (heads + 2 * config["num_key_value_heads"])
+    out_attention = 2 * hidden * width * heads
+    experts = config["num_experts_per_tok"] * 3 * 2 * hidden * config["intermediate_size"]
+    router = 2 * hidden * config["num_local_experts"]
+    pairs = sum(length * (length + 1) / 2 for length in lengths)
+    scores = 2 * 2 * width * heads * pairs  # q·k, and the sum of v; the backward has four such products
+    head = 2 * hidden * config["vocab_size"] * supervised
+    layer = tokens * (2 * (in_attention + out_attention + experts + router)) + 3 * scores
+    return layers * layer - tokens * in_attention + 2 * head
+
+
+def _peak_flops(options: argparse.Namespace) -> float:
+    """Operations per second of the machine's own matrix product, the better of two sizes."""
+    rates = []
+    for size in (2048, 4096) if options.device == "cpu" else (8192,):
+        a, b = (torch.randn(size, size, dtype=getattr(torch, options.dtype), device=options.device) for _ in range(2))
+        a @ b
+        started = time.perf_counter()
+        a @ b
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(2 * size**3 / (time.perf_counter() - started))
+    return max(rates)
+
+
+class _Trainer:
+    """A process of `_trainers`."""
+
+    def __init__(self, name: str, settings: Settings):
+        command = [sys.executable, "-m", "benchmarks._trainers", name, json.dumps(asdict(settings))]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+        environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        if settings.device == "cpu":
+            environment["DS_ACCELERATOR"] = "cpu"
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
+        )
+        self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"a trainer ended:\n{self._errors.read()[-4000:]}")
+        return json.loads(line)
+
+    def step(self) -> dict[str, float]:
+        """One step: seconds, loss, tokens, supervised tokens."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> dict[str, float]:
+        """Ends the process; its peak memory above the model in MiB, and of ours what noting the routers takes."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        answer = self._answer()
+        self._process.wait(60)
+        return answer
+
+
+def _print(figures: dict[str, Any]) -> None:
+    table = Table("", "ours", "TRL + PEFT", "ratio", title="One training step")
+    rate, memory, loss = figures["tokens_per_second"], figures["memory_above_model_mib"], figures["first_loss"]
+    table.add_row("tokens/s (median)", f"{rate['ours']:,.0f}", f"{rate['trl']:,.0f}", f"{figures['speedup']:.2f}")
+    table.add_row(
+        "MiB above the model", f"{memory['ours']:,.0f}", f"{memory['trl']:,.0f}", f"{figures['memory_ratio']:.2f}"
+    )
+    table.add_row("first loss", f"{loss['ours']:.4f}", f"{loss['trl']:.4f}", f"{loss['ours'] / loss['trl']:.5f}")
+    console.print(table)
+    share, peak = figures["share_of_peak"], figures["matrix_product_peak_gflops"]
+    needed = figures["needed_gflop_per_step"]
+    watching = figures["watching_routers_share"]
+    console.print(f"Noting the routers every {LoggingConfig().routing_every} steps takes {watching:.3%} of the time")
+    console.print(f"{share:.1%} of the matrix-product peak, {peak:,.0f} GFLOP/s, counting {needed:,.0f} GFLOP a step")
+
+
+def _curves(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """How the cost of a step grows along experts, LoRA ranks and row lengths, all else as asked."""
+    curves = {}
+    for name, values in {
+        "experts": (2, 4, 8),
+        "lora_rank": (8, 16, 32, 64, 128),
+        "row": (512, 1024, 2048, 4096),
+    }.items():
+        points = []
+        for value in values:
+            console.rule(f"{name} {value}")
+            changed = argparse.Namespace(**vars(options) | {name: value, "steps": max(5, options.steps // 2)})
+            figures = _compare(changed, scratch)
+            kept = ("tokens_per_second", "speedup", "memory_above_model_mib", "memory_ratio", "share_of_peak")
+            points.append({name: value} | {key: figures[key] for key in kept})
+        curves[name] = points
+    return curves
+
+
+def _draw(curves: dict[str, Any], path: Path) -> None:
+    """Tokens per second above, memory below, a column for each curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = {"experts": "experts (2 active)", "lora_rank": "LoRA rank", "row": "tokens of a row"}
+    figure, axes = pyplot.subplots(2, len(curves), figsize=(10, 5), sharey="row", sharex="col")
+    for column, (name, points) in enumerate(curves.items()):
+        x = [point[name] for point in points]
+        for row, (key, label) in enumerate(
+            {"tokens_per_second": "tokens/s", "memory_above_model_mib": "MiB above model"}.items()
+        ):
+            axis = axes[row][column]
+            for trainer, shown in {"ours": "ours", "trl": "TRL + PEFT"}.items():
+                axis.plot(x, [point[key][trainer] for point in points], "o-", label=shown)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(x, [str(value) for value in x])
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel(label)
+        axes[1][column].set_xlabel(names[name])
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

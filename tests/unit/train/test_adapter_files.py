@@ -1,0 +1,198 @@
+"""Adapters on disk with every option: in stock PEFT, as per-expert files, and back again."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import MixtralForCausalLM
+
+from configs.errors import UserError
+from tests.unit.train.test_expert_lora import nano_config, save, trained_nano
+from train import adapter_files, expert_lora, model
+from train.learning import movements
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rank-stabilised": {"rank_stabilised": True},
+    "a-subset": {"experts": [1, 3]},
+    "a-rank-for-each": {"expert_ranks": [1, 6, 0, 3]},
+    "a-rank-for-each-rank-stabilised": {"expert_ranks": [1, 6, 0, 3], "rank_stabilised": True, "rank": 2},
+    "router": {"router": "trained"},
+    "one-projection": {"projections": ["down_proj"], "experts": [0]},
+}
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 500, (2, 25), generator=torch.Generator().manual_seed(1))
+
+
+def by_load(tmp_path: Path) -> dict[str, Any]:
+    """A layer with one adapted expert and a layer with none."""
+    (tmp_path / "load.json").write_text(json.dumps({"tokens_per_expert": [[9, 1, 1, 1], [3, 3, 3, 3]]}))
+    budget = 4 * (32 + 2 * 48 + 48 + 32)
+    return {"experts": "by_load", "by_load": "experts", "load": str(tmp_path / "load.json"), "budget": budget}
+
+
+@pytest.fixture(params=[*OPTIONS, "by-load"])
+def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, MixtralForCausalLM, MixtralForCausalLM, Path]:
+    lora = OPTIONS.get(request.param) or by_load(tmp_path)
+    config = nano_config(**lora)
+    config.lora.check()
+    base, adapted = trained_nano(config)
+    for block, of_block in expert_lora.adapters(adapted).items():  # what filling up leaves zero
+        for name, adapter in of_block.items():
+            experts = adapted.get_submodule(block)
+            for rank, A, B in zip(
+                [rank for rank in adapter.ranks if rank],
+                getattr(experts, f"{name}_lora_A").data,
+                getattr(experts, f"{name}_lora_B").data,
+                strict=True,
+            ):
+                A[rank:], B[:, rank:] = 0, 0
+    (tmp_path / "adapter").mkdir()
+    save(tmp_path / "adapter", config, adapted)
+    return config, base, adapted, tmp_path / "adapter"
+
+
+def test_stock_peft_gives_the_same_logits(trained: Any) -> None:
+    _, base, adapted, directory = trained
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), str(directory), autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        ours, theirs, without = adapted(ids()).logits, stock(ids()).logits, base(ids()).logits
+    # folded scales are stored in float32, beside float64 factors here
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert (ours - without).abs().max() > 0.01
+    stored = set(load_file(directory / "adapter_model.safetensors"))
+    named = {
+        name.replace(".default", "").replace(".modules_to_save", "")
+        for name, _ in stock.named_parameters()
+        if ".lora_" in name or ".modules_to_save." in name
+    }
+    assert stored == named
+
+
+def test_a_run_can_start_from_what_was_written(trained: Any) -> None:
+    config, base, adapted, directory = trained
+    config.lora.start = str(directory)
+    again = copy.deepcopy(base)
+    model.add_adapters(again, config.lora)
+    for (name, a), (_, b) in zip(model.trainable(adapted), model.trainable(again), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_the_per_expert_export_is_the_same_adapter_on_unfused_experts(trained: Any, tmp_path: Path) -> None:
+    config, base, adapted, _ = trained
+    tensors = {name: factor.detach() for name, factor in model.trainable(adapted)}
+    out = tmp_path / "per_expert"
+    out.mkdir()
+    adapter_files.write_per_expert(out, config.model, config.lora, tensors, expert_lora.adapters(adapted))
+    stock = PeftModel.from_pretrained(unfused(base), str(out), autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids()).logits, stock(ids()).logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # of its own translation
+def test_stock_peft_translates_the_per_expert_export_to_fused_experts(tmp_path: Path) -> None:
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    tensors = {name: factor.detach() for name, factor in model.trainable(adapted)}
+    adapter_files.write_per_expert(tmp_path, config.model, config.lora, tensors, expert_lora.adapters(adapted))
+    stock = PeftModel.from_pretrained(base, str(tmp_path), autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids()).logits, stock(ids()).logits, rtol=1e-10, atol=1e-10)
+
+
+class Unfused(nn.Module):
+    """Mixtral's MoE block as its files name it: a module for each expert, a linear layer for each weight."""
+
+    def __init__(self, fused: nn.Module):
+        super().__init__()
+        self.gate = fused.gate
+        self.experts = nn.ModuleList()
+        gates_ups = fused.experts.gate_up_proj.detach()
+        for gate_up, down in zip(gates_ups, fused.experts.down_proj.detach(), strict=True):
+            expert = nn.Module()
+            for name, weight in zip(("w1", "w3", "w2"), (*gate_up.chunk(2), down), strict=True):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+                linear.weight.data.copy_(weight)
+                expert.add_module(name, linear)
+            self.experts.append(expert)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = hidden.flatten(0, -2)
+        _, weights, index = self.gate(flat)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            weight = (weights * (index == number)).sum(-1, keepdim=True)
+            out = out + weight * expert.w2(nn.functional.silu(expert.w1(flat)) * expert.w3(flat))
+        return out.view_as(hidden)
+
+
+def unfused(base: MixtralForCausalLM) -> MixtralForCausalLM:
+    changed = copy.deepcopy(base)
+    changed.config.model_type = "unfused"  # for a Mixtral, PEFT would translate the names to fused experts'
+    for layer in changed.model.layers:
+        layer.block_sparse_moe = Unfused(layer.mlp)
+        layer.mlp = _Last(layer)
+    return changed
+
+
+class _Last(nn.Module):
+    """Calls the layer's unfused block, which PEFT may have changed, without owning it twice."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layer.block_sparse_moe(hidden)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda t, k: t.pop(k), r"its tensor {key} is missing; "),
+        (lambda t, k: t.update({k + "s": t.pop(k)}), r"its tensor {key} is missing, and {key}s is unknown; "),
+        (lambda t, k: t.update({"more": t[k].clone()}), r"its tensor more is unknown; "),
+        (lambda t, k: t.update({k: t[k][:-1].contiguous()}), r"its tensor {key} is \[15, 32\], not \[16, 32\]; "),
+    ],
+    ids=["missing", "renamed", "unknown", "shape"],
+)
+def test_every_key_and_shape_is_compared(tmp_path: Path, edit: Any, told: str) -> None:
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    save(tmp_path, config, adapted)
+    key = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    edit(tensors, key)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config.lora.start = str(tmp_path)
+    with pytest.raises(UserError, match=f"lora.start={tmp_path}: {told.format(key=key.replace('.', '[.]'))}"):
+        model.add_adapters(base, config.lora)
+
+
+def test_another_rank_or_scale_is_refused(tmp_path: Path) -> None:
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    save(tmp_path, config, adapted)
+    config.lora.start, config.lora.alpha = str(tmp_path), 9
+    with pytest.raises(UserError, match="its lora_alpha is 8, the settings ask for 9"):
+        model.add_adapters(base, config.lora)
+
+
+def test_movement_is_the_norm_of_what_an_adapter_adds() -> None:
+    config = nano_config(expert_ranks=[1, 6, 0, 3], rank_stabilised=True)
+    _, adapted = trained_nano(config)
+    for moved in movements(adapted, {name: factor.detach() for name, factor in model.trainable(adapted)}):
+        experts = adapted.model.layers[moved.layer].mlp.experts
+        A, B = (getattr(experts, f"{moved.projection}_lora_{letter}") for letter in "AB")
+        for place, (expert, rank) in enumerate([(0, 1), (1, 6), (3, 3)]):
+            added = 8 / math.sqrt(rank) * B[place] @ A[place]
+            assert moved.norms_E[expert] == pytest.approx(float(added.detach().norm()), rel=1e-3)
+        assert moved.norms_E[2] == 0

@@ -1,0 +1,229 @@
+"""Adapters on disk: PEFT's format, out and in, and an export with a name for each expert's w1, w2 and w3.
+
+PEFT wraps one parameter per layer of wrapping: gate_up_proj is the inner wrapper (its keys say base_layer) and
+down_proj the outer, where both are targeted. It stores the factors of all experts in two matrices: A with the expert
+slowest, [E·R, in], and B with the expert fastest, [out, R·E].
+
+PEFT knows one rank R and one scale for all experts. Where ours differ, ranks are filled up with zeros, and B carries
+what an expert's scale is more than that of R.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from configs.errors import UserError, one_line
+from train.config import LoraConfig, ModelConfig
+from train.expert_lora import Adapter, Scaling
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+Adapters = dict[str, dict[str, Adapter]]
+"""By the name of the `MixtralExperts`, then by projection, as `expert_lora.adapters` gives them."""
+
+
+def write(
+    directory: Path, model: ModelConfig, lora: LoraConfig, tensors: dict[str, torch.Tensor], adapters: Adapters
+) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json as PEFT does; stock PEFT loads them.
+
+    Args:
+        directory: exists.
+        model: names the base.
+        lora: says what is adapted.
+        tensors: the trained parameters, whole, by our names.
+        adapters: those of the model's experts.
+    """
+    from peft import LoraConfig as PeftConfig
+
+    largest = _largest(adapters)
+    save_file(to_peft(lora, tensors, adapters), directory / WEIGHTS, metadata={"format": "pt"})
+    PeftConfig(
+        **_of_base(model),
+        r=largest or lora.rank,
+        rank_pattern=dict.fromkeys(lora.attention, lora.rank) if largest not in (0, lora.rank) else {},
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rank_stabilised,
+        target_modules=list(lora.attention),
+        target_parameters=[f"mlp.experts.{projection}" for projection in lora.projections] if largest else None,
+        modules_to_save=["gate"] if lora.router == "trained" else None,
+    ).save_pretrained(str(directory))
+
+
+def _of_base(model: ModelConfig) -> dict[str, Any]:
+    # A local base is named by its whole path, so that the adapter finds it from any working directory.
+    local = model.path is not None and Path(model.path).is_dir()
+    base = str(Path(str(model.path)).resolve()) if local else model.path
+    return {
+        "base_model_name_or_path": base,
+        "revision": model.revision,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+
+
+def to_peft(lora: LoraConfig, tensors: dict[str, torch.Tensor], adapters: Adapters) -> dict[str, torch.Tensor]:
+    """PEFT's keys and matrices for the trained parameters."""
+    stored = {
+        _plain_key(name): tensor.contiguous() for name, tensor in tensors.items() if not _block_of(name, adapters)
+    }
+    for block, projection, A_ErI, B_EOr in _whole_factors(lora, tensors, adapters):
+        stored[_key(block, projection, "A", lora)] = A_ErI.flatten(0, 1).contiguous()
+        stored[_key(block, projection, "B", lora)] = B_EOr.permute(1, 2, 0).flatten(1).contiguous()
+    return stored
+
+
+def _plain_key(name: str) -> str:
+    return f"base_model.model.{name.replace('.default.', '.')}"
+
+
+def _key(block: str, projection: str, letter: str, lora: LoraConfig) -> str:
+    inner = ".base_layer" if projection == "gate_up_proj" and "down_proj" in lora.projections else ""
+    return f"base_model.model.{block}{inner}.lora_{letter}.weight"
+
+
+def _block_of(name: str, adapters: Adapters) -> str | None:
+    block = name.rpartition(".")[0]
+    return block if block in adapters else None
+
+
+def _largest(adapters: Adapters) -> int:
+    return max((rank for of_block in adapters.values() for a in of_block.values() for rank in a.ranks), default=0)
+
+
+def _whole_factors(
+    lora: LoraConfig, tensors: dict[str, torch.Tensor], adapters: Adapters
+) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+    """Block, projection, A [E, R, in] and B [E, out, R] with all experts of all blocks at one rank and one scale."""
+    largest = _largest(adapters)
+    like = next((block for block, of_block in adapters.items() if of_block), None)
+    if like is None:
+        return
+    for projection in lora.projections:
+        experts = len(adapters[like][projection].ranks)
+        size_in = tensors[f"{like}.{projection}_lora_A"].shape[-1]
+        size_out = tensors[f"{like}.{projection}_lora_B"].shape[1]
+        dtype = tensors[f"{like}.{projection}_lora_A"].dtype
+        for block, of_block in adapters.items():
+            A_ErI = torch.zeros(experts, largest, size_in, dtype=dtype)
+            B_EOr = torch.zeros(experts, size_out, largest, dtype=dtype)
+            if adapter := of_block.get(projection):
+                extra = _extra_scales(adapter, lora, largest)
+                if any(scale not in (0, 1) for scale in extra):
+                    B_EOr = B_EOr.float()  # the narrower dtype would round the product
+                for expert, rank in enumerate(adapter.ranks):
+                    place = adapter.places[expert]
+                    if rank:
+                        A_ErI[expert, :rank] = tensors[f"{block}.{projection}_lora_A"][place, :rank]
+                        B_EOr[expert, :, :rank] = tensors[f"{block}.{projection}_lora_B"][place, :, :rank]
+                        B_EOr[expert] *= extra[expert]
+            yield block, projection, A_ErI, B_EOr
+
+
+def _extra_scales(adapter: Adapter, lora: LoraConfig, largest: int) -> list[float]:
+    """What each expert's scale is of the one that PEFT gives all: that of the largest rank."""
+    common = Scaling(lora.alpha, lora.rank_stabilised)(largest)
+    return [scale / common for scale in adapter.scales]
+
+
+def write_per_expert(
+    directory: Path, model: ModelConfig, lora: LoraConfig, tensors: dict[str, torch.Tensor], adapters: Adapters
+) -> None:
+    """Writes the same adapter with a key for each expert's w1 (gate), w3 (up) and w2 (down), as Mixtral's own files
+    name its weights; all at one rank. The arguments are those of `write`."""
+    from peft import LoraConfig as PeftConfig
+
+    stored = {
+        _plain_key(name): tensor.contiguous() for name, tensor in tensors.items() if not _block_of(name, adapters)
+    }
+    for block, projection, A_ErI, B_EOr in _whole_factors(lora, tensors, adapters):
+        names = ("w1", "w3") if projection == "gate_up_proj" else ("w2",)
+        prefix = f"base_model.model.{block.replace('.mlp.experts', '.block_sparse_moe.experts')}"
+        for expert, (A_rI, B_Or) in enumerate(zip(A_ErI, B_EOr, strict=True)):
+            for name, part in zip(names, B_Or.chunk(len(names)), strict=True):
+                stored[f"{prefix}.{expert}.{name}.lora_A.weight"] = A_rI.clone()
+                stored[f"{prefix}.{expert}.{name}.lora_B.weight"] = part.contiguous()
+    stored = {key.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor for key, tensor in stored.items()}
+    save_file(stored, directory / WEIGHTS, metadata={"format": "pt"})
+    largest = _largest(adapters)
+    of_experts = [name for name in ("w1", "w2", "w3") if any(f".{name}.lora_A" in key for key in stored)]
+    PeftConfig(
+        **_of_base(model),
+        r=largest or lora.rank,
+        rank_pattern=dict.fromkeys(lora.attention, lora.rank) if largest not in (0, lora.rank) else {},
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rank_stabilised,
+        target_modules=[*lora.attention, *of_experts],
+        modules_to_save=["gate"] if lora.router == "trained" else None,
+    ).save_pretrained(str(directory))
+
+
+def read(
+    directory: Path, wanted: dict[str, torch.Tensor], adapters: Adapters, lora: LoraConfig
+) -> dict[str, torch.Tensor]:
+    """The trained parameters by our names, out of what `write` wrote for the same settings.
+
+    Args:
+        directory: of the adapter.
+        wanted: the trained parameters, for their names and shapes.
+        adapters: those of the model's experts.
+        lora: the settings.
+
+    Raises:
+        UserError: files, keys, shapes, ranks or scaling are not those that the settings ask for; it names the first.
+    """
+    named = f"lora.start={directory}"
+    try:
+        settings = json.loads((directory / CONFIG).read_text())
+        stored = load_file(directory / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{named}: it is no adapter directory ({one_line(error)}); name one that training wrote"
+        ) from error
+    largest = _largest(adapters) or lora.rank
+    asked = {"r": largest, "lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised}
+    for name, value in asked.items():
+        if settings.get(name) != value:
+            raise UserError(f"{named}: its {name} is {settings.get(name)}, the settings ask for {value}; give the same")
+    check_keys(named, stored, {key: tuple(t.shape) for key, t in to_peft(lora, wanted, adapters).items()})
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in wanted.items():
+        block = _block_of(name, adapters)
+        if block is None:
+            found[name] = stored[_plain_key(name)]
+            continue
+        projection, _, letter = name.rpartition(".")[2].partition("_lora_")
+        adapter = adapters[block][projection]
+        matrix = stored[_key(block, projection, letter, lora)]
+        experts, extra = len(adapter.ranks), _extra_scales(adapter, lora, largest)
+        if letter == "A":
+            whole = matrix.view(experts, largest, -1)
+        else:
+            whole = matrix.view(len(matrix), largest, experts).permute(2, 0, 1)
+        found[name] = torch.zeros_like(parameter)
+        for expert, rank in enumerate(adapter.ranks):
+            if rank and letter == "A":
+                found[name][adapter.places[expert], :rank] = whole[expert, :rank]
+            elif rank:
+                found[name][adapter.places[expert], :, :rank] = whole[expert, :, :rank] / extra[expert]
+    return found
+
+
+def check_keys(named: str, stored: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises `UserError`, which begins with `named`, for the first key that is missing, unknown or of another shape."""
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    remedy = "give the adapter as it was written, with the settings it was trained with"
+    if missing and unknown:
+        raise UserError(f"{named}: its tensor {missing[0]} is missing, and {unknown[0]} is unknown; {remedy}")
+    if missing or unknown:
+        state = "is missing" if missing else "is unknown"
+        raise UserError(f"{named}: its tensor {(missing or unknown)[0]} {state}; {remedy}")
+    for key, shape in expected.items():
+        if tuple(stored[key].shape) != shape:
+            raise UserError(f"{named}: its tensor {key} is {list(stored[key].shape)}, not {list(shape)}; {remedy}")

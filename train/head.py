@@ -1,0 +1,78 @@
+"""The head and its cross-entropy, in chunks of positions: logits of a whole row never exist.
+
+torch's F.linear_cross_entropy was measured first (torch 2.13, two cores, bfloat16, 975 positions × 512 × 32,000,
+forward and backward): in every setting its result is rounded to bfloat16, 10,240 where the loss is 10,200.4; with its
+own defaults it took 3.9 s, at best 0.12 s, and this 0.13 s.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+CHUNK = 256
+"""Positions whose logits exist at once: 32 MiB in float32 for 32,000 pieces."""
+UNLIKELY = 1e-30
+"""Probabilities below are near the end of float32, where their logarithm loses its precision and then its value."""
+
+
+class CrossEntropyHead(nn.Module):
+    """The output head as part of the loss.
+
+    A module of its own, which holds the head's weight a second time: under ZeRO-3 a parameter is whole only inside the
+    forward of a module that it belongs to.
+    """
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.weight = head.weight
+
+    def forward(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats summed over N positions, a float32 scalar (float64 for float64)."""
+        return _ChunkedCrossEntropy.apply(hidden_NH, self.weight, targets_N)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes gradients with the loss, while a chunk's logits are there, and only those that are needed."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden_NH.device)
+        d_hidden, d_weight = (
+            torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None,
+            torch.zeros(weight_VH.shape, dtype=wide, device=hidden_NH.device) if ctx.needs_input_grad[1] else None,
+        )
+        # of one size in every step, as expert_lora.py says why
+        room, room_wide = (hidden_NH.new_empty(CHUNK, len(weight_VH), dtype=dtype) for dtype in (hidden_NH.dtype, wide))
+        for start in range(0, len(hidden_NH), CHUNK):
+            hidden, targets = hidden_NH[start : start + CHUNK], targets_N[start : start + CHUNK].unsqueeze(1)
+            logits = torch.mm(hidden, weight_VH.T, out=room[: len(hidden)])
+            p = room_wide[: len(hidden)].copy_(logits)
+            torch.softmax(p, -1, out=p)
+            of_target = p.gather(1, targets)
+            logp = of_target.log()
+            if bool((unlikely := of_target.squeeze(1) < UNLIKELY).any()):
+                logp[unlikely] = logits[unlikely].log_softmax(-1, dtype=wide).gather(1, targets[unlikely])
+            loss -= logp.sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            # the gradient of the logits: p, and p - 1 at the target
+            d_logits = logits.copy_(p.scatter_(1, targets, of_target - 1))
+            if d_hidden is not None:
+                torch.mm(d_logits, weight_VH, out=d_hidden[start : start + CHUNK])
+            if d_weight is not None:
+                d_weight += d_logits.T @ hidden
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight_VH.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else (d_hidden * d_loss).to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * d_loss).to(ctx.dtype),
+            None,
+        )
