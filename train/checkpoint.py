@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 
 from configs.errors import UserError
 from configs.receipt import machine, provenance
+from configs.weights import StoredWeights, local_directory
 from data.dataset import PreparedDataset
 from data.layout import MANIFEST
 from data.template import ChatTokenizer
@@ -100,6 +102,16 @@ class RunDirectory:
             return f"it can't be written ({error.strerror or error}); name a writable directory"
         return None
 
+    @cached_property
+    def _base_fingerprint(self) -> str | None:
+        """What tells the base's weights from others, so that inference refuses the adapter on them; None for a random
+        base."""
+        path, revision = self.config.model.path, self.config.model.revision
+        if path is None:
+            return None
+        named = f"model.path={path}"
+        return StoredWeights(local_directory(path, revision, named), named).fingerprint
+
     def save_checkpoint(self, engine: Engine, metrics: Metrics, step: int) -> None:
         """Writes checkpoints/step-…; collective."""
         self._save(engine, metrics, self.path / "checkpoints" / f"step-{step:06d}" / self._result_name)
@@ -141,7 +153,11 @@ class RunDirectory:
             **provenance(PACKAGES),
             "hardware": hardware(self.processes),
             "batch": asdict(self.batch),
-            "base": {"path": self.config.model.path, "revision": self.config.model.revision},
+            "base": {
+                "path": self.config.model.path,
+                "revision": self.config.model.revision,
+                "fingerprint": self._base_fingerprint,
+            },
             "dataset": {
                 "path": str(self.dataset.directory),
                 "manifest_sha256": _sha256(self.dataset.directory / MANIFEST),

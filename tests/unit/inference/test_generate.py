@@ -5,7 +5,8 @@ import torch
 
 from data.schema import Conversation, Message
 from data.template import EOS, ChatTokenizer
-from inference.generate import TextStream
+from inference.config import InferenceConfig
+from inference.generate import Ending, TextStream
 
 REPLIES = [
     "Hello there!",
@@ -27,7 +28,7 @@ def test_the_pieces_of_a_stream_are_the_reply(reply: str) -> None:
     assert answer[-1] == EOS
 
     pieces: list[str] = []
-    stream = TextStream(tokenizer, pieces.append)
+    stream = TextStream(Ending(tokenizer, InferenceConfig()), pieces.append)
     stream.put(torch.tensor([prompt]))
     for token in answer:
         stream.put(torch.tensor([token]))
@@ -41,7 +42,7 @@ def test_a_stream_cut_in_the_middle_of_a_character_ends_there() -> None:
     tokenizer = ChatTokenizer.load()
     reply = tokenizer.encode(Conversation((Message("user", "go"), Message("assistant", "a 🧿")))).ids[:-3]
     pieces: list[str] = []
-    stream = TextStream(tokenizer, pieces.append)
+    stream = TextStream(Ending(tokenizer, InferenceConfig()), pieces.append)
     prompt = tokenizer.encode_prompt(Conversation((Message("user", "go"),)))
     stream.put(torch.tensor([prompt]))
     for token in reply[len(prompt) :]:
