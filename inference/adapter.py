@@ -9,6 +9,7 @@ PEFT's files hold the factors of all experts in two matrices: A [E·r, in] with 
 the expert fastest.
 """
 
+import hashlib
 import json
 import warnings
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Adapter:
                     f"adapter={directory}: its tensor {key} is {list(found[key])}, and this base takes "
                     f"{list(expected[key])}; {remedy}"
                 )
-        self._tensor = lru_cache(maxsize=4)(self._read)  # experts of a layer come one after the other
+        self._cached = lru_cache(maxsize=4)(self.tensor)  # experts of a layer come one after the other
 
     @property
     def receipt(self) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class Adapter:
         """A [r, in] and B [out, r] as stored, and the scaling, of a parameter or of one of its experts."""
         update = self.updates[parameter]
         assert isinstance(update, LowRank)
-        A, B = self._tensor(update.A), self._tensor(update.B)
+        A, B = self._cached(update.A), self._cached(update.B)
         if update.experts is not None:
             A = A.unflatten(0, (update.experts, -1))[expert]
             B = B.unflatten(1, (-1, update.experts))[:, :, expert]
@@ -136,7 +137,7 @@ class Adapter:
         """
         update = self.updates[parameter]
         if isinstance(update, Whole):
-            weight.copy_(self._tensor(update.key)[rows])
+            weight.copy_(self._cached(update.key)[rows])
             return
         if update.experts is not None and expert is None:
             for number, matrix in enumerate(weight):
@@ -149,16 +150,20 @@ class Adapter:
         for weight_block, B_block in zip(weight.split(step), B.split(step), strict=True):
             weight_block.copy_(torch.addmm(weight_block.to(exact), B_block, A, alpha=scaling))
 
-    def _read(self, key: str) -> torch.Tensor:
+    def tensor(self, key: str) -> torch.Tensor:
+        """A tensor of the file as it is stored."""
         with safe_open(self.directory / WEIGHTS, "pt") as stored:
             return stored.get_tensor(key)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none, or something else."""
+def read_json(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none, or something else, or of another hash than is asked for."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        value = json.loads(content)
     except (OSError, ValueError):
+        return {}
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         return {}
     return value if isinstance(value, dict) else {}
 

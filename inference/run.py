@@ -14,7 +14,7 @@ def main() -> None:
 def run(config: InferenceConfig) -> None:
     """Does the task. What needs torch is imported after the checks, so that mistakes are told at once."""
     config.check()
-    {"generate": generate}[config.task](config)
+    {"generate": generate, "merge": merge}[config.task](config)
 
 
 def generate(config: InferenceConfig) -> None:
@@ -31,3 +31,10 @@ def generate(config: InferenceConfig) -> None:
 
     generate(load(config), config, conversation, write)
     write("\n")
+
+
+def merge(config: InferenceConfig) -> None:
+    """Writes base and adapter as one checkpoint to `output`."""
+    from inference.merge import merge
+
+    merge(config)
