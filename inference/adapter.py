@@ -96,7 +96,7 @@ class Adapter:
                     f"adapter={directory}: its tensor {key} is {list(found[key])}, and this base takes "
                     f"{list(expected[key])}; {remedy}"
                 )
-        self._cached = lru_cache(maxsize=4)(self.tensor)  # experts of a layer come one after the other
+        self._cached = lru_cache(maxsize=16)(self.tensor)  # experts of a layer come one after the other
 
     @property
     def receipt(self) -> dict[str, Any]:
@@ -148,12 +148,17 @@ class Adapter:
         A, B = A.to(weight.device, exact), B[rows].to(weight.device, exact).contiguous()
         step = max(1, BLOCK.get(weight.device.type, BLOCK["cuda"]) // weight.shape[1])
         for weight_block, B_block in zip(weight.split(step), B.split(step), strict=True):
-            weight_block.copy_(torch.addmm(weight_block.to(exact), B_block, A, alpha=scaling))
+            add_product(weight_block, B_block, A, scaling)
 
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor of the file as it is stored."""
         with safe_open(self.directory / WEIGHTS, "pt") as stored:
             return stored.get_tensor(key)
+
+
+def add_product(weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, scaling: float) -> None:
+    """`weight += scaling · B A` in place, summed in the dtype of the factors and rounded once."""
+    weight.copy_(torch.addmm(weight.to(A.dtype), B, A, alpha=scaling))
 
 
 def read_json(path: Path, sha256: str | None = None) -> dict[str, Any]:

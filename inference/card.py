@@ -141,8 +141,8 @@ def _verification(measured: dict[str, Any] | None) -> str:
     m = measured
     return (
         f"{m['tensors_changed']:,} tensors carry the adapter, and {m['tensors_bit_identical']:,} are the base's bit by "
-        f"bit. On {m['positions']:,} positions of real conversations the logits differ from those of base and adapter "
-        f"by {m['logits_relative_difference']:.1e} of their size, where rounding explains "
-        f"{m['logits_relative_difference_allowed']:.1e}; the adapter itself moves them by "
-        f"{m['logits_relative_effect_of_the_adapter']:.1e}. Everything is in `merge.json`.\n"
+        f"bit. On {m['positions']:,} positions of real conversations the logits are within "
+        f"{m['logits_difference']:.1e} of those of base and adapter in a wider dtype, where base and adapter unmerged "
+        f"are within {m['logits_difference_unmerged']:.1e} and the base alone within "
+        f"{m['logits_difference_without_adapter']:.1e}. Everything is in `merge.json`.\n"
     )

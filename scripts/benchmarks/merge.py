@@ -81,7 +81,7 @@ def _child(name: str, top: Path, options: argparse.Namespace) -> dict[str, float
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _make(top: Path, hidden: int, intermediate: int, layers: int, rank: int, shard: str) -> None:
+def _make(top: Path, *, hidden: int, intermediate: int, layers: int, rank: int, shard: str) -> None:
     """A random base and a stock PEFT adapter for it."""
     import torch
     from peft import LoraConfig, get_peft_model
