@@ -121,7 +121,7 @@ def generate(
     """
     prompt = loaded.tokenizer.encode_prompt(conversation)
     ending = Ending(loaded.tokenizer, config)
-    rows = generate_rows(loaded, config, [prompt], ending, TextStream(ending, write))
+    rows = generate_rows(loaded, config, [prompt], ending, TextStream(ending, write), seed=config.seed)
     return rows[0]
 
 
@@ -131,8 +131,14 @@ def generate_rows(
     prompts: list[list[int]],
     ending: Ending,
     streamer: BaseStreamer | None = None,
+    *,
+    seed: int,
 ) -> list[Answer]:
-    """The answers to several prompts at once, padded on the left to the longest."""
+    """The answers to several prompts at once, padded on the left to the longest.
+
+    Raises:
+        UserError: the longest leaves no room in the model's context.
+    """
     longest = max(map(len, prompts))
     room = context(loaded) - longest
     if room < 1:
@@ -140,7 +146,7 @@ def generate_rows(
     device = loaded.model.device
     ids = torch.tensor([[UNK] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     with torch.inference_mode():
         output = loaded.model.generate(
             ids,

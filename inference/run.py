@@ -14,7 +14,7 @@ def main() -> None:
 def run(config: InferenceConfig) -> None:
     """Does the task. What needs torch is imported after the checks, so that mistakes are told at once."""
     config.check()
-    {"generate": generate, "merge": merge}[config.task](config)
+    {"generate": generate, "chat": chat, "batch": batch, "merge": merge}[config.task](config)
 
 
 def generate(config: InferenceConfig) -> None:
@@ -31,6 +31,21 @@ def generate(config: InferenceConfig) -> None:
 
     generate(load(config), config, conversation, write)
     write("\n")
+
+
+def chat(config: InferenceConfig) -> None:
+    """Holds a conversation in the terminal."""
+    from inference.chat import chat
+    from inference.load import load
+
+    chat(load(config), config)
+
+
+def batch(config: InferenceConfig) -> None:
+    """Answers the rows of `input` to `output`."""
+    from inference.batch import batch
+
+    batch(config)
 
 
 def merge(config: InferenceConfig) -> None:
