@@ -165,7 +165,14 @@ def answer_continuously(
     ending = Ending(loaded.tokenizer, config)
     waiting = {str(unit[0].line): unit[0] for unit in units}
     torch.manual_seed(config.seed)
-    settings = ContinuousBatchingConfig(max_requests_per_batch=config.batch_size)
+    longest = max(len(prompt.ids) for prompt in waiting.values())
+    page = 64  # tokens; left alone, transformers takes all memory that is free for its cache
+    settings = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=config.batch_size * -(-(longest + config.max_new_tokens) // page),
+        max_batch_tokens=max(longest, 512),
+        max_requests_per_batch=config.batch_size,
+    )
     generation = sampling(config, config.max_new_tokens)
     with loaded.model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=settings
@@ -251,34 +258,40 @@ def _journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     Raises:
         UserError: it can't be written, another process writes it, or it belongs to another run.
     """
-    remedy = "give the same again, or remove the file to start over"
+    descriptor = _locked(path)
+    try:
+        head, _, answers = path.read_bytes().partition(b"\n")
+        before = json.loads(head) if answers else identity
+        for field, value in identity.items():
+            if before.get(field) != value:
+                raise UserError(
+                    f"{field}={value}: the run that {path} belongs to had {field}={before.get(field)}; "
+                    f"give the same again, or remove the file to start over"
+                )
+        if not answers:
+            os.ftruncate(descriptor, 0)
+            head = json.dumps(identity).encode()
+            os.write(descriptor, head + b"\n")
+        yield Journal(path, descriptor, len(head) + 1)
+    finally:
+        if path.exists() and path.read_bytes().count(b"\n") < 2:  # nothing was answered: nothing to go on from
+            path.unlink()
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the journal, for this process alone."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     except OSError as error:
         raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"output={path}: another process is writing it; wait for it, or name another") from error
-        head, _, answers = path.read_bytes().partition(b"\n")
-        if answers:
-            before = json.loads(head)
-            for field, value in identity.items():
-                if before.get(field) != value:
-                    raise UserError(
-                        f"{field}={value}: the run that {path} belongs to had {field}={before.get(field)}; {remedy}"
-                    )
-        else:
-            os.ftruncate(descriptor, 0)
-            head = json.dumps(identity).encode()
-            os.write(descriptor, head + b"\n")
-        yield Journal(path, descriptor, len(head) + 1)
-    finally:
-        if os.fstat(descriptor).st_size <= len(head) + 1:  # nothing was answered: nothing to go on from
-            path.unlink(missing_ok=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
         os.close(descriptor)
+        raise UserError(f"output={path}: another process is writing it; wait for it, or name another") from error
+    return descriptor
 
 
 def _identity(config: InferenceConfig, source: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ def ask(config: InferenceConfig) -> Conversation:
     name, text = "prompt", config.prompt
     try:
         if config.prompt_file is not None:
-            name, text = "prompt_file", Path(config.prompt_file).read_text(encoding="utf-8")
+            name = "prompt_file"
+            text = Path(config.prompt_file).read_text(encoding="utf-8")
         elif text == STDIN:
             text = sys.stdin.buffer.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
