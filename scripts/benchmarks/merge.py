@@ -81,7 +81,7 @@ def _child(name: str, top: Path, options: argparse.Namespace) -> dict[str, float
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _make(top: Path, *, hidden: int, intermediate: int, layers: int, rank: int, shard: str) -> None:
+def make(top: Path, *, hidden: int, intermediate: int, layers: int, rank: int, shard: str) -> None:
     """A random base and a stock PEFT adapter for it."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -152,4 +152,4 @@ def _peak() -> float:
 
 if __name__ == "__main__":
     what, place, sizes = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    print(json.dumps(_make(place, **sizes) or {} if what == "make" else _contend(what, place)))
+    print(json.dumps(make(place, **sizes) or {} if what == "make" else _contend(what, place)))
