@@ -31,9 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7, help="how often each contender runs; medians are reported")
-    parser.add_argument(
-        "--prompts", type=int, default=48, help="prompts for the comparison of batches; 0 leaves it out"
-    )
+    parser.add_argument("--peft-rounds", type=int, default=2, help="how often PEFT runs, which takes long")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts for the comparison of batches; 0 for none")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
