@@ -124,9 +124,7 @@ class Adapter:
         return A, B, update.scaling
 
     def changes(self, parameter: str, expert: int | None, rows: slice = slice(None)) -> bool:
-        """Whether the update adds anything there: experts that were not trained have factors of zeros."""
-        if not isinstance(self.updates[parameter], LowRank):
-            return True
+        """Whether the factors add anything there: those of experts that were not trained are zeros."""
         A, B, scaling = self.factors(parameter, expert)
         return bool((scaling * A.abs().amax(1) * B[rows].abs().amax(0)).any())
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from configs.errors import UserError
 from data.conversion import detect_schema, to_conversation
 from data.schema import Conversation, Message
-from data.sources import RawRow, Reject
+from data.sources import RawRow
 from data.template import ChatTokenizer
 from inference.adapter import WEIGHTS
 from inference.config import InferenceConfig
@@ -62,7 +62,7 @@ def batch(config: InferenceConfig) -> dict[str, int]:
         raise UserError(f"output={output}: that is no file to write answers to; name another")
     with _journal(output.with_name(f"{output.name}.part"), _identity(config, source)) as journal:
         loaded = load(config)
-        prompts, errors = read_prompts(lines, source, loaded.tokenizer, config, context(loaded))
+        prompts, errors = read_prompts(lines, loaded.tokenizer, config, context(loaded))
         units = plan(prompts, 1 if config.batching == "continuous" else config.batch_size)
         done = journal.keep([[prompt.line for prompt in unit] for unit in units])
         left = [unit for unit in units if unit[0].line not in done]
@@ -92,7 +92,7 @@ def _lines(source: Path) -> list[bytes]:
 
 
 def read_prompts(
-    lines: list[bytes], source: Path, tokenizer: ChatTokenizer, config: InferenceConfig, room: int
+    lines: list[bytes], tokenizer: ChatTokenizer, config: InferenceConfig, room: int
 ) -> tuple[list[Prompt], list[dict[str, Any]]]:
     """The rows that can be answered, and the answer lines of those that can't; blank lines are no rows."""
     prompts: list[Prompt] = []
@@ -100,7 +100,7 @@ def read_prompts(
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        identity, outcome = _read(line, RawRow(None, str(source), "line", number), config)
+        identity, outcome = _read(line, config)
         if isinstance(outcome, Conversation):
             ids = tokenizer.encode_prompt(outcome)
             if len(ids) < room:
@@ -108,27 +108,29 @@ def read_prompts(
                 continue
             reason, detail = "too_long", f"the prompt takes {len(ids)} tokens, and the model's context is {room}"
         else:
-            reason, detail = outcome.reason, outcome.detail
+            reason, detail = outcome
         errors.append({"line": number, "id": identity, "error": {"reason": reason, "detail": detail}})
     return prompts, errors
 
 
-def _read(line: bytes, row: RawRow, config: InferenceConfig) -> tuple[Any, Conversation | Reject]:
-    """The row's id, and its conversation; the setting `system` speaks where the row has no system message."""
+def _read(line: bytes, config: InferenceConfig) -> tuple[Any, Conversation | tuple[str, str]]:
+    """The row's id, and its conversation, or reason and detail; `system` speaks where the row has no such message."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return None, Reject(row, "invalid_utf8", "the line is not UTF-8 text")
+        return None, ("invalid_utf8", "the line is not UTF-8 text")
     except (ValueError, RecursionError) as error:
-        return None, Reject(row, "invalid_json", f"the line is not JSON ({error})")
+        return None, ("invalid_json", f"the line is not JSON ({error})")
     identity = value.get("id") if isinstance(value, dict) else None
     schema = detect_schema(value, {})
     if schema is None:
-        return identity, Reject(row, "unknown_schema", "it has none of the fields messages, conversations, instruction")
+        return identity, ("unknown_schema", "it has none of the fields messages, conversations, instruction")
     keep = config.markers == "keep"
-    row = RawRow(value, row.file, row.unit, row.number)
+    row = RawRow(value, str(config.input), "line", 0)
     outcome = to_conversation(row, schema, keep_markers=keep, reply_needed=False)
-    if isinstance(outcome, Conversation) and config.system and outcome.system is None:
+    if not isinstance(outcome, Conversation):
+        return identity, (outcome.reason, outcome.detail)
+    if config.system and outcome.system is None:
         outcome = Conversation((Message("system", config.system), *outcome.messages))
     return identity, outcome
 

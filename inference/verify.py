@@ -17,11 +17,9 @@ from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from configs.errors import UserError
 from configs.weights import StoredWeights
-from data.conversion import to_conversation
-from data.schema import Conversation
-from data.sources import RawRow
+from data.schema import Conversation, Message
 from data.template import UNK, ChatTokenizer
-from inference.adapter import Adapter
+from inference.adapter import Adapter, Whole
 from inference.checkpoint import Piece, pieces
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
@@ -60,8 +58,12 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
             raise VerificationError(f"{name} was {before.dtype} {list(before.shape)}; merged it is not")
         bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
         different = int((before.view(bits) != after.view(bits)).sum())
-        targeted = piece.parameter in adapter.updates
-        if targeted and adapter.changes(piece.parameter, piece.expert, piece.rows):
+        update = adapter.updates.get(piece.parameter)
+        if isinstance(update, Whole):
+            if not torch.equal(after, adapter.tensor(update.key).to(after.dtype)):
+                raise VerificationError(f"{name} is not the tensor that the adapter holds")
+            changed += 1
+        elif update is not None and adapter.changes(piece.parameter, piece.expert, piece.rows):
             if different == 0:
                 raise UserError(
                     f"adapter={adapter.directory}: what it adds to {name} is lost in rounding to {before.dtype}, so a "
@@ -118,14 +120,14 @@ def sample_conversations() -> list[Conversation]:
     found = []
     for name in ("general.jsonl", "identity.jsonl"):
         lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines()[: PROMPTS // 2]
-        rows = [to_conversation(RawRow(json.loads(line), name, "line", 0), "instruction") for line in lines]
-        found += [row for row in rows if isinstance(row, Conversation)]
+        for row in map(json.loads, lines):
+            found.append(Conversation((Message("user", row["instruction"]), Message("assistant", row["output"]))))
     return found
 
 
 def logits(model: nn.Module, tokenizer: ChatTokenizer, conversations: list[Conversation]) -> torch.Tensor:
     """[positions, vocabulary] in float64, of all tokens of the conversations in one forward."""
-    rows = [conversation.ids for conversation in tokenizer.encode_batch(conversations)]
+    rows = [tokenizer.encode(conversation).ids for conversation in conversations]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [UNK] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])

@@ -33,13 +33,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often each contender runs; medians are reported")
     parser.add_argument("--peft-rounds", type=int, default=2, help="how often PEFT runs, which takes long")
     parser.add_argument("--prompts", type=int, default=32, help="prompts for the comparison of batches; 0 for none")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves it alone. On a shared machine, 1")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Makes base, adapter and merged model, lets the contenders run, prints the tables."""
+    import torch
     from transformers.utils import logging
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as place:
@@ -47,6 +51,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         figures: dict[str, Any] = {
             "sizes": {name: getattr(options, name) for name in ("hidden", "intermediate", "layers", "rank")},
             "device": str(contenders["ours"][0].device),
+            "threads": torch.get_num_threads(),
         }
         for size, new_tokens in NEW_TOKENS.items():
             figures[f"streams_{size}"] = _streams(contenders, prompts[:size], new_tokens, options)

@@ -119,7 +119,7 @@ def test_markers_are_kept_where_told(tmp_path: Path, loaded: Loaded) -> None:
 def test_the_setting_system_speaks_where_the_row_has_none(tmp_path: Path) -> None:
     chat = ChatTokenizer.load()
     rows = [json.dumps(ROWS[place]).encode() for place in (0, 3)]
-    prompts, _ = read_prompts(rows, Path("in"), chat, config(tmp_path, system="Rhyme."), 4096)
+    prompts, _ = read_prompts(rows, chat, config(tmp_path, system="Rhyme."), 4096)
     texts = [chat.decode(prompt.ids) for prompt in prompts]
     assert "Rhyme." in texts[0]
     assert "Rhyme." not in texts[1]
@@ -128,7 +128,7 @@ def test_the_setting_system_speaks_where_the_row_has_none(tmp_path: Path) -> Non
 def test_batches_hold_like_lengths_and_every_prompt_once(tmp_path: Path) -> None:
     chat = ChatTokenizer.load()
     rows = [json.dumps({"instruction": "word " * (place % 7 + 1)}).encode() for place in range(20)]
-    prompts, _ = read_prompts(rows, Path("in"), chat, config(tmp_path), 4096)
+    prompts, _ = read_prompts(rows, chat, config(tmp_path), 4096)
     units = plan(prompts, 4)
     assert sorted(prompt.line for unit in units for prompt in unit) == list(range(1, 21))
     lengths = [len(prompt.ids) for unit in units for prompt in unit]
