@@ -105,7 +105,9 @@ def local_directory(source: str, revision: str | None, named: str) -> Path:
 
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md"]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=["consolidated*"])
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{named}: no directory, and the hub gave none ({one_line(error)}); {REMEDY}") from error
 

@@ -159,14 +159,12 @@ def answer_continuously(
     loaded: Loaded, config: InferenceConfig, units: list[list[Prompt]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers all in transformers' continuous batching, each as it ends."""
-    import torch
     from transformers import ContinuousBatchingConfig
 
     if not units:
         return
     ending = Ending(loaded.tokenizer, config)
     waiting = {str(unit[0].line): unit[0] for unit in units}
-    torch.manual_seed(config.seed)
     longest = max(len(prompt.ids) for prompt in waiting.values())
     page = 64  # tokens; left alone, transformers takes all memory that is free for its cache
     settings = ContinuousBatchingConfig(
@@ -174,6 +172,7 @@ def answer_continuously(
         num_blocks=config.batch_size * -(-(longest + config.max_new_tokens) // page),
         max_batch_tokens=max(longest, 512),
         max_requests_per_batch=config.batch_size,
+        seed=config.seed,
     )
     generation = sampling(config, config.max_new_tokens)
     with loaded.model.continuous_batching_context_manager(

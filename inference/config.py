@@ -78,9 +78,9 @@ class InferenceConfig:
     """Replaces an output that is there already."""
     batch_size: int = 16
     """Prompts that are answered at a time, at most."""
-    batching: str = "padded"
-    """`padded` answers prompts of like length together until all have ended; `continuous` is transformers' continuous
-    batching, which takes in the next prompt as soon as one has ended."""
+    batching: str = "continuous"
+    """`continuous` is transformers' continuous batching, which takes in the next prompt as soon as one has ended;
+    `padded` answers prompts of like length together until all have ended, and samples the same again after a kill."""
     licence: str | None = None
     """For `merge`: the licence in the model card, an SPDX identifier; unset, the one of the base's model card."""
     verify: bool = True
@@ -105,7 +105,7 @@ class InferenceConfig:
         self._check_sampling()
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: it must be at least 1; give for example 16")
-        _choice("batching", self.batching, "padded", "continuous")
+        _choice("batching", self.batching, "continuous", "padded")
         _choice("markers", self.markers, "reject", "keep")
         _choice("dtype", self.dtype, "auto", "bfloat16", "float16", "float32")
         _choice("device", self.device, "auto", "cpu", "cuda")

@@ -13,7 +13,6 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,7 @@ class RunDirectory:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = Path(agree(config.run_dir or f"runs/{config.name}-{stamp}"))  # clocks differ between processes
         self._started = datetime.datetime.now(datetime.UTC)
+        self._base_fingerprint: str | None = None  # of a random base there is none
         if problem := agree(self._problem() if processes.is_main else None):
             raise UserError(f"run_dir={self.path}: {problem}")
 
@@ -87,10 +87,26 @@ class RunDirectory:
         """Makes the directory, in the place of an older run where there is one, and writes config.yaml; collective.
 
         Raises:
-            UserError: it can't be written.
+            UserError: it can't be written, or the base's files can't be read.
         """
+        if problem := agree(self._know_the_base() if self.processes.is_main else None):
+            raise UserError(problem)
         if problem := agree(self._create() if self.processes.is_main else None):
             raise UserError(f"run_dir={self.path}: {problem}")
+
+    def _know_the_base(self) -> str | None:
+        """Takes the base's fingerprint, by which inference knows it again; what speaks against that.
+
+        Here and not when a receipt is written: what can fail, fails before anything was trained.
+        """
+        path, revision = self.config.model.path, self.config.model.revision
+        if path is not None:
+            named = f"model.path={path}"
+            try:
+                self._base_fingerprint = StoredWeights(local_directory(path, revision, named), named).fingerprint
+            except UserError as error:
+                return str(error)
+        return None
 
     def _create(self) -> str | None:
         try:
@@ -101,16 +117,6 @@ class RunDirectory:
         except OSError as error:
             return f"it can't be written ({error.strerror or error}); name a writable directory"
         return None
-
-    @cached_property
-    def _base_fingerprint(self) -> str | None:
-        """What tells the base's weights from others, so that inference refuses the adapter on them; None for a random
-        base."""
-        path, revision = self.config.model.path, self.config.model.revision
-        if path is None:
-            return None
-        named = f"model.path={path}"
-        return StoredWeights(local_directory(path, revision, named), named).fingerprint
 
     def save_checkpoint(self, engine: Engine, metrics: Metrics, step: int) -> None:
         """Writes checkpoints/step-…; collective."""

@@ -121,7 +121,9 @@ def _streams(contenders: dict[str, Any], rows: list[list[int]], new_tokens: int,
     """Tokens/s of each contender for these prompts at a time."""
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(options.rounds + 1):  # the first round warms up
-        for name, (model, generate) in contenders.items():
+        names = list(contenders)
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the same one
+            model, generate = contenders[name]
             if name.startswith("PEFT") and number > options.peft_rounds:
                 continue
             started = time.perf_counter()

@@ -135,7 +135,7 @@ def test_a_killed_batch_goes_on_and_ends_as_if_it_never_was(quickstart: Quicksta
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
     base = ("inference", "task=batch", f"adapter={quickstart.run}/adapter", f"input={tmp_path}/in.jsonl")
-    how = (*base, "batch_size=2", "max_new_tokens=16", "temperature=0.8")
+    how = (*base, "batching=padded", "batch_size=2", "max_new_tokens=16", "temperature=0.8")
     program(*how, f"output={tmp_path}/whole.jsonl")
 
     journal = tmp_path / "killed.jsonl.part"

@@ -59,7 +59,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
 def config(top: Path, **changes: Any) -> InferenceConfig:
     if not (top / "in.jsonl").is_file():
         (top / "in.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n")
-    settings = {"max_new_tokens": 6, "batch_size": 2} | changes
+    settings = {"max_new_tokens": 6, "batch_size": 2, "batching": "padded"} | changes
     return InferenceConfig(
         task="batch", base="base", input=str(top / "in.jsonl"), output=str(top / "out.jsonl"), **settings
     )
