@@ -28,19 +28,24 @@ class UnusableError(Exception):
 
 
 def to_conversation(
-    row: RawRow, schema: str, *, columns: dict[str, str] | None = None, keep_markers: bool = False
+    row: RawRow,
+    schema: str,
+    *,
+    columns: dict[str, str] | None = None,
+    keep_markers: bool = False,
+    reply_needed: bool = True,
 ) -> Conversation | Reject:
-    """The conversation of a row in one of `SCHEMAS`; ends with a reply.
+    """The conversation of a row in one of `SCHEMAS`; ends with a reply, or may be a prompt where none is needed.
 
     `columns` gives the names in the row for fields of the schema that are called differently there.
     """
     try:
         if not isinstance(row.value, dict):
             raise UnusableError("not_an_object", f"expected an object, found {type(row.value).__name__}")
-        messages = SCHEMAS[schema](_renamed(row.value, columns or {}))
+        messages = SCHEMAS[schema](_renamed(row.value, columns or {}), reply_needed)
         if not keep_markers:
             _refuse_markers(messages)
-        return _in_order(messages)
+        return _in_order(messages, reply_needed)
     except UnusableError as unusable:
         return Reject.of(row, unusable.reason, unusable.detail)
 
@@ -63,18 +68,18 @@ def detect_schema(value: Any, columns: dict[str, str]) -> str | None:
 # Schemas
 
 
-def _from_instruction(value: dict[str, Any]) -> list[Message]:
+def _from_instruction(value: dict[str, Any], reply_needed: bool) -> list[Message]:
     """instruction, input, output: one turn. `response` stands for `output` as well."""
     instruction = _text(value, "instruction")
     context = _text(value, "input", required=False)
     reply_field = next((name for name in REPLY_FIELDS if value.get(name) is not None), REPLY_FIELDS[0])
-    reply = _text(value, reply_field)
+    reply = _text(value, reply_field, required=reply_needed)
     # A blank line between the two: ours, as the datasets do not say how they belong together.
     user = f"{instruction}\n\n{context}" if context else instruction
-    return [Message("user", user), Message("assistant", reply)]
+    return [Message("user", user), *([Message("assistant", reply)] if reply else [])]
 
 
-def _from_sharegpt(value: dict[str, Any]) -> list[Message]:
+def _from_sharegpt(value: dict[str, Any], _: bool) -> list[Message]:
     """conversations: from, value. OpenHermes 2.5 has a column system_prompt beside them."""
     messages = _from_turns(value, "conversations", speaker="from", text="value")
     system = _text(value, "system_prompt", required=False)
@@ -83,7 +88,7 @@ def _from_sharegpt(value: dict[str, Any]) -> list[Message]:
     return messages
 
 
-def _from_messages(value: dict[str, Any]) -> list[Message]:
+def _from_messages(value: dict[str, Any], _: bool) -> list[Message]:
     """messages: role, content."""
     return _from_turns(value, "messages", speaker="role", text="content")
 
@@ -111,7 +116,7 @@ def _from_turns(value: dict[str, Any], field: str, *, speaker: str, text: str) -
     return messages
 
 
-SCHEMAS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
+SCHEMAS: dict[str, Callable[[dict[str, Any], bool], list[Message]]] = {
     "instruction": _from_instruction,
     "sharegpt": _from_sharegpt,
     "messages": _from_messages,
@@ -122,12 +127,12 @@ SCHEMAS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
 # Checks
 
 
-def _in_order(messages: list[Message]) -> Conversation:
+def _in_order(messages: list[Message], reply_needed: bool) -> Conversation:
     try:
         conversation = Conversation(tuple(messages))
     except ValueError as error:
         raise UnusableError("turns_out_of_order", str(error)) from error
-    if conversation.is_prompt:
+    if reply_needed and conversation.is_prompt:
         raise UnusableError("no_reply", "the last message is the user's, and nothing answers it")
     return conversation
 

@@ -210,8 +210,11 @@ class ChatTokenizer:
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, with the chat template, for stock transformers."""
         stock = _merges_only(self._vocabulary)
-        control = [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")]
-        stock.add_special_tokens(control)
+        stock.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
+        unescape = [normalizers.Replace(BREAK, ""), normalizers.Replace(ESCAPED, ESCAPE)]
+        stock.normalizer = normalizers.Sequence([*unescape, stock.normalizer])
+        # Answers begin with the space that the template puts before them; stock programs show what is decoded.
+        stock.decoder = decoders.Sequence([stock.decoder, decoders.Strip(" ", 1, 0)])
         stock.save(str(directory / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -225,8 +228,24 @@ class ChatTokenizer:
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
+# Stock tokenizers match `<s>` and `</s>` anywhere in the rendered text, also where a message only spells them. So the
+# stored template breaks up those of a message with a character that Unicode keeps for a program's own use, and the
+# stored tokenizer takes the breaks out again after it has looked for control tokens: the ids are those of `encode`
+# whatever a message says, that character among it.
+CONTROL = ("<unk>", "<s>", "</s>")
+ESCAPE = "\ufdd0"
+BREAK, ESCAPED = f"{ESCAPE}1", f"{ESCAPE}0"
+
+
+def _escapes() -> str:
+    """The filters of the template that escape a message."""
+    pairs = [(ESCAPE, ESCAPED), *((token, f"{token[0]}{BREAK}{token[1:]}") for token in CONTROL)]
+    return "".join(f" | replace('{text}', '{escaped}')" for text, escaped in pairs)
+
+
 CHAT_TEMPLATE = (
-    "{%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else none -%}"
+    "{%- macro plain(text) -%}{{ text | trim" + _escapes() + " }}{%- endmacro -%}"
+    "{%- set system = plain(messages[0]['content']) if messages[0]['role'] == 'system' else none -%}"
     "{%- set turns = messages[1:] if system is not none else messages -%}"
     "{%- for message in turns -%}"
     "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
@@ -235,9 +254,9 @@ CHAT_TEMPLATE = (
     "{%- if message['role'] == 'user' -%}"
     "{{ '<s>[INST] ' }}"
     "{%- if loop.first and system is not none -%}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{%- endif -%}"
-    "{{ message['content'] | trim + ' [/INST]' }}"
+    "{{ plain(message['content']) + ' [/INST]' }}"
     "{%- else -%}"
-    "{{ ' ' + message['content'] | trim + ' </s>' }}"
+    "{{ ' ' + plain(message['content']) + ' </s>' }}"
     "{%- endif -%}"
     "{%- endfor -%}"
 )

@@ -1,8 +1,17 @@
-"""What generation can be told."""
+"""What inference can be told, and the checks across settings."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from configs.errors import UserError
+
+TASKS = ("generate", "chat", "batch", "merge")
+
+
+def _choice(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise UserError(f"{name}={value}: there is no such choice; choose one of {', '.join(choices)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -10,19 +19,46 @@ class InferenceConfig:
     """Settings of `python -m inference`."""
 
     task: str = "generate"
-    """What to do; `generate` streams one answer to stdout."""
+    """`generate` streams one answer to stdout, `chat` holds a conversation in the terminal, `batch` answers the rows of
+    a file, `merge` writes base and adapter as one checkpoint."""
+
+    # The model
+
     adapter: str | None = None
     """The adapter directory of a run (`runs/…/adapter`). Unset, the base answers alone."""
     base: str | None = None
-    """The base model, a directory or a hub id; unset, the one that the adapter was trained on."""
+    """The base model, or a merged one: a directory or a hub id; unset, the one that the adapter was trained on."""
     revision: str | None = None
     """The commit, tag or branch of a hub id; unset, the one that the adapter names."""
+    check_base: bool = True
+    """Refuses a base whose weights are not those that the adapter's receipt names."""
+    fold: bool = True
+    """Adds the adapter to the base's weights at load; `false` keeps it apart in stock PEFT's layers: slower."""
+    dtype: str = "auto"
+    """`bfloat16`, `float16` or `float32`; `auto` is bfloat16, and float16 on GPUs that know no bfloat16."""
+    device: str = "auto"
+    """`auto` takes CUDA where there is a GPU; `cuda`, `cpu`."""
+    device_map: str = "auto"
+    """How layers are spread over several GPUs, in accelerate's words: `auto`, `balanced`, `sequential`, `cuda:0`."""
+
+    # What is asked
+
     prompt: str = ""
-    """What the user says."""
+    """What the user says; `-` reads it from stdin."""
+    prompt_file: str | None = None
+    """A file to read the prompt from instead."""
     system: str | None = None
     """The system message, if there is to be one."""
+    markers: str = "reject"
+    """What to do where a message holds the template's own markers, as in `[/INST]`, with which it could fake a turn:
+    `reject`, or `keep` as plain text. With `reject` an answer also ends where it begins to write markers itself."""
+
+    # How it is answered
+
     max_new_tokens: int = 512
-    """Stops the answer after this many tokens."""
+    """Ends an answer after this many tokens."""
+    stop: list[str] = field(default_factory=list)
+    """Ends an answer before any of these strings."""
     temperature: float = 0.0
     """0 takes the likeliest token each time (greedy); above 0 samples."""
     top_p: float = 1.0
@@ -31,31 +67,71 @@ class InferenceConfig:
     """Samples among this many of the likeliest tokens; 0 means all."""
     seed: int = 0
     """Decides what is sampled."""
-    dtype: str = "bfloat16"
-    """`bfloat16` or `float32`."""
-    device: str = "auto"
-    """`auto` takes CUDA where there is a GPU; `cuda`, `cpu`."""
+
+    # Files
+
+    input: str | None = None
+    """For `batch`: JSON Lines, each a row of one of the schemas of `python -m data`, with an `id` if it has one."""
+    output: str | None = None
+    """For `batch` the file of answers, for `merge` the directory of the model."""
+    overwrite: bool = False
+    """Replaces an output that is there already."""
+    batch_size: int = 16
+    """Prompts that are answered at a time, at most."""
+    batching: str = "continuous"
+    """`continuous` is transformers' continuous batching, which takes in the next prompt as soon as one has ended;
+    `padded` answers prompts of like length together until all have ended, and samples the same again after a kill."""
+    licence: str | None = None
+    """For `merge`: the licence in the model card, an SPDX identifier; unset, the one of the base's model card."""
+    verify: bool = True
+    """For `merge`: compares what was written with base and adapter before it takes its name."""
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
-        if self.task != "generate":
-            raise UserError(f"task={self.task}: there is no such task; use task=generate")
-        if not self.prompt.strip():
-            raise UserError('prompt: there is nothing to answer; give for example prompt="Hello, who are you?"')
+        _choice("task", self.task, *TASKS)
+        if self.task == "generate":
+            self._check_prompt()
+        if self.task in ("batch", "merge") and not self.output:
+            example = "answers.jsonl" if self.task == "batch" else "models/merged"
+            raise UserError(f"output: task={self.task} has nowhere to write; give for example output={example}")
+        if self.task == "batch" and not self.input:
+            raise UserError("input: there are no prompts; give for example input=prompts.jsonl")
+        if self.task == "merge" and self.adapter is None:
+            raise UserError("adapter: there is nothing to merge; give adapter=runs/…/adapter")
         for name, text in (("prompt", self.prompt), ("system", self.system or "")):
-            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise UserError(f"{name}={text!r}: it is not UTF-8 text; check the terminal's encoding")
+            check_utf8(name, text)
         if self.adapter is None and self.base is None:
             raise UserError("adapter: no model is named; give adapter=runs/…/adapter, or base= for a model without one")
+        self._check_sampling()
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size}: it must be at least 1; give for example 16")
+        _choice("batching", self.batching, "continuous", "padded")
+        _choice("markers", self.markers, "reject", "keep")
+        _choice("dtype", self.dtype, "auto", "bfloat16", "float16", "float32")
+        _choice("device", self.device, "auto", "cpu", "cuda")
+
+    def _check_prompt(self) -> None:
+        if self.prompt_file is not None and self.prompt:
+            raise UserError(f"prompt_file={self.prompt_file}: there is a prompt= beside it; give one of the two")
+        if self.prompt_file is not None and not Path(self.prompt_file).is_file():
+            raise UserError(f"prompt_file={self.prompt_file}: there is no such file; check the path")
+        if self.prompt_file is None and not self.prompt.strip():
+            raise UserError('prompt: there is nothing to answer; give for example prompt="Hello, who are you?"')
+
+    def _check_sampling(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: it must be at least 1; give for example 512")
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature}: it can't be negative; give 0 for greedy, or such as 0.7")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: it is a probability; give a number above 0, to 1")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k}: it can't be negative; give 0 for all tokens, or such as 50")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise UserError(f"dtype={self.dtype}: there is no such choice; choose bfloat16 or float32")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device={self.device}: there is no such choice; choose auto, cpu or cuda")
+        if not all(self.stop):
+            raise UserError("stop=: an empty string would end every answer at once; leave it out")
+
+
+def check_utf8(name: str, text: str) -> None:
+    """Raises `UserError` where a text holds bytes that were no UTF-8, as the shell hands them over."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name}={text!r}: it is not UTF-8 text; check the terminal's encoding")

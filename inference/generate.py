@@ -1,26 +1,77 @@
 """A prompt to an answer, token by token."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from data.schema import Conversation, Message
-from data.template import EOS, UNK, ChatTokenizer
+from configs.errors import UserError
+from data.schema import Conversation
+from data.template import EOS, MARKERS, UNK, ChatTokenizer
 from inference.config import InferenceConfig
 from inference.load import Loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was generated: the text as it is shown, all ids (`</s>` among them), and why it ended."""
+
+    text: str
+    ids: list[int]
+    finish_reason: str
+    """`stop` at `</s>` or a stop string, `length` at `max_new_tokens` or the end of the context."""
+
+
+class Ending:
+    """Where an answer ends before `</s>`: at the stop strings, and where markers are rejected also at those."""
+
+    def __init__(self, tokenizer: ChatTokenizer, config: InferenceConfig):
+        self._tokenizer = tokenizer
+        self._stops = (*config.stop, *(MARKERS if config.markers == "reject" else ()))
+        # A token is a byte at least; a few more, because the oldest may be the second half of a character.
+        self._reach = max((len(stop.encode()) for stop in self._stops), default=0) + 4
+
+    def read(self, ids: list[int]) -> tuple[str, bool]:
+        """The text of generated ids up to the first stop string, and whether there was one."""
+        text = self._tokenizer.decode(ids)
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        return (text[: min(places)].rstrip(), True) if places else (text, False)
+
+    def reached(self, ids: list[int]) -> bool:
+        """Whether the last of the ids completed a stop string; asked after every token, so it reads only the end."""
+        text = self._tokenizer.decode(ids[-self._reach :]) if self._stops else ""
+        return any(stop in text for stop in self._stops)
+
+    def certain(self, text: str) -> str:
+        """As much of a text as stays whatever follows: no half of a character, no beginning of a stop string."""
+        if text.endswith("\ufffd"):
+            return ""
+        longest = max(map(len, self._stops), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return text[:-length].rstrip()
+        return text
+
+    def answer(self, ids: list[int]) -> Answer:
+        """The answer in the ids of one row, padding after its end left out."""
+        if EOS in ids:
+            ids = ids[: ids.index(EOS) + 1]
+        text, stopped = self.read(ids)
+        return Answer(text, ids, "stop" if stopped or ids[-1:] == [EOS] else "length")
 
 
 class TextStream(BaseStreamer):
     """Gives the text of an answer to `write` as far as it is certain.
 
-    A character may take several tokens (byte pieces), so text is held back while it ends in half of one; trailing
-    space is held back too, because the template ends every reply with a space that is not part of it.
+    A character may take several tokens (byte pieces), so text is held back while it ends in half of one, or in what may
+    become a stop string; trailing space is held back too, because the template ends every reply with a space that is
+    not part of it.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, write: Callable[[str], None]):
-        self._tokenizer = tokenizer
+    def __init__(self, ending: Ending, write: Callable[[str], None]):
+        self._ending = ending
         self._write = write
         self._ids: list[int] = []
         self._written = 0
@@ -32,13 +83,12 @@ class TextStream(BaseStreamer):
             self._prompt_passed = True
             return
         self._ids += value.flatten().tolist()
-        text = self._tokenizer.decode(self._ids)
-        if not text.endswith("\ufffd"):
-            self._flush(text)
+        text, stopped = self._ending.read(self._ids)
+        self._flush(text if stopped else self._ending.certain(text))
 
     def end(self) -> None:
         """Writes what is left."""
-        self._flush(self._tokenizer.decode(self._ids))
+        self._flush(self._ending.read(self._ids)[0])
 
     def _flush(self, text: str) -> None:
         if len(text) > self._written:
@@ -46,27 +96,79 @@ class TextStream(BaseStreamer):
             self._written = len(text)
 
 
-def generate(loaded: Loaded, config: InferenceConfig, write: Callable[[str], None]) -> list[int]:
-    """Answers `config.prompt`, streaming the text to `write`; returns the generated ids, `</s>` among them.
+class StopAtText(StoppingCriteria):
+    """Ends each row of a batch whose text has reached a stop string."""
+
+    def __init__(self, ending: Ending, prompt_length: int):
+        self._ending = ending
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        """Whether each row has ended, as transformers asks after every token."""
+        rows = input_ids[:, self._prompt_length :].tolist()
+        return torch.tensor([self._ending.reached(row) for row in rows], device=input_ids.device)
+
+
+def generate(
+    loaded: Loaded, config: InferenceConfig, conversation: Conversation, write: Callable[[str], None]
+) -> Answer:
+    """Answers a conversation, streaming the text to `write`.
 
     The prompt's ids are those of training, `ChatTokenizer.encode_prompt`.
+
+    Raises:
+        UserError: the prompt is longer than the model's context.
     """
-    messages = [Message("system", config.system)] if config.system else []
-    conversation = Conversation((*messages, Message("user", config.prompt)))
-    prompt = torch.tensor([loaded.tokenizer.encode_prompt(conversation)], device=loaded.model.device)
-    sampling = (
+    prompt = loaded.tokenizer.encode_prompt(conversation)
+    ending = Ending(loaded.tokenizer, config)
+    rows = generate_rows(loaded, config, [prompt], ending, TextStream(ending, write), seed=config.seed)
+    return rows[0]
+
+
+def generate_rows(
+    loaded: Loaded,
+    config: InferenceConfig,
+    prompts: list[list[int]],
+    ending: Ending,
+    streamer: BaseStreamer | None = None,
+    *,
+    seed: int,
+) -> list[Answer]:
+    """The answers to several prompts at once, padded on the left to the longest.
+
+    Raises:
+        UserError: the longest leaves no room in the model's context.
+    """
+    longest = max(map(len, prompts))
+    room = context(loaded) - longest
+    if room < 1:
+        raise UserError(f"prompt: it takes {longest} tokens, and the model's context is {context(loaded)}; shorten it")
+    device = loaded.model.device
+    ids = torch.tensor([[UNK] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        output = loaded.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=sampling(config, room),
+            stopping_criteria=StoppingCriteriaList([StopAtText(ending, longest)]),
+            streamer=streamer,
+        )
+    return [ending.answer(row) for row in output[:, longest:].tolist()]
+
+
+def sampling(config: InferenceConfig, room: int) -> GenerationConfig:
+    """The settings in transformers' words; `room` is how many tokens the context still has."""
+    chosen = (
         {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
         if config.temperature > 0
         else {"do_sample": False}
     )
-    torch.manual_seed(config.seed)
-    with torch.inference_mode():
-        output = loaded.model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=GenerationConfig(
-                max_new_tokens=config.max_new_tokens, eos_token_id=EOS, pad_token_id=UNK, **sampling
-            ),
-            streamer=TextStream(loaded.tokenizer, write),
-        )
-    return output[0, prompt.shape[1] :].tolist()
+    limit = min(config.max_new_tokens, room)
+    return GenerationConfig(max_new_tokens=limit, eos_token_id=EOS, pad_token_id=UNK, **chosen)
+
+
+def context(loaded: Loaded) -> int:
+    """How many tokens the model can attend to, prompt and answer together."""
+    return int(loaded.model.config.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""`python -m inference`: configuration → model → answer on stdout."""
+"""`python -m inference`: configuration → model → what the task makes of it."""
 
 import sys
 
@@ -12,8 +12,16 @@ def main() -> None:
 
 
 def run(config: InferenceConfig) -> None:
-    """Streams the answer to `prompt`."""
+    """Does the task. What needs torch is imported after the checks, so that mistakes are told at once."""
     config.check()
+    {"generate": generate, "chat": chat, "batch": batch, "merge": merge}[config.task](config)
+
+
+def generate(config: InferenceConfig) -> None:
+    """Streams the answer to `prompt`."""
+    from inference.prompt import ask
+
+    conversation = ask(config)
     from inference.generate import generate
     from inference.load import load
 
@@ -21,5 +29,27 @@ def run(config: InferenceConfig) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    generate(load(config), config, write)
+    generate(load(config), config, conversation, write)
     write("\n")
+
+
+def chat(config: InferenceConfig) -> None:
+    """Holds a conversation in the terminal."""
+    from inference.chat import chat
+    from inference.load import load
+
+    chat(load(config), config)
+
+
+def batch(config: InferenceConfig) -> None:
+    """Answers the rows of `input` to `output`."""
+    from inference.batch import batch
+
+    batch(config)
+
+
+def merge(config: InferenceConfig) -> None:
+    """Writes base and adapter as one checkpoint to `output`."""
+    from inference.merge import merge
+
+    merge(config)

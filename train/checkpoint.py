@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from configs.errors import UserError
 from configs.receipt import machine, provenance
+from configs.weights import StoredWeights, local_directory
 from data.dataset import PreparedDataset
 from data.layout import MANIFEST
 from data.template import ChatTokenizer
@@ -75,6 +76,7 @@ class RunDirectory:
         self.path = Path(agree(config.run_dir or f"runs/{config.name}-{stamp}"))  # clocks differ between processes
         self._started = datetime.datetime.now(datetime.UTC)
         self._moved: list[Movement] = []
+        self._base_fingerprint: str | None = None  # of a random base there is none
         if problem := agree(self._problem() if processes.is_main else None):
             raise UserError(f"run_dir={self.path}: {problem}")
 
@@ -97,10 +99,26 @@ class RunDirectory:
         """Makes the directory, in the place of an older run where there is one, and writes config.yaml; collective.
 
         Raises:
-            UserError: it can't be written.
+            UserError: it can't be written, or the base's files can't be read.
         """
+        if problem := agree(self._know_the_base() if self.processes.is_main else None):
+            raise UserError(problem)
         if problem := agree(self._create() if self.processes.is_main else None):
             raise UserError(f"run_dir={self.path}: {problem}")
+
+    def _know_the_base(self) -> str | None:
+        """Takes the base's fingerprint, by which inference knows it again; what speaks against that.
+
+        Here and not when a receipt is written: what can fail, fails before anything was trained.
+        """
+        path, revision = self.config.model.path, self.config.model.revision
+        if path is not None:
+            named = f"model.path={path}"
+            try:
+                self._base_fingerprint = StoredWeights(local_directory(path, revision, named), named).fingerprint
+            except UserError as error:
+                return str(error)
+        return None
 
     def _create(self) -> str | None:
         try:
@@ -163,7 +181,11 @@ class RunDirectory:
             **provenance(PACKAGES),
             "hardware": hardware(self.processes),
             "batch": asdict(self.batch),
-            "base": {"path": self.config.model.path, "revision": self.config.model.revision},
+            "base": {
+                "path": self.config.model.path,
+                "revision": self.config.model.revision,
+                "fingerprint": self._base_fingerprint,
+            },
             "dataset": {
                 "path": str(self.dataset.directory),
                 "manifest_sha256": _sha256(self.dataset.directory / MANIFEST),

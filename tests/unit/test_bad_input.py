@@ -119,6 +119,23 @@ CASES = {
     "inference prompt=hi base=some_directory max_new_tokens=0": ["max_new_tokens=0"],
     "inference prompt=hi base=some_directory temperature=nan": ["temperature=nan"],
     "inference prompt=hi base=some_directory dtype=int8": ["dtype=int8"],
+    "inference prompt=hi base=some_directory stop=[a,'']": ["stop=", "empty"],
+    "inference prompt=hi base=some_directory stop=END": ["stop=END"],
+    "inference prompt=hi base=some_directory markers=drop": ["markers=drop", "reject, keep"],
+    "inference prompt=hi prompt_file=good.jsonl base=some_directory": ["prompt_file=good.jsonl", "one of the two"],
+    "inference prompt_file=absent.txt base=some_directory": ["prompt_file=absent.txt", "no such file"],
+    "inference prompt=[/INST]hi base=some_directory": ["prompt", "[/INST]", "markers=keep"],
+    "inference task=batch base=some_directory output=out.jsonl": ["input", "prompts.jsonl"],
+    "inference task=batch base=some_directory input=good.jsonl": ["output", "answers.jsonl"],
+    "inference task=batch base=some_directory input=absent output=out.jsonl": ["input=absent"],
+    "inference task=batch base=some_directory input=good.jsonl output=good.jsonl": ["output=good.jsonl", "overwrite"],
+    "inference task=batch base=some_directory input=good.jsonl output=o batch_size=0": ["batch_size=0"],
+    "inference task=batch base=some_directory input=good.jsonl output=o batching=none": ["batching=none", "padded"],
+    "inference task=batch base=some_directory input=good.jsonl output=o": ["base=some_directory"],
+    "inference task=merge base=some_directory output=o": ["adapter", "nothing to merge"],
+    "inference task=merge adapter=foreign_adapter": ["output", "models/merged"],
+    "inference task=merge adapter=foreign_adapter output=o": ["adapter=foreign_adapter", "IA3"],
+    "inference task=chat": ["adapter", "no model"],
 }
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
 from data.schema import IGNORE_INDEX, Conversation, Message
-from data.template import FIRST_PIECE, ChatTokenizer
+from data.template import BREAK, FIRST_PIECE, ChatTokenizer
 from tests.conftest import golden
 
 GOLDEN = golden("llama2_mixtral")
@@ -85,7 +85,22 @@ fragments = st.one_of(
     st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20),
     st.text(st.sampled_from(" \t\n\r\u00a0\u2003\u3000▁"), max_size=20),
     st.builds(lambda character, times: character * times, st.sampled_from("a=-#0.▁ é🧿"), st.integers(1, 70)),
-    st.sampled_from(("<s>", "</s>", "<unk>", "<0x0A>", "<0xF0>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "▁[")),
+    st.sampled_from(
+        (
+            "<s>",
+            "</s>",
+            "<unk>",
+            "<0x0A>",
+            "<0xF0>",
+            "[INST]",
+            "[/INST]",
+            "<<SYS>>",
+            "<</SYS>>",
+            "▁[",
+            "\ufdd0",
+            "\ufdd01",
+        )
+    ),
     st.sampled_from(("def f(x):\n    return x", "The answer is", "Größe", "你好", "مرحبا", "e\u0301", "12345.67")),
     st.sampled_from(("👩\u200d👩\u200d👧", "🧿", "\u200b", "\ufeff", "\x7f", "\x01", "\U0010ffff")),
 )
@@ -294,18 +309,63 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(directory)
 
 
+def stock_ids(stock: Any, conversation: Conversation) -> list[int]:
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    return stock.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
 @pytest.mark.parametrize("row", GOLDEN)
 def test_stock_transformers_gives_golden_ids(stock: Any, row: dict[str, Any]) -> None:
-    # The known limit of stock tokenizers: they read control tokens that a message spells out, so on such rows (one of
-    # the golden ones) they differ. Should that ever change, this test says so.
-    spelled = any(token in m["content"] for m in row["messages"] for token in ("<s>", "</s>", "<unk>"))
-    ids = stock.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
-    assert (ids != row["ids"]) if spelled else (ids == row["ids"])
+    """Every golden row, the one that spells out control tokens among them."""
+    assert stock.apply_chat_template(row["messages"], tokenize=True, return_dict=False) == row["ids"]
+    prompt = stock.apply_chat_template(row["messages"], tokenize=True, return_dict=False, add_generation_prompt=True)
+    assert prompt == row["ids"]
+
+
+@pytest.mark.parametrize("row", GOLDEN)
+def test_programs_that_render_first_and_tokenize_then_get_the_same_ids(stock: Any, row: dict[str, Any]) -> None:
+    """Servers do; whether they ask for special tokens or not, `<s>` is not doubled."""
+    text = stock.apply_chat_template(row["messages"], tokenize=False)
+    assert stock(text, add_special_tokens=False).input_ids == stock(text).input_ids == row["ids"]
+
+
+@given(conversations())
+@settings(max_examples=300)
+def test_stock_transformers_gives_our_ids_whatever_is_said(stock: Any, conversation: Conversation) -> None:
+    assert stock_ids(stock, conversation) == chat().encode(conversation).ids
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufdd0",
+        "\ufdd00",
+        "\ufdd01",
+        "<\ufdd01s>",
+        "\ufdd01\ufdd00<s>\ufdd0</s>",
+        "<<s>s>",
+        "</</s>s>",
+        "<s",
+        "</s>\ufdd0",
+    ],
+)
+def test_the_escape_itself_can_be_said(stock: Any, text: str) -> None:
+    conversation = Conversation((Message("system", text), Message("user", text), Message("assistant", text)))
+    assert stock_ids(stock, conversation) == chat().encode(conversation).ids
 
 
 @pytest.mark.parametrize("row", GOLDEN)
 def test_stock_template_renders_the_text(stock: Any, row: dict[str, Any]) -> None:
-    assert stock.apply_chat_template(row["messages"], tokenize=False) == row["text"]
+    text = stock.apply_chat_template(row["messages"], tokenize=False)
+    assert text.replace(BREAK, "") == row["text"]
+    spelled = any(token in message["content"] for message in row["messages"] for token in ("<s>", "</s>", "<unk>"))
+    assert (BREAK in text) == spelled
+
+
+def test_stock_decoding_shows_the_answer_without_the_space_before_it(stock: Any) -> None:
+    conversation = Conversation((Message("user", "x"), Message("assistant", "Größe 🧿")))
+    answer = chat().encode(conversation).ids[len(chat().encode_prompt(conversation)) :]
+    assert stock.decode(answer, skip_special_tokens=True) == "Größe 🧿 "
 
 
 @pytest.mark.parametrize("roles", [("assistant",), ("user", "user"), ("system", "assistant"), ("user", "system")])

@@ -1,11 +1,22 @@
 """The stream of an answer: every character whole, nothing of the template, nothing lost."""
 
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from configs.errors import UserError
 from data.schema import Conversation, Message
 from data.template import EOS, ChatTokenizer
-from inference.generate import TextStream
+from inference.config import InferenceConfig
+from inference.generate import Ending, TextStream, generate
+from inference.load import Loaded
+from inference.prompt import ask
+from tests.unit.inference.test_adapter import make_base
 
 REPLIES = [
     "Hello there!",
@@ -27,7 +38,7 @@ def test_the_pieces_of_a_stream_are_the_reply(reply: str) -> None:
     assert answer[-1] == EOS
 
     pieces: list[str] = []
-    stream = TextStream(tokenizer, pieces.append)
+    stream = TextStream(Ending(tokenizer, InferenceConfig()), pieces.append)
     stream.put(torch.tensor([prompt]))
     for token in answer:
         stream.put(torch.tensor([token]))
@@ -41,10 +52,118 @@ def test_a_stream_cut_in_the_middle_of_a_character_ends_there() -> None:
     tokenizer = ChatTokenizer.load()
     reply = tokenizer.encode(Conversation((Message("user", "go"), Message("assistant", "a 🧿")))).ids[:-3]
     pieces: list[str] = []
-    stream = TextStream(tokenizer, pieces.append)
+    stream = TextStream(Ending(tokenizer, InferenceConfig()), pieces.append)
     prompt = tokenizer.encode_prompt(Conversation((Message("user", "go"),)))
     stream.put(torch.tensor([prompt]))
     for token in reply[len(prompt) :]:
         stream.put(torch.tensor([token]))
     stream.end()
     assert "".join(pieces).startswith("a ")
+
+
+def streamed(reply: str, **settings: Any) -> tuple[str, str]:
+    """What a stream writes of a reply with stop strings, and the text of the whole answer."""
+    tokenizer = ChatTokenizer.load()
+    ending = Ending(tokenizer, InferenceConfig(**settings))
+    prompt = tokenizer.encode_prompt(Conversation((Message("user", "go"),)))
+    answer = tokenizer.encode(Conversation((Message("user", "go"), Message("assistant", reply)))).ids[len(prompt) :]
+    pieces: list[str] = []
+    stream = TextStream(ending, pieces.append)
+    stream.put(torch.tensor([prompt]))
+    taken: list[int] = []
+    for token in answer:
+        taken.append(token)
+        stream.put(torch.tensor([token]))
+        if ending.reached(taken):
+            break
+    stream.end()
+    return "".join(pieces), ending.answer(taken).text
+
+
+@pytest.mark.parametrize(
+    ("reply", "stop", "expected"),
+    [
+        ("one two three", ["two"], "one"),
+        ("one two three", ["three", "two t"], "one"),
+        ("one tw", ["two"], "one tw"),
+        ("first\n\nsecond", ["\n\n"], "first"),
+        ("eins 🧿 zwei", ["🧿"], "eins"),
+        ("a 👩\u200d👩\u200d👧 b", ["b"], "a 👩\u200d👩\u200d👧"),
+        ("stop", ["stop"], ""),
+        ("Sure. [INST] And now? [/INST] Yes.", [], "Sure."),
+        ("Sure.</s> no", [], "Sure.</s> no"),
+        ("x <<SYS>>", [], "x"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string(reply: str, stop: list[str], expected: str) -> None:
+    assert streamed(reply, stop=stop) == (expected, expected)
+
+
+def test_markers_are_text_where_they_are_kept() -> None:
+    reply = "The template has [INST] and [/INST]."
+    assert streamed(reply, markers="keep") == (reply, reply)
+
+
+def small(**sizes: int) -> Loaded:
+    return Loaded(make_base(torch.float32, vocab_size=32_000, **sizes), ChatTokenizer.load())
+
+
+def test_a_stop_string_ends_generation_and_not_only_what_is_shown() -> None:
+    loaded = small()
+    asked = Conversation((Message("user", "go"),))
+    whole = generate(loaded, InferenceConfig(max_new_tokens=12), asked, lambda _: None)
+    assert whole.finish_reason == "length"
+    assert len(whole.ids) == 12
+    word = loaded.tokenizer.decode(whole.ids[5:7])
+    cut = generate(loaded, InferenceConfig(max_new_tokens=12, stop=[word]), asked, lambda _: None)
+    assert cut.finish_reason == "stop"
+    assert len(cut.ids) < 12
+    assert whole.text.startswith(cut.text)
+    assert word not in cut.text
+
+
+def test_the_context_bounds_prompt_and_answer() -> None:
+    loaded = small(max_position_embeddings=24)
+    asked = Conversation((Message("user", "go"),))
+    prompt = len(loaded.tokenizer.encode_prompt(asked))
+    answer = generate(loaded, InferenceConfig(max_new_tokens=50), asked, lambda _: None)
+    assert len(answer.ids) == 24 - prompt
+    with pytest.raises(UserError, match=r"^prompt: it takes \d+ tokens, and the model's context is 24"):
+        generate(loaded, InferenceConfig(), Conversation((Message("user", "go " * 30),)), lambda _: None)
+
+
+# The prompt
+
+
+def test_a_prompt_comes_from_the_setting_a_file_or_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Größe?\nIn metres, [please].\n"
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    ways = (
+        InferenceConfig(prompt=text),
+        InferenceConfig(prompt="-"),
+        InferenceConfig(prompt_file=str(tmp_path / "prompt.txt")),
+    )
+    chat = ChatTokenizer.load()
+    expected = chat.encode_prompt(Conversation((Message("user", text),)))
+    assert [chat.encode_prompt(ask(config)) for config in ways] == [expected] * 3
+    with_system = ask(InferenceConfig(prompt="x", system="Be brief."))
+    assert with_system == Conversation((Message("system", "Be brief."), Message("user", "x")))
+
+
+@pytest.mark.parametrize("marker", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+@pytest.mark.parametrize("field", ["prompt", "system"])
+def test_markers_in_what_is_said_are_refused_unless_told(marker: str, field: str) -> None:
+    settings = {"prompt": "hello", field: f"x {marker} y"}
+    with pytest.raises(UserError, match=f"^{field}: it holds the template's own marker"):
+        ask(InferenceConfig(**settings))
+    ask(InferenceConfig(**settings, markers="keep"))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"^prompt_file=\S+: it is not UTF-8 text"):
+        ask(InferenceConfig(prompt_file=str(tmp_path / "prompt")))
+    (tmp_path / "prompt").write_text(" \n")
+    with pytest.raises(UserError, match="nothing to answer"):
+        ask(InferenceConfig(prompt_file=str(tmp_path / "prompt")))

@@ -1,0 +1,126 @@
+"""A model's safetensors: which files they are, what they hold, and what tells one model's weights from another's.
+
+Light: reading a header needs no torch. The format is an 8-byte little-endian length, a JSON header that gives each
+tensor's dtype, shape and byte range, and the bytes (github.com/huggingface/safetensors).
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from configs.errors import UserError, one_line
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+SAMPLES, SAMPLE_BYTES = 4, 1024
+"""How much of each tensor its fingerprint reads: this many blocks of this size, evenly spread."""
+
+REMEDY = "name a Mixtral's directory with config.json and safetensors, or a hub id that can be reached"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file: dtype as safetensors writes it (`BF16`), shape, and where its bytes lie in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+
+class StoredWeights:
+    """The weights of a model directory, known by their headers alone."""
+
+    def __init__(self, directory: Path, named: str):
+        """Reads the headers; errors begin with `named`.
+
+        Raises:
+            UserError: the directory holds no weights in safetensors, or not all that its index names.
+        """
+        self.directory = directory
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in _files(directory, named):
+            try:
+                self.tensors |= {tensor.name: tensor for tensor in read_header(file)}
+            except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+                raise UserError(f"{named}: its {file.name} can't be read ({one_line(error)}); {REMEDY}") from error
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, in the order of their names."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and evenly spread samples of every tensor.
+
+        The same for a model that was only dealt out to other files. Reads kilobytes of each tensor and not all of
+        it, so that it takes no minutes on 93 GB: it tells a model from any other training of it, where every tensor
+        differs all over; it is no proof against a forger.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+            size = tensor.end - tensor.begin
+            with tensor.file.open("rb") as file:
+                for sample in range(SAMPLES):
+                    file.seek(tensor.begin + max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    digest.update(file.read(min(SAMPLE_BYTES, size)))
+        return digest.hexdigest()
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one file in the order of their bytes."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:
+            raise ValueError("it is no safetensors file, or cut short")
+        header = json.loads(stream.read(length))
+    start = 8 + length
+    tensors = [
+        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, *(start + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    if tensors and max(tensor.end for tensor in tensors) != file.stat().st_size:
+        raise ValueError("it is cut short")
+    return sorted(tensors, key=lambda tensor: tensor.begin)
+
+
+def local_directory(source: str, revision: str | None, named: str) -> Path:
+    """The directory of a model: itself, or the hub's snapshot of it, downloaded where it is not here yet.
+
+    Raises:
+        UserError: there is no such directory, and the hub gave none.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md"]
+    try:
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=["consolidated*"])
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{named}: no directory, and the hub gave none ({one_line(error)}); {REMEDY}") from error
+
+
+def _files(directory: Path, named: str) -> list[Path]:
+    if (directory / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{named}: its {INDEX} is none ({one_line(error)}); {REMEDY}") from error
+    else:
+        names = [SINGLE]
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise UserError(f"{named}: its {name} is missing; {REMEDY}")
+    return [directory / name for name in names]

@@ -1,0 +1,329 @@
+"""Many prompts of a file → one answer line each, in the order of the file; a killed run goes on where it was.
+
+{output}.part     while it runs: what the run is, then each answer as it comes. Only ever appended to.
+{output}          when all is answered: the lines sorted, errors among them
+
+An answer line has `line` (of the input, from 1), `id` (the row's, or null), `answer`, `finish_reason`, `prompt_tokens`
+and `tokens`; the line of a row that can't be answered has `line`, `id` and `error` (a reason code and a sentence).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from configs.errors import UserError
+from data.conversion import detect_schema, to_conversation
+from data.schema import Conversation, Message
+from data.sources import RawRow
+from data.template import ChatTokenizer
+from inference.adapter import WEIGHTS
+from inference.config import InferenceConfig
+from inference.generate import Answer, Ending, context, generate_rows, sampling
+from inference.load import Loaded, load
+
+SETTINGS = (
+    *("adapter", "base", "revision", "fold", "dtype", "system", "markers", "max_new_tokens", "stop"),
+    *("temperature", "top_p", "top_k", "seed", "batch_size", "batching"),
+)
+"""What a run must have in common with the one that it continues."""
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row that can be answered: its line in the input, its id, and the token ids that generation starts from."""
+
+    line: int
+    id: Any
+    ids: list[int]
+
+
+def batch(config: InferenceConfig) -> dict[str, int]:
+    """Answers every row of `input` to `output`; returns how many rows were answered, failed, and taken from before.
+
+    Raises:
+        UserError: the input can't be read, the output is there, or the run that it would continue was another.
+    """
+    source, output = Path(str(config.input)), Path(str(config.output))
+    lines = _lines(source)
+    if output.exists() and not config.overwrite:
+        raise UserError(f"output={output}: it is there already; name another file, or give overwrite=true")
+    if output.resolve() == source.resolve() or output.is_dir():
+        raise UserError(f"output={output}: that is no file to write answers to; name another")
+    with _journal(output.with_name(f"{output.name}.part"), _identity(config, source)) as journal:
+        loaded = load(config)
+        prompts, errors = read_prompts(lines, loaded.tokenizer, config, context(loaded))
+        units = plan(prompts, 1 if config.batching == "continuous" else config.batch_size)
+        done = journal.keep([[prompt.line for prompt in unit] for unit in units])
+        left = [unit for unit in units if unit[0].line not in done]
+        with _progress(len(prompts), len(done)) as advance:
+            answering = answer_continuously if config.batching == "continuous" else answer_padded
+            for answers in answering(loaded, config, left):
+                journal.append(answers)
+                advance(len(answers))
+        _finish(output, [*journal.answers(), *errors])
+        journal.path.unlink()
+    summary = {"answered": len(prompts), "failed": len(errors), "from_before": len(done)}
+    console.print(
+        f"{output}: {len(prompts)} answers ({len(done)} of them from before), {len(errors)} unusable rows",
+        soft_wrap=True,
+    )
+    return summary
+
+
+# Rows
+
+
+def _lines(source: Path) -> list[bytes]:
+    try:
+        return source.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"input={source}: it can't be read ({error.strerror}); give a file of JSON Lines") from error
+
+
+def read_prompts(
+    lines: list[bytes], tokenizer: ChatTokenizer, config: InferenceConfig, room: int
+) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    """The rows that can be answered, and the answer lines of those that can't; blank lines are no rows."""
+    prompts: list[Prompt] = []
+    errors: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        identity, outcome = _read(line, config)
+        if isinstance(outcome, Conversation):
+            ids = tokenizer.encode_prompt(outcome)
+            if len(ids) < room:
+                prompts.append(Prompt(number, identity, ids))
+                continue
+            reason, detail = "too_long", f"the prompt takes {len(ids)} tokens, and the model's context is {room}"
+        else:
+            reason, detail = outcome
+        errors.append({"line": number, "id": identity, "error": {"reason": reason, "detail": detail}})
+    return prompts, errors
+
+
+def _read(line: bytes, config: InferenceConfig) -> tuple[Any, Conversation | tuple[str, str]]:
+    """The row's id, and its conversation, or reason and detail; `system` speaks where the row has no such message."""
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return None, ("invalid_utf8", "the line is not UTF-8 text")
+    except (ValueError, RecursionError) as error:
+        return None, ("invalid_json", f"the line is not JSON ({error})")
+    identity = value.get("id") if isinstance(value, dict) else None
+    schema = detect_schema(value, {})
+    if schema is None:
+        return identity, ("unknown_schema", "it has none of the fields messages, conversations, instruction")
+    keep = config.markers == "keep"
+    row = RawRow(value, str(config.input), "line", 0)
+    outcome = to_conversation(row, schema, keep_markers=keep, reply_needed=False)
+    if not isinstance(outcome, Conversation):
+        return identity, (outcome.reason, outcome.detail)
+    if config.system and outcome.system is None:
+        outcome = Conversation((Message("system", config.system), *outcome.messages))
+    return identity, outcome
+
+
+def plan(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+    """Prompts of like length together, the longest first, so that too little memory shows at once."""
+    ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.line))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+# Answers
+
+
+def answer_padded(loaded: Loaded, config: InferenceConfig, units: list[list[Prompt]]) -> Iterator[list[dict[str, Any]]]:
+    """Answers each unit as a batch, padded to its longest."""
+    ending = Ending(loaded.tokenizer, config)
+    for unit in units:
+        # From the seed and the unit's place alone, so that a run which is continued samples the same.
+        answers = generate_rows(
+            loaded, config, [prompt.ids for prompt in unit], ending, seed=config.seed + unit[0].line
+        )
+        yield [record(prompt, answer) for prompt, answer in zip(unit, answers, strict=True)]
+
+
+def answer_continuously(
+    loaded: Loaded, config: InferenceConfig, units: list[list[Prompt]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Answers all in transformers' continuous batching, each as it ends."""
+    from transformers import ContinuousBatchingConfig
+
+    if not units:
+        return
+    ending = Ending(loaded.tokenizer, config)
+    waiting = {str(unit[0].line): unit[0] for unit in units}
+    longest = max(len(prompt.ids) for prompt in waiting.values())
+    page = 64  # tokens; left alone, transformers takes all memory that is free for its cache
+    settings = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=config.batch_size * -(-(longest + config.max_new_tokens) // page),
+        max_batch_tokens=max(longest, 512),
+        max_requests_per_batch=config.batch_size,
+        seed=config.seed,
+    )
+    generation = sampling(config, config.max_new_tokens)
+    with loaded.model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=settings
+    ) as manager:
+        for name, prompt in waiting.items():
+            limit = min(config.max_new_tokens, context(loaded) - len(prompt.ids))
+            manager.add_request(prompt.ids, request_id=name, max_new_tokens=limit)
+        while waiting:
+            output = manager.get_result(timeout=1)
+            if output is None:
+                if not manager.is_running():
+                    raise RuntimeError("transformers' continuous batching stopped before all prompts were answered")
+                continue
+            if output.error is not None:
+                raise RuntimeError(f"transformers' continuous batching failed: {output.error}")
+            prompt = waiting.pop(output.request_id)
+            yield [record(prompt, ending.answer(list(output.generated_tokens)))]
+
+
+def record(prompt: Prompt, answer: Answer) -> dict[str, Any]:
+    """The answer line of a prompt."""
+    return {
+        "line": prompt.line,
+        "id": prompt.id,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": len(prompt.ids),
+        "tokens": len(answer.ids),
+    }
+
+
+# Files
+
+
+class Journal:
+    """`{output}.part`: a first line that says what the run is, then whole units of answers."""
+
+    def __init__(self, path: Path, descriptor: int, offset: int):
+        self.path = path
+        self._descriptor = descriptor
+        self._start = offset
+
+    def keep(self, units: list[list[int]]) -> set[int]:
+        """Drops what a kill left of a unit that was not whole; the lines that are answered."""
+        place, wanted = self._start, {unit[0]: unit for unit in units}
+        content = self.path.read_bytes()
+        done: set[int] = set()
+        while place < len(content):
+            whole: list[int] = []
+            unit: list[int] = []
+            end = place
+            while not whole or len(whole) < len(unit):
+                newline = content.find(b"\n", end)
+                if newline < 0:
+                    break
+                whole.append(json.loads(content[end:newline])["line"])
+                unit = wanted.get(whole[0], [])
+                end = newline + 1
+            if whole != unit or not unit:
+                break
+            done |= set(whole)
+            place = end
+        os.ftruncate(self._descriptor, place)
+        return done
+
+    def append(self, answers: list[dict[str, Any]]) -> None:
+        """Adds a unit, in one write, and waits until the disk has it."""
+        text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        view = memoryview(text.encode())
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        os.fsync(self._descriptor)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """All answers so far."""
+        return [json.loads(line) for line in self.path.read_bytes()[self._start :].splitlines()]
+
+
+@contextmanager
+def _journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
+    """The journal of this run, begun or continued; held by one process at a time.
+
+    Raises:
+        UserError: it can't be written, another process writes it, or it belongs to another run.
+    """
+    descriptor = _locked(path)
+    try:
+        head, _, answers = path.read_bytes().partition(b"\n")
+        before = json.loads(head) if answers else identity
+        for field, value in identity.items():
+            if before.get(field) != value:
+                raise UserError(
+                    f"{field}={value}: the run that {path} belongs to had {field}={before.get(field)}; "
+                    f"give the same again, or remove the file to start over"
+                )
+        if not answers:
+            os.ftruncate(descriptor, 0)
+            head = json.dumps(identity).encode()
+            os.write(descriptor, head + b"\n")
+        yield Journal(path, descriptor, len(head) + 1)
+    finally:
+        if path.exists() and path.read_bytes().count(b"\n") < 2:  # nothing was answered: nothing to go on from
+            path.unlink()
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the journal, for this process alone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"output={path}: another process is writing it; wait for it, or name another") from error
+    return descriptor
+
+
+def _identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
+    """What tells this run from another: the input's and the adapter's bytes, and all that decides the answers."""
+    weights = Path(str(config.adapter)) / WEIGHTS
+    return {
+        "input": _sha256(source),
+        "adapter_weights": _sha256(weights) if weights.is_file() else None,
+        **{name: getattr(config, name) for name in SETTINGS},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finish(output: Path, answers: list[dict[str, Any]]) -> None:
+    """Writes all lines in the input's order, and lets them appear at once."""
+    temporary = output.with_name(f".{output.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for answer in sorted(answers, key=lambda answer: int(answer["line"])):
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(output)
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("Answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=total, completed=done)
+        yield lambda count: progress.advance(bar, count)

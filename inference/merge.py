@@ -1,0 +1,227 @@
+"""Base and adapter → one checkpoint, from file to file: no model is built, and each thread holds one block of a matrix.
+
+The checkpoint has the base's files, tensor for tensor in Mixtral's original names. What the adapter leaves alone is
+copied by the kernel; what it changes is read, folded and written. Everything happens in a hidden directory beside the
+output, which takes its name when it is whole and verified.
+"""
+
+import datetime
+import json
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from transformers import GenerationConfig
+
+from configs.errors import UserError
+from configs.receipt import machine, provenance
+from configs.weights import INDEX, StoredWeights, local_directory
+from data.template import BOS, EOS, UNK
+from inference.adapter import BLOCK, Adapter
+from inference.card import write_card
+from inference.checkpoint import Piece, pieces
+from inference.config import InferenceConfig
+from inference.load import find_adapter, find_base, load_tokenizer
+from inference.verify import verify
+
+RECEIPT = "merge.json"
+"""Written last into the output: what was merged, from what, by what, and what the verification measured."""
+
+PACKAGES = ("openhermes-mixtral", "torch", "transformers", "peft", "safetensors", "tokenizers")
+
+MOST_THREADS = 8
+"""More would only wait for the disk."""
+
+console = Console(stderr=True)
+
+
+def merge(config: InferenceConfig) -> dict[str, Any]:
+    """Writes `output` from base and adapter; returns its receipt.
+
+    Raises:
+        UserError: the two don't belong together, or the output can't be written, or would lose the adapter to rounding.
+        VerificationError: what was written is not base + adapter.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    base = find_base(config)
+    adapter = find_adapter(config, base)
+    tokenizer = load_tokenizer(base)
+    source = local_directory(base.source, base.revision, base.named)
+    weights = StoredWeights(source, base.named)
+    parts = pieces(weights, base.architecture, base.named)
+
+    output = Path(str(config.output))
+    _check_output(output, config.overwrite, source, adapter.directory, sum(piece.size for piece in parts))
+
+    temporary = output.parent / f".{output.name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        seconds = write_weights(temporary, parts, adapter)
+        shutil.copyfile(source / "config.json", temporary / "config.json")
+        GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=UNK).save_pretrained(temporary)
+        tokenizer.save(temporary)
+        receipt = {
+            "started": started,
+            **provenance(PACKAGES),
+            "hardware": machine(),
+            "base": {"path": base.source, "revision": base.revision, "fingerprint": weights.fingerprint},
+            "adapter": {"path": str(adapter.directory), "settings": adapter.settings, "receipt": adapter.receipt},
+            "merged": {"bytes": sum(piece.size for piece in parts), "seconds": seconds},
+            "verification": verify(temporary, parts, adapter, tokenizer) if config.verify else None,
+        }
+        write_card(temporary, output.name, source, receipt, config.licence)
+        (temporary / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        _take_the_name(temporary, output)
+    except OSError as error:
+        raise UserError(
+            f"output={output}: it can't be written ({error.strerror or error}); name a writable place with room for "
+            f"{sum(piece.size for piece in parts) / 1e9:.1f} GB"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _show(output, receipt)
+    return receipt
+
+
+def write_weights(directory: Path, parts: list[Piece], adapter: Adapter) -> float:
+    """Writes the merged tensors to files of the base's names, and their index; returns the seconds that it took.
+
+    Threads take a tensor each and do its small sums alone: torch's own threads would wait for each other after every
+    block, and for whatever else runs on the machine.
+    """
+    started = time.perf_counter()
+    names = list(dict.fromkeys(piece.stored.file.name for piece in parts))
+    columns = ("Merging", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with (
+        single_threaded_torch(),
+        ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        bar = progress.add_task("", total=sum(piece.size for piece in parts))
+        for name in names:
+            here = [piece for piece in parts if piece.stored.file.name == name]
+            with (directory / name).open("wb", buffering=0) as file:
+                head = header(here)
+                file.write(head)
+                ends = accumulate((piece.size for piece in here), initial=len(head))
+                begins = list(ends)[:-1]
+                for size in threads.map(lambda piece, at: write_piece(piece, adapter, file, at), here, begins):
+                    progress.advance(bar, size)
+                os.fsync(file.fileno())
+    if len(names) > 1:
+        index = {
+            "metadata": {"total_size": sum(piece.size for piece in parts)},
+            "weight_map": {piece.stored.name: piece.stored.file.name for piece in parts},
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return time.perf_counter() - started
+
+
+def write_piece(piece: Piece, adapter: Adapter, file: BinaryIO, at: int) -> int:
+    """Writes a piece with the adapter's change, where it has one, to that place of a file; returns its bytes.
+
+    A few hundred kilobytes are read, summed and written at a time, so that they never leave the processor's cache.
+    """
+    with piece.stored.file.open("rb", buffering=0) as source:
+        if piece.parameter not in adapter.updates:
+            done = 0
+            while done < piece.size:  # by the kernel, without bringing the bytes into this process
+                begin, left = piece.stored.begin + done, piece.size - done
+                done += os.copy_file_range(source.fileno(), file.fileno(), left, begin, at + done)
+            return piece.size
+        height = piece.stored.shape[0]
+        row_bytes = piece.size // height
+        step = max(1, BLOCK["cpu"] * piece.dtype.itemsize // row_bytes)
+        first = piece.rows.start or 0
+        buffer = bytearray(step * row_bytes)
+        for row in range(0, height, step):
+            view = memoryview(buffer)[: min(step, height - row) * row_bytes]
+            _exactly(os.preadv(source.fileno(), [view], piece.stored.begin + row * row_bytes), view)
+            block = torch.frombuffer(view, dtype=piece.dtype).view(-1, *piece.stored.shape[1:])
+            adapter.fold(piece.parameter, block, piece.expert, slice(first + row, first + row + len(block)))
+            _exactly(os.pwrite(file.fileno(), view, at + row * row_bytes), view)
+    return piece.size
+
+
+def _exactly(count: int, view: memoryview) -> None:
+    if count != len(view):
+        raise OSError(f"{count} of {len(view)} bytes were moved")
+
+
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """One thread for each operation of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def header(parts: list[Piece]) -> bytes:
+    """The head of a safetensors file with these tensors in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for piece in parts:
+        begin, end = end, end + piece.size
+        entry = {"dtype": piece.stored.dtype, "shape": list(piece.stored.shape), "data_offsets": [begin, end]}
+        entries[piece.stored.name] = entry
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors begin at multiples of eight bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path, size: int) -> None:
+    place = output.resolve()
+    if any(path.resolve().is_relative_to(place) for path in (source, adapter, Path.cwd())):
+        raise UserError(f"output={output}: it holds the base, the adapter or the working directory; name another")
+    if output.exists():
+        if not (output / RECEIPT).is_file():
+            raise UserError(f"output={output}: something is there that no merge wrote; name another directory")
+        if not overwrite:
+            raise UserError(f"output={output}: a merged model is there; name another, or give overwrite=true")
+    parent = next(path for path in place.parents if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"output={output}: {parent} is not writable; name another place")
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise UserError(
+            f"output={output}: the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, or "
+            f"name another disk"
+        )
+
+
+def _take_the_name(temporary: Path, output: Path) -> None:
+    """Makes the output appear whole; an older one goes when the new one is there."""
+    for path in (*temporary.iterdir(), temporary):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = output.parent / f".{output.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    temporary.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _show(output: Path, receipt: dict[str, Any]) -> None:
+    table = Table(title=f"{output}", show_header=False, title_justify="left")
+    merged = receipt["merged"]
+    table.add_row("bytes written", f"{merged['bytes']:,} at {merged['bytes'] / merged['seconds'] / 1e9:.2f} GB/s")
+    for name, value in (receipt["verification"] or {}).items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.2e}")
+    console.print(table)

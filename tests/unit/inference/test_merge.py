@@ -1,0 +1,279 @@
+"""A merged checkpoint is base + adapter, whole, or not there."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+from configs.errors import UserError
+from configs.weights import StoredWeights
+from data.template import ChatTokenizer
+from inference import merge as merging
+from inference.adapter import Adapter
+from inference.checkpoint import pieces
+from inference.config import InferenceConfig
+from inference.load import load
+from inference.merge import merge
+from inference.verify import (
+    VerificationError,
+    compare_logits,
+    compare_tensors,
+    logits,
+    sample_conversations,
+    streamed,
+)
+from tests.unit.inference.test_adapter import KINDS, make_adapter, make_base
+
+SIZES = {"vocab_size": 32_000}
+
+
+def make(top: Path, dtype: torch.dtype = torch.bfloat16, *, kind: str = "all", **saving: Any) -> InferenceConfig:
+    base = make_base(dtype, **SIZES)
+    base.save_pretrained(top / "base", **saving)
+    make_adapter(top / "adapter", base, **KINDS[kind])
+    return InferenceConfig(
+        task="merge", base=str(top / "base"), adapter=str(top / "adapter"), output=str(top / "out"), device="cpu"
+    )
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def files(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["all", "attention-only", "rank-stabilised", "low-rank-router", "trained-router"])
+def test_the_merged_model_is_the_folded_one_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    config = make(tmp_path, kind=kind)
+    receipt = merge(config)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    config.dtype = "bfloat16"
+    folded = load(config).model.state_dict()
+    assert merged.keys() == folded.keys()
+    assert all(torch.equal(merged[name], folded[name]) for name in folded)
+    assert files(tmp_path / "out") == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "merge.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((tmp_path / "out" / "merge.json").read_text()) == receipt
+    measured = receipt["verification"]
+    assert measured["tensors_changed"] + measured["tensors_bit_identical"] == len(tensors(tmp_path / "out"))
+    assert measured["logits_difference"] <= 2 * measured["logits_difference_unmerged"] < 0.1
+    assert measured["logits_difference_without_adapter"] > 4 * measured["logits_difference"]
+
+
+def test_however_the_base_is_stored_the_merged_tensors_are_the_same(tmp_path: Path) -> None:
+    """One file or several, Mixtral's original names or those of transformers' model: original names come out."""
+    forms: dict[str, dict[str, Any]] = {
+        "one-file": {},
+        "several-files": {"max_shard_size": "20KB"},
+        "names-of-the-model": {"save_original_format": False},
+    }
+    outcomes = {}
+    for name, saving in forms.items():
+        merge(make(tmp_path / name, **saving))
+        outcomes[name] = tensors(tmp_path / name / "out")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in tensors(tmp_path / "names-of-the-model" / "base")
+    assert len(list((tmp_path / "several-files" / "out").glob("*.safetensors"))) > 3
+    first = outcomes["one-file"]
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in first
+    for outcome in outcomes.values():
+        assert outcome.keys() == first.keys()
+        assert all(torch.equal(outcome[name], first[name]) for name in first)
+    for name in forms:
+        MixtralForCausalLM.from_pretrained(tmp_path / name / "out")
+
+
+def test_a_float32_base_stays_float32(tmp_path: Path) -> None:
+    config = make(tmp_path, torch.float32)
+    assert merge(config)["verification"]["logits_difference"] < 1e-5
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_the_logits_are_compared_with_stock_peft(tmp_path: Path) -> None:
+    """What the verification streams a layer at a time is what stock PEFT computes on the whole model."""
+    config = make(tmp_path)
+    base = MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = Adapter(tmp_path / "adapter", base.config)
+    parts = pieces(StoredWeights(tmp_path / "base", "base"), base.config, "base")
+    model = streamed(base.config, torch.bfloat16, parts, adapter)
+    whole = PeftModel.from_pretrained(base, str(config.adapter)).eval()
+    chat = ChatTokenizer.load()
+    ours, theirs = (logits(each, chat, sample_conversations()) for each in (model, whole))
+    assert torch.equal(ours, theirs)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def damaged(directory: Path, edit: Any) -> None:
+    stored = load_file(directory / "model.safetensors")
+    edit(stored)
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_verification_finds_what_is_wrong(tmp_path: Path) -> None:
+    config = make(tmp_path, kind="experts-only")
+    merge(config)
+    base = make_base(torch.bfloat16, **SIZES)
+    adapter = Adapter(tmp_path / "adapter", base.config)
+    parts = pieces(StoredWeights(tmp_path / "base", "base"), base.config, "base")
+    good = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(tmp_path / "base" / "model.safetensors")
+    expert = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+
+    def one_bit(stored: dict[str, torch.Tensor]) -> None:
+        stored["model.norm.weight"].view(torch.int16)[7] ^= 1
+
+    def left_out(stored: dict[str, torch.Tensor]) -> None:
+        stored[expert.format(2)] = original[expert.format(2)]
+
+    def mispaired(stored: dict[str, torch.Tensor]) -> None:
+        for name in list(stored):
+            if ".experts.0." in name:
+                other = name.replace(".experts.0.", ".experts.1.")
+                stored[name], stored[other] = stored[other].clone(), stored[name].clone()
+
+    for edit, comparison, sentence in (
+        (one_bit, compare_tensors, "model.norm.weight changed"),
+        (left_out, compare_tensors, "experts.2.w1.weight is lost in rounding"),
+        (mispaired, compare_logits, "logits differ"),
+    ):
+        save_file(good, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+        damaged(tmp_path / "out", edit)
+        extra = (ChatTokenizer.load(),) if comparison is compare_logits else ()
+        with pytest.raises((VerificationError, UserError), match=sentence):
+            comparison(tmp_path / "out", parts, adapter, *extra)  # type: ignore[operator]
+
+
+def test_a_failed_verification_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(tmp_path)
+    whole = Adapter.fold
+
+    def half(self: Adapter, parameter: str, weight: torch.Tensor, *rest: Any) -> None:
+        if ".q_proj" not in parameter:
+            whole(self, parameter, weight, *rest)
+
+    monkeypatch.setattr(Adapter, "fold", half)
+    with pytest.raises(UserError, match=r"q_proj.weight is lost in rounding"):
+        merge(config)
+    assert files(tmp_path) == {"base", "adapter"}
+
+
+def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))  # real writes that really fail
+    try:
+        with pytest.raises(UserError, match=rf"output={tmp_path}/out: it can't be written"):
+            merge(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(tmp_path) == {"base", "adapter"}
+
+
+def test_what_is_there_is_replaced_only_when_told_and_only_by_its_like(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    merge(config)
+    with pytest.raises(UserError, match="a merged model is there"):
+        merge(config)
+    config.overwrite = True
+    merge(config)
+    (tmp_path / "papers").mkdir()
+    config.output = str(tmp_path / "papers")
+    with pytest.raises(UserError, match="no merge wrote"):
+        merge(config)
+    config.output = str(tmp_path)
+    with pytest.raises(UserError, match="holds the base"):
+        merge(config)
+    assert files(tmp_path) == {"base", "adapter", "out", "papers"}
+
+
+def test_too_small_a_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(tmp_path)
+    usage = type("Usage", (), {"free": 10_000})
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="make room"):
+        merge(config)
+
+
+@pytest.mark.parametrize("edit", ["quantised", "missing", "foreign"])
+def test_a_base_that_is_none_is_refused(tmp_path: Path, edit: str) -> None:
+    config = make(tmp_path)
+
+    def change(stored: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+        if edit == "quantised":
+            stored[name] = stored[name].to(torch.float8_e4m3fn)
+        elif edit == "missing":
+            del stored[name]
+        else:
+            stored["model.layers.0.bias"] = torch.zeros(3)
+
+    damaged(tmp_path / "base", change)
+    with pytest.raises(UserError, match=rf"^base={tmp_path}/base: its tensor model\.layers\.0\."):
+        merge(config)
+
+
+def test_the_card_says_what_a_reader_needs(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    merge(config)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    for part in (
+        "## Use",
+        "## Prompt format",
+        "## Base",
+        "## Data",
+        "## Recipe",
+        "## Licence",
+        "LoRA rank 4, alpha 12",
+    ):
+        assert part in card
+    assert str(tmp_path) not in card.replace(f"{tmp_path.name}/base", "")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A base of 160 MB in one file, merged in a process of its own after a small one has loaded the libraries."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    for top, hidden in ((small, 32), (large, 512)):
+        base = make_base(torch.bfloat16, hidden_size=hidden, intermediate_size=1024, vocab_size=32_000)
+        base.save_pretrained(top / "base")
+        make_adapter(top / "adapter", base, **KINDS["all"])
+    program = """
+import resource, sys
+from pathlib import Path
+from transformers import AutoConfig
+from configs.weights import StoredWeights
+from inference.adapter import Adapter
+from inference.checkpoint import pieces
+from inference.merge import write_weights
+for top in map(Path, sys.argv[1:]):
+    (top / "out").mkdir()
+    architecture = AutoConfig.from_pretrained(top / "base")
+    parts = pieces(StoredWeights(top / "base", "base"), architecture, "base")
+    write_weights(top / "out", parts, Adapter(top / "adapter", architecture))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    command = [sys.executable, "-c", program, str(small), str(large)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    before, after = map(int, done.stdout.split())
+    with safe_open(large / "out" / "model.safetensors", "pt") as stored:
+        assert len(list(stored.keys())) > 20
+    assert (large / "out" / "model.safetensors").stat().st_size > 90e6
+    assert after - before < 40e6
