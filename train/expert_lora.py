@@ -11,6 +11,7 @@ Shapes: E experts, T tokens, k experts per token, P rows (token-expert pairs sor
 intermediate, r LoRA rank.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ class _Projection:
         if len(set(scales)) == 1:
             return scales[0], A, B
         expert_P = torch.bucketize(torch.arange(len(self.routed.pair_P), device=A.device), group.ends_E, right=True)
-        return A.new_tensor(scales)[expert_P].unsqueeze(-1), A, B
+        return torch.tensor(scales, device=A.device)[expert_P].unsqueeze(-1), A, B
 
     def _index(self, experts: list[int]) -> torch.Tensor:
         return torch.tensor(experts, device=self.weight.device)
@@ -283,7 +284,8 @@ class _SplitExperts(torch.autograd.Function):
         ctx.save_for_backward(x_TH, weights_Tk, gate_up_P2I, y_PH, *tensors, *lows)
         ctx.routed, ctx.adapters = routed, adapters
         weights = weights_Tk.unsqueeze(-1).unbind(1)
-        return sum(y_TH * weight for y_TH, weight in zip(routed.choices(y_PH), weights, strict=True)).to(x_TH.dtype)
+        weighted = (y_TH * weight for y_TH, weight in zip(routed.choices(y_PH), weights, strict=True))
+        return functools.reduce(torch.add, weighted).to(x_TH.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -318,8 +320,7 @@ class _SplitExperts(torch.autograd.Function):
                 dx_PH = dx
         dx_TH: Any = None
         if needs[0]:
-            dx_TH = sum(dx.to(wide) for dx in routed.choices(dx_PH))
-            dx_TH = dx_TH.to(x_TH.dtype)
+            dx_TH = functools.reduce(torch.add, (dx.to(wide) for dx in routed.choices(dx_PH))).to(x_TH.dtype)
         places = [for_gate_up.weight, for_gate_up.A, for_gate_up.B, None, for_down.weight, for_down.A, for_down.B, None]
         return dx_TH, d_weights_Tk.to(weights_Tk.dtype), *places, None, None
 

@@ -47,22 +47,36 @@ def train(
                 share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
             )
             lr = learning_rate(number, steps, config.optim)
-            # The first step is watched always: it proves that every expert learns.
-            gradients = FirstGradients(engine.module.causal_lm) if number == 1 else None
-            routers = bool(config.logging.routing_every and number % config.logging.routing_every == 0)
-            with engine.watching(routers or number == 1):
-                result = step(engine, micro_batches, lr, config.router_aux_loss)
-            if routers or number == 1:
-                routing = engine.take_routing()
-                metrics.routed(number, routing)
-            if gradients is not None and result.update.applied:
-                gradients.check(engine.sum(*gradients.found()), routing.reaching_LE)
+            result = watched_step(engine, micro_batches, number, lr, config, metrics)
             metrics.stepped(_record(number, result, lr, time.perf_counter() - started))
             if number == steps or (config.eval_every and number % config.eval_every == 0):
                 metrics.evaluated(number, evaluate(engine, dataset.eval, batch))
             if config.save_every and number % config.save_every == 0:
                 run.save_checkpoint(engine, metrics, number)
     run.save_result(engine, metrics)
+
+
+def watched_step(
+    engine: Engine, micro_batches: list[Batch], number: int, lr: float, config: TrainConfig, metrics: Metrics
+) -> StepResult:
+    """`step`, noting what the routers do in every `logging.routing_every`-th and in the first; collective.
+
+    Raises:
+        ExpertNotLearningError: in the first step a targeted expert got tokens and no gradient.
+    """
+    routers = bool(config.logging.routing_every and number % config.logging.routing_every == 0)
+    if not routers and number > 1:
+        return step(engine, micro_batches, lr, config.router_aux_loss)
+    gradients = FirstGradients(engine.module.causal_lm) if number == 1 else None
+    with engine.watching(True):
+        result = step(engine, micro_batches, lr, config.router_aux_loss)
+    routing = engine.take_routing()
+    metrics.routed(number, routing)
+    if gradients is not None:
+        found = engine.sum(*gradients.found())
+        if result.update.applied:
+            gradients.check(found, routing.reaching_LE)
+    return result
 
 
 def step(engine: Engine, micro_batches: list[Batch], lr: float, router_aux_loss: float) -> StepResult:

@@ -36,9 +36,8 @@ def run(config: TrainConfig) -> None:
     batch = config.batch(processes.count)
     directory = RunDirectory(config, dataset, batch, processes)
     if config.task == "profile":
-        config.lora = LoraConfig(
-            attention=[], rank=8
-        )  # fresh adapters add nothing: the engine asks for something that trains
+        # The engine asks for something that trains; fresh adapters change nothing that the routers see.
+        config.lora = LoraConfig(attention=[], rank=8)
     with engine.partitioned_loading(config, batch):
         model = build(config)
     engine.seed(config.seed, processes)

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         figures = _compare(options, Path(scratch))
         if options.curves:
-            figures["curves"] = _curves(options, Path(scratch))
+            figures["curves"] = _curves(options, Path(scratch), figures)
             _draw(figures["curves"], options.curves)
     return figures
 
@@ -96,7 +96,8 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     flops = [needed[turn] for turn in range(options.warmup, options.warmup + options.steps)]
     share = [f / turn["seconds"] / p for f, turn, p in zip(flops, timed["ours"], peaks, strict=True)]
     figures = {
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": {key: str(value) for key, value in vars(options).items()}
+        | {"data": [Path(file).name for file in options.data]},
         "tokens_per_second": {name: statistics.median(rate) for name, rate in rates.items()},
         "speedup": statistics.median(a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)),
         "memory_above_model_mib": memory,
@@ -250,20 +251,18 @@ def _print(figures: dict[str, Any]) -> None:
     console.print(f"{share:.1%} of the matrix-product peak, {peak:,.0f} GFLOP/s, counting {needed:,.0f} GFLOP a step")
 
 
-def _curves(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """How the cost of a step grows along experts, LoRA ranks and row lengths, all else as asked."""
+def _curves(options: argparse.Namespace, scratch: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """How the cost of a step grows along experts, LoRA ranks and row lengths, all else as asked; `here` are the figures
+    of what was asked, which each curve passes."""
+    lines = {"experts": (2, 4, 8), "lora_rank": (8, 16, 32, 64, 128), "row": (512, 1024, 2048, 4096)}
+    kept = ("tokens_per_second", "speedup", "memory_above_model_mib", "memory_ratio", "share_of_peak")
     curves = {}
-    for name, values in {
-        "experts": (2, 4, 8),
-        "lora_rank": (8, 16, 32, 64, 128),
-        "row": (512, 1024, 2048, 4096),
-    }.items():
+    for name, values in lines.items():
         points = []
         for value in values:
             console.rule(f"{name} {value}")
-            changed = argparse.Namespace(**vars(options) | {name: value, "steps": max(5, options.steps // 2)})
-            figures = _compare(changed, scratch)
-            kept = ("tokens_per_second", "speedup", "memory_above_model_mib", "memory_ratio", "share_of_peak")
+            changed = argparse.Namespace(**vars(options) | {name: value})
+            figures = here if value == getattr(options, name) else _compare(changed, scratch)
             points.append({name: value} | {key: figures[key] for key in kept})
         curves[name] = points
     return curves

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from train.config import LoggingConfig
-from train.metrics import Metrics, StepRecord
+from train.learning import Movement
+from train.metrics import Metrics, StepRecord, show_movements
+from train.routing import Routing
 
 
 def record(step: int, *, loss: float = 2.0, applied: bool = True) -> StepRecord:
@@ -69,3 +72,20 @@ def test_an_empty_held_out_split_is_not_an_evaluation(tmp_path: Path) -> None:
     metrics.evaluated(0, None)
     metrics.close()
     assert lines(tmp_path) == []
+
+
+def test_routers_go_to_the_file_by_layer_and_movement_to_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
+    metrics.routed(3, Routing.none(torch.Size((2, 4))))
+    metrics.close()
+    (line,) = lines(tmp_path)
+    assert line["step"] == 3
+    assert len(line["expert_load"]) == len(line["router_entropy"]) == len(line["router_auxiliary_loss"]) == 2
+    assert len(line["unused_experts"]) == 8
+
+    show_movements([Movement(1, "down_proj", (4, 4, 0, 4), [0.25, 0.0, 0.0, 3.0])])
+    shown = capsys.readouterr().err
+    for part in ("1", "down_proj", "0.25", "3", "not moved"):
+        assert part in shown
