@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
@@ -116,6 +116,7 @@ def expected_turns(conversation: Conversation) -> list[tuple[str, str | None]]:
     return pairs
 
 
+@settings(max_examples=3000)
 @given(conversations())
 def test_ids_and_mask_are_sentencepieces(conversation: Conversation) -> None:
     ids: list[int] = []
