@@ -9,6 +9,9 @@ from data.template import EMBEDDED
 AUTO = "auto"
 """The schema is found by looking at the rows."""
 SCHEMAS = ("instruction", "sharegpt", "messages")
+FIELDS = ("instruction", "input", "output", "response", "conversations", "system_prompt", "messages")
+TURN_FIELDS = ("from", "value", "role", "content")
+"""The fields of the schemas, of a row and of a turn: what `columns` can rename."""
 OVERLONG = ("drop", "truncate", "split_turns")
 
 CHOICES = {
@@ -21,7 +24,7 @@ CHOICES = {
 """Settings with a fixed choice of values."""
 
 BOUNDS: dict[str, tuple[float, float, str]] = {
-    "seq_len": (16, 2**31 - 1, "a row needs at least 16 tokens; give for example seq_len=2048"),
+    "seq_len": (16, 2**20, "a row needs at least 16 tokens, at most a million; give for example seq_len=2048"),
     "eval_fraction": (0, math.nextafter(1, 0), "it is a share; give a number from 0 to below 1"),
     "max_reject_fraction": (0, 1, "it is a share; give a number from 0 to 1"),
     "near_threshold": (math.nextafter(0, 1), 1, "it is a similarity; give a number above 0, at most 1"),
@@ -55,7 +58,7 @@ class PrepareConfig:
     """How often an epoch trains on each conversation of a source: 2 is twice, 0.5 a seeded half of them. Called as in
     `limits`. What is held out is held out once."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Where a field of the schema has another name in the rows: `columns={output: answer}`."""
+    """Where a field of the schema, of a row or of a turn, has another name: `columns={output: answer}`."""
     dataset: str | None = None
     """A hub dataset id, read with the library `datasets`; used where `files` is empty."""
     revision: str | None = None
@@ -75,7 +78,7 @@ class PrepareConfig:
     """Several conversations in a row, by best fit. Without, each has a row of its own, and training batches rows of
     like length and pads them to the longest."""
     eval_fraction: float = 0.02
-    """Share of the conversations held out for evaluation, at least one where it is above 0."""
+    """Share of the rows held out for evaluation, at least one where it is above 0."""
     seed: int = 0
     """Decides which conversations are held out, and the order in which they are packed."""
     markers: str = "reject"
@@ -88,8 +91,9 @@ class PrepareConfig:
     near_threshold: float = 0.8
     """From which estimated Jaccard similarity of their five-word sequences two conversations are alike."""
     contamination: list[str] = field(default_factory=list)
-    """Evaluation data to keep out of training: a row that shares thirteen words in a row with it is rejected. Files,
-    JSON Lines or text, or tasks of the Open LLM Leaderboard: arc, hellaswag, mmlu, truthfulqa, winogrande, gsm8k."""
+    """Evaluation data to keep out of training: a row that shares thirteen words in a row with it is rejected. Files
+    (JSON, JSON Lines or text), or tasks of the Open LLM Leaderboard: arc, hellaswag, mmlu, truthfulqa, winogrande,
+    gsm8k."""
     workers: int = 0
     """Processes that encode, the first one included; 0 means one a core, fewer where there is little to do. What is
     written is the same."""
@@ -112,6 +116,10 @@ class PrepareConfig:
             raise UserError("files: nothing to prepare; name files, as in files=[rows.jsonl], or a dataset on the hub")
         if self.files and self.dataset:
             raise UserError(f"dataset={self.dataset}: files are named too; keep one of the two")
+        for name in self.columns:
+            if name not in (*FIELDS, *TURN_FIELDS):
+                known = ", ".join((*FIELDS, *TURN_FIELDS))
+                raise UserError(f"columns.{name}: no schema has such a field; it is one of {known}")
         self._check_sources()
 
     def _check_sources(self) -> None:
@@ -120,6 +128,6 @@ class PrepareConfig:
             for name, value in of_source.items():
                 if name not in named:
                     raise UserError(f"{setting}.{name}: no source is called so; it is one of {', '.join(named)}")
-                least = 1 if setting == "limits" else 0
-                if not least <= value < float("inf"):
+                least, most = (1, math.inf) if setting == "limits" else (0, 1000)
+                if not least <= value <= most:
                     raise UserError(f"{setting}.{name}={value}: it can't be; give a number from {least} up")

@@ -16,7 +16,7 @@ import xxhash
 
 from configs.errors import UserError, one_line
 from data.schema import Conversation
-from data.sources import files_of, sha256
+from data.sources import commit_of, files_of, sha256
 
 GRAM = 13
 """Words of a sequence that must not be shared."""
@@ -84,29 +84,39 @@ def grams_of(words: list[str]) -> np.ndarray:
     return (np.lib.stride_tricks.sliding_window_view(hashes, GRAM) * FACTORS).sum(axis=1, dtype=np.uint64)
 
 
-def load_evaluations(names: list[str]) -> tuple[Evaluations | None, list[dict[str, Any]]]:
-    """The sequences of the named files and tasks, and what the manifest says of each.
+def describe_evaluations(names: list[str]) -> list[dict[str, Any]]:
+    """What the manifest says of the named files and tasks: the same where their contents are.
 
     Raises:
-        UserError: a file can't be read, a task can't be had, or nothing in one is thirteen words long.
+        UserError: a file can't be read.
     """
-    descriptions, grams = [], []
+    descriptions: list[dict[str, Any]] = []
     for name in names:
         if name in TASKS:
-            found = _grams_of(_texts_of_task(name))
-            descriptions.append({"task": name, "grams": len(found), "xxh3": xxhash.xxh3_128_hexdigest(found.tobytes())})
-            grams.append(found)
-            continue
-        for file in files_of("contamination", name):
-            found = _grams_of(_texts_of_file(file))
-            if not len(found):
-                raise UserError(
-                    f"contamination={file}: nothing in it is {GRAM} words long, so nothing would be found; "
-                    f"name a file with whole questions, or one of {', '.join(TASKS)}"
-                )
-            descriptions.append({"file": file, "sha256": sha256(Path(file)), "grams": len(found)})
-            grams.append(found)
-    return (Evaluations(np.unique(np.concatenate(grams))) if grams else None), descriptions
+            dataset = TASKS[name].dataset
+            descriptions.append({"task": name, "dataset": dataset, "commit": commit_of(dataset, None)})
+        else:
+            files = files_of("contamination", name)
+            descriptions += [{"file": file, "sha256": sha256(Path(file))} for file in files]
+    return descriptions
+
+
+def load_evaluations(descriptions: list[dict[str, Any]]) -> Evaluations | None:
+    """The sequences of the described files and tasks; None where there are none.
+
+    Raises:
+        UserError: one can't be read or had, or nothing in it is thirteen words long.
+    """
+    grams = []
+    for told in descriptions:
+        texts = _texts_of_task(told["task"], told["commit"]) if "task" in told else _texts_of_file(told["file"])
+        grams.append(_grams_of(texts))
+        if not len(grams[-1]):
+            raise UserError(
+                f"contamination={told.get('task') or told['file']}: nothing in it is {GRAM} words long, so nothing "
+                f"would be found; name a file with whole questions, or one of {', '.join(TASKS)}"
+            )
+    return Evaluations(np.unique(np.concatenate(grams))) if grams else None
 
 
 def _grams_of(texts: Iterable[str]) -> np.ndarray:
@@ -114,18 +124,19 @@ def _grams_of(texts: Iterable[str]) -> np.ndarray:
 
 
 def _texts_of_file(name: str) -> Iterator[str]:
-    """Every text in a JSONL file's rows, or the paragraphs of any other."""
+    """Every text in a JSON or JSONL file, or the paragraphs of any other."""
     try:
         content = Path(name).read_text(encoding="utf-8")
-        if Path(name).suffix == ".jsonl":
-            for line in content.split("\n"):
-                if line.strip():
-                    yield from _texts_in(json.loads(line))
+        kind = Path(name).suffix.lower()
+        if kind in (".json", ".jsonl"):
+            for part in content.split("\n") if kind == ".jsonl" else [content]:
+                if part.strip():
+                    yield from _texts_in(json.loads(part))
         else:
             yield from content.split("\n\n")
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"contamination={name}: it can't be read ({one_line(error)}); give JSON Lines (.jsonl) or UTF-8 text"
+            f"contamination={name}: it can't be read ({one_line(error)}); give JSON (.json, .jsonl) or UTF-8 text"
         ) from error
 
 
@@ -137,12 +148,12 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(part)
 
 
-def _texts_of_task(name: str) -> Iterator[str]:
+def _texts_of_task(name: str, commit: str | None) -> Iterator[str]:
     import datasets
 
     task = TASKS[name]
     try:
-        rows = datasets.load_dataset(task.dataset, task.name, split=task.split)
+        rows = datasets.load_dataset(task.dataset, task.name, split=task.split, revision=commit)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"contamination={name}: {task.dataset} can't be loaded ({one_line(error)}); check that the hub can be "

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from data.reading import RawRow, Reject
+from data.config import FIELDS, TURN_FIELDS
+from data.reading import RawRow, Reject, Unreadable
 from data.schema import Conversation, Message, Role
 from data.template import MARKERS
 
@@ -51,7 +52,19 @@ def to_conversation(
 
 
 def _renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    return {**value, **{field: value.get(column) for field, column in columns.items()}}
+    if not columns:
+        return value
+    of_turns = {field: column for field, column in columns.items() if field in TURN_FIELDS}
+    renamed = {**value, **{field: value.get(column) for field, column in columns.items() if field in FIELDS}}
+    for name in ("conversations", "messages"):
+        if of_turns and isinstance(turns := renamed.get(name), list):
+            renamed[name] = [
+                {**turn, **{field: turn.get(column) for field, column in of_turns.items()}}
+                if isinstance(turn, dict)
+                else turn
+                for turn in turns
+            ]
+    return renamed
 
 
 def detect_schema(value: Any, columns: dict[str, str]) -> str | None:
@@ -60,7 +73,7 @@ def detect_schema(value: Any, columns: dict[str, str]) -> str | None:
         return None
     value = _renamed(value, columns)
     for schema, field in (("messages", "messages"), ("sharegpt", "conversations"), ("instruction", "instruction")):
-        if field in value:
+        if value.get(field) is not None:
             return schema
     return None
 
@@ -94,7 +107,7 @@ def _from_messages(value: dict[str, Any], _: bool) -> list[Message]:
 
 
 def _from_turns(value: dict[str, Any], field: str, *, speaker: str, text: str) -> list[Message]:
-    turns = value.get(field)
+    turns = _readable(value.get(field), field)
     if turns is None:
         raise UnusableError("missing_field", f"there is no field {field}")
     if not isinstance(turns, list):
@@ -144,10 +157,16 @@ def _refuse_markers(messages: list[Message]) -> None:
                 raise UnusableError("template_marker", f"the text holds the template's own marker {marker}")
 
 
+def _readable(value: Any, field: str) -> Any:
+    if isinstance(value, Unreadable):
+        raise UnusableError(value.reason, f"the field {field}: {value.detail}")
+    return value
+
+
 def _text(value: dict[str, Any], name: str, *, required: bool = True, where: str = "") -> str:
     """The stripped text of a field, fit to be encoded."""
-    text = value.get(name)
     field = f"{where}.{name}" if where else name
+    text = _readable(value.get(name), field)
     if text is None or (isinstance(text, str) and not text.strip()):
         if not required:
             return ""

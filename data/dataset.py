@@ -1,7 +1,7 @@
 """The prepared dataset → batches, the same rows in the same order whatever the number of processes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +122,8 @@ class PreparedDataset:
         """
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        while (
-            True
-        ):  # until the manifest is the one of the rows: a new dataset may take the place of the old at any time
+        # Until the manifest is the one of the rows: a new dataset may take the place of the old at any time.
+        while True:
             wrong = damage(self.directory, self.manifest)
             try:
                 tables = [] if wrong else self._open()
@@ -173,6 +172,7 @@ class Schedule:
     sorted    1 2 3 4 | 5 6 7 8      by length, among the rows of GROUPED_STEPS steps
     shuffled  5 6 7 8 | 1 2 3 4      the steps
     """
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def steps(self) -> int:
@@ -191,6 +191,13 @@ class Schedule:
         ]
 
     def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            for past in [other for other in self._orders if other < epoch - 1]:  # steps go forward
+                del self._orders[past]
+            self._orders[epoch] = self._draw(epoch)
+        return self._orders[epoch]
+
+    def _draw(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.rows)
         if self.lengths is None:

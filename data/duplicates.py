@@ -26,7 +26,8 @@ LOOSENESS = 0.85
 SHINGLE = 5
 """Words of a sequence by which two texts are compared."""
 
-WORD = re.compile(r"\w+")
+WORD = re.compile(r"\w+|[^\w\s]")
+"""Words, and signs one by one: 2+3 and 2*3 are not alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Likeness:
     digest: bytes
     """Equal exactly for conversations with the same messages."""
     signature: np.ndarray | None
-    """[PERMUTATIONS] uint32; None where only the digest counts."""
+    """[PERMUTATIONS] uint32; None where only the digest counts, as for a text without words."""
 
 
 def likeness(conversation: Conversation, *, near: bool) -> Likeness:
@@ -47,6 +48,8 @@ def likeness(conversation: Conversation, *, near: bool) -> Likeness:
     if not near:
         return Likeness(exact.digest(), None)
     words = WORD.findall(" ".join(message.content for message in conversation.turns).lower())
+    if not words:
+        return Likeness(exact.digest(), None)
     count = max(1, len(words) - SHINGLE + 1)
     minhash = _blank().copy()
     minhash.update_batch({" ".join(words[place : place + SHINGLE]).encode() for place in range(count)})

@@ -19,7 +19,7 @@ from data.duplicates import Likeness, likeness
 from data.overlong import split_turns, truncate
 from data.reading import Chunk, RawRow, Reject
 from data.schema import Conversation, TokenizedConversation
-from data.template import ChatTokenizer
+from data.template import EOS_ID, ChatTokenizer
 
 AHEAD = 3
 """Chunks that are handed to each further process before it has encoded the first of them."""
@@ -29,6 +29,20 @@ LONGEST_QUEUE = 16
 
 BYTES_PER_WORKER = 16 << 20
 """A further process is worth its second of starting for each so many bytes of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """What a conversation longer than a row lost."""
+
+    turns_left_out: int
+    replies_cut: int
+
+    @classmethod
+    def of(cls, whole: TokenizedConversation, parts: list[TokenizedConversation]) -> "Shortened":
+        """What is in the whole and not in the parts; a whole reply ends with `</s>`."""
+        kept = sum(len(part.spans) for part in parts)
+        return cls((len(whole.spans) - kept) // 2, sum(not part.packed_ids.endswith(EOS_ID) for part in parts))
 
 
 @dataclass(slots=True)
@@ -45,6 +59,8 @@ class EncodedChunk:
     """Side by side with `kept`; empty where duplicates are kept."""
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
     """Place of a row that can't be used, and why."""
+    shortened: dict[int, Shortened] = field(default_factory=dict)
+    """Places of kept rows that lost something."""
 
 
 class Encoder:
@@ -63,6 +79,8 @@ class Encoder:
                 tokenized = self.tokenizer.encode(outcome)
                 if parts := self._fit(outcome, tokenized):
                     encoded.kept.append((place, parts))
+                    if len(tokenized) > config.seq_len:
+                        encoded.shortened[place] = Shortened.of(tokenized, parts)
                     if config.duplicates != "keep":
                         encoded.likenesses.append(likeness(outcome, near=config.duplicates == "drop_near"))
                     continue
@@ -124,7 +142,8 @@ class Pool:
             for chunk in chunks:
                 waiting = sum(isinstance(piece, Future) and not piece.done() for piece in under_way)
                 if waiting < AHEAD * self._others:
-                    under_way.append(self._executor.submit(_encode, chunk, schema))
+                    with without_interrupts():  # a process that this starts never sees Ctrl-C
+                        under_way.append(self._executor.submit(_encode, chunk, schema))
                 else:
                     under_way.append(self._encoder.encode(chunk, schema))
                 while under_way and (_is_there(under_way[0]) or len(under_way) > LONGEST_QUEUE * self._others):
@@ -160,6 +179,17 @@ def pool(encoder: Encoder, workers: int) -> Iterator[Pool]:
         opened.close()
 
 
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Keeps Ctrl-C waiting; processes that are started meanwhile inherit that, and leave it to the one that waits for
+    them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def number_of_workers(asked: int, total_bytes: int | None) -> int:
     """As many as asked for; where that is left open, one a core, and fewer where `total_bytes` of rows are few."""
     if asked:
@@ -175,7 +205,6 @@ _encoder: Encoder
 
 def _start(config: PrepareConfig, evaluations: Evaluations | None) -> None:
     global _encoder  # noqa: PLW0603 - the state of a worker process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the one that waits for the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(config, ChatTokenizer.load(config.tokenizer), evaluations)
 

@@ -35,6 +35,8 @@ class Intake:
         self.rejected: Counter[str] = Counter()
         """The others, by reason."""
         self.first_unusable: Reject | None = None
+        self.shortened: Counter[str] = Counter()
+        """Kept rows that were longer than allowed, and what they lost."""
         self.copies = array("i")
         """For each conversation in the store, how often an epoch trains on it."""
         self.inputs: list[dict[str, Any]] = []
@@ -65,15 +67,19 @@ class Intake:
             self._places.add(self.rows, encoded)
         for position, (place, parts) in enumerate(encoded.kept):
             row = self.rows + place
-            reject = self._duplicate(encoded, position, row) if self._seen is not None else None
             copies = copies_of(row, source.weight, self._config.seed)
-            if reject is None and copies == 0:
+            reject = None
+            if copies == 0:
                 detail = f"the weight {source.weight} of its source leaves it out"
                 reject = Reject(encoded.file, encoded.unit, encoded.numbers[place], "left_out", detail)
+            elif self._seen is not None:
+                reject = self._duplicate(encoded, position, row)
             if reject is not None:
                 rejects[place] = reject
                 continue
             self.kept += 1
+            if lost := encoded.shortened.get(place):
+                self.shortened.update(rows=1, turns_left_out=lost.turns_left_out, replies_cut=lost.replies_cut)
             for part in parts:
                 self._store.append(row, part)
                 self.copies.append(copies)

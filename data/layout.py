@@ -76,7 +76,7 @@ def open_split(directory: Path, split: str) -> pa.Table:
 
 def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
     """What is not as the manifest says, by the files' names and sizes; None where all is."""
-    if manifest.get("layout") != LAYOUT:
+    if manifest.get("layout") != LAYOUT or "files" not in manifest:
         return "another version of this program made it"
     for name, told in manifest["files"].items():
         path = directory / name

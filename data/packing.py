@@ -11,7 +11,7 @@ what is left over gathers in the last row. Together they come within a hair of a
 
 from collections import defaultdict
 
-POOLS = (4, 16, 64, 256, 1024)
+AGAIN = (4, 16, 64, 256, 1024)
 """How many of the least full rows are packed again, one try after the other."""
 
 
@@ -25,8 +25,8 @@ def pack(lengths: list[int], seq_len: int) -> list[list[int]]:
     The plan depends on the lengths and their order alone, and has no more rows than `best_fit`.
     """
     plan = _fullest_first(best_fit(lengths, seq_len), lengths)
-    for pool in POOLS:
-        partly = [row for row in plan if _used(row, lengths) < seq_len][-pool:]
+    for count in AGAIN:
+        partly = [row for row in plan if _used(row, lengths) < seq_len][-count:]
         full = plan[: len(plan) - len(partly)]
         again = fill([index for row in partly for index in row], lengths, seq_len)
         candidate = _fullest_first(full + again, lengths)

@@ -3,11 +3,11 @@
 read → convert → encode → split → pack → write
 """
 
-import importlib.metadata
+import platform
 import random
-import re
 from collections import Counter
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from configs.errors import UserError
 from data.config import SHAPELESS, PrepareConfig
-from data.contamination import load_evaluations
+from data.contamination import describe_evaluations, load_evaluations
 from data.encoding import Encoder, number_of_workers, pool
 from data.intake import CLEANED, Intake
 from data.layout import LAYOUT, MANIFEST, MANIFEST_KIND, SPLITS, damage, read_manifest
@@ -30,10 +30,10 @@ from data.store import ConversationStore, Index, conversation_store
 from data.template import ChatTokenizer
 from data.writing import publish, refuse_foreign, staging, write_rows
 
-PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch")
-"""Those whose version can change what is written."""
+PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash")
+"""Those whose version can change what is written; Python's can too, by the Unicode tables that tell what a word is."""
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -45,14 +45,14 @@ def prepare(config: PrepareConfig) -> None:
     output = Path(config.output)
     sources = find_sources(config)
     refuse_foreign(output, [source.name for source in sources])
-    evaluations, kept_out = load_evaluations(config.contamination)
+    kept_out = describe_evaluations(config.contamination)
     wanted = request(config, [source.description for source in sources], kept_out)
     if is_prepared(output, wanted):
         summarize(read_manifest(output), output)
         console.print(f"{output} is already prepared from these inputs with these settings; nothing was done")
         return
     tokenizer = ChatTokenizer.load(config.tokenizer)
-    encoder = Encoder(config, tokenizer, evaluations)
+    encoder = Encoder(config, tokenizer, load_evaluations(kept_out))
 
     with staging(output) as temporary, conversation_store(temporary / "encoded") as store:
         dataset = temporary / "dataset"
@@ -72,6 +72,7 @@ def prepare(config: PrepareConfig) -> None:
                 "rejected": intake.rows - intake.kept,
                 "rejected_by_reason": dict(sorted(intake.rejected.items())),
             },
+            "shortened": {name: intake.shortened[name] for name in ("rows", "turns_left_out", "replies_cut")},
         }
         for split, chosen in choose(index, intake, config).items():
             with console.status(f"Packing and writing {len(chosen):,} conversations ({split})"):
@@ -90,14 +91,15 @@ def request(config: PrepareConfig, inputs: list[dict[str, Any]], kept_out: list[
         "inputs": inputs,
         "contamination": kept_out,
         "config": {name: value for name, value in asdict(config).items() if name not in SHAPELESS},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
 
 
 def is_prepared(output: Path, wanted: dict[str, Any]) -> bool:
     """Whether a whole prepared dataset is there that was made from the same inputs, settings and versions.
 
-    The inputs' contents are compared by hash; a hub dataset counts as the same only at a known commit.
+    Files are compared by hash. What comes from the hub is the same where its commit is; where that can't be known, and
+    for a local directory that is read as a dataset, nothing is reused.
     """
     if not (output / MANIFEST).is_file():
         return False
@@ -105,10 +107,11 @@ def is_prepared(output: Path, wanted: dict[str, Any]) -> bool:
     if damage(output, there) is not None:
         return False
     same_inputs = len(wanted["inputs"]) == len(there["inputs"]) and all(
-        new.items() <= old.items() and ("dataset" not in new or re.fullmatch("[0-9a-f]{40}", new["commit"] or ""))
-        for new, old in zip(wanted["inputs"], there["inputs"], strict=True)
+        new.items() <= old.items() for new, old in zip(wanted["inputs"], there["inputs"], strict=True)
     )
-    return same_inputs and all(wanted[key] == there[key] for key in wanted.keys() - {"inputs"})
+    from_hub = [told for told in (*wanted["inputs"], *wanted["contamination"]) if "dataset" in told]
+    known = all(told["commit"] is not None for told in from_hub)
+    return known and same_inputs and all(wanted[key] == there[key] for key in wanted.keys() - {"inputs"})
 
 
 # Stages
@@ -131,15 +134,18 @@ def refuse_too_many(intake: Intake, allowed: float) -> None:
     """Raises `UserError` where nothing is left, or where more than the allowed share can't be used."""
     if intake.rows == 0:
         raise UserError("files: they hold no rows; name files with at least one row")
-    if intake.kept and intake.unusable <= allowed * intake.rows:
+    if intake.kept and intake.unusable / intake.rows <= allowed:
         return
+    if intake.rows and not intake.unusable:
+        left_out = ", ".join(f"{reason} {number}×" for reason, number in intake.rejected.most_common())
+        raise UserError(
+            f"files: nothing is left of {intake.rows} rows ({left_out}); change weights, duplicates or contamination"
+        )
     unusable = Counter({reason: n for reason, n in intake.rejected.items() if reason not in CLEANED})
-    commonest = (unusable or intake.rejected).most_common(3)
-    reasons = ", ".join(f"{reason} {number}×" for reason, number in commonest)
-    first = f"; the first: {intake.first_unusable}" if intake.first_unusable else ""
+    reasons = ", ".join(f"{reason} {number}×" for reason, number in unusable.most_common(3))
     raise UserError(
-        f"max_reject_fraction={allowed}: {sum(intake.rejected.values())} of {intake.rows} rows can't be used "
-        f"({reasons}{first}); mend the rows, or allow more where at least one can be used"
+        f"max_reject_fraction={allowed}: {intake.unusable} of {intake.rows} rows can't be used ({reasons}; the first: "
+        f"{intake.first_unusable}); mend the rows, or allow more where at least one can be used"
     )
 
 
@@ -197,7 +203,7 @@ def count(plan: list[list[int]], index: Index, config: PrepareConfig) -> dict[st
 def summarize(manifest: dict[str, Any], output: Path) -> None:
     """The summary table."""
     rows = manifest["rows"]
-    table = Table(title=f"Prepared {output}", title_justify="left")
+    table = Table(title=Text(f"Prepared {output}"), title_justify="left")
     for heading in ("", "train", "eval"):
         table.add_column(heading, justify="left" if not heading else "right")
     labels = {
@@ -213,6 +219,11 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
     reasons = ", ".join(f"{reason} {number}" for reason, number in rows["rejected_by_reason"].items()) or "none"
     console.print(table)
     console.print(f"{rows['in']:,} rows in = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({reasons})")
+    if (shortened := manifest["shortened"])["rows"]:
+        console.print(
+            f"{shortened['rows']:,} of the kept rows were longer than a row may be and lost "
+            f"{shortened['turns_left_out']:,} turns; {shortened['replies_cut']:,} of their replies are cut"
+        )
 
 
 class RowsPerSecond(ProgressColumn):

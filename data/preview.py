@@ -28,7 +28,7 @@ def preview(config: PrepareConfig) -> None:
     if not table.num_rows:
         raise UserError(f"output={directory}: it holds no rows; prepare more")
     pieces = ChatTokenizer.load(config.tokenizer).pieces
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     shown = min(config.rows, table.num_rows)
     sign = f"marked {MARK}" if console.no_color or console.color_system is None else "green"
     console.print(
@@ -77,5 +77,5 @@ def _print_tokens(tokens: list[tuple[str, bool]], console: Console) -> None:
             under += (MARK if trained else " ") * cell_len(piece) + " "
         console.print(line, soft_wrap=True)
         if marks and MARK in under:
-            console.print(under.rstrip(), soft_wrap=True, markup=False)
+            console.print(under.rstrip(), soft_wrap=True)
         first = last

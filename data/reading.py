@@ -1,7 +1,7 @@
 """A file's bytes → chunks of rows that are not parsed yet → raw rows, or a `Reject` where a line can't be parsed.
 
-Finding where a row ends is cheap, and done by one process, so that memory stays bounded whatever the file's size.
-Parsing is done by whoever encodes.
+Finding where a row ends is done by one process, so that memory stays bounded whatever the file's size; parsing is done
+by whoever encodes. Items of an array are parsed twice by that, which costs less than handing over what was parsed.
 """
 
 import codecs
@@ -25,6 +25,9 @@ BLANK = b" \t\r\n"
 
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
+
+LONGEST_DETAIL = 500
+"""Characters of what a reject says; what it quotes may be a whole book."""
 
 LONGEST_ROW = 1 << 26
 """Characters of the longest item of a JSON array; what is longer is no row but an array that never closes."""
@@ -59,7 +62,8 @@ class Reject:
 
     def record(self) -> dict[str, Any]:
         """The line of `rejects.jsonl`."""
-        record = {"file": self.file, self.unit: self.number, "reason": self.reason, "detail": self.detail}
+        detail = self.detail if len(self.detail) <= LONGEST_DETAIL else f"{self.detail[:LONGEST_DETAIL]}…"
+        record = {"file": self.file, self.unit: self.number, "reason": self.reason, "detail": detail}
         return record if self.kept is None else {**record, "kept": self.kept}
 
     def __str__(self) -> str:
@@ -91,17 +95,66 @@ class Chunk:
         """The rows, parsed; a line that is not JSON comes as a Reject."""
         if isinstance(self.content, bytes):
             with pa.ipc.open_stream(self.content) as stream:
-                values: Iterable[Any] = stream.read_all().to_pylist()
-            for number, value in zip(self.numbers, values, strict=False):
-                yield RawRow(value, self.file, self.unit, number)
+                table = stream.read_all()
+            columns = {name: _values(table[place]) for place, name in enumerate(table.column_names)}
+            for place, number in enumerate(self.numbers):
+                yield RawRow({name: values[place] for name, values in columns.items()}, self.file, self.unit, number)
             return
         for number, text in zip(self.numbers, self.content, strict=False):
             try:
-                yield RawRow(json.loads(_decoded(text)), self.file, self.unit, number)
+                decoded = _decoded(text)
+                if _depth(decoded) > DEEPEST:
+                    raise ValueError(f"it is nested more than {DEEPEST} deep")
+                yield RawRow(json.loads(decoded), self.file, self.unit, number)
             except UnicodeDecodeError:
-                yield Reject(self.file, self.unit, number, "invalid_utf8", "the line is not UTF-8 text")
-            except (ValueError, RecursionError) as error:
-                yield Reject(self.file, self.unit, number, "invalid_json", f"the line is not JSON ({error})")
+                yield Reject(self.file, self.unit, number, "invalid_utf8", f"the {self.unit} is not UTF-8 text")
+            except ValueError as error:
+                yield Reject(self.file, self.unit, number, "invalid_json", f"the {self.unit} is not JSON ({error})")
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that Arrow can't hand over, such as text that is not UTF-8, or a date beyond all calendars."""
+
+    reason: str
+    detail: str
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values; an `Unreadable` spoils its own row, and only where the column is needed."""
+    try:
+        return column.to_pylist()
+    except Exception:  # Arrow raises errors of many kinds here
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return Unreadable("invalid_utf8", "it is not UTF-8 text")
+    except Exception as error:  # as above
+        return Unreadable("unreadable_value", f"its value can't be read ({one_line(error)})")
+
+
+DEEPEST = 500
+"""Levels of nesting that a row may have. Python's own limit depends on who parses, and would let a row through here
+and not there."""
+
+STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+"""Strings, opening and closing signs of JSON."""
+
+
+def _depth(text: str) -> int:
+    """How deep JSON is nested; 0 where it has too few opening signs to matter."""
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return 0
+    depth = deepest = 0
+    for found in STRUCTURE.finditer(text):
+        sign = found.group()
+        depth += (sign in "[{") - (sign in "]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _decoded(text: str | bytes) -> str:
@@ -109,20 +162,19 @@ def _decoded(text: str | bytes) -> str:
 
 
 def read_file(name: str) -> Iterator[Chunk]:
-    """Parquet by the file's name; else JSON, an array or an object a line by the first character that is not space.
-
-    In a file that is called .jsonl the first line may be broken like any other.
+    """Parquet and JSON Lines by the file's name; else JSON, an array or an object a line, by its first character.
 
     Raises:
         UserError: the file is none of them, or damaged.
     """
     plain = Path(name).with_suffix("") if Path(name).suffix in COMPRESSIONS else Path(name)
+    kind = plain.suffix.lower()
     try:
         with _open(name) as file:
-            if plain.suffix == ".parquet":
+            if kind == ".parquet":
                 yield from _read_parquet(name, file)
             else:
-                yield from _read_json(name, file, known_lines=plain.suffix == ".jsonl")
+                yield from _read_json(name, file, known_lines=kind == ".jsonl")
     except (EOFError, OSError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
         raise UserError(f"files={name}: it can't be read ({one_line(error)}); check that the file is whole") from error
 
@@ -150,26 +202,32 @@ def _open(name: str) -> BinaryIO:
 
 
 def _read_json(name: str, file: BinaryIO, *, known_lines: bool) -> Iterator[Chunk]:
-    lines = enumerate(file, start=1)
-    for number, line in lines:
-        head = line.lstrip(BYTE_ORDER_MARK + BLANK)[:1]
-        if head == b"[":
-            items = enumerate(JsonArray(name, line, file))
-            yield from _chunks(name, "row", items)
-        elif head == b"{" or (head and known_lines):
-            yield from _chunks(name, "line", ((n, text) for n, text in _chain((number, line), lines) if text.strip()))
-        elif head:
-            raise UserError(
-                f"files={name}: it is not JSON; give a JSON array of rows, one JSON object per line (JSONL), or Parquet"
-            )
-        else:  # a blank line before the first row
-            continue
-        return
+    beginning = b""
+    while not (text := beginning.lstrip(BYTE_ORDER_MARK + BLANK)):  # blank lines may come before the first row
+        if not (more := file.read(64)):
+            return
+        beginning += more
+    if known_lines or text.startswith(b"{"):
+        yield from _chunks(
+            name,
+            "line",
+            ((number, line) for number, line in _lines(beginning, file) if line.strip(BYTE_ORDER_MARK + BLANK)),
+        )
+    elif text.startswith(b"["):
+        yield from _chunks(name, "row", enumerate(JsonArray(name, beginning, file)))
+    else:
+        raise UserError(
+            f"files={name}: it is not JSON; give a JSON array of rows, one JSON object per line (JSONL), or Parquet"
+        )
 
 
-def _chain(first: tuple[int, bytes], rest: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    yield first
-    yield from rest
+def _lines(beginning: bytes, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines, from 1, of a file of which the beginning was read already."""
+    first = (beginning + file.readline()).split(b"\n")
+    yield from enumerate(first[:-1], start=1)
+    if first[-1]:  # the file has no line end at its end
+        yield len(first), first[-1]
+    yield from enumerate(file, start=len(first))
 
 
 def _chunks(name: str, unit: str, rows: Iterable[tuple[int, str | bytes]]) -> Iterator[Chunk]:
@@ -195,7 +253,7 @@ AFTER_ITEM = {*" \t\r\n,]"}
 
 
 class JsonArray:
-    """The JSON text of each item of an array, with no more of the file in memory than a few items take.
+    """The JSON text of each item of an array; in memory is a block of the file, or as much as the longest item takes.
 
     The text grows until json's own parser finds the end of an item in it.
     """
@@ -204,7 +262,8 @@ class JsonArray:
         """`beginning` was read already; the rest is in `file`."""
         self._name, self._file = name, file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self._scan = json.JSONDecoder().raw_decode
+        # Only the ends of items matter here; numbers stay unread, as some are too long to be read.
+        self._scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
         self._text, self._place, self._at_end = "", 0, False
         self._item = 0
         self._grow(beginning)

@@ -102,7 +102,7 @@ def report(config: PrepareConfig) -> None:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"output={directory}: {path} can't be written ({error.strerror}); make it writable") from error
-    Console(stderr=True).print(f"Wrote {path}", soft_wrap=True)
+    Console(stderr=True).print(f"Wrote {path}", soft_wrap=True, markup=False)
 
 
 def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Histogram]:

@@ -50,9 +50,13 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     Raises:
         UserError: a file is missing or can't be read, or a pattern matches nothing.
     """
-    sources = []
+    sources: list[Source] = []
     for entry in config.files:
         for name in files_of("files", entry):
+            if any(Path(name).samefile(other.name) for other in sources):
+                raise UserError(
+                    f"files={name}: it is named twice; to train on it more often, give weights={{{entry}: 2}}"
+                )
             description = {"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256(Path(name))}
             sources.append(
                 Source(
@@ -67,7 +71,7 @@ def find_sources(config: PrepareConfig) -> list[Source]:
         described = {
             "dataset": dataset,
             "revision": config.revision,
-            "commit": _commit_of(dataset, config.revision),
+            "commit": commit_of(dataset, config.revision),
             "split": config.split,
         }
         limit, weight = config.limits.get(dataset), config.weights.get(dataset, 1.0)
@@ -82,11 +86,16 @@ def files_of(setting: str, entry: str) -> list[str]:
         UserError: there is none, or one can't be read; the text begins with `setting`.
     """
     # Path.glob takes no absolute patterns.
-    names = sorted(glob.glob(entry, recursive=True)) if glob.has_magic(entry) else [entry]  # noqa: PTH207
+    is_pattern = glob.has_magic(entry) and not Path(entry).is_file()
+    names = sorted(glob.glob(entry, recursive=True)) if is_pattern else [entry]  # noqa: PTH207
     if not names:
         raise UserError(f"{setting}={entry}: no file matches; check the pattern, relative to {Path.cwd()}")
     for name in names:
         path = Path(name)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{setting}={name!r}: its name is not UTF-8 text; rename it") from None
         if path.is_dir():
             raise UserError(f"{setting}={name}: it is a directory; name the files in it, for example {name}/*.jsonl")
         if not path.is_file():
@@ -102,19 +111,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _commit_of(dataset: str, revision: str | None) -> str | None:
+def commit_of(dataset: str, revision: str | None) -> str | None:
     """The commit that a revision of a hub dataset stands for now; None for a local directory or without a hub."""
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
     if Path(dataset).is_dir():
         return None
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         return HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
-    except (OSError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
-        return None  # what is in the cache may still be read
+    except Exception:  # of whatever keeps the hub from answering; what is in the cache may still be read
+        return None
 
 
 def _read_hub(source: Source) -> Iterator[Chunk]:

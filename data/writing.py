@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from configs.errors import UserError
-from data.layout import MANIFEST, ROW_SCHEMA, read_manifest
+from configs.errors import UserError, one_line
+from data.layout import MANIFEST, ROW_SCHEMA, SPLITS, read_manifest
 from data.store import ConversationStore, Index
 
 ROWS_PER_BATCH = 256
@@ -30,17 +30,24 @@ ROWS_PER_BATCH = 256
 
 def refuse_foreign(output: Path, files: list[str]) -> None:
     """Raises `UserError` rather than replace what is not a prepared dataset, or what the rows are read from."""
-    place = output.resolve()
+    try:
+        place = output.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"output={output}: it is no place ({one_line(error)}); choose another directory") from error
     if place.is_dir() and any(Path(path).resolve().is_relative_to(place) for path in [str(Path.cwd()), *files]):
         raise UserError(f"output={output}: it holds the working directory or an input; choose a directory of its own")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        read_manifest(output)
+        manifest = read_manifest(output)
     except UserError as error:
         raise UserError(
             f"output={output}: something else is there, not a prepared dataset; choose another directory"
         ) from error
+    ours = {MANIFEST, "rejects.jsonl", *(f"{split}/rows.arrow" for split in SPLITS), *manifest.get("files", {})}
+    there = (str(path.relative_to(output)) for path in sorted(output.rglob("*")) if not path.is_dir())
+    if foreign := [name for name in there if name not in ours]:
+        raise UserError(f"output={output}: {foreign[0]} is in it, which is not part of a dataset; move it elsewhere")
 
 
 @contextmanager
@@ -58,8 +65,10 @@ def staging(output: Path) -> Iterator[Path]:
             if (lock := _lock(left_over)) is not None:
                 shutil.rmtree(left_over, ignore_errors=True)
                 os.close(lock)
-        temporary.mkdir()
-        lock = _lock(temporary)
+        lock = None
+        while lock is None and not temporary.exists():  # again where another process took it for a left-over
+            temporary.mkdir()
+            lock = _lock(temporary)
         try:
             yield temporary
         finally:
@@ -72,8 +81,11 @@ def staging(output: Path) -> Iterator[Path]:
 
 
 def _lock(directory: Path) -> int | None:
-    """A lock on a directory, which goes with the process; None where another process holds it."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    """A lock on a directory, which goes with the process; None where another process holds it, or took it away."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # held, or a file system without locks

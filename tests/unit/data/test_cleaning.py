@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.contamination import GRAM, load_evaluations, words_of
+from data.contamination import GRAM, describe_evaluations, load_evaluations, words_of
 from data.dataset import PreparedDataset
 from data.duplicates import Seen, likeness
 from data.intake import copies_of
@@ -113,9 +113,34 @@ def test_estimated_similarity_is_jaccards() -> None:
     assert np.std(errors) < 0.05
 
 
+def test_signs_count_and_texts_of_spaces_have_no_likeness() -> None:
+    seen = Seen(near_threshold=0.8)
+    sums = [Conversation((Message("user", f"2{sign}3"), Message("assistant", "It is."))) for sign in "+-*/"]
+    signs = [Conversation((Message("user", sign), Message("assistant", sign))) for sign in "+-🙂🙃"]
+    blank = [Conversation((Message("user", " " * n), Message("assistant", " "))) for n in range(4)]
+    found = [seen.earlier(n, likeness(c, near=True)) for n, c in enumerate([*sums, *signs, *blank])]
+    assert found == [None] * 12
+
+
+def test_a_row_that_is_left_out_is_no_duplicate(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    rows = [row(f"Say {n}.", str(n)) for n in range(20)]
+    write(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "b.jsonl", rows)
+    made = prepare("a.jsonl,b.jsonl", "weights={a.jsonl: 0}", "duplicates=drop")
+    assert made["rows"]["rejected_by_reason"] == {"left_out": 20}
+    assert sorted(trained_rows(tmp_path)) == list(range(20, 40))
+
+
+def test_nothing_left_is_told(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [row(f"Say {n}.", str(n)) for n in range(20)])
+    outcome = run_program("data", "files=[a.jsonl]", "output=out", "weights={a.jsonl: 0}")
+    assert outcome.exit_code == 2
+    assert "nothing is left of 20 rows (left_out 20×); change weights" in outcome.stderr
+
+
 def test_short_texts_are_compared_too() -> None:
     seen = Seen(near_threshold=0.8)
-    texts = ["Yes.", "No.", "yes", ""]
+    texts = ["Yes.", "No.", "yes.", ""]
     assert [seen.earlier(n, likeness(conversation(text), near=True)) for n, text in enumerate(texts)] == [
         None,
         None,
@@ -127,7 +152,7 @@ def test_short_texts_are_compared_too() -> None:
 # Evaluation data
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
 def test_rows_with_evaluation_data_are_rejected(prepare: Callable[..., Any], tmp_path: Path, kind: str) -> None:
     words = QUESTION.split()
     rows = [
@@ -138,9 +163,11 @@ def test_rows_with_evaluation_data_are_rejected(prepare: Callable[..., Any], tmp
         *(row(f"Say {n}.", str(n)) for n in range(20)),
     ]
     write(tmp_path / "rows.jsonl", rows)
+    question = {"question": {"stem": QUESTION, "choices": ["two", "three"]}, "answer": 2}
     if kind == "jsonl":
-        question = {"question": {"stem": QUESTION, "choices": ["two", "three"]}, "answer": 2}
         (tmp_path / "eval.jsonl").write_text(json.dumps({"id": 1}) + "\n" + json.dumps(question) + "\n")
+    elif kind == "json":
+        (tmp_path / "eval.json").write_text(json.dumps([{"id": 1}, question], indent=1))
     else:
         (tmp_path / "eval.txt").write_text(f"Something short.\n\n{QUESTION}\nAnswer: two.\n")
     made = prepare("rows.jsonl", f"contamination=[eval.{kind}]", "max_reject_fraction=0")
@@ -170,15 +197,18 @@ def test_a_leaderboard_task_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load_dataset(path: str, name: str | None, split: str) -> Any:
-        asked.append((path, name, split))
+    def load_dataset(path: str, name: str | None, split: str, revision: str | None) -> Any:
+        asked.append((path, name, split, revision))
         return datasets.Dataset.from_list([{"question": QUESTION, "choices": ["two", "three"], "subject": "trains"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    evaluations, (told,) = load_evaluations(["mmlu"])
-    assert asked == [("cais/mmlu", "all", "test")]
+    monkeypatch.setattr("data.contamination.commit_of", lambda dataset, revision: f"commit of {dataset}")
+    described = describe_evaluations(["mmlu"])
+    evaluations = load_evaluations(described)
+    assert described == [{"task": "mmlu", "dataset": "cais/mmlu", "commit": "commit of cais/mmlu"}]
+    assert asked == [("cais/mmlu", "all", "test", "commit of cais/mmlu")]
     assert evaluations is not None
-    assert len(evaluations.grams) == told["grams"] == len(words_of(QUESTION)) - GRAM + 1
+    assert len(evaluations.grams) == len(words_of(QUESTION)) - GRAM + 1
     assert evaluations.shared_with(conversation(QUESTION)) is not None
     assert evaluations.shared_with(conversation("two three trains")) is None
 

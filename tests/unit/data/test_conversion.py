@@ -147,3 +147,17 @@ def test_the_same_conversation_in_three_schemas_is_one_conversation() -> None:
 
 def test_every_schema_can_be_asked_for() -> None:
     assert set(SETTINGS) == set(SCHEMAS)
+
+
+def test_columns_of_turns_are_renamed() -> None:
+    columns = {"messages": "dialogue", "role": "speaker", "content": "text"}
+    value = {"dialogue": [{"speaker": "user", "text": "Hi"}, {"speaker": "assistant", "text": "Hello."}]}
+    assert detect_schema(value, columns) == "messages"
+    assert said(value, "messages", columns=columns) == [("user", "Hi"), ("assistant", "Hello.")]
+    reject = convert({"dialogue": ["Hi"]}, "messages", columns=columns)
+    assert isinstance(reject, Reject)
+    assert reject.reason == "not_an_object"
+
+
+def test_a_column_without_values_speaks_for_no_schema() -> None:
+    assert detect_schema({"messages": None, "instruction": "Say it.", "output": "It."}, {}) == "instruction"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data.encoding import Shortened
 from data.overlong import split_turns, truncate
 from data.schema import IGNORE_INDEX, Conversation, Message
 from data.template import BOS, EOS, ChatTokenizer
@@ -106,6 +107,14 @@ def test_preparing_with_each_policy(
         "rejected_by_reason": {"too_long": 3 - kept},
     }
     assert manifest["train"]["conversations"] == conversations
+    assert (
+        manifest["shortened"]
+        == {
+            "drop": {"rows": 0, "turns_left_out": 0, "replies_cut": 0},
+            "truncate": {"rows": 1, "turns_left_out": 2, "replies_cut": 0},
+            "split_turns": {"rows": 1, "turns_left_out": 0, "replies_cut": 0},
+        }[overlong]
+    )
 
 
 def test_the_parts_of_a_row_stay_on_one_side_of_the_split(run_program: Callable[..., Any], tmp_path: Path) -> None:
@@ -123,3 +132,16 @@ def test_the_parts_of_a_row_stay_on_one_side_of_the_split(run_program: Callable[
     assert train | held_out == set(range(12))
     assert not train & held_out
     assert len(held_out) == 4
+
+
+def test_what_was_lost_is_counted_at_every_length() -> None:
+    whole = TOKENIZER.encode(PLAIN)
+    ends = turn_lengths(PLAIN)
+    for seq_len in range(prompt_lengths(PLAIN)[0] + 1, len(whole)):
+        kept = truncate(whole, seq_len)
+        assert kept is not None
+        begun = sum(prompt < seq_len for prompt in prompt_lengths(PLAIN))
+        assert Shortened.of(whole, [kept]) == Shortened(3 - begun, int(len(kept) not in ends))
+        parts = split_turns(PLAIN, TOKENIZER, seq_len)
+        turns = sum(part.ids.count(BOS) for part in parts)
+        assert Shortened.of(whole, parts) == Shortened(3 - turns, sum(part.ids[-1] != EOS for part in parts))

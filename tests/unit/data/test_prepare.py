@@ -1,6 +1,7 @@
 import hashlib
 import importlib.metadata
 import json
+import platform
 import subprocess
 import sys
 from collections import Counter
@@ -119,7 +120,8 @@ def test_manifest_tells_the_truth(prepare: Callable[..., Any], out: Path, files:
     assert told["tokenizer"] == {"source": "embedded", "fingerprint": ChatTokenizer.load().fingerprint}
     assert (told["seed"], told["seq_len"]) == (3, 128)
     assert told["config"]["eval_fraction"] == 0.1
-    assert told["versions"]
+    assert told["versions"].pop("python") == platform.python_version()
+    assert told["versions"].keys() >= {"tokenizers", "openhermes-mixtral"}
     assert all(version == importlib.metadata.version(name) for name, version in told["versions"].items())
     for split in ("train", "eval"):
         rows = arrow(out, split)
@@ -225,8 +227,15 @@ def test_too_many_rejects_stop_the_run(prepare: Callable[..., Any], out: Path, t
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.jsonl"}
 
 
-def test_share_of_rejects_exactly_at_the_limit_is_allowed(prepare: Callable[..., Any]) -> None:
+def test_share_of_rejects_exactly_at_the_limit_is_allowed(
+    prepare: Callable[..., Any], run_program: Callable[..., Any], tmp_path: Path
+) -> None:
     assert prepare("max_reject_fraction=0.075").exit_code == 0
+    # 0.29 · 100 is a little less than 29 in binary.
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(good(n) if n < 71 else {}) + "\n" for n in range(100)))
+    settings = ("files=[rows.jsonl]", "output=out", "seq_len=128")
+    assert run_program("data", *settings, "max_reject_fraction=0.29").exit_code == 0
+    assert run_program("data", *settings, "max_reject_fraction=0.28").exit_code == 2
 
 
 @pytest.mark.parametrize("what", ["directory", "file"])
@@ -249,12 +258,36 @@ def test_empty_output_directory_is_used(prepare: Callable[..., Any], out: Path) 
 
 def test_older_prepared_dataset_is_replaced(prepare: Callable[..., Any], out: Path, tmp_path: Path) -> None:
     prepare("seed=1")
-    (out / "train" / "left-over").write_text("")
     assert prepare("seed=2").exit_code == 0
 
     assert manifest(out)["seed"] == 2
     assert tree(out) == WHOLE
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.jsonl", "out"}
+
+
+@pytest.mark.parametrize("name", ["eval.txt", "train/notes.txt", ".hidden"])
+def test_a_dataset_with_something_else_in_it_is_not_replaced(prepare: Callable[..., Any], out: Path, name: str) -> None:
+    prepare("seed=1")
+    (out / name).write_text("years of work")
+    outcome = prepare("seed=2")
+    assert outcome.exit_code == 2
+    assert f"output=out: {name} is in it" in outcome.stderr
+    assert (out / name).read_text() == "years of work"
+    assert manifest(out)["seed"] == 1
+
+
+def test_a_link_that_leads_to_itself_is_no_place(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    outcome = prepare("output=loop")
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith("data: output=loop: ")
+
+
+def test_a_name_in_brackets_is_no_markup(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = prepare('output="x[/b]"')
+    assert outcome.exit_code == 0
+    assert "Prepared x[/b]" in outcome.stderr
+    assert (tmp_path / "x[" / "b]" / "manifest.json").is_file()
 
 
 def test_refused_run_leaves_the_older_dataset(prepare: Callable[..., Any], out: Path) -> None:

@@ -2,16 +2,20 @@
 
 import io
 import json
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
 from data import reading
-from data.reading import Chunk, JsonArray, RawRow, Reject, read_arrow
+from data.conversion import to_conversation
+from data.reading import DEEPEST, Chunk, JsonArray, RawRow, Reject, read_arrow, read_file
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -97,3 +101,71 @@ def test_a_chunk_cut_short() -> None:
     ]
     assert isinstance(first.content, bytes)
     assert len(first) == 3
+
+
+def rows_of(path: Path) -> list[RawRow | Reject]:
+    return [row for chunk in read_file(str(path)) for row in chunk.rows()]
+
+
+def test_an_array_in_one_line_is_not_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"n": n, "text": "x" * 1000} for n in range(20_000)]))
+    tracemalloc.start()
+    try:
+        rows = sum(len(chunk) for chunk in read_file(str(path)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows == 20_000
+    assert peak < path.stat().st_size / 2
+
+
+def test_items_that_python_will_not_read_are_rejects(tmp_path: Path) -> None:
+    """A number that is too long, and nesting that is too deep: the same whoever parses."""
+    huge, deep = "9" * 5000, "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1)
+    allowed = "[" * (DEEPEST - 2) + "]" * (DEEPEST - 2)
+    braces = json.dumps("{[" * 2000)
+    rows = [f'{{"x": {value}}}' for value in (1, huge, deep, allowed, braces)]
+    for name, content in (("rows.json", f"[{', '.join(rows)}]"), ("rows.jsonl", "\n".join(rows))):
+        (tmp_path / name).write_text(content)
+        found = rows_of(tmp_path / name)
+        assert [row.reason if isinstance(row, Reject) else "kept" for row in found] == [
+            "kept",
+            "invalid_json",
+            "invalid_json",
+            "kept",
+            "kept",
+        ]
+
+
+def test_a_jsonl_file_that_begins_with_a_list(tmp_path: Path) -> None:
+    (tmp_path / "rows.JSONL").write_text('["x"]\n{"a": 1}\n')
+    assert [row.value for row in rows_of(tmp_path / "rows.JSONL") if isinstance(row, RawRow)] == [["x"], {"a": 1}]
+
+
+@pytest.mark.parametrize("blank", [b"", b"\n", b"\xef\xbb\xbf", b" \n" * 100])
+@pytest.mark.parametrize("last", [b"", b"\n", b"\n\n"])
+def test_lines_keep_their_numbers(tmp_path: Path, blank: bytes, last: bytes) -> None:
+    lines = [json.dumps({"n": n, "text": "x" * (37 * n)}).encode() for n in range(9)]
+    (tmp_path / "rows.jsonl").write_bytes(blank + b"\n".join(lines) + last)
+    found = rows_of(tmp_path / "rows.jsonl")
+    assert [row.value["n"] for row in found if isinstance(row, RawRow)] == list(range(9))
+    assert [row.number for row in found] == list(range(1 + blank.count(b"\n"), 10 + blank.count(b"\n")))
+
+
+def test_parquet_values_that_cannot_be_read_spoil_only_what_needs_them(tmp_path: Path) -> None:
+    text = pa.array([b"good", b"\xff", b"fine"]).cast(pa.binary()).view(pa.string())
+    dates = pa.array([1, 10**7, 2], pa.int32()).view(pa.date32())
+    pq.write_table(pa.table({"instruction": text, "output": ["a", "b", "c"], "day": dates}), tmp_path / "rows.parquet")
+    outcomes = [to_conversation(row, "instruction") for row in rows_of(tmp_path / "rows.parquet")]  # type: ignore[arg-type]
+    assert [outcome.reason if isinstance(outcome, Reject) else "kept" for outcome in outcomes] == [
+        "kept",
+        "invalid_utf8",
+        "kept",
+    ]
+    assert all(isinstance(row, RawRow) for row in rows_of(tmp_path / "rows.parquet"))
+
+
+def test_what_a_reject_quotes_is_cut() -> None:
+    record = Reject("rows.jsonl", "line", 1, "unknown_role", "x" * 10_000).record()
+    assert len(record["detail"]) < 600

@@ -131,6 +131,7 @@ def expected_turns(conversation: Conversation) -> list[tuple[str, str | None]]:
     return pairs
 
 
+@settings(max_examples=3000)
 @given(conversations())
 def test_ids_and_mask_are_sentencepieces(conversation: Conversation) -> None:
     ids: list[int] = []
