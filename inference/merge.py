@@ -119,7 +119,6 @@ def write_weights(directory: Path, parts: list[Piece], adapter: Adapter) -> floa
                 begins = list(ends)[:-1]
                 for size in threads.map(lambda piece, at: write_piece(piece, adapter, file, at), here, begins):
                     progress.advance(bar, size)
-                os.fsync(file.fileno())
     if len(names) > 1:
         index = {
             "metadata": {"total_size": sum(piece.size for piece in parts)},

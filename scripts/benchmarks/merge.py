@@ -120,6 +120,7 @@ def _contend(name: str, top: Path) -> dict[str, float]:
         for file in sorted((top / "base").glob("*.safetensors")):
             shutil.copyfile(file, target / file.name)
     elif name == "ours":
+        import peft  # noqa: F401 - the other contender has loaded its libraries too when the clock starts
         from transformers import AutoConfig
 
         from configs.weights import StoredWeights
