@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import UserError
 from data.conversion import detect_schema, to_conversation
+from data.reading import RawRow
 from data.schema import Conversation, Message
-from data.sources import RawRow
 from data.template import ChatTokenizer
 from inference.adapter import WEIGHTS
 from inference.config import InferenceConfig

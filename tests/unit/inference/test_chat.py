@@ -9,8 +9,8 @@ import torch
 
 from configs.errors import UserError
 from data.conversion import to_conversation
+from data.reading import RawRow
 from data.schema import Conversation, Message
-from data.sources import RawRow
 from data.template import ChatTokenizer
 from inference import chat as module
 from inference.chat import Talk, fit
