@@ -366,3 +366,17 @@ def test_gradients_are_those_of_stock_peft(tmp_path: Path) -> None:
 def test_an_unknown_projection_is_refused() -> None:
     with pytest.raises(ValueError, match="w1"):
         expert_lora.attach(nn.Module(), ranks=[], projections=("w1",), scaling=expert_lora.Scaling(8))
+
+
+def test_weights_that_train_get_the_references_gradient() -> None:
+    """Training in full, `lora=none`, goes through the same forward; one expert gets no token."""
+    torch.manual_seed(0)
+    experts = make_experts(experts=4, hidden=6, intermediate=10, lora_rank=3, dtype=torch.float64, targets=())
+    experts.requires_grad_(True)
+    x, weights = torch.randn(9, 6, dtype=torch.float64), torch.rand(9, 2, dtype=torch.float64)
+    index = torch.stack([torch.randperm(3)[:2] for _ in range(9)])
+    ours = forward_and_gradients(expert_lora.split_lora_forward, experts, x, index, weights)
+    theirs = forward_and_gradients(reference, experts, x, index, weights)
+    assert len(ours) == 5
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
