@@ -113,17 +113,24 @@ class Encoder:
 class Pool:
     """Encodes chunks in this process and in further ones, with a bounded number of them under way."""
 
-    def __init__(self, encoder: Encoder, workers: int):
-        """`workers` is the number of processes, this one included."""
-        self._encoder, self._others = encoder, workers - 1
+    def __init__(self, config: PrepareConfig, evaluations: Evaluations | None, workers: int):
+        """`workers` is the number of processes, this one included.
+
+        Raises:
+            UserError: there is no such tokenizer.
+        """
+        self._others = workers - 1
         self._executor: ProcessPoolExecutor | None = None
         if self._others:
             self._executor = ProcessPoolExecutor(
                 self._others,
                 mp_context=get_context("spawn"),  # forking a process that has threads, as Arrow's, can hang
                 initializer=_start,
-                initargs=(encoder.config, encoder.evaluations),
+                initargs=(config, evaluations),
             )
+            with without_interrupts():  # a process that this starts never sees Ctrl-C
+                self._executor.submit(_ready)  # starts one, which gets ready while this one does
+        self.encoder = Encoder(config, ChatTokenizer.load(config.tokenizer), evaluations)
 
     def encode(self, chunks: Iterable[Chunk], schema: str) -> Iterator[EncodedChunk]:
         """The encoded chunks, in the order of the chunks.
@@ -133,7 +140,7 @@ class Pool:
         """
         if self._executor is None:
             for chunk in chunks:
-                yield self._encoder.encode(chunk, schema)
+                yield self.encoder.encode(chunk, schema)
             return
         # In their order: what others encode, done or not, and between it what was encoded here while all of them had
         # enough to do.
@@ -142,10 +149,10 @@ class Pool:
             for chunk in chunks:
                 waiting = sum(isinstance(piece, Future) and not piece.done() for piece in under_way)
                 if waiting < AHEAD * self._others:
-                    with without_interrupts():  # a process that this starts never sees Ctrl-C
+                    with without_interrupts():
                         under_way.append(self._executor.submit(_encode, chunk, schema))
                 else:
-                    under_way.append(self._encoder.encode(chunk, schema))
+                    under_way.append(self.encoder.encode(chunk, schema))
                 while under_way and (_is_there(under_way[0]) or len(under_way) > LONGEST_QUEUE * self._others):
                     yield _result(under_way.popleft())
             while under_way:
@@ -170,9 +177,9 @@ def _result(piece: "Future[EncodedChunk] | EncodedChunk") -> EncodedChunk:
 
 
 @contextmanager
-def pool(encoder: Encoder, workers: int) -> Iterator[Pool]:
+def pool(config: PrepareConfig, evaluations: Evaluations | None, workers: int) -> Iterator[Pool]:
     """A pool that is closed in the end."""
-    opened = Pool(encoder, workers)
+    opened = Pool(config, evaluations, workers)
     try:
         yield opened
     finally:
@@ -215,6 +222,10 @@ def _end_with_parent() -> None:
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
+
+
+def _ready() -> None:
+    """Nothing to do but to be there."""
 
 
 def _encode(chunk: Chunk, schema: str) -> EncodedChunk:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,13 +21,12 @@ from rich.text import Text
 from configs.errors import UserError
 from data.config import SHAPELESS, PrepareConfig
 from data.contamination import describe_evaluations, load_evaluations
-from data.encoding import Encoder, number_of_workers, pool
+from data.encoding import Pool, number_of_workers, pool
 from data.intake import CLEANED, Intake
 from data.layout import LAYOUT, MANIFEST, MANIFEST_KIND, SPLITS, damage, read_manifest
 from data.packing import pack
 from data.sources import Source, find_sources
-from data.store import ConversationStore, Index, conversation_store
-from data.template import ChatTokenizer
+from data.store import Index, conversation_store
 from data.writing import publish, refuse_foreign, staging, write_rows
 
 PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash")
@@ -51,21 +50,25 @@ def prepare(config: PrepareConfig) -> None:
         summarize(read_manifest(output), output)
         console.print(f"{output} is already prepared from these inputs with these settings; nothing was done")
         return
-    tokenizer = ChatTokenizer.load(config.tokenizer)
-    encoder = Encoder(config, tokenizer, load_evaluations(kept_out))
+    hub = any(source.is_hub for source in sources)
+    workers = number_of_workers(config.workers, None if hub else sum(source.description["bytes"] for source in sources))
 
-    with staging(output) as temporary, conversation_store(temporary / "encoded") as store:
+    with (
+        pool(config, load_evaluations(kept_out), workers) as encoders,
+        staging(output) as temporary,
+        conversation_store(temporary / "encoded") as store,
+    ):
         dataset = temporary / "dataset"
         dataset.mkdir()
         with (dataset / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
-            intake = take_in(sources, encoder, store, rejects)
+            intake = take_in(sources, encoders, Intake(config, store, rejects))
         refuse_too_many(intake, config.max_reject_fraction)
         index = store.index()
         manifest = {
             "kind": MANIFEST_KIND,
             **wanted,
             "inputs": intake.inputs,
-            "tokenizer": {"source": config.tokenizer, "fingerprint": tokenizer.fingerprint},
+            "tokenizer": {"source": config.tokenizer, "fingerprint": encoders.encoder.tokenizer.fingerprint},
             "rows": {
                 "in": intake.rows,
                 "kept": intake.kept,
@@ -117,14 +120,12 @@ def is_prepared(output: Path, wanted: dict[str, Any]) -> bool:
 # Stages
 
 
-def take_in(sources: list[Source], encoder: Encoder, store: ConversationStore, rejects: TextIO) -> Intake:
-    """Encodes every row of every source into the store, or writes why not to `rejects`."""
-    intake = Intake(encoder.config, store, rejects)
-    total = None if any(source.is_hub for source in sources) else sum(source.description["bytes"] for source in sources)
-    with pool(encoder, number_of_workers(encoder.config.workers, total)) as workers, _progress() as progress:
+def take_in(sources: list[Source], encoders: Pool, intake: Intake) -> Intake:
+    """Encodes every row of every source into the intake's store, or writes why not to its rejects."""
+    with _progress() as progress:
         task = progress.add_task("Encoding conversations", total=None)
         for source in sources:
-            for rows in intake.read(source, workers):
+            for rows in intake.read(source, encoders):
                 progress.update(task, completed=rows)
     assert intake.rows == intake.kept + sum(intake.rejected.values())
     return intake

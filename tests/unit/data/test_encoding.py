@@ -16,10 +16,9 @@ import psutil
 import pytest
 
 from data.config import PrepareConfig
-from data.encoding import BYTES_PER_WORKER, Encoder, Pool, number_of_workers
+from data.encoding import BYTES_PER_WORKER, Pool, number_of_workers
 from data.prepare import prepare
 from data.reading import read_file
-from data.template import ChatTokenizer
 
 
 def write_rows(path: Path, number: int) -> None:
@@ -109,7 +108,7 @@ def test_memory_is_bounded_where_one_worker_is_slow(tmp_path: Path) -> None:
     """Chunks are not read far ahead of what is written."""
     write_rows(tmp_path / "rows.jsonl", 40_000)
     config = PrepareConfig(files=["x"], seq_len=512)
-    pool = Pool(Encoder(config, ChatTokenizer.load(), None), workers=2)
+    pool = Pool(config, None, workers=2)
     read = 0
 
     def chunks() -> Any:
