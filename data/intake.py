@@ -9,6 +9,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, TextIO
 
 from data.config import AUTO, PrepareConfig
@@ -149,9 +150,4 @@ def _with_schema(source: Source, config: PrepareConfig) -> tuple[str, Iterator[C
         return "instruction", iter(())
     found = (detect_schema(row.value, config.columns) for row in first.rows() if isinstance(row, RawRow))
     schema = next((schema for schema in found if schema is not None), "instruction")
-    return schema, _before(first, chunks)
-
-
-def _before(first: Chunk, rest: Iterator[Chunk]) -> Iterator[Chunk]:
-    yield first
-    yield from rest
+    return schema, chain([first], chunks)

@@ -8,7 +8,6 @@ and `tokens`; the line of a row that can't be answered has `line`, `id` and `err
 """
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from configs.errors import UserError
 from data.conversion import detect_schema, to_conversation
 from data.reading import RawRow
 from data.schema import Conversation, Message
+from data.sources import sha256
 from data.template import ChatTokenizer
 from inference.adapter import WEIGHTS
 from inference.config import InferenceConfig
@@ -299,15 +299,10 @@ def _identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
     """What tells this run from another: the input's and the adapter's bytes, and all that decides the answers."""
     weights = Path(str(config.adapter)) / WEIGHTS
     return {
-        "input": _sha256(source),
-        "adapter_weights": _sha256(weights) if weights.is_file() else None,
+        "input": sha256(source),
+        "adapter_weights": sha256(weights) if weights.is_file() else None,
         **{name: getattr(config, name) for name in SETTINGS},
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finish(output: Path, answers: list[dict[str, Any]]) -> None:

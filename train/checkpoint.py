@@ -10,7 +10,6 @@ runs/{name}-{date}-{time}/
 """
 
 import datetime
-import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from configs.receipt import machine, provenance
 from configs.weights import StoredWeights, local_directory
 from data.dataset import PreparedDataset
 from data.layout import MANIFEST
+from data.sources import sha256
 from data.template import ChatTokenizer
 from train import adapter_files, expert_lora
 from train.config import BatchArithmetic, TrainConfig
@@ -188,7 +188,7 @@ class RunDirectory:
             },
             "dataset": {
                 "path": str(self.dataset.directory),
-                "manifest_sha256": _sha256(self.dataset.directory / MANIFEST),
+                "manifest_sha256": sha256(self.dataset.directory / MANIFEST),
             },
             "experts_moved": [moved.record() for moved in self._moved],
             "evaluation_loss": {str(step): loss for step, loss in metrics.evaluations.items()},
@@ -215,7 +215,3 @@ def hardware(processes: Processes) -> dict[str, Any]:
         "processes": processes.count,
         "threads_per_process": torch.get_num_threads(),
     }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
