@@ -9,7 +9,6 @@ import datetime
 import json
 import os
 import shutil
-import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from transformers import GenerationConfig
 
 from configs.errors import UserError
 from configs.receipt import machine, provenance
-from configs.weights import INDEX, StoredWeights, local_directory
+from configs.weights import INDEX, StoredWeights, header, local_directory
 from data.template import BOS, EOS, UNK
 from inference.adapter import BLOCK, Adapter
 from inference.card import write_card
@@ -113,7 +112,7 @@ def write_weights(directory: Path, parts: list[Piece], adapter: Adapter) -> floa
         for name in names:
             here = [piece for piece in parts if piece.stored.file.name == name]
             with (directory / name).open("wb", buffering=0) as file:
-                head = header(here)
+                head = header((p.stored.name, p.stored.dtype, p.stored.shape, p.size) for p in here)
                 file.write(head)
                 ends = accumulate((piece.size for piece in here), initial=len(head))
                 begins = list(ends)[:-1]
@@ -168,19 +167,6 @@ def single_threaded_torch() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def header(parts: list[Piece]) -> bytes:
-    """The head of a safetensors file with these tensors in this order."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for piece in parts:
-        begin, end = end, end + piece.size
-        entry = {"dtype": piece.stored.dtype, "shape": list(piece.stored.shape), "data_offsets": [begin, end]}
-        entries[piece.stored.name] = entry
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors begin at multiples of eight bytes
-    return struct.pack("<Q", len(text)) + text
 
 
 def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path, size: int) -> None:

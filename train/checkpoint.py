@@ -1,217 +1,256 @@
-"""The run directory: what a run writes, and when each piece is whole.
+"""One checkpoint: everything that a run needs to go on as if it had never stopped, complete or invisible.
 
-runs/{name}-{date}-{time}/
-  config.yaml               the resolved configuration
-  metrics.jsonl
-  checkpoints/step-000123/  adapter/ (or model/) as it was after that step
-  adapter/                  the result, in PEFT's format, per_expert/ in it where asked; model/ after training in full
-  receipt.json              what was run, on what, from what, with what outcome
-  expert_load.json, .png    of task=profile: which experts the routers choose
+checkpoints/step-000123/
+  adapter/ or model/        what was learned so far, as the run's result has it
+  master.safetensors        the trained parameters in float32, whole, by name
+  exp_avg.safetensors       Adam's first moments
+  exp_avg_sq.safetensors    Adam's second moments
+  trainer.json              step, schedule, data position, random state, settings, and what the run was fed
+  manifest.json             every other file with its size and hash, and its own digest
+
+Nothing in it depends on the number of processes, and nothing is ever unpickled: safetensors and JSON only. It is
+written into a hidden sibling, forced to the disk, and takes its name last.
 """
 
-import datetime
 import json
+import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import xxhash
+from safetensors import SafetensorError, safe_open
 
-from configs.errors import UserError
-from configs.receipt import machine, provenance
-from configs.weights import StoredWeights, local_directory
-from data.dataset import PreparedDataset
-from data.layout import MANIFEST
-from data.sources import sha256
-from data.template import ChatTokenizer
-from train import adapter_files, expert_lora
-from train.config import BatchArithmetic, TrainConfig
-from train.engine import Engine, Processes, agree
-from train.learning import Movement, movements
-from train.metrics import Metrics, console, finite, show_movements
+from configs.errors import one_line
+from configs.weights import file_hash, read_header
+from train.background import Background
+from train.tensor_file import TensorFile
 
-PACKAGES = (
-    "openhermes-mixtral",
-    "torch",
-    "transformers",
-    "peft",
-    "deepspeed",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-)
-"""Those whose versions the receipt records."""
+FOLDER = "checkpoints"
+MANIFEST, TRAINER = "manifest.json", "trainer.json"
+STATE = ("master", "exp_avg", "exp_avg_sq")
+"""What is stored of every trained parameter, in float32: its value, and Adam's two moments by torch's names."""
+
+Shape = tuple[int, ...]
 
 
-RUN_ENTRIES = {
-    "config.yaml",
-    "metrics.jsonl",
-    "checkpoints",
-    "adapter",
-    "model",
-    "receipt.json",
-    "wandb",
-    "expert_load.json",
-    "expert_load.png",
-}
-"""All that a run directory holds; a directory with anything else in it is not replaced."""
+class CheckpointWriter:
+    """Writes one checkpoint, by the jobs of a `Background`."""
 
+    def __init__(self, place: Path, shapes: dict[str, Shape], background: Background):
+        """Begins.
 
-class RunDirectory:
-    """The place of a run. Only the main process touches the disk."""
-
-    def __init__(self, config: TrainConfig, dataset: PreparedDataset, batch: BatchArithmetic, processes: Processes):
-        """Decides the directory, the same on every process, and changes nothing yet; collective.
-
-        Raises:
-            UserError: it can't be used, or something is there that must not be replaced.
+        Args:
+            place: checkpoints/step-…, the directory that it becomes.
+            shapes: of the trained parameters, in the order in which they will come.
+            background: what does the work. After the first error nothing more is written.
         """
-        self.config = config
-        self.dataset = dataset
-        self.batch = batch
-        self.processes = processes
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.path = Path(agree(config.run_dir or f"runs/{config.name}-{stamp}"))  # clocks differ between processes
-        self._started = datetime.datetime.now(datetime.UTC)
-        self._moved: list[Movement] = []
-        self._base_fingerprint: str | None = None  # of a random base there is none
-        if problem := agree(self._problem() if processes.is_main else None):
-            raise UserError(f"run_dir={self.path}: {problem}")
-
-    def _problem(self) -> str | None:
-        """What speaks against the directory, as the rest of a sentence."""
-        place = self.path.resolve()
-        needed = [Path.cwd(), self.dataset.directory, Path(self.config.model.path or ".")]
-        if any(path.resolve().is_relative_to(place) for path in needed):
-            return "it holds the working directory, the dataset or the base; name a directory of its own"
-        if place.exists() and not place.is_dir():
-            return "it is a file; name another directory"
-        there = {path.name for path in place.iterdir()} if place.exists() else set()
-        if there - RUN_ENTRIES:
-            return f"{min(there - RUN_ENTRIES)} is there, which no run writes; name another directory"
-        if there and not self.config.overwrite:
-            return "a run is there already; name another directory, or give overwrite=true to replace it"
-        return None
-
-    def create(self) -> None:
-        """Makes the directory, in the place of an older run where there is one, and writes config.yaml; collective.
-
-        Raises:
-            UserError: it can't be written, or the base's files can't be read.
-        """
-        if problem := agree(self._know_the_base() if self.processes.is_main else None):
-            raise UserError(problem)
-        if problem := agree(self._create() if self.processes.is_main else None):
-            raise UserError(f"run_dir={self.path}: {problem}")
-
-    def _know_the_base(self) -> str | None:
-        """Takes the base's fingerprint, by which inference knows it again; what speaks against that.
-
-        Here and not when a receipt is written: what can fail, fails before anything was trained.
-        """
-        path, revision = self.config.model.path, self.config.model.revision
-        if path is not None:
-            named = f"model.path={path}"
-            try:
-                self._base_fingerprint = StoredWeights(local_directory(path, revision, named), named).fingerprint
-            except UserError as error:
-                return str(error)
-        return None
-
-    def _create(self) -> str | None:
-        try:
-            if self.path.exists():
-                shutil.rmtree(self.path.resolve())
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self.config)))
-        except OSError as error:
-            return f"it can't be written ({error.strerror or error}); name a writable directory"
-        return None
-
-    def save_checkpoint(self, engine: Engine, metrics: Metrics, step: int) -> None:
-        """Writes checkpoints/step-…; collective."""
-        self._save(engine, metrics, self.path / "checkpoints" / f"step-{step:06d}" / self._result_name)
-
-    def save_result(self, engine: Engine, metrics: Metrics) -> None:
-        """Writes adapter/ (or model/) and receipt.json; collective."""
-        target = self.path / self._result_name
-        self._save(engine, metrics, target)
-        if self.processes.is_main:
-            show_movements(self._moved)
-            shutil.copyfile(target / "receipt.json", self.path / "receipt.json")
-            console.print(f"Saved {target}")
+        self._place, self._background = place, background
+        self._temporary = place.parent / f".{place.name}.tmp"
+        self._files: dict[str, TensorFile] = {}
+        self._hashes: dict[str, str] = {}
+        self._shapes = shapes
+        background.submit(self._begin)
 
     @property
-    def _result_name(self) -> str:
-        return "model" if self.config.lora.method == "none" else "adapter"
+    def directory(self) -> Path:
+        """Where it is written until it is complete."""
+        return self._temporary
 
-    def _save(self, engine: Engine, metrics: Metrics, target: Path) -> None:
-        everything = self.config.lora.method == "none"
-        tensors = engine.collect(lambda _, parameter: everything or parameter.requires_grad)
-        if not self.processes.is_main:
-            return
-        temporary = target.parent / f".{target.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        if everything:
-            write_model(temporary, engine.module.causal_lm, tensors)
-        else:
-            self._write_adapter(temporary, engine.module.causal_lm, tensors)
-        shutil.copyfile(self.path / "config.yaml", temporary / "train_config.yaml")
-        (temporary / "receipt.json").write_text(json.dumps(finite(self._receipt(metrics)), indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+    def write(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Writes what is stored of the next parameter, by `STATE`."""
+        for kind in STATE:
+            self._background.submit(partial(self._write, kind, name, state[kind]), state[kind].nbytes)
 
-    def _write_adapter(self, directory: Path, causal_lm: Any, tensors: dict[str, torch.Tensor]) -> None:
-        settings = (self.config.model, self.config.lora, tensors, expert_lora.adapters(causal_lm))
-        adapter_files.write(directory, *settings)
-        if self.config.lora.export_per_expert:
-            per_expert = directory / "per_expert"
-            per_expert.mkdir()
-            adapter_files.write_per_expert(per_expert, *settings)
-        self._moved = movements(causal_lm, tensors)
+    def _write(self, kind: str, name: str, tensor: torch.Tensor) -> None:
+        self._files[kind].write(name, tensor)
 
-    def _receipt(self, metrics: Metrics) -> dict[str, Any]:
-        """What was run, on what, from what, and how far it came."""
-        return {
-            "started": self._started.isoformat(timespec="seconds"),
-            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **provenance(PACKAGES),
-            "hardware": hardware(self.processes),
-            "batch": asdict(self.batch),
-            "base": {
-                "path": self.config.model.path,
-                "revision": self.config.model.revision,
-                "fingerprint": self._base_fingerprint,
-            },
-            "dataset": {
-                "path": str(self.dataset.directory),
-                "manifest_sha256": sha256(self.dataset.directory / MANIFEST),
-            },
-            "experts_moved": [moved.record() for moved in self._moved],
-            "evaluation_loss": {str(step): loss for step, loss in metrics.evaluations.items()},
-            "steps": metrics.last.step if metrics.last else 0,
-            "loss": metrics.last.loss if metrics.last else None,
-        }
+    def finish(self, trainer: dict[str, Any]) -> None:
+        """Completes it with the content of trainer.json."""
+        self._background.submit(lambda: self._finish(trainer))
+
+    def _begin(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        tensors = [(name, torch.float32, shape) for name, shape in self._shapes.items()]
+        self._files = {kind: TensorFile(self._temporary / f"{kind}.safetensors", tensors) for kind in STATE}
+
+    def _finish(self, trainer: dict[str, Any]) -> None:
+        hashes = {f"{kind}.safetensors": file.close() for kind, file in self._files.items()}
+        (self._temporary / TRAINER).write_bytes(_json(trainer))
+        files = {}
+        for path in sorted(path for path in self._temporary.rglob("*") if path.is_file()):
+            name = str(path.relative_to(self._temporary))
+            files[name] = {"bytes": path.stat().st_size, "xxh3": hashes.get(name) or file_hash(path)}
+        (self._temporary / MANIFEST).write_bytes(_sealed({"files": files}))
+        publish(self._temporary, self._place)
 
 
-def write_model(directory: Path, model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes a whole model as transformers does (Mixtral's per-expert names), with tokenizer and chat template."""
-    from transformers.utils import logging
+def publish(temporary: Path, place: Path) -> None:
+    """Gives a directory its name, once all in it is on the disk; what has the name already makes room."""
+    for path in [*temporary.rglob("*"), temporary]:
+        sync(path)
+    if place.exists():
+        remove(place)
+    temporary.rename(place)
+    sync(place.parent)
 
-    logging.disable_progress_bar()  # a bar for each file would break the one of the run
-    model.save_pretrained(directory, state_dict=tensors)
-    ChatTokenizer.load().save(directory)
+
+def remove(place: Path) -> None:
+    """Removes a directory of a run: its name is gone first, so half of one is never seen."""
+    hidden = place.parent / f".{place.name}.old"
+    shutil.rmtree(hidden, ignore_errors=True)
+    place.rename(hidden)
+    shutil.rmtree(hidden)
 
 
-def hardware(processes: Processes) -> dict[str, Any]:
-    """What the run computes on."""
-    on_cuda = processes.device.type == "cuda"
-    return {
-        **machine(),
-        "device": torch.cuda.get_device_name(processes.device) if on_cuda else "cpu",
-        "processes": processes.count,
-        "threads_per_process": torch.get_num_threads(),
-    }
+def sync(path: Path) -> None:
+    """Forces a file or a directory's names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was written; the text says which part."""
+
+
+class Checkpoint:
+    """A checkpoint on disk whose manifest and trainer.json are whole."""
+
+    def __init__(self, place: Path):
+        """Opens it.
+
+        Raises:
+            DamagedError: one of the two is not as it was written.
+        """
+        self.place = place
+        self._files: dict[str, Any] = _unsealed(place / MANIFEST)["files"]
+        self._check(TRAINER)
+        self.trainer: dict[str, Any] = json.loads((place / TRAINER).read_bytes())
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that had been taken."""
+        return int(self.trainer["step"])
+
+    def check(self, shapes: dict[str, Shape]) -> None:
+        """Compares every file with the manifest, and the tensors with the parameters that train.
+
+        Raises:
+            DamagedError: a file or tensor is missing, other, or of another shape; it names the first.
+        """
+        for name in self._files:
+            self._check(name)
+        for kind in STATE:
+            file = f"{kind}.safetensors"
+            if file not in self._files:
+                raise DamagedError(f"{file} is missing")
+            try:
+                stored = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_header(self.place / file)}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DamagedError(f"{file} can't be read: {one_line(error)}") from error
+            for name, shape in shapes.items():
+                if name not in stored:
+                    raise DamagedError(f"{file} lacks the tensor {name}")
+                if stored[name] != ("F32", shape):
+                    raise DamagedError(f"{file} has the tensor {name} as {stored[name]}, not F32 {list(shape)}")
+            if unknown := stored.keys() - shapes.keys():
+                raise DamagedError(f"{file} has a tensor {min(unknown)} that nothing here is called")
+
+    def _check(self, name: str) -> None:
+        told = self._files.get(name)
+        if told is None:
+            raise DamagedError(f"{MANIFEST} lacks {name}")
+        path = self.place / name
+        try:
+            if path.stat().st_size != told["bytes"] or file_hash(path) != told["xxh3"]:
+                raise DamagedError(f"{name} is not as it was written")
+        except FileNotFoundError:
+            raise DamagedError(f"{name} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"{name} can't be read: {one_line(error)}") from error
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """What is stored of a parameter, by `STATE`, on the CPU.
+
+        Raises:
+            DamagedError: it can't be read any more.
+        """
+        found = {}
+        for kind in STATE:
+            try:
+                with safe_open(self.place / f"{kind}.safetensors", "pt") as file:
+                    found[kind] = file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise DamagedError(f"{kind}.safetensors can't be read: {one_line(error)}") from error
+        return found
+
+
+def places(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first, whole or not."""
+    found = [(number(path), path) for path in (run / FOLDER).glob("step-*") if number(path) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def place(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / FOLDER / f"step-{step:06d}"
+
+
+def number(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for a name that is none."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if path.name.startswith("step-") and digits.isdecimal() else None
+
+
+def clean(run: Path) -> None:
+    """Removes what a process that was killed left half-written or half-removed."""
+    for pattern in (".*.tmp", ".*.old"):
+        for path in [*(run / FOLDER).glob(pattern), *run.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def prune(run: Path, *, keep_last: int, best: int | None) -> None:
+    """Removes all checkpoints but the newest `keep_last` and the one of the step `best`."""
+    for old in places(run)[keep_last:]:
+        if number(old) != best:
+            remove(old)
+
+
+def best(evaluations: dict[int, float], steps: Iterable[int]) -> int | None:
+    """Of these steps the one with the lowest evaluation loss; None where none was evaluated."""
+    return min((step for step in steps if step in evaluations), key=lambda step: evaluations[step], default=None)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    """JSON that holds its own digest."""
+    return _json({"digest": xxhash.xxh3_128_hexdigest(_json(content)), **content})
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """What `_sealed` sealed."""
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw)
+        del content["digest"]
+        whole = raw == _sealed(content) and all(
+            isinstance(told, dict) and {"bytes", "xxh3"} <= told.keys() for told in content["files"].values()
+        )
+    except FileNotFoundError:
+        raise DamagedError(f"{path.name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path.name} can't be read: {one_line(error)}") from error
+    if not whole:
+        raise DamagedError(f"{path.name} is not as it was written")
+    assert isinstance(content, dict)
+    return content

@@ -275,6 +275,33 @@ class HardwareConfig:
         _positive("hardware.processes", self.processes, "hardware.processes=8")
 
 
+@dataclass(kw_only=True, slots=True)
+class FailureConfig:
+    """What a run bears, and how long it waits."""
+
+    grace: float = 120.0
+    """Seconds from SIGTERM or SIGINT until a process leaves even if the step and its checkpoint are not done."""
+    peer_timeout: float = 120.0
+    """Seconds without a sign of life after which a process is given up, and the run ends everywhere. A process gives
+    none while foreign code holds Python's lock, so leave it room."""
+    stall_timeout: float = 1800.0
+    """Seconds after which the run ends where all processes live and none gets on."""
+    refused_in_a_row: int = 10
+    """The run stops after so many updates in a row whose loss or gradient was not finite."""
+    spike: float = 3.0
+    """A loss of this many times the mean of the `spike_window` before is logged with its rows; 0 for never."""
+    spike_window: int = 50
+    """Steps whose mean loss a spike is measured by."""
+
+    def check(self) -> None:
+        for name in ("grace", "peer_timeout", "stall_timeout"):
+            _positive(f"failures.{name}", getattr(self, name), f"failures.{name}={getattr(FailureConfig(), name):g}")
+        for name in ("refused_in_a_row", "spike_window"):
+            _positive(f"failures.{name}", getattr(self, name), f"failures.{name}={getattr(FailureConfig(), name)}")
+        if self.spike != 0 and not 1 < self.spike < math.inf:
+            raise UserError(f"failures.spike={self.spike}: it is how many times the usual loss; give more than 1, or 0")
+
+
 @dataclass(frozen=True, slots=True)
 class BatchArithmetic:
     """global batch = micro-batch × accumulation × processes, in packed rows."""
@@ -322,7 +349,15 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations on the held-out split; 0 evaluates before the first step and after the last."""
     save_every: int = 0
-    """Steps between checkpoints; 0 keeps the result alone."""
+    """Steps between checkpoints; 0 makes one only when the run is pre-empted."""
+    keep_last: int = 2
+    """Checkpoints that are kept, the newest ones; the one with the best evaluation loss is kept beside them."""
+    resume: str = "auto"
+    """`auto` goes on from the newest complete checkpoint of `run_dir` where there is one, `never` refuses a directory
+    that holds a run."""
+    resume_despite: list[str] = field(default_factory=list)
+    """Settings that may differ from those of the run that is resumed, such as [optim.lr]; `dataset` and `model.path`
+    stand for what they hold."""
     seed: int = 0
     """Decides the initial adapters (or the random base) and the order of rows."""
     dry_run: bool = False
@@ -339,15 +374,19 @@ class TrainConfig:
     """What is told."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """What it runs on."""
+    failures: FailureConfig = field(default_factory=FailureConfig)
+    """What it bears."""
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
         _choice("task", self.task, "train", "profile")
-        for name in ("epochs", "global_batch", "micro_batch"):
+        _choice("resume", self.resume, "auto", "never")
+        for name in ("epochs", "global_batch", "micro_batch", "keep_last"):
             _positive(name, getattr(self, name), f"{name}=1")
         for name in ("max_steps", "eval_every", "save_every", "router_aux_loss", "seed"):
             _not_negative(name, getattr(self, name))
-        for section in (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware):
+        sections = (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware, self.failures)
+        for section in sections:
             section.check()
         if self.lora.method == "lora" and self.model.path is None and not self.dry_run:
             raise UserError(

@@ -10,15 +10,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from configs.errors import UserError
 from data.dataset import Batch
 from train.config import BatchArithmetic, HardwareConfig, TrainConfig
+from train.guard import Guard
 from train.loss import MixtralWithLoss
 from train.model import trainable
 from train.routing import Routing
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's moments, by torch's names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +107,9 @@ def finish() -> None:
     torch.distributed.destroy_process_group()
 
 
-def seed(number: int, processes: Processes) -> None:
-    """Starts the random numbers of training (dropout), others on every process."""
-    torch.manual_seed(number * processes.count + processes.rank)
+def seed(*numbers: int) -> None:
+    """Starts torch's random numbers, on every device, from a sequence of numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
 def agree(value: Any) -> Any:
@@ -199,8 +204,15 @@ class Update:
 class Engine:
     """The model, its optimizer and its peers. Losses given to `backward` are summed over processes, not averaged."""
 
-    def __init__(self, model: MixtralWithLoss, config: TrainConfig, batch: BatchArithmetic, processes: Processes):
-        """Hands the model to DeepSpeed, which shards it; collective.
+    def __init__(
+        self,
+        model: MixtralWithLoss,
+        config: TrainConfig,
+        batch: BatchArithmetic,
+        processes: Processes,
+        guard: Guard | None = None,
+    ):
+        """Hands the model to DeepSpeed, which shards it; collective. `guard` is told where this process is.
 
         Raises:
             UserError: nothing in the model trains.
@@ -208,6 +220,8 @@ class Engine:
         import deepspeed
 
         self.processes = processes
+        self._guard = guard
+        self._step = 0
         self._plain = config.model.dtype == "float32" and config.deepspeed.stage == 0
         guarded = config.model.dtype == "float32" and config.deepspeed.stage < 3
         adamw = GuardedAdamW if guarded else torch.optim.AdamW
@@ -222,13 +236,26 @@ class Engine:
             model=model, optimizer=self._adamw, config=settings(config, batch), dist_init_required=False
         )
         if config.deepspeed.stage == 0:
-            self._adamw.state.clear()  # that step counted, and would spoil the bias correction of the real ones
+            # That step counted, and would spoil the bias correction of the real ones. Zeroed and not cleared: DeepSpeed
+            # keeps views of the moments.
+            for state in self._adamw.state.values():
+                for value in state.values():
+                    value.zero_()
         self.module: MixtralWithLoss = self._engine.module
+        self._accumulation = batch.accumulation
+        self.shapes = {name: whole_shape(parameter) for name, parameter in trainable(self.module.causal_lm)}
+        """Of the parameters that train, whole, by name."""
 
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.processes.device
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Says what the process does from now on, and in which step where that changes: what is told if it dies."""
+        self._step = self._step if step is None else step
+        if self._guard is not None:
+            self._guard.at(self._step, phase)
 
     def train(self) -> None:
         """Switches to training mode."""
@@ -246,6 +273,7 @@ class Engine:
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses of `MixtralWithLoss` for this process's micro-batch."""
+        self.at("forward" if self._engine.training else "evaluating")
         on_device = batch.to(self.device)
         return self._engine(on_device.ids, on_device.positions, on_device.targets, on_device.is_token)
 
@@ -268,6 +296,7 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a share of the step's loss. The shares of all processes and micro-batches are summed."""
+        self.at("backward")
         # DeepSpeed averages over processes and divides by the accumulation steps; the first is undone here, the second
         # is switched off.
         self._engine.backward(loss * self.processes.count, scale_wrt_gas=False)
@@ -280,6 +309,7 @@ class Engine:
     def step(self, learning_rate: float) -> Update:
         """Clips and updates; collective. Where any process has a value that is not finite, nothing changes anywhere."""
         assert self._engine.is_gradient_accumulation_boundary()
+        self.at("update")
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm: torch.Tensor | float | None = None
@@ -298,23 +328,89 @@ class Engine:
         torch.distributed.all_reduce(total)
         return [float(value) for value in total]
 
-    def collect(self, chosen: Callable[[str, nn.Parameter], bool]) -> dict[str, torch.Tensor]:
-        """The chosen parameters whole, on the CPU of the main process, in the model's dtype; collective.
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag whether it is set on any process; collective."""
+        return [total > 0 for total in self.sum(*(float(flag) for flag in flags))]
 
-        Gathered one at a time, so a process holds at most one parameter beyond its share. Empty on other processes.
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that were made; those that were refused do not count."""
+        return max((int(state["step"]) for state in self._adamw.state.values() if "step" in state), default=0)
+
+    def state(self, *, moments: bool = True) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Of each trained parameter its float32 `master` and, where wanted, Adam's two `MOMENTS`; collective.
+
+        Whole and on the CPU of the main process; nothing on the others. Gathered one at a time, so a process holds at
+        most one tensor beyond its share.
         """
-        import deepspeed
+        for name, parameter in trainable(self.module.causal_lm):
+            kinds: list[str | None] = [None, *MOMENTS] if moments else [None]
+            whole = {kind or "master": self._gather(parameter, kind) for kind in kinds}
+            yield name, {kind: tensor for kind, tensor in whole.items() if tensor is not None}
 
-        whole: dict[str, torch.Tensor] = {}
-        for name, parameter in self.module.causal_lm.named_parameters():
-            if not chosen(name, parameter):
-                continue
-            sharded = hasattr(parameter, "ds_id")
-            gathered = deepspeed.zero.GatheredParameters([parameter]) if sharded else contextlib.nullcontext()
-            with gathered:
-                if self.processes.is_main:
-                    whole[name] = parameter.detach().to("cpu", copy=True)
-        return whole
+    def _gather(self, parameter: nn.Parameter, kind: str | None) -> torch.Tensor | None:
+        """The float32 value of a parameter (None), or a moment of it, whole, on the main process's CPU."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if kind is not None and not self.optimizer_steps:
+            tensor = torch.zeros(whole_shape(parameter))  # Adam makes its moments in its first step
+        elif self._plain:
+            tensor = parameter if kind is None else self._adamw.state[parameter][kind]
+        elif kind is None:
+            tensor = safe_get_full_fp32_param(parameter)
+        else:
+            tensor = safe_get_full_optimizer_state(parameter, kind)
+        return tensor.detach().to("cpu", torch.float32, copy=True) if self.processes.is_main else None
+
+    def restore(self, read: Callable[[str], dict[str, torch.Tensor]], steps: int, blank: Batch) -> None:
+        """Sets every trained parameter and its moments to what `state` gave once; collective.
+
+        Args:
+            read: the state of a parameter by its name; called on the main process alone, which has the files.
+            steps: `optimizer_steps` of then.
+            blank: a micro-batch without tokens.
+
+        DeepSpeed gives access to moments once there are some, and takes the model's own parameters from the masters
+        when it steps. So the masters are set, a step is made at rate 0 and without tokens, which changes none of them,
+        and then the moments are set.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        def each(kinds: tuple[str, ...]) -> Iterator[tuple[nn.Parameter, str, torch.Tensor]]:
+            for name, parameter in trainable(self.module.causal_lm):
+                stored = read(name) if self.processes.is_main else {}
+                for kind in kinds:
+                    whole = torch.empty(whole_shape(parameter), device=self.device)
+                    if self.processes.is_main:
+                        whole.copy_(stored[kind])
+                    torch.distributed.broadcast(whole, src=0)
+                    yield parameter, kind, whole
+
+        with torch.no_grad():
+            for parameter, _, whole in each(("master",)):
+                if self._plain:
+                    parameter.copy_(whole)
+                else:
+                    safe_set_full_fp32_param(parameter, whole)
+        for place in range(self._accumulation):
+            cross_entropy, balance = self.forward(blank)
+            self.backward((cross_entropy + balance) * 0.0)
+            if place < self._accumulation - 1:
+                self.micro_step_done()
+        self.step(0.0)
+        with torch.no_grad():
+            for parameter, kind, whole in each(MOMENTS):
+                if self._plain:
+                    self._adamw.state[parameter][kind].copy_(whole)
+                else:
+                    safe_set_full_optimizer_state(parameter, whole, kind)
+        for state in self._adamw.state.values():
+            state["step"].fill_(steps)
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape; under ZeRO-3 its own is empty, and ds_shape is what it was."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -322,8 +418,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     trained = list(trainable(model))
     if not trained:
         raise UserError("lora: nothing in the model trains; name targets in lora.attention or lora.projections")
-    # Under ZeRO-3 a parameter's own shape is empty; ds_shape is what it was.
-    is_vector = {name: len(getattr(p, "ds_shape", p.shape)) == 1 for name, p in trained}
+    is_vector = {name: len(whole_shape(p)) == 1 for name, p in trained}
     groups = [
         {"params": [p for name, p in trained if not is_vector[name]], "weight_decay": weight_decay},
         {"params": [p for name, p in trained if is_vector[name]], "weight_decay": 0.0},

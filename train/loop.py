@@ -5,11 +5,14 @@ import time
 from dataclasses import dataclass
 
 from data.dataset import Batch, PackedTable, PreparedDataset, share
-from train.checkpoint import RunDirectory
+from train import engine as processes
 from train.config import BatchArithmetic, OptimConfig, TrainConfig
 from train.engine import Engine, Update
+from train.health import Health
 from train.learning import FirstGradients
 from train.metrics import Metrics, StepRecord
+from train.run_directory import RunDirectory
+from train.signals import Signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,10 @@ class StepResult:
     update: Update
 
 
+class Preempted(Exception):  # noqa: N818 - nothing went wrong
+    """The run was asked to stop and has saved what it needs to go on."""
+
+
 def train(
     engine: Engine,
     dataset: PreparedDataset,
@@ -33,26 +40,45 @@ def train(
     batch: BatchArithmetic,
     run: RunDirectory,
     metrics: Metrics,
+    health: Health,
+    signals: Signals,
 ) -> None:
-    """Trains, evaluates and saves as the configuration says; every process calls it."""
+    """Trains, evaluates and saves as the configuration says, from the step that `run` resumes; every process calls it.
+
+    Raises:
+        Preempted: a signal came to any of the processes; a checkpoint of the last step is on the disk.
+        UserError: what was learned can't be written, or too many updates were refused.
+    """
     schedule = dataset.schedule(epochs=config.epochs, rows_per_step=batch.rows, seed=config.seed)
     steps = min(schedule.steps, config.max_steps or schedule.steps)
+
+    def evaluate_where_due(number: int) -> None:
+        due = number in (0, steps) or (config.eval_every and number % config.eval_every == 0)
+        if due and number not in metrics.evaluations:
+            metrics.evaluated(number, evaluate(engine, dataset.eval, batch, signals))
+
     engine.train()
-    with metrics.progress(steps):
-        metrics.evaluated(0, evaluate(engine, dataset.eval, batch))
-        for number in range(1, steps + 1):
+    with metrics.progress(steps, done=run.resumed_step):
+        evaluate_where_due(run.resumed_step)
+        for number in range(run.resumed_step + 1, steps + 1):
             started = time.perf_counter()
+            engine.at("reading rows", number)
             rows = schedule.rows_of(number - 1)
             micro_batches = list(
                 share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
             )
             lr = learning_rate(number, steps, config.optim)
             result = watched_step(engine, micro_batches, number, lr, config, metrics)
-            metrics.stepped(_record(number, result, lr, time.perf_counter() - started))
-            if number == steps or (config.eval_every and number % config.eval_every == 0):
-                metrics.evaluated(number, evaluate(engine, dataset.eval, batch))
-            if config.save_every and number % config.save_every == 0:
-                run.save_checkpoint(engine, metrics, number)
+            record = _record(number, result, lr, time.perf_counter() - started)
+            metrics.stepped(record, health.judge(record), rows)
+            evaluate_where_due(number)
+            preempted, unsaved = engine.any(signals.asked_to_stop, run.saving_failed)
+            if preempted or (config.save_every and number % config.save_every == 0):
+                run.save_checkpoint(engine, metrics, health, number)
+            if preempted or unsaved:
+                run.finish_saving()
+            if preempted:
+                raise Preempted(f"after step {number}")
     run.save_result(engine, metrics)
 
 
@@ -66,10 +92,10 @@ def watched_step(
     """
     routers = bool(config.logging.routing_every and number % config.logging.routing_every == 0)
     if not routers and number > 1:
-        return step(engine, micro_batches, lr, config.router_aux_loss)
+        return step(engine, micro_batches, number, lr, config)
     gradients = FirstGradients(engine.module.causal_lm) if number == 1 else None
     with engine.watching(True):
-        result = step(engine, micro_batches, lr, config.router_aux_loss)
+        result = step(engine, micro_batches, number, lr, config)
     routing = engine.take_routing()
     metrics.routed(number, routing)
     if gradients is not None:
@@ -79,8 +105,8 @@ def watched_step(
     return result
 
 
-def step(engine: Engine, micro_batches: list[Batch], lr: float, router_aux_loss: float) -> StepResult:
-    """One optimizer step over this process's micro-batches; collective.
+def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, config: TrainConfig) -> StepResult:
+    """One optimizer step over this process's micro-batches; collective. `number` is the step's, from 1.
 
     The loss of the step is a sum over all tokens of all micro-batches and processes,
 
@@ -88,14 +114,19 @@ def step(engine: Engine, micro_batches: list[Batch], lr: float, router_aux_loss:
 
     so it does not depend on how the rows are divided into micro-batches' owners: each m contributes what its tokens
     weigh, also where a micro-batch holds few of them or none.
+
+    Random numbers (dropout) follow from the seed, the step and the micro-batch alone: a run that is resumed draws those
+    that it would have drawn, on any number of processes.
     """
     own = [float(sum(batch.tokens for batch in micro_batches)), float(sum(b.supervised_tokens for b in micro_batches))]
     tokens, supervised = engine.sum(*own)
     cross_entropies, balances = 0.0, 0.0
     update = Update(math.nan, False)
     for place, batch in enumerate(micro_batches):
+        processes.seed(config.seed, number, place * engine.processes.count + engine.processes.rank)
         cross_entropy, balance = engine.forward(batch)
-        loss = cross_entropy / max(supervised, 1.0) + router_aux_loss * balance * (batch.tokens / max(tokens, 1.0))
+        share_of_tokens = batch.tokens / max(tokens, 1.0)
+        loss = cross_entropy / max(supervised, 1.0) + config.router_aux_loss * balance * share_of_tokens
         cross_entropies += cross_entropy.item()
         balances += balance.item() * batch.tokens
         if place < len(micro_batches) - 1:
@@ -116,8 +147,12 @@ def step(engine: Engine, micro_batches: list[Batch], lr: float, router_aux_loss:
     )
 
 
-def evaluate(engine: Engine, table: PackedTable, batch: BatchArithmetic) -> float | None:
-    """Cross-entropy on the held-out split in nats per supervised token, None where the split is empty; collective."""
+def evaluate(engine: Engine, table: PackedTable, batch: BatchArithmetic, signals: Signals) -> float | None:
+    """Cross-entropy on the held-out split in nats per supervised token; collective.
+
+    None where the split is empty, or where the run was asked to stop meanwhile: then there is no time for it.
+    """
+    engine.at("evaluating")
     at_once = batch.micro_batch * batch.processes
     rows: list[int | None] = list(range(len(table)))
     rows += [None] * (-len(rows) % at_once)  # blank rows, so that every process makes the same number of forwards
@@ -127,6 +162,8 @@ def evaluate(engine: Engine, table: PackedTable, batch: BatchArithmetic) -> floa
             cross_entropy, _ = engine.forward(micro_batch)
             loss += cross_entropy.item()
             supervised += micro_batch.supervised_tokens
+            if any(engine.any(signals.asked_to_stop)):
+                return None
     loss, supervised = engine.sum(loss, supervised)
     return loss / supervised if supervised else None
 

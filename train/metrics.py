@@ -5,8 +5,9 @@ import json
 import math
 import os
 import resource
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from train.learning import Movement
 from train.routing import Routing
 
 console = Console(stderr=True)
+
+METRICS = "metrics.jsonl"
+WANDB_SECONDS = 30.0
+"""How long wandb gets to end at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +49,53 @@ class StepRecord:
 class Metrics:
     """Writes on the main process; on the others every call does nothing."""
 
-    def __init__(self, directory: Path, config: LoggingConfig, settings: dict[str, Any], *, is_main: bool):
-        """Opens metrics.jsonl and, where it is wanted, a wandb run that lives in the run directory."""
+    def __init__(
+        self,
+        directory: Path,
+        config: LoggingConfig,
+        settings: dict[str, Any],
+        *,
+        is_main: bool,
+        resumed: dict[str, Any] | None = None,
+    ):
+        """Opens metrics.jsonl and, where it is wanted, a wandb run that lives in the run directory.
+
+        Args:
+            directory: the run directory.
+            config: what is wanted.
+            settings: of the whole run, for wandb.
+            is_main: whether this process writes.
+            resumed: what `state` gave when the checkpoint was made that the run goes on from. Lines of later steps are
+                dropped: those steps will be taken again.
+        """
         self._is_main = is_main
         self._config = config
-        self._file = (directory / "metrics.jsonl").open("w", encoding="utf-8") if is_main else None
-        self._wandb = _wandb(directory, config, settings) if is_main and config.wandb != "off" else None
+        resumed = resumed or {}
+        if is_main:
+            _keep_lines(directory / METRICS, up_to=resumed.get("step", -1))
+        self._file = (directory / METRICS).open("a", encoding="utf-8") if is_main else None
+        wandb = is_main and config.wandb != "off"
+        self._wandb = _wandb(directory, config, settings, resumed.get("wandb")) if wandb else None
+        self._lock = threading.Lock()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._steps = 0
-        self.evaluations: dict[int, float] = {}
-        self.last: StepRecord | None = None
+        self.evaluations = {int(step): loss for step, loss in resumed.get("evaluations", {}).items()}
+        """Evaluation losses by step."""
+        self.last = StepRecord(**resumed["last"]) if resumed.get("last") else None
+        """The last step."""
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "step": self.last.step if self.last else 0,
+            "last": asdict(self.last) if self.last else None,
+            "evaluations": {str(step): loss for step, loss in self.evaluations.items()},
+            "wandb": self._wandb.id if self._wandb is not None else None,
+        }
 
     @contextlib.contextmanager
-    def progress(self, steps: int) -> Iterator[None]:
+    def progress(self, steps: int, *, done: int) -> Iterator[None]:
         """Shows a progress bar for that many steps while the body runs, where one is wanted."""
         self._steps = steps
         if not (self._is_main and self._config.progress):
@@ -73,23 +111,28 @@ class Metrics:
             console=console,
         )
         with self._progress:
-            self._task = self._progress.add_task("train", total=steps, status="")
+            self._task = self._progress.add_task("train", total=steps, completed=done, status="")
             yield
         self._progress = None
 
-    def stepped(self, record: StepRecord) -> None:
-        """Records a step."""
+    def stepped(self, record: StepRecord, wrong: str | None, rows: list[int | None]) -> None:
+        """Records a step; where something is `wrong` with it, `refused` or `spike`, with its rows."""
         self.last = record
         if not self._is_main:
             return
-        if not record.applied:
-            console.print(f"step {record.step}: loss or gradient not finite, the update was refused", style="bold red")
+        if wrong is not None:
+            said = {
+                "refused": "loss or gradient not finite, the update was refused",
+                "spike": f"loss {record.loss:.3f} is far above the steps before; metrics.jsonl names its rows",
+            }
+            console.print(f"step {record.step}: {said[wrong]}", style="bold red")
         rate = record.tokens / record.seconds
         if self._progress is not None and self._task is not None:
             status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
             self._progress.update(self._task, completed=record.step, status=status)
-        if record.step % self._config.every and record.applied and record.step != self._steps:
+        if record.step % self._config.every and wrong is None and record.step != self._steps:
             return
+        suspects = {} if wrong is None else {"wrong": wrong, "rows": [row for row in rows if row is not None]}
         self._write(
             {
                 "step": record.step,
@@ -102,6 +145,7 @@ class Metrics:
                 "supervised_tokens": record.supervised_tokens,
                 "tokens_per_second": rate,
                 "memory_gib": memory_gib(),
+                **suspects,
             }
         )
 
@@ -134,17 +178,25 @@ class Metrics:
             console.print(f"step {step}: evaluation loss {loss:.4f}")
             self._write({"step": step, "evaluation_loss": loss})
 
+    def saved(self, step: int, paused: float, took: float) -> None:
+        """Records a checkpoint: the seconds for which training stood still, and until it was on the disk."""
+        self._file_line({"step": step, "checkpoint_paused_seconds": paused, "checkpoint_seconds": took})
+
     def close(self) -> None:
         """Ends the files."""
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            # The launcher's SIGTERM may have ended wandb's own process before: it gets a bounded time.
+            ending = threading.Thread(target=self._wandb.finish, daemon=True)
+            ending.start()
+            ending.join(WANDB_SECONDS)
 
     def _file_line(self, values: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(finite(values)) + "\n")
-        self._file.flush()
+        with self._lock:  # checkpoints are recorded by the thread that writes them
+            self._file.write(json.dumps(finite(values)) + "\n")
+            self._file.flush()
 
     def _write(self, values: dict[str, Any]) -> None:
         self._file_line(values)
@@ -179,8 +231,23 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any]) -> Any:
-    """A wandb run: online where asked or logged in, else offline."""
+def _keep_lines(path: Path, *, up_to: int) -> None:
+    """Drops the lines of later steps from metrics.jsonl, and what a killed process left of one."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            if json.loads(line)["step"] > up_to:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue
+        kept.append(line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(b"".join(kept))
+    temporary.rename(path)
+
+
+def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any], resumed: str | None) -> Any:
+    """A wandb run: online where asked or logged in, else offline; the one that is `resumed`, by its id."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
@@ -189,6 +256,8 @@ def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any]) -> 
         logged_in = wandb.login(prompt=False, verify=False)
         mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
     run: dict[str, Any] = {"project": config.project, "name": directory.name, "dir": str(directory), "config": settings}
+    if resumed is not None:
+        run |= {"id": resumed, "resume": "allow"}
     try:
         return wandb.init(mode=mode, **run)
     except wandb.errors.Error as error:

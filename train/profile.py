@@ -7,11 +7,11 @@ from typing import Any
 from rich.progress import track
 
 from data.dataset import PreparedDataset, share
-from train.checkpoint import RunDirectory
 from train.config import BatchArithmetic, TrainConfig
 from train.engine import Engine
 from train.metrics import console
 from train.routing import Routing
+from train.run_directory import RunDirectory
 
 
 def profile(

@@ -1,6 +1,6 @@
 """`python -m train`: configuration → objects, each named once, in order → train()."""
 
-from dataclasses import asdict
+import sys
 from pathlib import Path
 
 from configs import entry
@@ -8,15 +8,20 @@ from configs.errors import UserError
 from data.dataset import PreparedDataset
 from data.template import ChatTokenizer, has_tokenizer
 from train import engine
-from train.checkpoint import RunDirectory
 from train.config import LoraConfig, ModelConfig, TrainConfig
-from train.engine import Engine
-from train.loop import train
+from train.engine import Engine, Processes
+from train.failures import told
+from train.guard import Guard
+from train.health import Health
+from train.loop import Preempted, train
 from train.loss import MixtralWithLoss
-from train.metrics import Metrics
+from train.metrics import Metrics, console
 from train.model import build
 from train.plan import show_plan
 from train.profile import profile
+from train.resume import settings
+from train.run_directory import RunDirectory
+from train.signals import EXIT_PREEMPTED, Signals
 
 
 def main() -> None:
@@ -30,28 +35,54 @@ def run(config: TrainConfig) -> None:
     if config.dry_run:
         show_plan(config)
         return
+    signals = Signals(config.failures.grace)
     dataset = PreparedDataset(config.dataset)
     check_vocabulary(config.model, dataset)
     processes = engine.start(config.hardware)
+    timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
+    guard = Guard(processes.rank, processes.count, **timeouts)
+    guard.join(engine.agree(guard.listen()))
+    with told(guard, config, processes.rank):
+        preempted = run_on(config, dataset, processes, guard, signals)
+        guard.done()
+        engine.finish()
+    if preempted:
+        sys.exit(EXIT_PREEMPTED)
+
+
+def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, guard: Guard, signals: Signals) -> bool:
+    """Does the task on the processes of the launch; whether it was pre-empted."""
     batch = config.batch(processes.count)
     directory = RunDirectory(config, dataset, batch, processes)
+    if directory.finished:
+        if processes.is_main:
+            console.print(f"{directory.path}: the run is finished; give overwrite=true to do it again")
+        return False
     if config.task == "profile":
         # The engine asks for something that trains; fresh adapters change nothing that the routers see.
         config.lora = LoraConfig(attention=[], rank=8)
     with engine.partitioned_loading(config, batch):
         model = build(config)
-    engine.seed(config.seed, processes)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
-    trainer = Engine(module, config, batch, processes)
+    trainer = Engine(module, config, batch, processes, guard)
+    checkpoint = directory.find_checkpoint(trainer.shapes)
     directory.create()
     if config.task == "profile":
         profile(trainer, dataset, config, batch=batch, run=directory)
-        engine.finish()
-        return
-    metrics = Metrics(directory.path, config.logging, asdict(config), is_main=processes.is_main)
-    train(trainer, dataset, config, batch=batch, run=directory, metrics=metrics)
-    metrics.close()
-    engine.finish()
+        return False
+    health = Health(config.failures)
+    resumed = directory.resume(trainer, checkpoint, health)
+    metrics = Metrics(directory.path, config.logging, settings(config), is_main=processes.is_main, resumed=resumed)
+    signals.begin_training()
+    try:
+        train(trainer, dataset, config, batch=batch, run=directory, metrics=metrics, health=health, signals=signals)
+    except Preempted as stop:
+        if processes.is_main:
+            console.print(f"Pre-empted {stop}; the same command with run_dir={directory.path} goes on from there")
+        return True
+    finally:
+        metrics.close()
+    return False
 
 
 def check_vocabulary(base: ModelConfig, dataset: PreparedDataset) -> None:

@@ -1,0 +1,57 @@
+"""Work that training does not wait for: one thread does it, in order."""
+
+import queue
+import threading
+from collections.abc import Callable
+
+IN_FLIGHT = 4 << 30
+"""Bytes that wait to be written at most. The adapters of the full recipe with their optimizer state take 3 GB, so
+training goes on as soon as they are copied; a whole model's 560 GB pass through."""
+
+
+class Background:
+    """Runs jobs one after the other. After one has failed the others are left out, until the error is taken."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], int] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._waiting, self._bytes = 0, 0
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="background", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None], size: int = 0) -> None:
+        """Queues a job that holds so many bytes; waits where more than `IN_FLIGHT` of them are held already."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes or self._bytes + size <= IN_FLIGHT)
+            self._waiting, self._bytes = self._waiting + 1, self._bytes + size
+        self._jobs.put((job, size))
+
+    def wait(self) -> None:
+        """Returns when all jobs are done."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a job has failed and its error was not taken yet."""
+        return self._error is not None
+
+    def take_error(self) -> Exception | None:
+        """The error of the first job that failed, once all are done; jobs are run again after that."""
+        self.wait()
+        error, self._error = self._error, None
+        return error
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, size = item
+            try:
+                if self._error is None:
+                    job()
+            except Exception as error:
+                self._error = error
+            del job, item  # what it held may be large
+            with self._changed:
+                self._waiting, self._bytes = self._waiting - 1, self._bytes - size
+                self._changed.notify_all()

@@ -1,0 +1,73 @@
+"""What an exception in one process means, for this process and for the others."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from configs.entry import EXIT_USER_ERROR
+from configs.errors import UserError, one_line
+from train.config import TrainConfig
+from train.guard import EXIT_PEER_LOST, Guard
+
+KNOBS = (
+    "a smaller micro_batch (global_batch keeps the step the same), activation_checkpointing=true, rows of fewer tokens "
+    "(seq_len of `python -m data`), or deepspeed=zero3_offload"
+)
+"""What makes a step smaller."""
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+PEER_SECONDS = 10.0
+"""How long an error that a peer's death may have caused waits for the guard to say so."""
+
+
+@contextlib.contextmanager
+def told(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]:
+    """Within it, errors become what the user needs to know, once, and the other processes learn the reason.
+
+    Raises:
+        UserError: the disk is full, or the input is wrong.
+        SystemExit: memory was too small (2), or another process was lost (EXIT_PEER_LOST).
+    """
+    try:
+        yield
+    except UserError as error:
+        guard.leaving(str(error))
+        raise
+    except OSError as error:
+        guard.leaving(one_line(error))
+        if error.errno in NO_SPACE:
+            raise UserError(
+                f"run_dir={config.run_dir}: it can't be written ({error.strerror}); checkpoints that are there are "
+                f"untouched: free space or make it writable, and give the same command again"
+            ) from error
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            guard.leaving("out of memory")
+            _say(
+                f"micro_batch={config.micro_batch}: process {process_rank} ran out of memory; give it "
+                f"{KNOBS}; the same command then goes on from the last checkpoint, with what changed in resume_despite"
+            )
+            sys.exit(EXIT_USER_ERROR)
+        # A collective that fails mostly fails because of the process at its other end.
+        if guard.verdict_within(PEER_SECONDS) is not None:
+            sys.exit(EXIT_PEER_LOST)
+        guard.leaving(f"{type(error).__name__}: {one_line(error)}")
+        raise
+    except Exception as error:
+        guard.leaving(f"{type(error).__name__}: {one_line(error)}")
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
+
+
+def _say(sentence: str) -> None:
+    print(f"train: {sentence}", file=sys.stderr, flush=True)

@@ -1,0 +1,108 @@
+"""Whether a run that was interrupted can go on: the same settings, the same rows, the same base."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.secrets import redacted
+from configs.weights import StoredWeights, local_directory
+from data.dataset import PreparedDataset
+from data.layout import MANIFEST
+from data.sources import sha256
+from train.config import TrainConfig
+
+FREE = (
+    "name",
+    "run_dir",
+    "overwrite",
+    "resume",
+    "resume_despite",
+    "dry_run",
+    "save_every",
+    "keep_last",
+    "eval_every",
+    "logging",
+    "hardware",
+    "failures",
+    "dataset",
+    "model.path",
+    "model.revision",
+)
+"""Settings and groups that may change under a run: they decide no number, or what they name is compared instead."""
+
+
+def fed(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
+    """What a run is fed, by hash: the prepared dataset, and every file of the base.
+
+    Raises:
+        UserError: the base's files can't be read.
+    """
+    path, revision = config.model.path, config.model.revision
+    base: dict[str, Any] = {"path": path, "revision": revision, "fingerprint": None, "files": {}}
+    if path is not None:
+        named = f"model.path={path}"
+        weights = StoredWeights(local_directory(path, revision, named), named)
+        base |= {"fingerprint": weights.fingerprint, "files": weights.contents()}
+    manifest = {"path": str(dataset.directory), "manifest_sha256": sha256(dataset.directory / MANIFEST)}
+    return redacted({"base": base, "dataset": manifest})
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings as they are stored and compared: plain values, without secrets."""
+    return redacted(asdict(config))
+
+
+def check(record: dict[str, Any], config: TrainConfig, now: dict[str, Any]) -> None:
+    """Compares a launch with the run that was, leaving out what `resume_despite` names.
+
+    Args:
+        record: of the run that was: `settings`, `base` and `dataset`.
+        config: of this launch.
+        now: what `fed` found.
+
+    Raises:
+        UserError: something is not as it was; it names the first.
+    """
+    anyway = tuple(config.resume_despite)
+    remedy = "or give overwrite=true to start over"
+    was, asked = dict(_leaves(record["settings"])), dict(_leaves(settings(config)))
+    for name, value in asked.items():
+        if name in was and was[name] != value and not _among(name, FREE) and not _among(name, anyway):
+            raise UserError(
+                f"{name}={value}: the run that is there was started with {was[name]}; give the same, "
+                f"resume_despite=[{name}], {remedy}"
+            )
+    if record["dataset"]["manifest_sha256"] != now["dataset"]["manifest_sha256"] and "dataset" not in anyway:
+        raise UserError(
+            f"dataset={config.dataset}: it is not the one that the run was started on (its manifest.json has changed); "
+            f"give that one, resume_despite=[dataset], {remedy}"
+        )
+    if "model.path" not in anyway:
+        old, new = record["base"]["files"], now["base"]["files"]
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if changed:
+            raise UserError(
+                f"model.path={config.model.path}: it is not the base that the run was started on ({changed[0]} has "
+                f"changed); give that one, resume_despite=[model.path], {remedy}"
+            )
+
+
+def check_rows(dataset: PreparedDataset) -> None:
+    """Raises `UserError` for the first file of the dataset whose bytes are not those that its manifest tells."""
+    for name, told in dataset.manifest["files"].items():
+        if sha256(Path(dataset.directory) / name) != told["sha256"]:
+            raise UserError(f"dataset={dataset.directory}: {name} has changed since it was prepared; prepare it again")
+
+
+def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
+
+
+def _among(name: str, settings: tuple[str, ...]) -> bool:
+    return any(name == setting or name.startswith(f"{setting}.") for setting in settings)

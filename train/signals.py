@@ -1,0 +1,80 @@
+"""SIGTERM and SIGINT: the first asks the run to finish its step and save, the second ends the process at once."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: the run was asked to stop, and the same command goes on with it."""
+
+ASKING = (signal.SIGTERM, signal.SIGINT)
+TOGETHER = 1.0
+"""Seconds within which signals count as one: Ctrl-C reaches the launcher too, which passes it on as SIGTERM."""
+
+
+class Signals:
+    """Listens from its making on.
+
+    Python runs signal handlers only between instructions of the main thread, which may wait in a collective for ever;
+    so the signals come through a file descriptor, which the interpreter writes to at once, and a thread reads them.
+    """
+
+    def __init__(self, grace: float):
+        """`grace` is the time in seconds from the first signal until the process leaves in any case."""
+        self._grace = grace
+        self._asked: int | None = None
+        self._at = 0.0
+        self._training = False
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        for number in ASKING:
+            signal.signal(number, _handled_elsewhere)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has come."""
+        return self._asked is not None
+
+    def begin_training(self) -> None:
+        """From here on a signal is answered by a checkpoint; before, by leaving, as there is nothing to save."""
+        self._training = True
+        if self._asked is not None:
+            self._leave("before training had begun")
+
+    def _listen(self) -> None:
+        while numbers := self._reader.recv(16):
+            for number in numbers:
+                if number in ASKING:
+                    self._receive(number)
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        if self._asked is not None:
+            if now - self._at >= TOGETHER:
+                _say(f"{signal.Signals(number).name} again: leaving at once")
+                os._exit(128 + number)
+            return
+        self._asked, self._at = number, now
+        if not self._training:
+            self._leave("before training had begun")
+        timer = threading.Timer(self._grace, self._leave, [f"failures.grace={self._grace:g} seconds are over"])
+        timer.daemon = True
+        timer.start()
+
+    def _leave(self, why: str) -> None:
+        assert self._asked is not None
+        _say(f"stopped by {signal.Signals(self._asked).name}, {why}; the same command goes on from the last checkpoint")
+        os._exit(EXIT_PREEMPTED)
+
+
+def _handled_elsewhere(number: int, frame: object) -> None:
+    """Takes the place of the default, which would end the process."""
+
+
+def _say(sentence: str) -> None:
+    print(f"train: {sentence}", file=sys.stderr, flush=True)
