@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import UserError
+from configs.secrets import redact
 
 CONFIG_DIR = Path(__file__).parent
 EXIT_USER_ERROR = 2
@@ -67,6 +68,7 @@ def run(
         assert isinstance(config, schema)
         for name, text in words.items():
             setattr(config, name, text)
+        sys.argv[1:] = map(redact, sys.argv[1:])  # libraries note the command in files of theirs
         try:
             main(config)
         except UserError as error:  # here, because Hydra would add a line of its own on the way out
@@ -88,7 +90,7 @@ def _names_one_of(argument: str, settings: tuple[str, ...]) -> bool:
 def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{program}: {sentence}", file=sys.stderr, flush=True)
+        print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
     else:
         # The launcher ends all processes when the first one ends: leave that to the one that has the sentence.
         time.sleep(10)

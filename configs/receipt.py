@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from configs.secrets import redacted
+
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:
     """Command, commit and the versions of the installed ones of `packages`."""
-    return {"command": sys.orig_argv, "commit": commit(), "versions": versions(packages)}
+    return {"command": redacted(sys.orig_argv), "commit": commit(), "versions": versions(packages)}
 
 
 def commit() -> str | None:

@@ -25,7 +25,6 @@ from omegaconf import OmegaConf
 
 from configs.errors import UserError
 from configs.receipt import machine, provenance
-from configs.secrets import redacted
 from data.dataset import PreparedDataset
 from train import adapter_files, checkpoint, expert_lora, resume
 from train.background import Background
@@ -327,7 +326,7 @@ class RunDirectory:
         return {
             "started": self._started.isoformat(timespec="seconds"),
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **redacted(provenance(PACKAGES)),
+            **provenance(PACKAGES),
             "hardware": hardware(self.processes),
             "batch": asdict(self.batch),
             "resumed_after_step": self.resumed_step or None,

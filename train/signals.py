@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: the first asks the run to finish its step and save, the second ends the process at once."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -11,6 +12,8 @@ EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: the run was asked to stop, and the same command goes on with it."""
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h: the signal that a process gets when its parent ends."""
 TOGETHER = 1.0
 """Seconds within which signals count as one: Ctrl-C reaches the launcher too, which passes it on as SIGTERM."""
 
@@ -30,6 +33,9 @@ class Signals:
         self._training = False
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
+        if "RANK" in os.environ:
+            # A launcher that is killed leaves its processes behind: they then are asked to stop.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         for number in ASKING:
             signal.signal(number, _handled_elsewhere)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)

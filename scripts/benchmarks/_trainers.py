@@ -148,11 +148,11 @@ def ours(settings: Settings) -> None:
     order = settings.order(len(table))
     number = 0
     while turns.wait():
-        first = number * settings.rows_per_step
-        rows = [order[place % len(order)] for place in range(first, first + settings.rows_per_step)]
-        result = step(trainer, [table.batch(rows)], 1e-4, ROUTER_AUX_LOSS)
-        turns.done(loss=result.loss, tokens=result.tokens, supervised_tokens=result.supervised_tokens)
         number += 1
+        first = (number - 1) * settings.rows_per_step
+        rows = [order[place % len(order)] for place in range(first, first + settings.rows_per_step)]
+        result = step(trainer, [table.batch(rows)], number, 1e-4, config)
+        turns.done(loss=result.loss, tokens=result.tokens, supervised_tokens=result.supervised_tokens)
 
 
 def watching_seconds(trainer: Any, table: Any, batch: Any) -> float:
