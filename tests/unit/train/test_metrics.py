@@ -34,21 +34,27 @@ def lines(directory: Path) -> list[dict[str, object]]:
 
 def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, LoggingConfig(every=3, wandb="off", progress=False), {}, is_main=True)
-    with metrics.progress(7):
+    with metrics.progress(7, done=0):
         for step in range(1, 8):
-            metrics.stepped(record(step, loss=float("nan") if step == 5 else 2.0, applied=step != 5))
+            bad = step == 5
+            rows = [10 * step, None]
+            metrics.stepped(
+                record(step, loss=float("nan") if bad else 2.0, applied=not bad), "refused" if bad else None, rows
+            )
     metrics.close()
     written = lines(tmp_path)
     assert [line["step"] for line in written] == [3, 5, 6, 7]
     assert written[1]["loss"] == "nan"
     assert written[0]["tokens_per_second"] == 200
+    assert (written[1]["wrong"], written[1]["rows"]) == ("refused", [50])  # with the rows that did it
+    assert "rows" not in written[0]
 
 
 def test_the_progress_bar_shows_steps_loss_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = Metrics(tmp_path, LoggingConfig(wandb="off"), {}, is_main=True)
-    with metrics.progress(2):
-        metrics.stepped(record(1))
-        metrics.stepped(record(2))
+    with metrics.progress(2, done=0):
+        metrics.stepped(record(1), None, [])
+        metrics.stepped(record(2), None, [])
     metrics.evaluated(2, 1.25)
     metrics.close()
     told = capsys.readouterr().err
@@ -59,8 +65,8 @@ def test_the_progress_bar_shows_steps_loss_and_speed(tmp_path: Path, capsys: pyt
 
 def test_other_processes_tell_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = Metrics(tmp_path, LoggingConfig(), {}, is_main=False)
-    with metrics.progress(1):
-        metrics.stepped(record(1))
+    with metrics.progress(1, done=0):
+        metrics.stepped(record(1), None, [])
         metrics.evaluated(1, 1.0)
     metrics.close()
     assert list(tmp_path.iterdir()) == []
@@ -89,3 +95,36 @@ def test_routers_go_to_the_file_by_layer_and_movement_to_the_screen(
     shown = capsys.readouterr().err
     for part in ("1", "down_proj", "0.25", "3", "not moved"):
         assert part in shown
+
+
+def test_a_run_that_goes_on_keeps_the_lines_up_to_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = LoggingConfig(wandb="off", progress=False)
+    first = Metrics(tmp_path, quiet, {}, is_main=True)
+    with first.progress(9, done=0):
+        first.evaluated(0, 3.0)
+        for step in (1, 2):
+            first.stepped(record(step), None, [])
+        first.evaluated(2, 2.5)
+        state = json.loads(json.dumps(first.state()))
+        first.saved(2, 0.1, 0.2)
+        first.stepped(record(3), "spike", [1])
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')  # as a kill leaves it
+
+    second = Metrics(tmp_path, quiet, {}, is_main=True, resumed=state)
+    assert second.evaluations == {0: 3.0, 2: 2.5}
+    assert second.last == record(2)
+    assert second.state() == state
+    second.stepped(record(3), None, [])
+    second.close()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 2, 2, 3]
+    assert "step 3: loss 2.000 is far above" in capsys.readouterr().err
+
+
+def test_a_new_run_keeps_no_lines(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "evaluation_loss": 1}\n{"step": 1}\n')
+    Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True).close()
+    assert lines(tmp_path) == []

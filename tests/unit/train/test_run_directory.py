@@ -1,16 +1,30 @@
-"""What a run may replace. One process, which needs no launcher."""
+"""What a run may replace, and from what it goes on. One process, which needs no launcher."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from configs.errors import UserError
+from configs.weights import file_hash
 from data.dataset import PreparedDataset
 from tests.conftest import Outcome
-from train import engine
-from train.checkpoint import RunDirectory
-from train.config import HardwareConfig, LoraConfig, ModelConfig, TrainConfig
+from train import checkpoint, engine, resume
+from train.config import (
+    DeepSpeedConfig,
+    FailureConfig,
+    HardwareConfig,
+    LoggingConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from train.engine import Processes
+from train.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +89,144 @@ def test_a_start_that_fails_leaves_the_old_run(run_program, dataset: PreparedDat
     assert outcome.exit_code == 2
     assert "model.path=/nowhere: there is no such directory" in outcome.stderr
     assert (place / "config.yaml").read_text() == "name: old\n"
+
+
+def checkpointed(run: RunDirectory, step: int) -> Path:
+    """A checkpoint of a run, with what is compared and nothing else."""
+    place = checkpoint.place(run.path, step)
+    place.mkdir(parents=True)
+    (place / checkpoint.TRAINER).write_text(
+        json.dumps({"step": step, "settings": resume.settings(run.config), **run._fed})
+    )
+    told = {"bytes": (place / checkpoint.TRAINER).stat().st_size, "xxh3": file_hash(place / checkpoint.TRAINER)}
+    (place / checkpoint.MANIFEST).write_bytes(checkpoint._sealed({"files": {checkpoint.TRAINER: told}}))
+    return place
+
+
+@pytest.fixture
+def interrupted(dataset: PreparedDataset, processes: Processes, tmp_path: Path) -> RunDirectory:
+    """A run of which nothing is left but a checkpoint."""
+    run = directory(dataset, processes, tmp_path / "run")
+    checkpointed(run, 7)
+    return run
+
+
+def test_a_run_with_a_checkpoint_goes_on_unless_told_otherwise(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes
+) -> None:
+    assert directory(dataset, processes, interrupted.path)._resumes
+    assert not directory(dataset, processes, interrupted.path, overwrite=True)._resumes
+    with pytest.raises(UserError, match="a run is there already"):
+        directory(dataset, processes, interrupted.path, resume="never")
+
+
+def test_what_decides_no_number_may_change(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes
+) -> None:
+    changed = {
+        "name": "other",
+        "save_every": 3,
+        "keep_last": 9,
+        "eval_every": 5,
+        "logging": LoggingConfig(every=9),
+        "failures": FailureConfig(grace=1),
+    }
+    assert directory(dataset, processes, interrupted.path, **changed)._resumes
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"epochs": 4}, "epochs"),
+        ({"max_steps": 9}, "max_steps"),
+        ({"optim": OptimConfig(lr=1.0)}, "optim.lr"),
+        ({"optim": OptimConfig(betas=[0.9, 0.99])}, "optim.betas"),
+        ({"deepspeed": DeepSpeedConfig(stage=2)}, "deepspeed.stage"),
+    ],
+)
+def test_a_setting_that_differs_is_named_and_can_be_let_through(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes, changed: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{field}=.*was started with .*resume_despite=\[{field}\]"):
+        directory(dataset, processes, interrupted.path, **changed)
+    assert directory(dataset, processes, interrupted.path, **changed, resume_despite=[field])._resumes
+    assert directory(
+        dataset, processes, interrupted.path, **changed, resume_despite=[field.split(".", maxsplit=1)[0]]
+    )._resumes
+
+
+def test_another_dataset_or_one_whose_rows_changed_is_refused(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    rows = dataset.directory / "train" / "rows.arrow"
+    good = rows.read_bytes()
+    bad = bytearray(good)
+    bad[len(bad) // 2] ^= 1
+    rows.write_bytes(bad)
+    with pytest.raises(UserError, match=r"train/rows\.arrow has changed since it was prepared"):
+        directory(dataset, processes, interrupted.path)
+    rows.write_bytes(good)
+
+    manifest = dataset.directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
+    other = PreparedDataset(dataset.directory)
+    with pytest.raises(UserError, match=r"dataset=.*it is not the one that the run was started on"):
+        directory(other, processes, interrupted.path)
+    assert directory(other, processes, interrupted.path, resume_despite=["dataset"])._resumes
+
+
+def test_a_base_with_one_byte_changed_anywhere_is_refused(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"w": torch.zeros(100_000)}, base / "model.safetensors")
+    model = ModelConfig(path=str(base))
+    checkpointed(directory(dataset, processes, tmp_path / "run", model=model), 7)
+    assert directory(dataset, processes, tmp_path / "run", model=model)._resumes
+    changed = torch.zeros(100_000)
+    changed[30_000] = 1.0  # where the fingerprint takes no sample
+    save_file({"w": changed}, base / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"model\.path=.*model\.safetensors has changed.*resume_despite=\[model\.path\]"
+    ):
+        directory(dataset, processes, tmp_path / "run", model=model)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    interrupted: RunDirectory,
+    dataset: PreparedDataset,
+    processes: Processes,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    newer = checkpointed(interrupted, 8)
+    (newer / checkpoint.TRAINER).write_text((newer / checkpoint.TRAINER).read_text().replace("8", "9"))
+    run = directory(dataset, processes, interrupted.path)
+    with pytest.raises(
+        UserError, match=r"none of them is whole \(step-000008: trainer\.json is not as it was written\)"
+    ):
+        run.find_checkpoint({"w": (1,)})  # the older one holds no tensors either
+    told = " ".join(capsys.readouterr().err.split())
+    assert "step-000008 is damaged (trainer.json is not as it was written); the one before is used" in told
+    assert "step-000007 is damaged (master.safetensors is missing)" in told
+
+
+def test_a_finished_run_is_left_alone_where_the_same_is_asked(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    run = directory(dataset, processes, tmp_path / "run")
+    old_run(run.path)
+    (run.path / "receipt.json").write_text(json.dumps({"settings": resume.settings(run.config), **run._fed}))
+    assert directory(dataset, processes, run.path).finished
+    with pytest.raises(UserError, match=r"^seed=5: the run that is there was started with 0"):
+        directory(dataset, processes, run.path, seed=5)
+
+
+def test_a_run_that_saved_nothing_starts_again_and_says_so(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert not directory(dataset, processes, tmp_path / "run")._resumes
+    assert "it starts from the beginning" in " ".join(capsys.readouterr().err.split())

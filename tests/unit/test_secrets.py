@@ -1,0 +1,47 @@
+"""Keys and passwords are hidden, and nothing else is."""
+
+import pytest
+
+from configs.secrets import HIDDEN, redact, redacted
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setenv("HF_TOKEN", "tokenofthehub")
+    monkeypatch.setenv("MY_SERVICE_PASSWORD", "correct horse battery staple")
+    monkeypatch.setenv("SHORT_KEY", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("key 0123456789abcdef0123456789abcdef01234567 was refused", f"key {HIDDEN} was refused"),
+        ("model.path=https://me:tokenofthehub@host/m", f"model.path=https://{HIDDEN}@host/m"),
+        ("correct horse battery staple", HIDDEN),
+        ("hf_abcdefghijABCDEFGHIJ12345", HIDDEN),
+        ("+logging.wandb_key=abcdef0123456789", f"+logging.wandb_key={HIDDEN}"),
+        ("https://user:pass@host/x", f"https://{HIDDEN}@host/x"),
+    ],
+)
+def test_secrets_are_hidden(text: str, hidden: str) -> None:
+    assert redact(text) == hidden
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step 1: loss 1.1",
+        "model.revision=89abcdef0123456789abcdef0123456789abcdef",  # a commit is no secret
+        "runs/openhermes/checkpoints/step-000111",
+        "https://host/path:with@signs",
+        "lora.rank=16",
+    ],
+)
+def test_what_is_none_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_at_any_depth() -> None:
+    value = {"a": ["hf_abcdefghijABCDEFGHIJ12345", 1], "b": {"c": ("tokenofthehub", None, 2.5)}}
+    assert redacted(value) == {"a": [HIDDEN, 1], "b": {"c": [HIDDEN, None, 2.5]}}

@@ -1,0 +1,92 @@
+"""Signals, in processes of their own: asked once, asked twice, asked too early, out of patience."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from train.signals import EXIT_PREEMPTED, TOGETHER
+
+LIMIT = 60.0
+"""Seconds after which a test gives up."""
+
+PROGRAM = """
+import sys, time
+from train.signals import Signals
+signals = Signals(grace=float(sys.argv[1]))
+if sys.argv[2] == "training":
+    signals.begin_training()
+print("ready", flush=True)
+if sys.argv[3] == "waiting":
+    import threading
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()  # as the main thread waits in a collective
+while not signals.asked_to_stop:
+    time.sleep(0.01)
+print("asked", flush=True)
+if sys.argv[3] == "slow":
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def started(project_root: Path, grace: float, where: str, how: str = "") -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", PROGRAM, str(grace), where, how]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=project_root, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks(project_root: Path, number: signal.Signals) -> None:
+    with started(project_root, 60, "training") as process:
+        process.send_signal(number)
+        assert process.wait(LIMIT) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == "asked\n"
+
+
+def test_before_training_it_leaves_at_once(project_root: Path) -> None:
+    with started(project_root, 60, "loading", "waiting") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == EXIT_PREEMPTED
+        assert process.stderr is not None
+        assert "stopped by SIGTERM, before training had begun" in process.stderr.read()
+
+
+def test_the_second_leaves_at_once_unless_it_comes_with_the_first(project_root: Path) -> None:
+    with started(project_root, 60, "training", "slow") as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # as a launcher passes Ctrl-C on
+        time.sleep(TOGETHER + 0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 128 + signal.SIGTERM
+        assert process.stderr is not None
+        assert "SIGTERM again: leaving at once" in process.stderr.read()
+
+
+def test_grace_has_an_end_even_where_the_main_thread_never_comes_back(project_root: Path) -> None:
+    with started(project_root, 0.5, "training", "waiting") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == EXIT_PREEMPTED
+        assert process.stderr is not None
+        assert "failures.grace=0.5 seconds are over" in process.stderr.read()
+
+
+def test_a_process_whose_launcher_is_killed_is_asked_to_stop(project_root: Path) -> None:
+    launcher = "import os, subprocess, sys; os.environ['RANK'] = '0'; subprocess.run([sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", launcher, "-c", PROGRAM, "60", "training", ""]
+    with subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        assert parent.stdout.read() == "asked\n"  # the end of the pipe: the child has ended too
