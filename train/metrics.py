@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from configs.secrets import redact
 from train.config import LoggingConfig
 from train.learning import Movement
 from train.routing import Routing
@@ -255,7 +256,8 @@ def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any], res
     if mode == "auto":
         logged_in = wandb.login(prompt=False, verify=False)
         mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-    run: dict[str, Any] = {"project": config.project, "name": directory.name, "dir": str(directory), "config": settings}
+    named = {"project": redact(config.project), "name": redact(directory.name)}
+    run: dict[str, Any] = {**named, "dir": str(directory), "config": settings}
     if resumed is not None:
         run |= {"id": resumed, "resume": "allow"}
     try:
