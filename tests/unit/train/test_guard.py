@@ -82,9 +82,10 @@ class Trainer:
         os.kill(self.process.pid, number)
 
     def end(self) -> tuple[int, str]:
-        """Exit code and stderr, when the process has ended."""
-        _, stderr = self.process.communicate(timeout=HANG)
-        return self.process.returncode, stderr
+        """Exit code and stderr, when the process has ended by itself."""
+        code = self.process.wait(HANG)
+        assert self.process.stderr is not None
+        return code, self.process.stderr.read()
 
 
 def is_gone(pid: int) -> bool:
@@ -199,7 +200,7 @@ def test_pauses_shorter_than_the_bound_are_forgiven(start: Start) -> None:
         run.trainers[1].kill(signal.SIGCONT)
         run.trainers[1].do("time.sleep(1)")
     for trainer in run.trainers:
-        trainer.tell("guard.done()")
+        trainer.tell("guard.done() or sys.exit()")
     assert run.ends() == [(0, ""), (0, "")]
 
 
@@ -207,9 +208,8 @@ def test_pauses_shorter_than_the_bound_are_forgiven(start: Start) -> None:
 def test_a_clean_end_in_any_order(start: Start, order: tuple[int, ...]) -> None:
     run = start(3)
     for rank in order:
-        run.trainers[rank].tell("guard.done()")
+        run.trainers[rank].tell("guard.done() or sys.exit()")
     for rank in order:
-        run.trainers[rank].answer()
         assert run.trainers[rank].end() == (0, "")
     run.ends()
 
@@ -217,11 +217,11 @@ def test_a_clean_end_in_any_order(start: Start, order: tuple[int, ...]) -> None:
 def test_death_of_one_that_is_done_is_no_failure(start: Start) -> None:
     run = start(3)
     for rank in (0, 1):
-        run.trainers[rank].tell("guard.done()")
+        run.trainers[rank].tell("guard.done() or sys.exit()")
     time.sleep(1)
     run.trainers[1].kill(signal.SIGKILL)
     time.sleep(1)
-    run.trainers[2].tell("guard.done()")
+    run.trainers[2].tell("guard.done() or sys.exit()")
     assert run.ends() == [(0, ""), (KILLED, ""), (0, "")]
 
 
@@ -295,7 +295,7 @@ def test_signals_to_the_whole_group_leave_guardians_alone(start: Start) -> None:
     for trainer in run.trainers:
         trainer.do("time.sleep(1)")
         assert not is_gone(trainer.guardian)
-        trainer.tell("guard.done()")
+        trainer.tell("guard.done() or sys.exit()")
     assert run.ends() == [(0, ""), (0, "")]
 
 
@@ -343,7 +343,7 @@ def test_strangers_are_dropped(start: Start) -> None:
 
         run = start(2, before_last=visit)
         for trainer in run.trainers:
-            trainer.tell("guard.done()")
+            trainer.tell("guard.done() or sys.exit()")
         assert run.ends() == [(0, ""), (0, "")]
 
 
