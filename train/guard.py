@@ -139,7 +139,7 @@ class Guard:
             stall_timeout=self._stall_timeout,
             token=token,
         )
-        threading.Thread(target=self._watch, name="guard", daemon=True).start()
+        threading.Thread(target=self._watch, args=(self.guardian,), name="guard", daemon=True).start()
         self._ready.wait()
 
     def at(self, step: int, phase: str) -> None:
@@ -162,7 +162,8 @@ class Guard:
             return
         self._channel.send(done=True)
         self._ended.wait()
-        self.guardian.wait()
+        with self.guardian:  # closes the pipes and waits for its end
+            self.guardian = None
 
     def verdict_within(self, seconds: float) -> str | None:
         """The verdict, if there is one or one comes within the time; for the handler of an error.
@@ -180,7 +181,7 @@ class Guard:
             self._asked = False
             return self._verdict
 
-    def _watch(self) -> None:
+    def _watch(self, guardian: subprocess.Popen[bytes]) -> None:
         """The guard's thread: signs of life to the guardian, its verdict to this process."""
         poll = select.poll()
         poll.register(self._channel.reading, select.POLLIN)
@@ -205,6 +206,7 @@ class Guard:
                 if "ready" in line:
                     self._ready.set()
             if now - heard > self._peer_timeout:
+                guardian.kill()  # it may be stopped
                 self._conclude(f"the guardian of process {self._rank} has not been heard of", speaks=True)
                 return
             if now - beaten >= self._interval:
@@ -219,7 +221,8 @@ class Guard:
         if speaks and not self._leaving:
             # Not by sys.stderr, whose lock the main thread may hold. A progress bar may stand in the line.
             start = "\n" if os.isatty(2) else ""
-            os.write(2, f"{start}train: {self._verdict}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"{start}train: {self._verdict}\n".encode())
         self._judged.set()
         if ends:
             with contextlib.suppress(Exception):

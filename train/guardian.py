@@ -248,6 +248,7 @@ class Spoke(Guardian):
         self.hub = Channel(connection.fileno(), connection.fileno())
         self.hub_heard = self.now
         self.hub_place = "its start"
+        self.speaks = True
         self.selector.register(connection, selectors.EVENT_READ, self.hear_hub)
         about = {key: setup[key] for key in ("token", "rank", "local_rank", "host", "site")}
         self.hub.send(**about)
@@ -263,18 +264,18 @@ class Spoke(Guardian):
         self.report()
         if self.now - self.hub_heard > self.peer_timeout:
             silence = f"process 0 has not been heard of for {duration(self.peer_timeout)}"
-            self.end(f"{silence} (its machine or the network is gone); it was last in {self.hub_place}")
+            self.end(f"{silence} (its machine or the network is gone); it was last in {self.hub_place}", self.speaks)
 
     def hear_hub(self) -> None:
         """What the hub says."""
         lines = self.hub.receive()
         if lines is None:
             lost = "the connection to process 0 was lost (its machine or its guardian is gone)"
-            self.end(f"{lost}; it was last in {self.hub_place}")
+            self.end(f"{lost}; it was last in {self.hub_place}", self.speaks)
         self.hub_heard = self.now
         for line in lines:
             if "place" in line:
-                self.hub_place = line["place"]
+                self.hub_place, self.speaks = line["place"], line["speaks"]
             elif "ready" in line:
                 self.trainer.send(ready=True)
             elif "end" in line:
@@ -283,9 +284,9 @@ class Spoke(Guardian):
             elif "verdict" in line:
                 self.end(line["verdict"], line["speaks"])
 
-    def end(self, verdict: str, speaks: bool | None = None) -> NoReturn:
-        """Ends the training process and this one. Without word of the hub the first process of a machine speaks."""
-        self.end_trainer(verdict, self.setup["local_rank"] == 0 if speaks is None else speaks)
+    def end(self, verdict: str, speaks: bool) -> NoReturn:
+        """Ends the training process and this one."""
+        self.end_trainer(verdict, speaks)
         sys.exit()
 
 
@@ -404,9 +405,10 @@ class Hub(Guardian):
             self.conclude([], f"{processes(missing)} not joined within {waited}")
         self.find_silence()
         self.find_stall()
+        speakers = self.speakers([self.own])
         for member in self.members.values():
             if member.channel is not None:
-                member.channel.send(place=self.own.place)
+                member.channel.send(place=self.own.place, speaks=member.rank in speakers)
 
     def find_silence(self) -> None:
         """A process that gives no sign of life, or whose guardian gives none."""
@@ -437,16 +439,21 @@ class Hub(Guardian):
             who += " is" if len(ranks) == 1 else " are"
         self.conclude([], f"nothing has moved for {duration(self.stall_timeout)}: {who} in {behind[0].place}")
 
-    def conclude(self, culprits: list[Member], verdict: str) -> NoReturn:
-        """Ends the run: one process of each launcher, none that the verdict names, says it to the user."""
-        speakers: dict[str, int] = {}
+    def speakers(self, lost: list[Member]) -> set[int]:
+        """One process for each launcher, not of the lost ones: it says to the user what happened."""
+        chosen: dict[str, int] = {}
         for member in sorted(self.members.values(), key=lambda member: (member.local_rank, member.rank)):
-            if member not in culprits:
-                speakers.setdefault(member.site, member.rank)
+            if member not in lost:
+                chosen.setdefault(member.site, member.rank)
+        return set(chosen.values())
+
+    def conclude(self, lost: list[Member], verdict: str) -> NoReturn:
+        """Ends the run."""
+        speakers = self.speakers(lost)
         for member in self.members.values():
             if member.channel is not None:
-                member.channel.send(verdict=verdict, speaks=member.rank in speakers.values())
-        self.end_trainer(verdict, speaks=0 in speakers.values())
+                member.channel.send(verdict=verdict, speaks=member.rank in speakers)
+        self.end_trainer(verdict, speaks=0 in speakers)
         self.linger()
 
     def linger(self) -> NoReturn:
