@@ -9,6 +9,7 @@ import torch
 
 from configs.entry import EXIT_USER_ERROR
 from configs.errors import UserError, one_line
+from configs.secrets import redact
 from train.config import TrainConfig
 from train.guard import EXIT_PEER_LOST, Guard
 
@@ -35,7 +36,7 @@ def told(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]
     try:
         yield
     except UserError as error:
-        guard.leaving(str(error))
+        guard.leaving(redact(str(error)))
         raise
     except OSError as error:
         guard.leaving(one_line(error))

@@ -24,10 +24,13 @@ def test_no_secret_is_written_or_said(quickstart: Quickstart, tmp_path: Path) ->
     command += [f"dataset={quickstart.sample}", f"model.path={quickstart.base_run}/model", f"run_dir={tmp_path}/run"]
     command += ["logging.wandb=offline", f"logging.project={SECRETS['CLUSTER_PASSWORD']}", f"name={typed}"]
     env = os.environ | SECRETS | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    run = {"cwd": ROOT, "env": env, "capture_output": True, "check": False}
-    done = subprocess.run(command, **run)  # type: ignore[call-overload]
+
+    def run(*more: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, check=False)
+
+    done = run()
     assert done.returncode == 0, done.stderr
-    wrong = subprocess.run([*command, f"+logging.key={typed}"], **run)  # type: ignore[call-overload]
+    wrong = run(f"+logging.key={typed}")
     assert wrong.returncode == 2
 
     written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
