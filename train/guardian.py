@@ -139,7 +139,6 @@ class Guardian:
     def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap):
         """`setup` is what `train.guard.Guard.join` sends."""
         self.setup = setup
-        self.rank: int = setup["rank"]
         self.peer_timeout: float = setup["peer_timeout"]
         self.interval = beat_interval(self.peer_timeout)
         self.trainer = trainer
@@ -244,7 +243,7 @@ class Spoke(Guardian):
     def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap, connection: socket.socket):
         """`connection` leads to the hub."""
         super().__init__(setup, trainer, page)
-        self.connection = connection
+        self.connection = connection  # which closes when nothing holds it
         self.hub = Channel(connection.fileno(), connection.fileno())
         self.hub_heard = self.now
         self.hub_place = "its start"
@@ -327,6 +326,8 @@ class Hub(Guardian):
 
     def hear_stranger(self, stranger: socket.socket, channel: Channel) -> None:
         """Takes a guardian of this run, which knows the token, for what it is, and drops all else."""
+        if stranger not in self.strangers:  # dropped since this event was seen
+            return
         lines = channel.receive()
         if lines == []:
             return
@@ -434,9 +435,9 @@ class Hub(Guardian):
         least = min((member.step, member.moves) for member in watched)
         behind = [member for member in watched if (member.step, member.moves) == least]
         ranks = sorted(member.rank for member in behind)
-        who = "every process is" if len(ranks) == self.count else f"{processes(ranks)} come least far and"
-        if len(ranks) < self.count:
-            who += " is" if len(ranks) == 1 else " are"
+        who = f"{processes(ranks)} come least far and {'is' if len(ranks) == 1 else 'are'}"
+        if len(ranks) == self.count:
+            who = "every process is"
         self.conclude([], f"nothing has moved for {duration(self.stall_timeout)}: {who} in {behind[0].place}")
 
     def speakers(self, lost: list[Member]) -> set[int]:
