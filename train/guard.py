@@ -54,10 +54,9 @@ class Guard:
             process_rank: this process's, from 0.
             process_count: of the whole run.
             peer_timeout: seconds without a sign of life after which a process counts as lost. Signs come from a thread
-                of the process, every second or ten times within this time. Code that keeps Python's global lock looks
-                like a stopped process for as long: hence two minutes by default, where no collective and no loading
-                takes the lock for long.
-            stall_timeout: seconds after which the run ends if no process called `at`. Longer than any phase takes.
+                of the process, every second or ten times within this time. While C code keeps Python's global lock, the
+                process looks like a stopped one: hence two minutes by default.
+            stall_timeout: seconds after which the run ends if no process called `at`; longer than any phase may take.
         """
         self.guardian: subprocess.Popen[bytes] | None = None
         self._rank = process_rank
@@ -169,7 +168,7 @@ class Guard:
         """The verdict, if there is one or one comes within the time; for the handler of an error.
 
         An error of a collective is mostly another process's failure. This says so before a traceback does: where it
-        returns a verdict (already printed where it had to be), the caller has `KILL_AFTER` seconds to end with
+        returns a verdict (already printed where it had to be), the caller has `guardian.KILL_AFTER` seconds to end with
         `EXIT_PEER_LOST`. A death is known at once; a network that is gone, after `peer_timeout`.
         """
         if self.guardian is None:

@@ -11,7 +11,7 @@ guardian that hears nothing from the hub for `peer_timeout` reaches the verdict 
 end. Durations are measured on one machine's monotonic clock each; no clock is compared with another machine's.
 
 It imports the standard library alone and is started without site-packages, so that it is there in a few hundredths of a
-second and takes 14 MB.
+second and takes 18 MB.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ PLACE = struct.Struct("<qqd32s")
 KILL_AFTER = 5.0
 """Seconds that a training process has for leaving after the verdict; then it is killed."""
 
-JOIN_TIMEOUT = 60.0
-"""Seconds for which the hub waits for the others to connect."""
+JOIN_TIMEOUT = 30.0
+"""Seconds for which the hub waits for the others to connect, or `peer_timeout` if that is longer."""
 
 STRANGER_TIMEOUT = 10.0
 """Seconds after which a connection that has not said who it is is dropped."""
@@ -139,7 +139,6 @@ class Guardian:
     def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap):
         """`setup` is what `train.guard.Guard.join` sends."""
         self.setup = setup
-        self.rank: int = setup["rank"]
         self.peer_timeout: float = setup["peer_timeout"]
         self.interval = beat_interval(self.peer_timeout)
         self.trainer = trainer
@@ -244,7 +243,7 @@ class Spoke(Guardian):
     def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap, connection: socket.socket):
         """`connection` leads to the hub."""
         super().__init__(setup, trainer, page)
-        self.connection = connection
+        self.connection = connection  # which closes when nothing holds it
         self.hub = Channel(connection.fileno(), connection.fileno())
         self.hub_heard = self.now
         self.hub_place = "its start"
@@ -327,6 +326,8 @@ class Hub(Guardian):
 
     def hear_stranger(self, stranger: socket.socket, channel: Channel) -> None:
         """Takes a guardian of this run, which knows the token, for what it is, and drops all else."""
+        if stranger not in self.strangers:  # dropped since this event was seen
+            return
         lines = channel.receive()
         if lines == []:
             return
@@ -399,10 +400,10 @@ class Hub(Guardian):
         for stranger, since in list(self.strangers.items()):
             if self.now - since > STRANGER_TIMEOUT:
                 self.drop(stranger)
-        if not self.ready and self.now - self.started > JOIN_TIMEOUT + self.peer_timeout:
+        patience = max(JOIN_TIMEOUT, self.peer_timeout)
+        if not self.ready and self.now - self.started > patience:
             missing = [rank for rank in range(self.count) if rank not in self.members]
-            waited = duration(JOIN_TIMEOUT + self.peer_timeout)
-            self.conclude([], f"{processes(missing)} not joined within {waited}")
+            self.conclude([], f"{processes(missing)} not joined the guard within {duration(patience)}")
         self.find_silence()
         self.find_stall()
         speakers = self.speakers([self.own])
@@ -434,9 +435,9 @@ class Hub(Guardian):
         least = min((member.step, member.moves) for member in watched)
         behind = [member for member in watched if (member.step, member.moves) == least]
         ranks = sorted(member.rank for member in behind)
-        who = "every process is" if len(ranks) == self.count else f"{processes(ranks)} come least far and"
-        if len(ranks) < self.count:
-            who += " is" if len(ranks) == 1 else " are"
+        who = f"{processes(ranks)} come least far and {'is' if len(ranks) == 1 else 'are'}"
+        if len(ranks) == self.count:
+            who = "every process is"
         self.conclude([], f"nothing has moved for {duration(self.stall_timeout)}: {who} in {behind[0].place}")
 
     def speakers(self, lost: list[Member]) -> set[int]:

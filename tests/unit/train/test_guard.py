@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import UserError
 from train.guard import EXIT_PEER_LOST, Guard, Meeting
 
 HANG = 60.0
@@ -49,6 +50,7 @@ class Trainer:
     def __init__(self, root: Path, rank: int, count: int, host: str, prefix: list[str], options: dict[str, float]):
         self.rank = rank
         self.guardian = 0
+        self.stderr = ""
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-W", "error", "-c", PROGRAM, json.dumps([rank, count, options])],
             cwd=root,
@@ -82,10 +84,11 @@ class Trainer:
         os.kill(self.process.pid, number)
 
     def end(self) -> tuple[int, str]:
-        """Exit code and stderr, when the process has ended by itself."""
+        """Exit code and all of stderr, when the process has ended by itself."""
         code = self.process.wait(HANG)
         assert self.process.stderr is not None
-        return code, self.process.stderr.read()
+        self.stderr += self.process.stderr.read()
+        return code, self.stderr
 
 
 def is_gone(pid: int) -> bool:
@@ -202,6 +205,35 @@ def test_pauses_shorter_than_the_bound_are_forgiven(start: Start) -> None:
     for trainer in run.trainers:
         trainer.tell("guard.done() or sys.exit()")
     assert run.ends() == [(0, ""), (0, "")]
+
+
+def test_a_machine_that_was_held_up_blames_nobody(start: Start) -> None:
+    """As a suspended virtual machine: all processes and guardians stand still for longer than the bound."""
+    run = start(2, peer_timeout=5)
+    everything = [pid for trainer in run.trainers for pid in (trainer.process.pid, trainer.guardian)]
+    for pid in everything:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(8)
+    for pid in everything:
+        os.kill(pid, signal.SIGCONT)
+    for trainer in run.trainers:
+        trainer.do("time.sleep(1)")
+        trainer.tell("guard.done() or sys.exit()")
+    assert run.ends() == [(0, ""), (0, "")]
+
+
+def test_a_machine_that_comes_back_too_late_ends_too(start: Start) -> None:
+    run = start(2, peer_timeout=3)
+    held = (run.trainers[1].process.pid, run.trainers[1].guardian)
+    for pid in held:
+        os.kill(pid, signal.SIGSTOP)
+    code, stderr = run.trainers[0].end()
+    assert code == EXIT_PEER_LOST
+    assert "process 1 has not been heard of for 3 s (its machine or the network is gone)" in stderr
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
+    assert run.trainers[1].end()[0] == EXIT_PEER_LOST
+    run.ends()
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -375,6 +407,13 @@ def test_both_sides_of_a_broken_link_end(start: Start) -> None:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def test_a_port_that_cannot_be_reached_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=rf"MASTER_ADDR=127.0.0.1: process 1 can't reach port {port} .*refused"):
+        Guard(1, 2).join((port, "token"), "127.0.0.1")
 
 
 def test_one_process_needs_no_guard() -> None:
