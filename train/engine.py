@@ -225,8 +225,11 @@ class Engine:
         self._plain = config.model.dtype == "float32" and config.deepspeed.stage == 0
         guarded = config.model.dtype == "float32" and config.deepspeed.stage < 3
         adamw = GuardedAdamW if guarded else torch.optim.AdamW
+        groups = _parameter_groups(model, config.optim.weight_decay)
+        named = {parameter: name for name, parameter in trainable(model.causal_lm)}
+        names = [named[parameter] for group in groups for parameter in group["params"]]
         self._adamw = adamw(
-            _parameter_groups(model, config.optim.weight_decay),
+            groups,
             lr=0.0,  # each step sets it; until then DeepSpeed's stage 0 takes a step of its own to allocate the moments
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
@@ -242,6 +245,11 @@ class Engine:
                 for value in state.values():
                     value.zero_()
         self.module: MixtralWithLoss = self._engine.module
+        self._masters: dict[str, torch.Tensor] = {}
+        """Where nothing is sharded: what AdamW updates, by name. There DeepSpeed's access functions know nothing."""
+        if config.deepspeed.stage == 0:
+            masters = [tensor for group in self._adamw.param_groups for tensor in group["params"]]
+            self._masters = dict(zip(names, masters, strict=True))
         self._accumulation = batch.accumulation
         self.shapes = {name: whole_shape(parameter) for name, parameter in trainable(self.module.causal_lm)}
         """Of the parameters that train, whole, by name."""
@@ -345,17 +353,17 @@ class Engine:
         """
         for name, parameter in trainable(self.module.causal_lm):
             kinds: list[str | None] = [None, *MOMENTS] if moments else [None]
-            whole = {kind or "master": self._gather(parameter, kind) for kind in kinds}
+            whole = {kind or "master": self._gather(name, parameter, kind) for kind in kinds}
             yield name, {kind: tensor for kind, tensor in whole.items() if tensor is not None}
 
-    def _gather(self, parameter: nn.Parameter, kind: str | None) -> torch.Tensor | None:
+    def _gather(self, name: str, parameter: nn.Parameter, kind: str | None) -> torch.Tensor | None:
         """The float32 value of a parameter (None), or a moment of it, whole, on the main process's CPU."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if kind is not None and not self.optimizer_steps:
             tensor = torch.zeros(whole_shape(parameter))  # Adam makes its moments in its first step
-        elif self._plain:
-            tensor = parameter if kind is None else self._adamw.state[parameter][kind]
+        elif (master := self._masters.get(name)) is not None:
+            tensor = master if kind is None else self._adamw.state[master][kind]
         elif kind is None:
             tensor = safe_get_full_fp32_param(parameter)
         else:
@@ -376,7 +384,7 @@ class Engine:
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        def each(kinds: tuple[str, ...]) -> Iterator[tuple[nn.Parameter, str, torch.Tensor]]:
+        def each(kinds: tuple[str, ...]) -> Iterator[tuple[str, nn.Parameter, str, torch.Tensor]]:
             for name, parameter in trainable(self.module.causal_lm):
                 stored = read(name) if self.processes.is_main else {}
                 for kind in kinds:
@@ -384,12 +392,12 @@ class Engine:
                     if self.processes.is_main:
                         whole.copy_(stored[kind])
                     torch.distributed.broadcast(whole, src=0)
-                    yield parameter, kind, whole
+                    yield name, parameter, kind, whole
 
         with torch.no_grad():
-            for parameter, _, whole in each(("master",)):
-                if self._plain:
-                    parameter.copy_(whole)
+            for name, parameter, _, whole in each(("master",)):
+                if self._masters:
+                    self._masters[name].copy_(whole)
                 else:
                     safe_set_full_fp32_param(parameter, whole)
         for place in range(self._accumulation):
@@ -399,9 +407,9 @@ class Engine:
                 self.micro_step_done()
         self.step(0.0)
         with torch.no_grad():
-            for parameter, kind, whole in each(MOMENTS):
-                if self._plain:
-                    self._adamw.state[parameter][kind].copy_(whole)
+            for name, parameter, kind, whole in each(MOMENTS):
+                if self._masters:
+                    self._adamw.state[self._masters[name]][kind].copy_(whole)
                 else:
                     safe_set_full_optimizer_state(parameter, whole, kind)
         for state in self._adamw.state.values():
