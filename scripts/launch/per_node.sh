@@ -83,6 +83,7 @@ stop() { # deepspeed → its launcher → the training processes
     done
     if ! $found; then # none has started, so there is nothing to save
         kill -TERM -- "-$supervised" 2>/dev/null || true
+        wait "$supervised" || true
         exit 75
     fi
 }

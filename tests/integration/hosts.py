@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,8 @@ def two_hosts(directory: Path, *, dataset: Path, base: Path) -> Iterator[tuple[H
         Host(f"oh{os.getpid()}{letter}", f"10.77.0.{number}", directory / "disks" / letter, node)
         for number, letter in enumerate("ab", start=1)
     )
+    if not shutil.which("ip"):
+        pytest.skip("there is no ip (of iproute2) to make network namespaces with")
     made: list[Host] = []
     left: dict[int, str] = {}
     try:
@@ -122,6 +125,42 @@ def two_hosts(directory: Path, *, dataset: Path, base: Path) -> Iterator[tuple[H
                     os.kill(pid, 9)
             _ip("netns", "del", host.namespace)
     assert not left, f"these were still running: {left}"
+
+
+@contextlib.contextmanager
+def serve_ssh(hosts: tuple[Host, Host]) -> Iterator[None]:
+    """Within it, each host has an sshd with a key of its own, and on the first `ssh` gets into both."""
+    first = hosts[0]
+    _key(first.disk / "user")
+    for host in hosts:
+        _key(host.disk / "host")
+        shutil.copy(first.disk / "user.pub", host.disk / "authorized_keys")
+        (host.disk / "sshd_config").write_text(
+            f"ListenAddress {host.address}\nHostKey {host.node}/host\nAuthorizedKeysFile {host.node}/authorized_keys\n"
+            "PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
+        )
+    (first.disk / "ssh_config").write_text(
+        f"IdentityFile {first.node}/user\nIdentitiesOnly yes\nStrictHostKeyChecking no\n"
+        "UserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+    )
+    ssh = first.disk / "bin" / "ssh"
+    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {first.node}/ssh_config "$@"\n')
+    ssh.chmod(0o755)
+    daemons = [host.start("/usr/sbin/sshd", "-D", "-e", "-f", f"{host.node}/sshd_config") for host in hosts]
+    try:
+        for host in hosts:
+            while "Server listening" not in host.log.read_text():
+                assert all(daemon.poll() is None for daemon in daemons), host.log.read_text()
+                time.sleep(0.05)
+        yield
+    finally:
+        for daemon in daemons:
+            daemon.terminate()
+            daemon.wait()
+
+
+def _key(path: Path) -> None:
+    subprocess.run(("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)), check=True)
 
 
 def _fill(host: Host, dataset: Path, base: Path) -> None:
