@@ -11,12 +11,12 @@ Starts a run on all nodes of a hostfile, from one of them, over pdsh and ssh.
 HOSTFILE has a line for each node, such as `node-0 slots=8`; process 0 runs on the first. ssh must reach every node
 without a password, and the checkout and its environment must lie at the same path on each. The settings are those of
 `python -m train`; run_dir must be among them. MASTER_ADDR says at which address the nodes find the first, where that is
-not the first that `hostname -I` prints there, and MASTER_PORT which of its ports is free, if 29500 is not. Variables for
-the processes go into a file .deepspeed_env in the checkout, one NAME=VALUE a line.
+not the first that `hostname -I` prints there, and MASTER_PORT which of its ports is free, if 29500 is not. Variables
+for the processes go into a file .deepspeed_env in the checkout, one NAME=VALUE a line.
 
-SIGTERM and SIGINT (Ctrl-C) reach the training processes, however long they take to save. The exit code is the highest of
-the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost; after the last two the same
-command goes on. --print shows the command and starts nothing.
+SIGTERM and SIGINT (Ctrl-C) reach the training processes, however long they take to save. The exit code is the highest
+of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost; after the last two the
+same command goes on. --print shows the command and starts nothing.
 TEXT
 }
 
@@ -53,17 +53,18 @@ for setting in "${@//%/%%}"; do
     *) settings+=("$(printf %q "$setting")") ;;
     esac
 done
-command=(deepspeed --quiet --hostfile "$hostfile" --force_multi --no_ssh_check ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"}
-    --master_port "${MASTER_PORT:-29500}" --no_local_rank --module train "${settings[@]}")
+command=(deepspeed --quiet --hostfile "$hostfile" --force_multi --no_ssh_check
+    ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} --master_port "${MASTER_PORT:-29500}" --no_local_rank --module train "${settings[@]}")
 if $print; then
     show "${command[@]}"
     exit
 fi
 
-command -v pdsh >/dev/null || die "pdsh is needed and is not on the PATH; install it, for example with: apt install pdsh"
+command -v pdsh >/dev/null ||
+    die "pdsh is needed and is not on the PATH; install it, for example with: apt install pdsh"
 for host in "${hosts[@]}"; do
     ssh -n -o BatchMode=yes "$host" true 2>/dev/null ||
-        die "$host: ssh does not get in without a password; try \`ssh $host true\`, and mend keys, known_hosts or the hostfile"
+        die "$host: ssh does not get in without a password; try \`ssh $host true\` and mend keys, known_hosts or hostfile"
 done
 
 stop() { # one training process is enough: they agree among themselves

@@ -52,7 +52,8 @@ done
 need_number NODES "$nodes" 1
 need_number NODE_RANK "$node_rank" 0
 need_number MASTER_PORT "$port" 1
-[ "$node_rank" -lt "$nodes" ] || die "NODE_RANK=$node_rank: the $nodes nodes are counted from 0; give at most $((nodes - 1))"
+[ "$node_rank" -lt "$nodes" ] ||
+    die "NODE_RANK=$node_rank: the $nodes nodes are counted from 0; give at most $((nodes - 1))"
 need_run_dir "$@" >/dev/null
 need_environment
 [ -n "$gpus" ] || gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
