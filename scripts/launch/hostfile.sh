@@ -34,7 +34,7 @@ source scripts/launch/common.sh
 [ -f "$hostfile" ] || die "HOSTFILE=$1: there is no such file; write one like scripts/launch/hostfile.example"
 shift
 hosts=()
-while read -r line; do
+while read -r line || [ -n "$line" ]; do
     case "$line" in '' | '#'*) continue ;; esac
     [[ "$line" =~ ^([^[:space:]]+)[[:space:]]+slots=[0-9]+ ]] ||
         die "$hostfile: the line \"$line\" is not understood; write it like \"node-0 slots=8\""
@@ -54,7 +54,8 @@ for setting in "${@//%/%%}"; do
     esac
 done
 command=(deepspeed --quiet --hostfile "$hostfile" --force_multi --no_ssh_check
-    ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} --master_port "${MASTER_PORT:-29500}" --no_local_rank --module train "${settings[@]}")
+    ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} --master_port "${MASTER_PORT:-29500}"
+    --no_local_rank --module train "${settings[@]}")
 if $print; then
     show "${command[@]}"
     exit
@@ -64,7 +65,7 @@ command -v pdsh >/dev/null ||
     die "pdsh is needed and is not on the PATH; install it, for example with: apt install pdsh"
 for host in "${hosts[@]}"; do
     ssh -n -o BatchMode=yes "$host" true 2>/dev/null ||
-        die "$host: ssh does not get in without a password; try \`ssh $host true\` and mend keys, known_hosts or hostfile"
+        die "$host: ssh does not get in without a password; see \`ssh $host true\`, and mend keys, known_hosts or names"
 done
 
 stop() { # one training process is enough: they agree among themselves
