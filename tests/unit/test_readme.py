@@ -23,7 +23,7 @@ COMMANDS = [
     line.strip()
     for name in ("README.md", "CONTRIBUTING.md")
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
-    if re.match(r"    (python -m|deepspeed|\./scripts)", line)
+    if re.match(r"    (python -m|deepspeed|\./scripts|sbatch)", line)
 ]
 
 
@@ -34,10 +34,14 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_composes(command: str) -> None:
     words = shlex.split(command, comments=True)
-    if words[0].startswith("./"):
-        assert (ROOT / words[0]).is_file()
-        return
-    module = words[words.index("--module") + 1] if words[0] == "deepspeed" else words[2]
+    script = next((word for word in words if "scripts/" in word), None)
+    if script:
+        assert (ROOT / script).is_file()
+        if "launch" not in script:
+            return
+        module = "train"
+    else:
+        module = words[words.index("--module") + 1] if words[0] == "deepspeed" else words[2]
     config_name, schema = PROGRAMS[module]
     overrides = [word for word in words if "=" in word and not word.startswith("prompt=")]
     register(config_name, schema)

@@ -1,0 +1,52 @@
+# Sourced by the launchers beside it, in the checkout's root. `me` is the script's name.
+
+die() {
+    # shellcheck disable=SC2154 # whoever sources this sets it
+    printf '%s: %s\n' "$me" "$*" >&2
+    exit 2
+}
+
+need_run_dir() { # need_run_dir SETTING=VALUE …: prints that setting
+    local setting
+    for setting in "$@"; do
+        case "$setting" in run_dir=?* | +run_dir=?* | ++run_dir=?*) echo "$setting" && return ;; esac
+    done
+    die "run_dir: after an interruption the same command goes on only where it finds the run; give run_dir=runs/NAME"
+}
+
+need_number() { # need_number NAME VALUE LEAST
+    [[ "$2" =~ ^[0-9]+$ ]] && [ "$2" -ge "$3" ] ||
+        die "$1=$2: it must be a whole number from $3 on; give for example $1=$3"
+}
+
+need_environment() { # what is active, or else the checkout's own
+    command -v deepspeed >/dev/null || PATH="$PWD/.venv/bin:$PATH"
+    command -v deepspeed >/dev/null ||
+        die "deepspeed is not on the PATH and .venv holds none; make the environment with ./scripts/quickstart.sh"
+}
+
+show() { # show COMMAND …: as it could be typed
+    printf '%q ' "$@"
+    echo
+}
+
+# supervise STOP COMMAND …: runs the command, calls STOP when this script gets SIGTERM, SIGINT or SIGHUP, and returns
+# the command's exit code. Not exec, because DeepSpeed's own programs on the way to the training processes do not hand
+# on what they get: `deepspeed` dies of a SIGTERM and leaves them running, its launcher on the node gives them 30
+# seconds and answers 1 whatever they say. The command has a process group of its own, or else Ctrl-C would reach all of them at
+# once: to the training processes a second signal means to leave without saving.
+supervise() {
+    local stop="$1" code=0
+    shift
+    set -m
+    "$@" </dev/null & # a background process that reads from the terminal is stopped
+    supervised=$!
+    set +m
+    trap '"$stop"' TERM INT HUP
+    while kill -0 "$supervised" 2>/dev/null; do
+        wait "$supervised" || true # a signal ends the waiting, not what is waited for
+    done
+    wait "$supervised" || code=$?
+    trap - TERM INT HUP
+    return "$code"
+}

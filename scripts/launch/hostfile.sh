@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+set -euo pipefail
+me="$(basename "$0")"
+
+usage() {
+    cat <<'TEXT'
+Starts a run on all nodes of a hostfile, from one of them, over pdsh and ssh.
+
+    scripts/launch/hostfile.sh [--print] HOSTFILE SETTING=VALUE …
+
+HOSTFILE has a line for each node, such as `node-0 slots=8`; process 0 runs on the first. ssh must reach every node
+without a password, and the checkout and its environment must lie at the same path on each. The settings are those of
+`python -m train`; run_dir must be among them. MASTER_ADDR says at which address the nodes find the first, where that is
+not the first that `hostname -I` prints there, and MASTER_PORT which of its ports is free, if 29500 is not. Variables
+for the processes go into a file .deepspeed_env in the checkout, one NAME=VALUE a line.
+
+SIGTERM and SIGINT (Ctrl-C) reach the training processes, however long they take to save. The exit code is the highest
+of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost; after the last two the
+same command goes on. --print shows the command and starts nothing.
+TEXT
+}
+
+print=false
+case "${1:-}" in
+--help | -h) usage && exit ;;
+--print) print=true && shift ;;
+esac
+hostfile="$PWD/${1:-}" # until here, relative paths are the caller's
+[[ "${1:-}" != /* ]] || hostfile="$1"
+cd "$(dirname "$0")/../.."
+source scripts/launch/common.sh
+
+[ $# -gt 0 ] || die "HOSTFILE: which nodes are there? Name a file like scripts/launch/hostfile.example; see $me --help"
+[ -f "$hostfile" ] || die "HOSTFILE=$1: there is no such file; write one like scripts/launch/hostfile.example"
+shift
+hosts=()
+while read -r line || [ -n "$line" ]; do
+    case "$line" in '' | '#'*) continue ;; esac
+    [[ "$line" =~ ^([^[:space:]]+)[[:space:]]+slots=[0-9]+ ]] ||
+        die "$hostfile: the line \"$line\" is not understood; write it like \"node-0 slots=8\""
+    hosts+=("${BASH_REMATCH[1]}")
+done <"$hostfile"
+[ "${#hosts[@]}" -gt 0 ] || die "$hostfile: it names no node; write a line like \"node-0 slots=8\" for each"
+run_dir="$(need_run_dir "$@")"
+need_environment
+
+# The nodes' shells read the settings once more. DeepSpeed quotes what holds a space, but leaves what a shell would read
+# within quotes; the rest it leaves alone. pdsh puts names in the place of %h, %n and %u.
+settings=()
+for setting in "${@//%/%%}"; do
+    case "$setting" in
+    *' '*) settings+=("$(printf %s "$setting" | sed 's/[\\$`]/\\&/g')") ;;
+    *) settings+=("$(printf %q "$setting")") ;;
+    esac
+done
+command=(deepspeed --quiet --hostfile "$hostfile" --force_multi --no_ssh_check
+    ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} --master_port "${MASTER_PORT:-29500}"
+    --no_local_rank --module train "${settings[@]}")
+if $print; then
+    show "${command[@]}"
+    exit
+fi
+
+command -v pdsh >/dev/null ||
+    die "pdsh is needed and is not on the PATH; install it, for example with: apt install pdsh"
+for host in "${hosts[@]}"; do
+    ssh -n -o BatchMode=yes "$host" true 2>/dev/null ||
+        die "$host: ssh does not get in without a password; see \`ssh $host true\`, and mend keys, known_hosts or names"
+done
+
+stop() { # one training process is enough: they agree among themselves
+    if ! ssh -n -o BatchMode=yes "${hosts[0]}" "pkill -TERM -f -- $(printf %q "$training")" 2>/dev/null; then
+        kill -TERM "$supervised" # none has started, so there is nothing to save: DeepSpeed ends its launchers
+        wait "$supervised" || true
+        exit 75
+    fi
+}
+
+# Their command line, by the run directory; the brackets keep the pattern from matching the shell that carries it.
+training="-u -[m] train .*$(printf %s "$run_dir" | sed 's/[][\.*^$+?(){}|]/\\&/g')( |\$)"
+supervise stop "${command[@]}"

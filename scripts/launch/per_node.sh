@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+set -euo pipefail
+me="$(basename "$0")"
+cd "$(dirname "$0")/../.."
+source scripts/launch/common.sh
+
+usage() {
+    cat <<'TEXT'
+Starts the processes of one node, without ssh: run it on every node, each with its number. For containers, Kubernetes,
+and wherever something else starts commands on the nodes.
+
+    scripts/launch/per_node.sh [OPTION …] SETTING=VALUE …
+
+    --nodes N          or NODES          nodes of the run
+    --node-rank R      or NODE_RANK      this node's number, from 0; unset, JOB_COMPLETION_INDEX (an Indexed Job's)
+    --master-addr A    or MASTER_ADDR    node 0, by a name or address at which all nodes reach it
+    --master-port P    or MASTER_PORT    a port that is free there; 29500
+    --gpus-per-node G  or GPUS_PER_NODE  processes on each node, as many on every one; unset, the GPUs of this one
+    --print            shows hostfile and command, and starts nothing
+
+In a StatefulSet: NODE_RANK="${HOSTNAME##*-}". The settings are those of `python -m train`, the same on every node;
+run_dir must be among them. SIGTERM and SIGINT reach the training processes, however long they take to save, and the
+exit code is theirs: 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 another process was lost; after the
+last two the same command goes on.
+TEXT
+}
+
+nodes="${NODES:-}" node_rank="${NODE_RANK:-${JOB_COMPLETION_INDEX:-}}" address="${MASTER_ADDR:-}"
+port="${MASTER_PORT:-29500}" gpus="${GPUS_PER_NODE:-}" print=false
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --help | -h) usage && exit ;;
+    --print) print=true && shift ;;
+    --nodes | --node-rank | --master-addr | --master-port | --gpus-per-node)
+        [ $# -gt 1 ] || die "$1: it needs a value; see $me --help"
+        case "$1" in
+        --nodes) nodes="$2" ;;
+        --node-rank) node_rank="$2" ;;
+        --master-addr) address="$2" ;;
+        --master-port) port="$2" ;;
+        --gpus-per-node) gpus="$2" ;;
+        esac
+        shift 2
+        ;;
+    -*) die "$1: there is no such option; see $me --help" ;;
+    *) break ;;
+    esac
+done
+[ -n "$nodes" ] || die "NODES: how many nodes are there? Give --nodes 2"
+[ -n "$node_rank" ] || die "NODE_RANK: which of the nodes is this? Give --node-rank 0 on the first, 1 on the next"
+[ -n "$address" ] || die "MASTER_ADDR: where do the nodes meet? Give --master-addr with a name or address of node 0"
+need_number NODES "$nodes" 1
+need_number NODE_RANK "$node_rank" 0
+need_number MASTER_PORT "$port" 1
+[ "$node_rank" -lt "$nodes" ] ||
+    die "NODE_RANK=$node_rank: the $nodes nodes are counted from 0; give at most $((nodes - 1))"
+need_run_dir "$@" >/dev/null
+need_environment
+[ -n "$gpus" ] || gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+need_number GPUS_PER_NODE "$gpus" 1
+
+# Nobody logs in by these names: all that counts is how many there are, and in which order.
+hostfile="$(mktemp)"
+trap 'rm -f "$hostfile"' EXIT
+for ((node = 0; node < nodes; node++)); do echo "node-$node slots=$gpus"; done >"$hostfile"
+command=(deepspeed --quiet --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address"
+    --master_port "$port" --no_local_rank --module train "$@")
+if $print; then
+    cat "$hostfile"
+    show "${command[@]}"
+    exit
+fi
+
+children() { # the processes that a process has started
+    { grep -lsE "^PPid:[[:space:]]+$1\$" /proc/[0-9]*/status || true; } | cut -d/ -f3
+}
+
+stop() { # deepspeed → its launcher → the training processes
+    local launcher process found=false
+    for launcher in $(children "$supervised"); do
+        for process in $(children "$launcher"); do
+            kill -TERM "$process" 2>/dev/null && found=true
+        done
+    done
+    if ! $found; then # none has started, so there is nothing to save
+        kill -TERM -- "-$supervised" 2>/dev/null || true
+        wait "$supervised" || true
+        exit 75
+    fi
+}
+
+supervise stop "${command[@]}"

@@ -1,0 +1,76 @@
+"""Signals and exit codes go through scripts/launch and DeepSpeed's own launchers; a stand-in trains."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRAIN = """
+import os, pathlib, signal, sys, time
+
+rank, stopped = os.environ["RANK"], []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+pathlib.Path(f"started-{rank}").write_text(str(os.getpid()))
+while not stopped:
+    time.sleep(0.05)
+time.sleep(1 + int(rank))
+pathlib.Path(f"saved-{rank}").touch()
+sys.exit(75)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose `python -m train` runs until SIGTERM, takes a while to save, and ends with 75."""
+    shutil.copytree(ROOT / "scripts" / "launch", tmp_path / "scripts" / "launch")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "__init__.py").touch()
+    (tmp_path / "train" / "__main__.py").write_text(TRAIN)
+    return tmp_path
+
+
+def start(checkout: Path) -> subprocess.Popen[bytes]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    where = ("--nodes", "1", "--node-rank", "0", "--master-addr", "127.0.0.1", "--gpus-per-node", "2")
+    command = ("bash", "scripts/launch/per_node.sh", *where, "run_dir=runs/x")
+    return subprocess.Popen(command, cwd=checkout, env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"})
+
+
+def running(checkout: Path) -> list[str]:
+    """The command lines of the processes that work there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if (process / "cwd").readlink() == checkout:
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_script_lets_the_processes_save_and_their_exit_code_comes_back(
+    checkout: Path, number: signal.Signals
+) -> None:
+    script = start(checkout)
+    while len(list(checkout.glob("started-*"))) < 2:
+        assert script.poll() is None
+        time.sleep(0.05)
+    script.send_signal(number)
+    assert script.wait(timeout=60) == 75
+    assert {path.name for path in checkout.glob("saved-*")} == {"saved-0", "saved-1"}
+    assert not running(checkout)
+
+
+def test_a_signal_before_anything_trains_leaves_nothing_behind(checkout: Path) -> None:
+    script = start(checkout)
+    while not any("bin/deepspeed" in command for command in running(checkout)):
+        time.sleep(0.01)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=60) == 75
+    assert not running(checkout)

@@ -1,0 +1,230 @@
+"""scripts/launch: mistakes end in one sentence, settings pass as they stand, and Slurm's job comes back when it should.
+
+`deepspeed`, `srun` and `scontrol` are stand-ins here; tests/integration has the real launchers.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ("per_node.sh", "hostfile.sh", "slurm.sbatch")
+NODE = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0", "GPUS_PER_NODE": "8"}
+JOB = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_JOB_NODELIST": "node-[3-4]",
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_CPUS_PER_TASK": "3",
+}
+# Starts each task as srun does, and answers with the highest of their exit codes.
+SRUN = """
+for option in "$@"; do [ "$option" = bash ] && break; echo "$option" >>"$NOTES/srun"; shift; done
+highest=0
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do
+    code=0
+    SLURM_PROCID="$task" SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) "$@" || code=$?
+    [ "$code" -le "$highest" ] || highest="$code"
+done
+exit "$highest"
+"""
+SCONTROL = """
+case "$1 $2" in
+"show hostnames") printf 'node-3\\nnode-4\\n' ;;
+"show job") echo "   JobState=${STATE:-RUNNING} Reason=None Dependency=(null)" ;;
+*) echo "$*" >>"$NOTES/scontrol" ;;
+esac
+"""
+PYTHON = """
+echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >>"$NOTES/tasks"
+printf '%s\\n' "$@" >"$NOTES/arguments"
+[ -z "${BUSY:-}" ] || { touch "$NOTES/busy"; sleep 1; }
+[ "$RANK" = 1 ] && exit "${CODE_OF_1:-$CODE}"
+exit "$CODE"
+"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """bin/ with programs that note how they were called."""
+    scripts = {"deepspeed": 'printf "%s\\n" "$@"', "srun": SRUN, "scontrol": SCONTROL, "python": PYTHON, "pdsh": ""}
+    (tmp_path / "bin").mkdir()
+    for name, script in (scripts | {"ssh": "exit 255"}).items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+    return tmp_path
+
+
+def environment(stand_ins: Path, variables: dict[str, str]) -> dict[str, str]:
+    return {"PATH": f"{stand_ins}/bin:{os.environ['PATH']}", "NOTES": str(stand_ins), **variables}
+
+
+def launch(
+    stand_ins: Path, script: str, *arguments: str, expect: int = 0, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ("bash", str(ROOT / "scripts/launch" / script), *arguments),
+        cwd=stand_ins,
+        env=environment(stand_ins, variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def notes(stand_ins: Path, name: str) -> list[str]:
+    path = stand_ins / name
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("script", [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / "scripts/launch/slurm.sbatch"])
+def test_bash_can_read_it(script: Path) -> None:
+    assert subprocess.run(("bash", "-n", str(script)), check=False).returncode == 0
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help_says_how(stand_ins: Path, script: str) -> None:
+    done = launch(stand_ins, script, "--help")
+    assert f"scripts/launch/{script} " in done.stdout
+    assert "SETTING=VALUE" in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "arguments", "words"),
+    [
+        ("per_node.sh", {**NODE, "NODES": ""}, ["run_dir=r"], "NODES --nodes"),
+        ("per_node.sh", {**NODE, "NODE_RANK": ""}, ["run_dir=r"], "NODE_RANK --node-rank"),
+        ("per_node.sh", {**NODE, "NODE_RANK": "2"}, ["run_dir=r"], "NODE_RANK=2 at most 1"),
+        ("per_node.sh", {**NODE, "NODE_RANK": "-1"}, ["run_dir=r"], "NODE_RANK=-1 whole number"),
+        ("per_node.sh", {**NODE, "MASTER_ADDR": ""}, ["run_dir=r"], "MASTER_ADDR --master-addr"),
+        ("per_node.sh", {**NODE, "GPUS_PER_NODE": "0"}, ["run_dir=r"], "GPUS_PER_NODE=0"),
+        ("per_node.sh", NODE, ["--nodes"], "--nodes value"),
+        ("per_node.sh", NODE, ["--node", "2"], "--node no such option"),
+        ("per_node.sh", NODE, ["recipe=quickstart"], "run_dir run_dir=runs/NAME"),
+        ("hostfile.sh", {}, [], "HOSTFILE hostfile.example"),
+        ("hostfile.sh", {}, ["nothing", "run_dir=r"], "HOSTFILE=nothing hostfile.example"),
+        ("hostfile.sh", {}, ["bad", "run_dir=r"], 'bad "node-0 slots=8"'),
+        ("hostfile.sh", {}, ["empty", "run_dir=r"], "empty no node"),
+        ("hostfile.sh", {}, ["good", "recipe=quickstart"], "run_dir run_dir=runs/NAME"),
+        ("hostfile.sh", {}, ["good", "run_dir=r"], "node-0 ssh password"),
+        ("slurm.sbatch", {}, ["run_dir=r"], "sbatch scripts/launch/slurm.sbatch"),
+        ("slurm.sbatch", {**JOB, "SLURM_SUBMIT_DIR": "/"}, ["run_dir=r"], "checkout's root"),
+        ("slurm.sbatch", {**JOB, "SLURM_NTASKS_PER_NODE": ""}, ["run_dir=r"], "--ntasks-per-node"),
+        ("slurm.sbatch", {**JOB, "MAX_REQUEUES": "many"}, ["run_dir=r"], "MAX_REQUEUES=many"),
+        ("slurm.sbatch", JOB, ["recipe=quickstart"], "run_dir run_dir=runs/NAME"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(
+    stand_ins: Path, script: str, variables: dict[str, str], arguments: list[str], words: str
+) -> None:
+    (stand_ins / "bad").write_text("node-0\n")
+    (stand_ins / "empty").write_text("# node-0 slots=8\n")
+    (stand_ins / "good").write_text("node-0 slots=8\n")
+    (line,) = launch(stand_ins, script, *arguments, expect=2, **variables).stderr.splitlines()
+    assert line.startswith(f"{script}: ")
+    assert all(word in line for word in words.split())
+    assert not notes(stand_ins, "tasks")
+
+
+SETTINGS = ["recipe=quickstart", "run_dir=runs/${name}", "lora.experts=[0,3]", 'dataset={a: it\'s "$b"}', "x=100%n;&"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments"),
+    [
+        (NODE, []),
+        ({}, ["--nodes", "2", "--node-rank", "1", "--master-addr", "node-0", "--gpus-per-node", "8"]),
+        ({**NODE, "NODE_RANK": "", "JOB_COMPLETION_INDEX": "1"}, []),
+    ],
+    ids=["environment", "options", "Indexed Job"],
+)
+def test_per_node_starts_deepspeed_with_the_settings_as_they_stand(
+    stand_ins: Path, variables: dict[str, str], arguments: list[str]
+) -> None:
+    started = launch(stand_ins, "per_node.sh", *arguments, *SETTINGS, **variables).stdout.splitlines()
+    at = started.index("--hostfile")
+    assert started[at + 2 :] == [
+        *("--no_ssh", "--node_rank", "1", "--master_addr", "node-0", "--master_port", "29500"),
+        *("--no_local_rank", "--module", "train", *SETTINGS),
+    ]
+    assert not Path(started[at + 1]).exists()  # the hostfile is gone with the run
+    printed = launch(stand_ins, "per_node.sh", "--print", *arguments, *SETTINGS, **variables).stdout.splitlines()
+    assert printed[:2] == ["node-0 slots=8", "node-1 slots=8"]
+    assert shlex.split(printed[2])[-len(SETTINGS) :] == SETTINGS
+
+
+def test_hostfile_settings_come_out_of_the_nodes_shell_as_they_went_in(stand_ins: Path) -> None:
+    (stand_ins / "nodes").write_text("# two\nnode-0 slots=8\n\nnode-1 slots=8\n")
+    printed = launch(stand_ins, "hostfile.sh", "--print", "nodes", *SETTINGS, MASTER_ADDR="10.0.0.1").stdout
+    words = shlex.split(printed)
+    assert words[words.index("--hostfile") + 1] == str(stand_ins / "nodes")
+    assert words[words.index("--master_addr") + 1] == "10.0.0.1"
+    # What DeepSpeed's pdsh form makes of an argument, what pdsh does, and the shell.
+    settings = words[words.index("train") + 1 :]
+    settings = ['"{}"'.format(word.replace('"', '\\"')) if " " in word else word for word in settings]
+    shell = subprocess.run(
+        ("bash", "-c", " ".join(["printf '%s\\n'".replace("%", "%%"), *settings]).replace("%%", "%")),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shell.stdout.splitlines() == SETTINGS
+
+
+def test_slurm_gives_each_task_its_place(stand_ins: Path) -> None:
+    launch(stand_ins, "slurm.sbatch", *SETTINGS, **JOB, CODE="0")
+    assert notes(stand_ins, "tasks") == [f"{rank} 4 {rank % 2} 2 node-3 {15000 + 4711}" for rank in range(4)]
+    assert notes(stand_ins, "arguments") == ["-m", "train", *SETTINGS]
+    assert {"--kill-on-bad-exit=0", "--cpus-per-task=3"} <= set(notes(stand_ins, "srun"))
+    assert not notes(stand_ins, "scontrol")
+
+
+@pytest.mark.parametrize(
+    ("code", "variables", "requeued"),
+    [
+        ("75", {}, True),
+        ("75", {"SLURM_RESTART_COUNT": "19"}, True),
+        ("75", {"SLURM_RESTART_COUNT": "20"}, False),
+        ("75", {"SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}, False),
+        ("75", {"STATE": "COMPLETING"}, False),
+        ("75", {"STATE": "CANCELLED"}, False),
+        ("76", {}, True),
+        ("143", {}, True),
+        ("1", {}, False),
+        ("2", {}, False),
+    ],
+)
+def test_slurm_requeues_what_can_go_on(stand_ins: Path, code: str, variables: dict[str, str], requeued: bool) -> None:
+    done = launch(stand_ins, "slurm.sbatch", "run_dir=r", expect=int(code), **JOB, **variables, CODE=code)
+    assert notes(stand_ins, "scontrol") == (["requeue 4711"] if requeued else [])
+    told = [line for line in done.stderr.splitlines() if line.startswith("slurm.sbatch: ")]
+    assert len(told) == (code not in "12")
+    assert all(("is requeued" in line) == requeued for line in told)
+
+
+def test_slurm_takes_the_highest_of_the_tasks_exit_codes(stand_ins: Path) -> None:
+    launch(stand_ins, "slurm.sbatch", "run_dir=r", expect=137, **JOB, CODE="76", CODE_OF_1="137")
+    assert notes(stand_ins, "scontrol") == ["requeue 4711"]
+
+
+def test_slurm_lets_the_tasks_end_when_the_job_itself_is_signalled(stand_ins: Path) -> None:
+    script = ("bash", str(ROOT / "scripts/launch/slurm.sbatch"), "run_dir=r")
+    job = subprocess.Popen(
+        script, env=environment(stand_ins, {**JOB, "CODE": "75", "BUSY": "yes"}), stderr=subprocess.PIPE
+    )
+    while not (stand_ins / "busy").exists():
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    job.communicate()
+    assert job.returncode == 75
+    assert len(notes(stand_ins, "tasks")) == 4
+    assert notes(stand_ins, "scontrol") == ["requeue 4711"]
