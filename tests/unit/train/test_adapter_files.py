@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a-rank-for-each-rank-stabilised": {"expert_ranks": [1, 6, 0, 3], "rank_stabilised": True, "rank": 2},
     "router": {"router": "trained"},
     "one-projection": {"projections": ["down_proj"], "experts": [0]},
+    "projections-the-other-way": {"projections": ["down_proj", "gate_up_proj"]},
 }
 
 
