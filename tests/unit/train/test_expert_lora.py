@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -270,16 +274,107 @@ def test_what_the_backward_keeps_holds_no_view_of_a_weight() -> None:
     assert kept == 100 * 16 + 100 * 2 + 200 * (2 * 32 + 16 + 2 * 8)
 
 
-def test_memory_of_a_backward_does_not_grow_with_the_weights() -> None:
-    """The largest tensor that a step makes is one of activations, not one of the size of the experts."""
+def test_memory_of_a_step_does_not_grow_with_the_weights() -> None:
+    """The largest tensor is one of activations; torch's own counter sees a peak of less than half the frozen weights,
+    and in the end nothing but the factors' gradients. Stock PEFT's peak, counted alike, is more than all of them."""
     torch.manual_seed(0)
     sizes = {"experts": 8, "hidden": 512, "intermediate": 128, "lora_rank": 4, "targets": PROJECTIONS}
     experts = make_experts(**sizes, dtype=torch.bfloat16)
     index, weights = routed(8, 8)
-    x = torch.randn(8, 512, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(8, 512, dtype=torch.bfloat16)
+    factors = [factor for factor in experts.parameters() if factor.requires_grad]
+
+    def step(block: nn.Module) -> None:
+        block(x.requires_grad_(), index, weights.bfloat16()).float().sum().backward()
+        x.grad = None
+
+    step(experts)  # what is made once, such as generated code
+    for factor in factors:
+        factor.grad = None
     with Largest() as largest:
-        expert_lora.split_lora_forward(experts, x, index, weights).float().sum().backward()
+        step(experts)
     assert largest.numel <= (16 + 8 * expert_lora.ROW_MULTIPLE) * 512 < experts.down_proj.numel() / 3
+    for factor in factors:
+        factor.grad = None
+    frozen = 2 * (experts.gate_up_proj.numel() + experts.down_proj.numel())
+    peak, left = counted_memory(lambda: step(experts))
+    assert peak < frozen / 2
+    assert left == 2 * sum(factor.numel() for factor in factors)
+
+    config = copy.deepcopy(experts.config)
+    config._experts_implementation = "grouped_mm"
+    peft = get_peft_model(
+        nn.ModuleDict({"experts": MixtralExperts(config).bfloat16()}),
+        PeftConfig(r=4, target_modules=[], target_parameters=[f"experts.{name}" for name in PROJECTIONS]),
+        autocast_adapter_dtype=False,
+    )
+    assert counted_memory(lambda: step(peft.base_model.model["experts"]))[0] > frozen
+
+
+def counted_memory(run: Callable[[], None]) -> tuple[int, int]:
+    """The bytes that torch's profiler sees allocated at the peak, and those in the end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    held = list(itertools.accumulate(change.nbytes() for change in changes))
+    return max(held), held[-1]
+
+
+def test_tokens_are_sorted_gathered_and_counted_once_for_a_block() -> None:
+    """The backward uses what the forward found."""
+    torch.manual_seed(0)
+    experts = make_experts(**FROZEN, lora_rank=8, dtype=torch.float32)
+    index, weights = routed(30, 4)
+    x = torch.randn(30, 16, requires_grad=True)
+    with Calls() as calls:
+        out = expert_lora.split_lora_forward(experts, x, index, weights)
+    assert [calls.of["sort"], calls.of["bincount"]] == [1, 1]
+    assert calls.of["index_select"] == 4 + 2  # the tokens of each expert, then the outputs of each choice
+    with Calls() as calls:
+        out.sum().backward()
+    assert [calls.of["sort"], calls.of["bincount"]] == [0, 0]
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_that_trains_has_the_dtype_of_the_base(dtype: str) -> None:
+    """Mixed dtypes fail under ZeRO-3; float32 masters are DeepSpeed's."""
+    config = nano_config(router="trained")
+    config.model.dtype = dtype
+    adapted = model.base(config.model)
+    model.add_adapters(adapted, config.lora)
+    assert {parameter.dtype for parameter in adapted.parameters()} == {getattr(torch, dtype)}
+
+
+def test_dropout_is_the_same_when_activations_are_computed_again() -> None:
+    config = nano_config(dropout=0.5)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        adapted = model.base(config.model).train()
+        model.add_adapters(adapted, config.lora)
+        for _, factor in model.trainable(adapted):
+            nn.init.normal_(factor, std=0.2)
+        if checkpointing:
+            adapted.activation_checkpointing_enable({"use_reentrant": False})
+        ids = torch.randint(3, 500, (2, 25))
+        torch.manual_seed(1)
+        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: factor.grad for name, factor in model.trainable(adapted)})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:
