@@ -68,6 +68,7 @@ CASES = {
     "data files=[good.jsonl": ["files=[good.jsonl"],
     "train quickstart": ["quickstart"],
     "train +lora.bias=0.1": ["lora.bias", "no such setting"],
+    "train +model._target_=os.getcwd": ["model._target_", "no such setting"],
     "inference hello": ["hello"],
     "data files=[good.jsonl] dataset=x/y": ["dataset=x/y"],
     "data files=[good.jsonl] seq_len=0": ["seq_len=0", "at least 16"],
