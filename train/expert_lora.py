@@ -83,10 +83,10 @@ def draw_keep(pairs: int, size_in: int, dropout: float, device: torch.device) ->
 def in_one_product(x: torch.Tensor, sizes: Sequence[int]) -> bool:
     """Whether all experts go through torch's grouped product together, else one after another.
 
-    That pays on CUDA; the product needs rows of whole 16 bytes, and knows no float64.
+    That pays on CUDA; the product needs Ampere or later and rows of whole 16 bytes, and knows no float64.
     """
     aligned = x.dtype != torch.float64 and all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
-    return x.device.type == "cuda" and aligned
+    return x.device.type == "cuda" and aligned and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def row_multiple(x: torch.Tensor) -> int:

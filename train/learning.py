@@ -73,7 +73,7 @@ class Movement:
     ranks: tuple[int, ...]
     """Of each expert's adapter."""
     norms_E: list[float]
-    """‖s_e · B_e A_e‖ (Frobenius) for each expert: what the adapter adds to its weight, 0 at the start."""
+    """‖s_e · B_e A_e‖ (Frobenius) for each expert: what the adapter adds to the base's weight, 0 for a fresh one."""
 
     def record(self) -> dict[str, Any]:
         """For the receipt."""

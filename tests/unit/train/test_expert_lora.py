@@ -180,14 +180,15 @@ def test_all_experts_in_one_product_equal_the_reference(example: Example) -> Non
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
-def masks(experts: nn.Module, pairs: int) -> dict[str, torch.Tensor] | None:
-    """What dropout keeps, drawn in the order in which the forward draws."""
+def masks(experts: nn.Module, pairs: int, device: str = "cpu") -> dict[str, torch.Tensor] | None:
+    """What dropout keeps, drawn in the order and on the device of the forward; on the CPU."""
     if not any(adapter.dropout for adapter in experts.lora.values()):
         return None
-    return {
-        name: expert_lora.draw_keep(pairs, getattr(experts, name).shape[-1], adapter.dropout, torch.device("cpu"))
-        for name, adapter in sorted(experts.lora.items(), key=lambda item: EXPERT_TARGETS.index(item[0]))
-    }
+    drawn = {}
+    for name, adapter in sorted(experts.lora.items(), key=lambda item: EXPERT_TARGETS.index(item[0])):
+        size_in = getattr(experts, name).shape[-1]
+        drawn[name] = expert_lora.draw_keep(pairs, size_in, adapter.dropout, torch.device(device)).cpu()
+    return drawn
 
 
 def test_dropout_is_drawn_for_each_pair_at_its_rate_and_not_in_evaluation() -> None:
