@@ -46,6 +46,8 @@ def run(
     Exits 2 with one sentence where Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
     error: what is not the user's to mend propagates.
     """
+    if of_launcher := next((argument for argument in sys.argv[1:] if argument.startswith("--local_rank")), None):
+        leave(program, f"{of_launcher}: the launcher added it; launch with `deepspeed --no_local_rank --module …`")
     register(config_name, schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
@@ -104,7 +106,7 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
     while cause is not None:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(cause) for cause in causes)
+    text = "\n".join(str(cause) for cause in causes)
     first_lines = [str(cause).strip().splitlines()[0].rstrip(".") for cause in causes if str(cause).strip()]
 
     if unknown := re.search(r"(?:Key|Could not override) '([^']+)'(?: not in| is not in|\.)", text):
@@ -134,6 +136,9 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
 
     if merging := re.search(r"Error merging override ([^\s=]+=.*)", text):
         setting = merging.group(1).strip()
+        if "is not a ListConfig" in text:
+            name, _, value = setting.partition("=")
+            return f"{setting}: it takes a list; write '{name}=[{value}]'"
         return f"{setting}: the setting can't have that value; `python -m {program} --cfg job` shows its default"
 
     if unread := [cause.override for cause in causes if isinstance(cause, OverrideParseException)]:

@@ -8,8 +8,10 @@ PEFT knows one rank R and one scale for all experts. Where ours differ, ranks ar
 what an expert's scale is more than that of R.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ def _whole_factors(
     for projection in lora.projections:
         experts = len(adapters[like][projection].ranks)
         size_in = tensors[f"{like}.{projection}_lora_A"].shape[-1]
-        size_out = tensors[f"{like}.{projection}_lora_B"].shape[1]
+        size_out = tensors[f"{like}.{projection}_lora_B"].shape[-1]
         dtype = tensors[f"{like}.{projection}_lora_A"].dtype
         for block, of_block in adapters.items():
             A_ErI = torch.zeros(experts, largest, size_in, dtype=dtype)
@@ -117,12 +119,10 @@ def _whole_factors(
                 extra = _extra_scales(adapter, lora, largest)
                 if any(scale not in (0, 1) for scale in extra):
                     B_EOr = B_EOr.float()  # the narrower dtype would round the product
-                for expert, rank in enumerate(adapter.ranks):
-                    place = adapter.places[expert]
-                    if rank:
-                        A_ErI[expert, :rank] = tensors[f"{block}.{projection}_lora_A"][place, :rank]
-                        B_EOr[expert, :, :rank] = tensors[f"{block}.{projection}_lora_B"][place, :, :rank]
-                        B_EOr[expert] *= extra[expert]
+                for expert, (rows, rank) in enumerate(zip(adapter.rows, adapter.ranks, strict=True)):
+                    A_ErI[expert, :rank] = tensors[f"{block}.{projection}_lora_A"][rows]
+                    B_EOr[expert, :, :rank] = tensors[f"{block}.{projection}_lora_B"][rows].T
+                    B_EOr[expert] *= extra[expert]
             yield block, projection, A_ErI, B_EOr
 
 
@@ -192,27 +192,36 @@ def read(
         if settings.get(name) != value:
             raise UserError(f"{named}: its {name} is {settings.get(name)}, the settings ask for {value}; give the same")
     check_keys(named, stored, {key: tuple(t.shape) for key, t in to_peft(lora, wanted, adapters).items()})
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in wanted.items():
-        block = _block_of(name, adapters)
-        if block is None:
-            found[name] = stored[_plain_key(name)]
-            continue
-        projection, _, letter = name.rpartition(".")[2].partition("_lora_")
-        adapter = adapters[block][projection]
-        matrix = stored[_key(block, projection, letter, lora)]
-        experts, extra = len(adapter.ranks), _extra_scales(adapter, lora, largest)
-        if letter == "A":
-            whole = matrix.view(experts, largest, -1)
-        else:
-            whole = matrix.view(len(matrix), largest, experts).permute(2, 0, 1)
-        found[name] = torch.zeros_like(parameter)
-        for expert, rank in enumerate(adapter.ranks):
-            if rank and letter == "A":
-                found[name][adapter.places[expert], :rank] = whole[expert, :rank]
-            elif rank:
-                found[name][adapter.places[expert], :, :rank] = whole[expert, :, :rank] / extra[expert]
+    found = {name: stored[_plain_key(name)] for name in wanted if not _block_of(name, adapters)}
+    adapted = [adapter for of_block in adapters.values() for adapter in of_block.values()]
+    for block, of_block in adapters.items():
+        for projection, letter in itertools.product(lora.projections if adapted else [], "AB"):
+            adapter = of_block.get(projection) or replace(adapted[0], ranks=(0,) * len(adapted[0].ranks))
+            key, experts = _key(block, projection, letter, lora), len(adapter.ranks)
+            matrix = stored[key]
+            is_a = letter == "A"
+            by_expert = (
+                matrix.unflatten(0, (experts, -1)) if is_a else matrix.unflatten(1, (-1, experts)).permute(2, 1, 0)
+            )
+            for expert, (rows_RX, rank) in enumerate(zip(by_expert, adapter.ranks, strict=True)):
+                _check_rank(f"{named}: its tensor {key}", rows_RX, expert, rank, exactly=is_a)
+            if (name := f"{block}.{projection}_lora_{letter}") in wanted:
+                extra = [1.0] * experts if is_a else _extra_scales(adapter, lora, largest)
+                parts = zip(by_expert, adapter.ranks, extra, strict=True)
+                found[name] = torch.cat([rows_RX[:rank] / scale for rows_RX, rank, scale in parts if rank])
     return found
+
+
+def _check_rank(named: str, rows_RX: torch.Tensor, expert: int, rank: int, *, exactly: bool) -> None:
+    """Raises `UserError` where an expert's stored factor has numbers beyond the rank, which would be lost, or, for A,
+    zeros within it, which would never move: with them and B's zeros neither has a gradient."""
+    used = (rows_RX != 0).any(dim=1).nonzero()
+    stored = int(used.max()) + 1 if len(used) else 0
+    if stored > rank or (exactly and stored < rank):
+        raise UserError(
+            f"{named} has rank {stored} for expert {expert}, the settings ask for {rank}; give the same lora.experts "
+            f"and lora.expert_ranks"
+        )
 
 
 def check_keys(named: str, stored: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:

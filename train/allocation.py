@@ -80,9 +80,17 @@ def read_load(path: Path) -> list[list[int]]:
     """
     try:
         tokens: list[list[int]] = json.loads(path.read_text())["tokens_per_expert"]
-        if not tokens or not all(sum(of_layer) > 0 for of_layer in tokens):
+        if any(type(number) is not int or number < 0 for of_layer in tokens for number in of_layer):
+            raise ValueError("tokens_per_expert holds something else than numbers of tokens")
+        if not tokens or not all(sum(of_layer) for of_layer in tokens):
             raise ValueError("a layer has no tokens")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if len({len(of_layer) for of_layer in tokens}) > 1:
+            raise ValueError("its layers have different numbers of experts")
+    except OSError as error:
+        raise UserError(
+            f"lora.load={path}: it can't be read ({error.strerror}); `python -m train task=profile` writes one"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"lora.load={path}: that is no measured load ({one_line(error)}); `python -m train task=profile` writes one"
         ) from error

@@ -121,7 +121,7 @@ def packed_attention(
 def _attend(
     q_NTD: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, conversations: Conversations, scaling: float
 ) -> torch.Tensor:
-    if q_NTD.device.type != "cuda" or q_NTD.dtype.itemsize != 2:
+    if not _in_flash_attention(q_NTD):
         out_TND: Any = _Blockwise.apply(q_NTD, k_KTD, v_KTD, conversations.blocks(), scaling)
         return out_TND
     q_TND, k_TKD, v_TKD = (tensor.transpose(0, 1).contiguous() for tensor in (q_NTD, k_KTD, v_KTD))
@@ -129,6 +129,14 @@ def _attend(
     causal: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": True, "scale": scaling}
     out_TND = varlen_attn(q_TND, k_TKD, v_TKD, bounds, bounds, longest, longest, **causal)
     return out_TND
+
+
+def _in_flash_attention(q_NTD: torch.Tensor) -> bool:
+    """It needs half precision, Ampere or later, and widths that its kernels are made for."""
+    width, device = q_NTD.shape[-1], q_NTD.device
+    if device.type != "cuda" or q_NTD.dtype.itemsize != 2 or width % 8 or width > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, packed_attention)

@@ -147,8 +147,11 @@ class LoraConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout={self.dropout}: it is a probability; give a number from 0 to below 1")
         for name, known in (("attention", ATTENTION_TARGETS), ("projections", EXPERT_TARGETS)):
-            for target in getattr(self, name):
+            targets = getattr(self, name)
+            for target in targets:
                 _choice(f"lora.{name}", target, *known)
+                if targets.count(target) > 1:
+                    raise UserError(f"lora.{name}={targets}: {target} is named twice; name it once")
         _choice("lora.router", self.router, "frozen", "trained")
         _choice("lora.by_load", self.by_load, "ranks", "experts")
         self._check_experts()
@@ -166,6 +169,14 @@ class LoraConfig:
             )
         if any(rank < 0 for rank in self.expert_ranks):
             raise UserError(f"lora.expert_ranks={self.expert_ranks}: a rank can't be negative; give 0 for no adapter")
+        for name, is_empty in (
+            ("experts", self.experts == []),
+            ("expert_ranks", self.expert_ranks and not any(self.expert_ranks)),
+        ):
+            if is_empty:
+                raise UserError(
+                    f"lora.{name}={getattr(self, name)}: no expert would have an adapter; use lora=attention for that"
+                )
         if self.experts == "by_load":
             if self.load is None:
                 raise UserError(
@@ -177,6 +188,16 @@ class LoraConfig:
                 raise UserError(
                     f"lora.expert_ranks={self.expert_ranks}: with lora.experts=by_load the load decides; leave it out"
                 )
+            if not self.projections:
+                raise UserError(
+                    "lora.projections=[]: with lora.experts=by_load there is nothing to divide; name gate_up_proj, "
+                    "down_proj, or both"
+                )
+        elif self.load is not None or self.budget:
+            name = "load" if self.load is not None else "budget"
+            raise UserError(
+                f"lora.{name}={getattr(self, name)}: it takes effect with lora.experts=by_load alone; give that as well"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,11 +7,15 @@ For each expert e and each of its two projections W_e, the forward is
 where m is dropout, drawn for each token-expert pair. The merged weight W + s·BA is never built, forward or backward.
 LoRA: Hu et al. 2021, arXiv:2106.09685; alpha / √r: Kalajdzievski 2023, arXiv:2312.03732.
 
+The factors of a block's experts are stored one below the other, A as [Σ r_e, in] and the transposed B as [Σ r_e, out]:
+an expert has the rows of its own rank and no more, so a budget of parameters buys what it says.
+
 Shapes: E experts, T tokens, k experts per token, P rows (token-expert pairs sorted by expert), H hidden, I
-intermediate, r LoRA rank.
+intermediate, r LoRA rank, R all ranks of a block one after another, Q the largest rank filled up.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,7 +67,8 @@ def split_lora_forward(
             tensors[-3:-1] = [getattr(experts, f"{projection}_lora_{letter}") for letter in "AB"]
             if adapter.dropout and experts.training:
                 tensors[-1] = draw_keep(top_k_index.numel(), weight.shape[-1], adapter.dropout, weight.device)
-    routed = _Routed(top_k_index, experts.num_experts, hidden_states.dtype, tensors)
+    together = in_one_product(hidden_states, (experts.hidden_dim, experts.intermediate_dim))
+    routed = _Routed(top_k_index, experts.num_experts, together, row_multiple(hidden_states))
     return _SplitExperts.apply(hidden_states, top_k_weights, *tensors, routed, adapters)
 
 
@@ -75,6 +80,20 @@ def draw_keep(pairs: int, size_in: int, dropout: float, device: torch.device) ->
     return torch.empty(pairs, size_in, dtype=torch.bool, device=device).bernoulli_(1 - dropout)
 
 
+def in_one_product(x: torch.Tensor, sizes: Sequence[int]) -> bool:
+    """Whether all experts go through torch's grouped product together, else one after another.
+
+    That pays on CUDA; the product needs Ampere or later and rows of whole 16 bytes, and knows no float64.
+    """
+    aligned = x.dtype != torch.float64 and all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
+    return x.device.type == "cuda" and aligned and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def row_multiple(x: torch.Tensor) -> int:
+    """What the number of an expert's rows is filled up to."""
+    return ROW_MULTIPLE if x.device.type == "cpu" and x.dtype.itemsize == 2 else 1
+
+
 class _Routed:
     """Where each token-expert pair stands when the pairs are sorted by expert: found once per block.
 
@@ -83,14 +102,10 @@ class _Routed:
     row_of_Tk     | 2 0 | 1 4 |
     """
 
-    def __init__(self, top_k_index: torch.Tensor, experts: int, dtype: torch.dtype, tensors: list[torch.Tensor | None]):
+    def __init__(self, top_k_index: torch.Tensor, experts: int, in_one_product: bool, multiple: int):
         device = top_k_index.device
         self.shape = tuple(top_k_index.shape)
-        # torch's grouped product pays on CUDA; it needs rows of whole 16 bytes, and knows no float64.
-        sizes = [size for tensor in tensors if tensor is not None for size in tensor.shape[1:] if tensor.dtype == dtype]
-        aligned = dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
-        self.in_one_product = device.type == "cuda" and aligned
-        multiple = ROW_MULTIPLE if device.type == "cpu" and dtype.itemsize == 2 else 1
+        self.in_one_product = in_one_product
 
         expert_S, order_S = top_k_index.flatten().sort(stable=True)
         counts_E = torch.bincount(expert_S, minlength=experts)
@@ -112,12 +127,13 @@ class _Routed:
     def groups(self) -> Iterator["_Group"]:
         """All rows as one group, or those of each expert that has any."""
         if self.in_one_product:
-            yield _Group(slice(None), slice(None), self.ends_E.to(torch.int32))
+            unused_E11 = (self.ends_E.diff(prepend=self.ends_E.new_zeros(1)) == 0).view(-1, 1, 1)
+            yield _Group(slice(None), slice(None), self.ends_E.to(torch.int32), unused_E11)
             return
         start = 0
         for expert, end in enumerate(self.ends_E.tolist()):
             if end > start:
-                yield _Group(slice(start, end), expert, None)
+                yield _Group(slice(start, end), expert)
             start = end
 
     def room(self, like: torch.Tensor, size: int) -> torch.Tensor:
@@ -139,7 +155,10 @@ class _Group:
     rows: slice
     expert: Any
     """An index into [E, …]: one expert, or all."""
-    ends_E: torch.Tensor | None
+    ends_E: torch.Tensor | None = None
+    """Of all experts: int32, where the rows of each end."""
+    unused_E11: torch.Tensor | None = None
+    """Of all experts: those without rows."""
 
     def times(self, x: torch.Tensor, weight: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
         """x W, [rows, out]. `weight` is [in, out] of the expert, or [E, in, out]; one expert's product is written into
@@ -149,8 +168,14 @@ class _Group:
         return x @ weight if room is None else torch.mm(x, weight, out=room[self.rows])
 
     def outer(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """yᵀ x, [out, in] or [E, out, in]: the gradient of a weight."""
-        return y.T @ x if self.ends_E is None else F.grouped_mm(y.T, x, offs=self.ends_E)
+        """yᵀ x, [out, in] or [E, out, in]: the gradient of a weight, zeros for experts without rows.
+
+        On some GPUs torch's grouped product leaves arbitrary numbers for a group without rows (pytorch issue 172439).
+        """
+        if self.ends_E is None:
+            return y.T @ x
+        assert self.unused_E11 is not None
+        return F.grouped_mm(y.T, x, offs=self.ends_E).masked_fill_(self.unused_E11, 0)
 
     def add(self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
         """total += x W, in place; on one expert in one pass over the total."""
@@ -164,32 +189,48 @@ class _Projection:
     """One projection of all experts, forward and backward, group by group."""
 
     def __init__(self, tensors: Sequence[Any], adapter: "Adapter | None", routed: _Routed):
-        """`tensors` are W [E, out, in], A [E, r, in], B [E, out, r], and what dropout keeps [pairs, in], None for
-        none."""
+        """`tensors` are W [E, out, in], A [R, in], B [R, out], and what dropout keeps [pairs, in], None for none."""
         self.weight, self.A, self.B, self.keep = tensors
         self.adapter, self.routed = adapter, routed
 
     def _factors(self, group: _Group) -> tuple[Any, torch.Tensor, torch.Tensor] | None:
-        """s, A and B of the group's expert or experts; None where there is no adapter."""
+        """s, A [r, in] and B [r, out] of the group's expert, or s, A [E, Q, in] and B [E, Q, out] of all; None where
+        there is no adapter."""
         if self.adapter is None:
             return None
         assert self.A is not None and self.B is not None
         if group.ends_E is None:
-            if not (rank := self.adapter.ranks[group.expert]):
-                return None
-            place = self.adapter.places[group.expert]
-            return self.adapter.scales[group.expert], self.A[place, :rank], self.B[place, :, :rank]
-        A, B, scales = self.A, self.B, self.adapter.scales
-        if len(A) < len(scales):  # zeros for the experts without
-            chosen = [expert for expert, rank in enumerate(self.adapter.ranks) if rank]
-            A, B = (t.new_zeros(len(scales), *t.shape[1:]).index_copy_(0, self._index(chosen), t) for t in (A, B))
+            rows = self.adapter.rows[group.expert]
+            factors = self.A[rows], self.B[rows]
+            return (self.adapter.scales[group.expert], *factors) if len(factors[0]) else None
+        A, B, scales = self._filled(self.A), self._filled(self.B), self.adapter.scales
         if len(set(scales)) == 1:
             return scales[0], A, B
         expert_P = torch.bucketize(torch.arange(len(self.routed.pair_P), device=A.device), group.ends_E, right=True)
         return torch.tensor(scales, device=A.device)[expert_P].unsqueeze(-1), A, B
 
-    def _index(self, experts: list[int]) -> torch.Tensor:
-        return torch.tensor(experts, device=self.weight.device)
+    def _filled(self, factor: torch.Tensor) -> torch.Tensor:
+        """[E, Q, …] of [R, …]: each expert's rows, and zeros up to one rank for all, whole 16 bytes of it."""
+        assert self.adapter is not None
+        whole = 16 // factor.dtype.itemsize
+        experts, filled = len(self.adapter.ranks), -(-max(self.adapter.ranks) // whole) * whole
+        if len(factor) == experts * filled:
+            return factor.view(experts, filled, -1)
+        zeros = factor.new_zeros(experts * filled, factor.shape[1])
+        return zeros.index_copy_(0, self._places(filled, factor.device), factor).view(experts, filled, -1)
+
+    def unfilled(self, gradient_EQ: torch.Tensor) -> torch.Tensor:
+        """The inverse, for a gradient."""
+        flat = gradient_EQ.flatten(0, 1)
+        assert self.adapter is not None
+        if len(flat) == sum(self.adapter.ranks):
+            return flat
+        return flat.index_select(0, self._places(gradient_EQ.shape[1], flat.device))
+
+    def _places(self, filled: int, device: torch.device) -> torch.Tensor:
+        assert self.adapter is not None
+        places = [expert * filled + row for expert, rank in enumerate(self.adapter.ranks) for row in range(rank)]
+        return torch.tensor(places, device=device)
 
     def _dropped(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """x with dropout's zeros; also what the gradient of such an x goes through."""
@@ -206,7 +247,7 @@ class _Projection:
             return y, None
         scale, A, B = factors
         h = group.times(self._dropped(group, x), A.mT).mul_(scale)  # scaling the [rows, r] middle costs least
-        group.add(y, h, B.mT)
+        group.add(y, h, B)
         return y, h
 
     def backward(
@@ -225,10 +266,10 @@ class _Projection:
         factors = self._factors(group)
         if factors is None:
             return gradient
-        assert self.adapter is not None and h is not None
+        assert h is not None
         scale, A, B = factors
-        dh = group.times(dy, B).mul_(scale)
-        into.put(group, self.adapter, group.outer(dh, self._dropped(group, x)), group.outer(dy, h))
+        dh = group.times(dy, B.mT).mul_(scale)
+        into.put(group, self, group.outer(dh, self._dropped(group, x)), group.outer(h, dy))
         if gradient is not None and self.keep is None:
             group.add(gradient, dh, A)
         elif gradient is not None:
@@ -245,16 +286,15 @@ class _Gradients:
             torch.zeros_like(t) if t is not None and need else None for t, need in zip(tensors, needed, strict=True)
         )
 
-    def put(self, group: _Group, adapter: "Adapter", dA: torch.Tensor, dB: torch.Tensor) -> None:
-        """The factors' gradients: of one expert, or [E, …] of all."""
-        assert self.A is not None and self.B is not None
+    def put(self, group: _Group, projection: _Projection, dA: torch.Tensor, dB: torch.Tensor) -> None:
+        """The factors' gradients: of one expert, or [E, Q, …] of all."""
+        assert self.A is not None and self.B is not None and projection.adapter is not None
         if group.ends_E is None:
-            place, rank = adapter.places[group.expert], len(dA)
-            self.A[place, :rank], self.B[place, :, :rank] = dA, dB
-            return
-        chosen = [expert for expert, rank in enumerate(adapter.ranks) if rank]
-        self.A.copy_(dA[chosen] if len(chosen) < len(dA) else dA)
-        self.B.copy_(dB[chosen] if len(chosen) < len(dB) else dB)
+            rows = projection.adapter.rows[group.expert]
+            self.A[rows], self.B[rows] = dA, dB
+        else:
+            self.A.copy_(projection.unfilled(dA))
+            self.B.copy_(projection.unfilled(dB))
 
 
 class _SplitExperts(torch.autograd.Function):
@@ -339,18 +379,17 @@ class Adapter:
     """The adapter of one projection of one block; its factors are parameters of the `MixtralExperts`."""
 
     ranks: tuple[int, ...]
-    """r_e of each expert; 0 where it has no adapter. Factors are stored for those that have one, at the largest of
-    their ranks; the rest is zeros that stay zeros, because each factor's gradient there is a product with the other's
-    zeros."""
+    """r_e of each expert; 0 where it has no adapter."""
     scales: tuple[float, ...]
     """s_e of each expert."""
     dropout: float
     """The probability with which an input is dropped."""
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """Where each expert's factors stand among those stored; meaningless for one without."""
-        return tuple(sum(rank > 0 for rank in self.ranks[:expert]) for expert in range(len(self.ranks)))
+    def rows(self) -> list[slice]:
+        """Those of each expert in A and B, none for one without."""
+        ends = itertools.accumulate(self.ranks)
+        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
 
 
 def attach(
@@ -373,26 +412,21 @@ def attach(
         raise ValueError(f"there is no expert projection {sorted(unknown)[0]}; choose from {', '.join(EXPERT_TARGETS)}")
     for of_block, experts in zip(ranks, expert_modules(model).values(), strict=True):
         experts.lora = {}
-        largest = max(of_block)
-        if not largest:
+        if not any(of_block):
             continue
         sizes = {
             "gate_up_proj": (experts.hidden_dim, 2 * experts.intermediate_dim),
             "down_proj": (experts.intermediate_dim, experts.hidden_dim),
         }
         adapter = Adapter(tuple(of_block), tuple(scaling(rank) if rank else 0.0 for rank in of_block), dropout)
-        stored = [rank for rank in of_block if rank]
         for projection in projections:
             weight = getattr(experts, projection)
             size_in, size_out = sizes[projection]
-            A_ErI = weight.new_empty(len(stored), largest, size_in)
+            A_RI = weight.new_empty(sum(of_block), size_in)
             # drawn in float32, so that every dtype starts from the same numbers
-            A_ErI.copy_(torch.empty(A_ErI.shape, device=A_ErI.device).uniform_(-1, 1) / math.sqrt(size_in))
-            for place, rank in enumerate(stored):
-                A_ErI[place, rank:] = 0
-            B_EOr = weight.new_zeros(len(stored), size_out, largest)
-            experts.register_parameter(f"{projection}_lora_A", nn.Parameter(A_ErI))
-            experts.register_parameter(f"{projection}_lora_B", nn.Parameter(B_EOr))
+            A_RI.copy_(torch.empty(A_RI.shape, device=A_RI.device).uniform_(-1, 1) / math.sqrt(size_in))
+            experts.register_parameter(f"{projection}_lora_A", nn.Parameter(A_RI))
+            experts.register_parameter(f"{projection}_lora_B", nn.Parameter(weight.new_zeros(sum(of_block), size_out)))
             experts.lora[projection] = adapter
 
 

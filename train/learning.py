@@ -28,16 +28,20 @@ class FirstGradients:
         for layer, experts in enumerate(expert_modules(model).values()):
             for projection, adapter in getattr(experts, "lora", {}).items():
                 factor = getattr(experts, f"{projection}_lora_B")
-                alive_E = torch.zeros(sum(rank > 0 for rank in adapter.ranks), dtype=torch.bool)
-                self._hooks.append(factor.register_hook(lambda gradient, alive_E=alive_E: _mark(alive_E, gradient)))
+                alive_R = torch.zeros(sum(adapter.ranks), dtype=torch.bool)
+                self._hooks.append(factor.register_hook(lambda gradient, alive_R=alive_R: _mark(alive_R, gradient)))
                 self._places.append((layer, projection, adapter))
-                self._alive.append(alive_E)
+                self._alive.append(alive_R)
 
     def found(self) -> list[float]:
         """1 for each factor and expert that got a gradient on this process, 0 for the others. Ends watching."""
         for hook in self._hooks:
             hook.remove()
-        return torch.cat([*self._alive, torch.zeros(0, dtype=torch.bool)]).double().tolist()
+        return [
+            float(alive_R[rows].any())
+            for (_, _, adapter), alive_R in zip(self._places, self._alive, strict=True)
+            for rows in adapter.rows
+        ]
 
     def check(self, found: list[float], reaching_LE: torch.Tensor) -> None:
         """Compares what was found, summed over the processes, with the tokens of each expert that reach the loss.
@@ -48,18 +52,16 @@ class FirstGradients:
         numbers = iter(found)
         for layer, projection, adapter in self._places:
             for expert, rank in enumerate(adapter.ranks):
-                if not rank:
-                    continue
                 alive, tokens = next(numbers) > 0, int(reaching_LE[layer, expert])
-                if tokens and not alive:
+                if rank and tokens and not alive:
                     raise ExpertNotLearningError(
                         f"layer {layer}, expert {expert}: {tokens:,} tokens of the first step reach the loss through "
                         f"it, and its adapter on {projection} got no gradient"
                     )
 
 
-def _mark(alive_E: torch.Tensor, gradient: torch.Tensor) -> None:
-    alive_E |= (gradient.detach().flatten(1) != 0).any(dim=1).cpu()
+def _mark(alive_R: torch.Tensor, gradient: torch.Tensor) -> None:
+    alive_R |= (gradient.detach() != 0).any(dim=1).cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class Movement:
     ranks: tuple[int, ...]
     """Of each expert's adapter."""
     norms_E: list[float]
-    """‖s_e · B_e A_e‖ (Frobenius) for each expert: what the adapter adds to its weight, 0 at the start."""
+    """‖s_e · B_e A_e‖ (Frobenius) for each expert: what the adapter adds to the base's weight, 0 for a fresh one."""
 
     def record(self) -> dict[str, Any]:
         """For the receipt."""
@@ -83,11 +85,12 @@ def movements(model: nn.Module, tensors: dict[str, torch.Tensor]) -> list[Moveme
     moved = []
     for layer, (name, experts) in enumerate(expert_modules(model).items()):
         for projection, adapter in getattr(experts, "lora", {}).items():
-            A_ErI = tensors[f"{name}.{projection}_lora_A"].float()
-            B_EOr = tensors[f"{name}.{projection}_lora_B"].float()
-            # ‖BA‖² = tr(Bᵀ B · A Aᵀ): [r, r] matrices instead of a whole weight
-            squares_E = ((B_EOr.mT @ B_EOr) * (A_ErI @ A_ErI.mT)).sum(dim=(1, 2)).clamp(min=0)
-            stored = squares_E.sqrt().tolist()
-            norms_E = [stored[adapter.places[e]] * scale if scale else 0.0 for e, scale in enumerate(adapter.scales)]
+            A_RI = tensors[f"{name}.{projection}_lora_A"].float()
+            B_RO = tensors[f"{name}.{projection}_lora_B"].float()
+            norms_E = []
+            for rows, scale in zip(adapter.rows, adapter.scales, strict=True):
+                A, B = A_RI[rows], B_RO[rows]
+                # ‖BA‖² = tr(Bᵀ B · A Aᵀ): [r, r] matrices instead of a whole weight
+                norms_E.append(scale * float(((B @ B.T) * (A @ A.T)).sum().clamp(min=0).sqrt()))
             moved.append(Movement(layer, projection, adapter.ranks, [float(f"{norm:.4g}") for norm in norms_E]))
     return moved

@@ -63,7 +63,7 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
+        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
         if architecture.model_type != "mixtral":
             raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
         if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation

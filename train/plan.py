@@ -48,7 +48,7 @@ def _planned_base(config: ModelConfig) -> MixtralForCausalLM:
     if config.path is None or not Path(config.path).is_dir():
         return model.base(config)
     try:
-        architecture = AutoConfig.from_pretrained(config.path)
+        architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
         return MixtralForCausalLM._from_config(architecture, dtype=model.DTYPES[config.dtype])
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"model.path={config.path}: it is no Mixtral's directory; name one with config.json") from error

@@ -109,7 +109,9 @@ def _blocks(options: argparse.Namespace) -> dict[str, nn.Module]:
             nn.init.normal_(factor, std=0.02)
             inner = ".base_layer" if projection == "gate_up_proj" else ""
             theirs = peft.get_parameter(f"base_model.model.experts{inner}.lora_{letter}.default.weight")
-            theirs.data.copy_(factor.flatten(0, 1) if letter == "A" else factor.permute(1, 2, 0).flatten(1))
+            theirs.data.copy_(
+                factor if letter == "A" else factor.unflatten(0, (options.experts, -1)).permute(2, 1, 0).flatten(1)
+            )
     return {"ours": ours, "peft": peft, "frozen": frozen}
 
 

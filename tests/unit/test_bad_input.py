@@ -26,7 +26,21 @@ def place(tmp_path: Path) -> Path:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     (adapter / "adapter_model.safetensors").write_bytes(b"")
+    for name, tokens in LOADS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"tokens_per_expert": tokens}))
     return tmp_path
+
+
+LOADS = {
+    "load": [[1] * 8] * 2,
+    "load_of_4": [[1] * 4] * 2,
+    "ragged": [[1] * 8, [1] * 7],
+    "negative": [[-1] + [1] * 7] * 2,
+    "infinite": [[float("inf")] + [1] * 7] * 2,
+    "idle": [[1] * 8, [0] * 8],
+    "no_load": None,
+}
+BY_LOAD = "train dry_run=true lora.experts=by_load"
 
 
 # The command line → what the sentence has to hold, beside the program's name.
@@ -54,6 +68,7 @@ CASES = {
     "data files=[good.jsonl": ["files=[good.jsonl"],
     "train quickstart": ["quickstart"],
     "train +lora.bias=0.1": ["lora.bias", "no such setting"],
+    "train +model._target_=os.getcwd": ["model._target_", "no such setting"],
     "inference hello": ["hello"],
     "data files=[good.jsonl] dataset=x/y": ["dataset=x/y"],
     "data files=[good.jsonl] seq_len=0": ["seq_len=0", "at least 16"],
@@ -93,8 +108,55 @@ CASES = {
     "train lora=none dataset=absent": ["dataset=absent", "python -m data"],
     "train lora=none dataset=some_directory": ["dataset=some_directory", "python -m data"],
     "train lora.rank=0": ["lora.rank=0", "above 0"],
+    "train lora=all": ["lora=all", "by_load"],
+    "train lora.method=qlora": ["lora.method=qlora", "none"],
+    "train lora.alpha=0": ["lora.alpha=0", "above 0"],
+    "train lora.rank_stabilised=maybe": ["lora.rank_stabilised=maybe", "not of type"],
+    "train lora.dropout=1": ["lora.dropout=1.0", "below 1"],
+    "train lora.dropout=-0.1": ["lora.dropout=-0.1", "from 0"],
+    "train lora.dropout=nan": ["lora.dropout=nan", "from 0"],
+    "train lora.attention=[k]": ["lora.attention=k:", "k_proj"],
+    "train lora.attention=k_proj": ["lora.attention=k_proj: it takes a list", "lora.attention=[k_proj]"],
+    "train lora.attention=[k_proj,k_proj]": ["lora.attention", "k_proj is named twice"],
+    "train lora.attention=null": ["lora.attention=null: "],
     "train lora.projections=[gate]": ["lora.projections=gate", "gate_up_proj"],
+    "train lora.projections=[down_proj,down_proj]": ["lora.projections", "down_proj is named twice"],
     "train lora.attention=[] lora.projections=[]": ["lora.attention=[]"],
+    "train lora.router=free": ["lora.router=free", "frozen, trained"],
+    "train lora.experts=some": ["lora.experts=some", "by_load"],
+    "train lora.experts=3": ["lora.experts=3", "[0,3]"],
+    "train lora.experts=null": ["lora.experts=None", "all, by_load"],
+    "train lora.experts=[]": ["lora.experts=[]", "lora=attention"],
+    "train lora.experts=[1.5]": ["lora.experts=[1.5]", "[0,3]"],
+    "train dry_run=true lora.experts=[8]": ["lora.experts=[8]", "no expert 8", "0 to 7"],
+    "train dry_run=true lora.experts=[-1]": ["lora.experts=[-1]", "no expert -1", "0 to 7"],
+    "train lora.expert_ranks=8": ["lora.expert_ranks=8: it takes a list"],
+    "train lora.expert_ranks=[8,-1]": ["lora.expert_ranks=[8, -1]", "0 for no adapter"],
+    "train lora.expert_ranks=[0,0]": ["lora.expert_ranks=[0, 0]", "lora=attention"],
+    "train dry_run=true lora.expert_ranks=[8,8]": ["lora.expert_ranks=[8, 8]", "8 experts a layer"],
+    "train lora=by_load": ["lora.load", "task=profile"],
+    BY_LOAD: ["lora.load", "task=profile"],
+    f"{BY_LOAD} lora.load=load.json": ["lora.budget=0", "above 0"],
+    f"{BY_LOAD} lora.load=load.json lora.budget=8191": ["lora.budget=8191", "8,192"],
+    f"{BY_LOAD} lora.load=load.json lora.budget=9e3": ["lora.budget=9000.0", "not of type"],
+    f"{BY_LOAD} lora.load=load.json lora.budget=1 lora.by_load=x": ["lora.by_load=x", "ranks, experts"],
+    f"{BY_LOAD} lora.load=load.json lora.budget=1 lora.projections=[]": ["lora.projections=[]", "gate_up_proj"],
+    f"{BY_LOAD} lora.load=load.json lora.budget=1 lora.expert_ranks=[1]": ["lora.expert_ranks=[1]", "leave it out"],
+    f"{BY_LOAD} lora.load=absent.json lora.budget=1": ["lora.load=absent.json", "task=profile"],
+    f"{BY_LOAD} lora.load=some_directory lora.budget=1": ["lora.load=some_directory", "task=profile"],
+    f"{BY_LOAD} lora.load=good.jsonl lora.budget=1": ["lora.load=good.jsonl", "task=profile"],
+    f"{BY_LOAD} lora.load=no_load.json lora.budget=1": ["lora.load=no_load.json", "task=profile"],
+    f"{BY_LOAD} lora.load=load_of_4.json lora.budget=1": ["lora.load=load_of_4.json", "2 layers of 4", "2 of 8"],
+    f"{BY_LOAD} lora.load=ragged.json lora.budget=1": ["lora.load=ragged.json", "different numbers"],
+    f"{BY_LOAD} lora.load=negative.json lora.budget=1": ["lora.load=negative.json", "numbers of tokens"],
+    f"{BY_LOAD} lora.load=infinite.json lora.budget=1": ["lora.load=infinite.json", "numbers of tokens"],
+    f"{BY_LOAD} lora.load=idle.json lora.budget=1": ["lora.load=idle.json", "no tokens"],
+    "train lora.load=load.json": ["lora.load=load.json", "lora.experts=by_load"],
+    "train lora.budget=1": ["lora.budget=1", "lora.experts=by_load"],
+    "train lora.export_per_expert=perhaps": ["lora.export_per_expert=perhaps", "not of type"],
+    "train task=sing": ["task=sing", "profile"],
+    "train logging.routing_every=-1": ["logging.routing_every=-1", "0 or more"],
+    "train --local_rank=0 recipe=quickstart": ["--local_rank=0", "--no_local_rank"],
     "train optim.lr=-1": ["optim.lr=-1", "above 0"],
     "train optim.lr=nan": ["optim.lr=nan", "above 0"],
     "train optim.lr=inf": ["optim.lr=inf"],
@@ -151,7 +213,7 @@ def test_one_sentence_and_exit_code_2(run_program: Callable[..., Any], project_r
 
     assert outcome.exit_code == 2, outcome.stderr
     assert outcome.stdout == ""
-    assert re.fullmatch(rf"{program}: [\w.]+(=[^:]*)?: .*\n", outcome.stderr), outcome.stderr  # field, value, the rest
+    assert re.fullmatch(rf"{program}: [\w.-]+(=[^:]*)?: .*\n", outcome.stderr), outcome.stderr  # field, value, the rest
     assert "Traceback" not in outcome.stderr
     for file in re.findall(r"configs/\S*\.yaml", outcome.stderr):  # a remedy that sends to a file sends to a real one
         assert (project_root / file).is_file(), outcome.stderr

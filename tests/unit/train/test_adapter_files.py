@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a-rank-for-each-rank-stabilised": {"expert_ranks": [1, 6, 0, 3], "rank_stabilised": True, "rank": 2},
     "router": {"router": "trained"},
     "one-projection": {"projections": ["down_proj"], "experts": [0]},
+    "projections-the-other-way": {"projections": ["down_proj", "gate_up_proj"]},
 }
 
 
@@ -45,16 +46,6 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Mixtra
     config = nano_config(**lora)
     config.lora.check()
     base, adapted = trained_nano(config)
-    for block, of_block in expert_lora.adapters(adapted).items():  # what filling up leaves zero
-        for name, adapter in of_block.items():
-            experts = adapted.get_submodule(block)
-            for rank, A, B in zip(
-                [rank for rank in adapter.ranks if rank],
-                getattr(experts, f"{name}_lora_A").data,
-                getattr(experts, f"{name}_lora_B").data,
-                strict=True,
-            ):
-                A[rank:], B[:, rank:] = 0, 0
     (tmp_path / "adapter").mkdir()
     save(tmp_path / "adapter", config, adapted)
     return config, base, adapted, tmp_path / "adapter"
@@ -186,13 +177,38 @@ def test_another_rank_or_scale_is_refused(tmp_path: Path) -> None:
         model.add_adapters(base, config.lora)
 
 
+@pytest.mark.parametrize(
+    ("written", "asked", "told"),
+    [
+        ({}, {"experts": [0, 2]}, "has rank 4 for expert 1, the settings ask for 0"),
+        ({"experts": [0, 2]}, {}, "has rank 0 for expert 1, the settings ask for 4"),
+        (
+            {"expert_ranks": [4, 2, 0, 1]},
+            {"expert_ranks": [4, 1, 0, 2]},
+            "has rank 2 for expert 1, the settings ask for 1",
+        ),
+    ],
+    ids=["fewer-experts", "more-experts", "other-ranks"],
+)
+def test_experts_and_ranks_are_compared(
+    tmp_path: Path, written: dict[str, Any], asked: dict[str, Any], told: str
+) -> None:
+    """The keys and shapes are the same: zeros stand where an expert has no adapter."""
+    config = nano_config(**written)
+    base, adapted = trained_nano(config)
+    save(tmp_path, config, adapted)
+    other = nano_config(**asked, start=str(tmp_path))
+    with pytest.raises(UserError, match=rf"lora\.start={tmp_path}: its tensor .*layers\.0\.mlp\.experts.* {told}"):
+        model.add_adapters(base, other.lora)
+
+
 def test_movement_is_the_norm_of_what_an_adapter_adds() -> None:
     config = nano_config(expert_ranks=[1, 6, 0, 3], rank_stabilised=True)
     _, adapted = trained_nano(config)
     for moved in movements(adapted, {name: factor.detach() for name, factor in model.trainable(adapted)}):
         experts = adapted.model.layers[moved.layer].mlp.experts
         A, B = (getattr(experts, f"{moved.projection}_lora_{letter}") for letter in "AB")
-        for place, (expert, rank) in enumerate([(0, 1), (1, 6), (3, 3)]):
-            added = 8 / math.sqrt(rank) * B[place] @ A[place]
+        for expert, (above, rank) in {0: (0, 1), 1: (1, 6), 3: (7, 3)}.items():
+            added = 8 / math.sqrt(rank) * B[above : above + rank].T @ A[above : above + rank]
             assert moved.norms_E[expert] == pytest.approx(float(added.detach().norm()), rel=1e-3)
         assert moved.norms_E[2] == 0

@@ -1,13 +1,20 @@
 """Experts and ranks, as told and from a measured load."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from configs.errors import UserError
+from train import expert_lora
 from train.allocation import expert_ranks
-from train.config import LoraConfig
+from train.config import EXPERT_TARGETS, LoraConfig
 
 LOAD = [[700, 200, 100, 0], [250, 250, 250, 250]]
 COST = 1000
@@ -37,9 +44,34 @@ def test_ranks_in_proportion_to_load_within_the_budget(load: str) -> None:
     given = ranks(experts="by_load", load=load, budget=170 * COST)
     assert given == [[56, 16, 8, 0], [24, 24, 24, 16]]
     assert sum(map(sum, given)) == 168
-    for budget in range(8, 200):
-        spent = COST * sum(map(sum, ranks(experts="by_load", load=load, budget=budget * COST)))
-        assert budget - 8 < spent / COST <= budget
+
+
+@given(data=st.data(), by_load=st.sampled_from(["ranks", "experts"]))
+def test_any_load_and_budget(data: st.DataObject, by_load: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What trains in the model, not the sum of the ranks alone, stays within the budget and uses it up; who is loaded
+    more has no less."""
+    layers, experts = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 6))
+    of_layer = st.lists(st.integers(0, 10**9), min_size=experts, max_size=experts).filter(any)
+    loads = data.draw(st.lists(of_layer, min_size=layers, max_size=layers))
+    per_rank = (4 + 2 * 3) + (3 + 4)  # hidden 4, intermediate 3
+    step = 8 if by_load == "ranks" else 5
+    budget = data.draw(st.integers(step * per_rank, 60 * step * per_rank))
+    path = tmp_path_factory.mktemp("load") / "expert_load.json"
+    path.write_text(json.dumps({"tokens_per_expert": loads}))
+    config = LoraConfig(experts="by_load", by_load=by_load, load=str(path), budget=budget, rank=5)
+    config.check()
+    chosen = expert_ranks(config, layers, experts, per_rank)
+
+    sizes = MixtralConfig(hidden_size=4, intermediate_size=3, num_local_experts=experts)
+    blocks = nn.ModuleList(MixtralExperts(sizes).requires_grad_(False) for _ in range(layers))
+    expert_lora.attach(blocks, ranks=chosen, projections=EXPERT_TARGETS, scaling=expert_lora.Scaling(1))
+    spent = sum(parameter.numel() for parameter in blocks.parameters() if parameter.requires_grad)
+    assert spent <= budget
+    everyone_has_one = by_load == "experts" and all(map(all, chosen))
+    assert budget - step * per_rank < spent or everyone_has_one
+    share = [[tokens / sum(of_layer) for tokens in of_layer] for of_layer in loads]
+    in_order = sorted(zip(itertools.chain(*share), itertools.chain(*chosen), strict=True))
+    assert [rank for _, rank in in_order] == sorted(rank for _, rank in in_order)
 
 
 def test_the_most_loaded_experts_within_the_budget(load: str) -> None:

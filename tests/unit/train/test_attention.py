@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tests.conftest import Largest
 from train.attention import KEYS, QUERIES, Conversations, packed_attention
 
 
@@ -74,3 +75,13 @@ def test_blocks_hold_little_that_no_conversation_sees() -> None:
     assert computed < sum(lengths) ** 2 / 10
     seen = sum(int((block.bias_QS == 0).sum()) for block in blocks)
     assert seen == sum(length * (length + 1) // 2 for length in lengths)
+
+
+def test_no_tensor_of_the_square_of_a_row_is_made() -> None:
+    lengths = [100] * 40 + [96]
+    tokens = sum(lengths)
+    q, k, v = (torch.randn(1, n, tokens, 8, requires_grad=True) for n in (4, 2, 2))
+    with Largest() as largest:
+        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, 0.3, position_ids=positions_of(lengths)[None])
+        out.sum().backward()
+    assert largest.numel <= 4 * QUERIES * (100 + QUERIES + KEYS) < tokens**2 / 50

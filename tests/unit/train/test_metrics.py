@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def record(step: int, *, loss: float = 2.0, applied: bool = True) -> StepRecord:
     )
 
 
-def lines(directory: Path) -> list[dict[str, object]]:
+def lines(directory: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line, parse_constant=pytest.fail) for line in (directory / "metrics.jsonl").read_text().splitlines()
     ]
@@ -128,3 +129,35 @@ def test_a_new_run_keeps_no_lines(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "evaluation_loss": 1}\n{"step": 1}\n')
     Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True).close()
     assert lines(tmp_path) == []
+
+
+def test_routers_go_to_wandb_by_layer_with_the_numbers_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((step, values))
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setattr("train.metrics._wandb", lambda *_: Run())
+    torch.manual_seed(0)
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="offline", progress=False), {}, is_main=True)
+    logits = tuple(torch.randn(9, 4) - 99 * (torch.arange(4) == 2) for _ in range(3))  # nobody chooses expert 2
+    targets, is_token = torch.arange(9), torch.ones(9, dtype=torch.bool)
+    metrics.routed(7, Routing.of(logits, 2, torch.arange(9), targets, is_token))
+    metrics.close()
+
+    (line,), ((step, values),) = lines(tmp_path), logged
+    expected = {f"routers/router_entropy/layer_{layer}": line["router_entropy"][layer] for layer in range(3)}
+    expected |= {f"routers/router_auxiliary_loss/layer_{x}": line["router_auxiliary_loss"][x] for x in range(3)}
+    expected |= {
+        f"routers/expert_load/layer_{layer}/expert_{expert}": line["expert_load"][layer][expert]
+        for layer in range(3)
+        for expert in range(4)
+    }
+    assert line["unused_experts"] == [[layer, 2] for layer in range(3)]
+    assert (step, values) == (7, expected | {"routers/unused_experts": 3})

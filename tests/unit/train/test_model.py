@@ -1,5 +1,6 @@
 """Which bases are taken: whole ones, of the right kind."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -47,6 +48,24 @@ def test_another_kind_of_model_is_refused(base: Path) -> None:
     (base / "config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
     with pytest.raises(UserError, match="it is a llama model"):
         load(base)
+
+
+def test_weights_in_a_pickle_are_not_opened(base: Path) -> None:
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"model.path={base}: no model can be loaded"):
+        load(base)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "another"])
+def test_code_that_comes_with_a_base_is_not_run(base: Path, kind: str) -> None:
+    settings = json.loads((base / "config.json").read_text())
+    of_its_own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (base / "config.json").write_text(json.dumps(settings | {"model_type": kind, "auto_map": of_its_own}))
+    (base / "own.py").write_text(f"from pathlib import Path\nPath({str(base / 'it_ran')!r}).touch()\n")
+    with contextlib.nullcontext() if kind == "mixtral" else pytest.raises(UserError, match=f"model.path={base}"):
+        load(base)
+    assert not (base / "it_ran").exists()
 
 
 def test_the_defaults_are_mixtral_8x7b() -> None:

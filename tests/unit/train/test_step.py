@@ -1,0 +1,88 @@
+"""One update in the engine, one process without ZeRO, against gradients taken by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from data.dataset import Batch
+from tests.unit.train.test_loss import LENGTHS, losses, nano, packed
+from train import engine, model
+from train.config import BatchArithmetic, DeepSpeedConfig, HardwareConfig, ModelConfig, OptimConfig, TrainConfig
+from train.engine import Engine
+from train.loop import step
+from train.loss import MixtralWithLoss
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_the_router_loss_weighs_the_same_however_many_micro_batches_there_are(weight: float) -> None:
+    """Each adds c · balance · (its tokens / all tokens): undivided it would grow with the accumulation."""
+    module = MixtralWithLoss(nano("float32").train(), with_router_loss=weight > 0)
+    long = packed(torch.randint(3, 400, (sum(LENGTHS),)))
+    short = Batch(*(F.pad(getattr(long, name)[:, :40], (0, 98), value=fill) for name, fill in FILLINGS.items()))
+    tokens, supervised = long.tokens + short.tokens, long.supervised_tokens + short.supervised_tokens
+    assert short.tokens == 40 < long.tokens
+
+    by_hand = copy.deepcopy(module)
+    parts = [(batch, *losses(by_hand, batch)) for batch in (long, short)]
+    total = sum(
+        cross_entropy / supervised + weight * batch.tokens / tokens * balance for batch, cross_entropy, balance in parts
+    )
+    total.backward()
+    norm = math.sqrt(sum(float(factor.grad.double().square().sum()) for _, factor in model.trainable(by_hand)))
+
+    config = TrainConfig(
+        model=ModelConfig(dtype="float32"), deepspeed=DeepSpeedConfig(stage=0), optim=OptimConfig(clip=1e9)
+    )
+    processes = engine.start(HardwareConfig(device="cpu"))
+    trainer = Engine(module, config, BatchArithmetic(1, 2, processes.count), processes)
+    trainer.train()
+    result = step(trainer, [long, short], 1e-3, weight)
+    assert result.update.gradient_norm == pytest.approx(norm, rel=1e-5)
+    expected = sum(float(cross_entropy.detach()) for _, cross_entropy, _ in parts) / supervised
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # torch's own, imported
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*is deprecated:FutureWarning")  # as engine.start says why
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_zero3_a_moe_block_is_gathered_whole_once_a_pass(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a leaf: router and experts together, in the forward, in the backward, and where the forward is repeated."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    causal_lm = nano("float32").train()
+    if checkpointing:
+        causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    config = TrainConfig(
+        model=ModelConfig(dtype="float32"), deepspeed=DeepSpeedConfig(stage=3, persistence_threshold=0)
+    )
+    processes = engine.start(HardwareConfig(device="cpu"))
+    trainer = Engine(
+        MixtralWithLoss(causal_lm, with_router_loss=False), config, BatchArithmetic(1, 1, processes.count), processes
+    )
+    trainer.train()
+    fetched: list[str] = []
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+    def noted(coordinator: PartitionedParameterCoordinator, module: torch.nn.Module, **how: bool) -> None:
+        fetched.append(type(module).__name__)
+        fetch(coordinator, module, **how)
+
+    monkeypatch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", noted)
+    result = step(trainer, [packed(torch.randint(3, 400, (sum(LENGTHS),)))], 1e-3, 0.0)
+    assert result.update.applied
+    blocks = causal_lm.config.num_hidden_layers
+    assert fetched.count("MixtralSparseMoeBlock") == blocks * (3 if checkpointing else 2)
+    assert not {"MixtralExperts", "MixtralTopKRouter"} & set(fetched)
+    weights = [module.gate_up_proj for module in causal_lm.modules() if isinstance(module, MixtralExperts)]
+    assert [weight.numel() for weight in weights] == [0] * blocks  # and let go
+
+
+FILLINGS = {"ids": 0, "positions": 0, "targets": -100, "is_token": False}
