@@ -35,12 +35,15 @@ def test_the_router_loss_weighs_the_same_however_many_micro_batches_there_are(we
     norm = math.sqrt(sum(float(factor.grad.double().square().sum()) for _, factor in model.trainable(by_hand)))
 
     config = TrainConfig(
-        model=ModelConfig(dtype="float32"), deepspeed=DeepSpeedConfig(stage=0), optim=OptimConfig(clip=1e9)
+        model=ModelConfig(dtype="float32"),
+        deepspeed=DeepSpeedConfig(stage=0),
+        optim=OptimConfig(clip=1e9),
+        router_aux_loss=weight,
     )
     processes = engine.start(HardwareConfig(device="cpu"))
     trainer = Engine(module, config, BatchArithmetic(1, 2, processes.count), processes)
     trainer.train()
-    result = step(trainer, [long, short], 1e-3, weight)
+    result = step(trainer, [long, short], 1, 1e-3, config)
     assert result.update.gradient_norm == pytest.approx(norm, rel=1e-5)
     expected = sum(float(cross_entropy.detach()) for _, cross_entropy, _ in parts) / supervised
     assert result.loss == pytest.approx(expected, rel=1e-5)
@@ -61,7 +64,9 @@ def test_under_zero3_a_moe_block_is_gathered_whole_once_a_pass(
     if checkpointing:
         causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     config = TrainConfig(
-        model=ModelConfig(dtype="float32"), deepspeed=DeepSpeedConfig(stage=3, persistence_threshold=0)
+        model=ModelConfig(dtype="float32"),
+        deepspeed=DeepSpeedConfig(stage=3, persistence_threshold=0),
+        router_aux_loss=0,
     )
     processes = engine.start(HardwareConfig(device="cpu"))
     trainer = Engine(
@@ -76,7 +81,7 @@ def test_under_zero3_a_moe_block_is_gathered_whole_once_a_pass(
         fetch(coordinator, module, **how)
 
     monkeypatch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", noted)
-    result = step(trainer, [packed(torch.randint(3, 400, (sum(LENGTHS),)))], 1e-3, 0.0)
+    result = step(trainer, [packed(torch.randint(3, 400, (sum(LENGTHS),)))], 1, 1e-3, config)
     assert result.update.applied
     blocks = causal_lm.config.num_hidden_layers
     assert fetched.count("MixtralSparseMoeBlock") == blocks * (3 if checkpointing else 2)
