@@ -27,10 +27,10 @@ class Background:
             self._waiting, self._bytes = self._waiting + 1, self._bytes + size
         self._jobs.put((job, size))
 
-    def wait(self) -> None:
-        """Returns when all jobs are done."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Returns when all jobs are done, or that many seconds are over; whether they are done."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting)
+            return self._changed.wait_for(lambda: not self._waiting, seconds)
 
     @property
     def failed(self) -> bool:

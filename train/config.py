@@ -305,8 +305,8 @@ class FailureConfig:
     peer_timeout: float = 120.0
     """Seconds without a sign of life after which a process is given up, and the run ends everywhere. A process gives
     none while foreign code holds Python's lock, so leave it room."""
-    stall_timeout: float = 1800.0
-    """Seconds after which the run ends where all processes live and none gets on."""
+    stall_timeout: float = 3600.0
+    """Seconds after which the run ends where all processes live and none gets on. Loading the base is one such step."""
     refused_in_a_row: int = 10
     """The run stops after so many updates in a row whose loss or gradient was not finite."""
     spike: float = 3.0

@@ -352,6 +352,7 @@ class Engine:
         most one tensor beyond its share.
         """
         for name, parameter in trainable(self.module.causal_lm):
+            self.at("saving")
             kinds: list[str | None] = [None, *MOMENTS] if moments else [None]
             whole = {kind or "master": self._gather(name, parameter, kind) for kind in kinds}
             yield name, {kind: tensor for kind, tensor in whole.items() if tensor is not None}
@@ -386,6 +387,7 @@ class Engine:
 
         def each(kinds: tuple[str, ...]) -> Iterator[tuple[str, nn.Parameter, str, torch.Tensor]]:
             for name, parameter in trainable(self.module.causal_lm):
+                self.at("resuming")
                 stored = read(name) if self.processes.is_main else {}
                 for kind in kinds:
                     whole = torch.empty(whole_shape(parameter), device=self.device)

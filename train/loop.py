@@ -76,7 +76,7 @@ def train(
             if preempted or (config.save_every and number % config.save_every == 0):
                 run.save_checkpoint(engine, metrics, health, number)
             if preempted or unsaved:
-                run.finish_saving()
+                run.finish_saving(engine)
             if preempted:
                 raise Preempted(f"after step {number}")
     run.save_result(engine, metrics)

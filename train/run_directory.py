@@ -48,6 +48,8 @@ PACKAGES = (
 )
 """Those whose versions the receipt records."""
 
+SIGN_OF_LIFE = 10.0
+"""Seconds after which a process that waits for the disk says that it does."""
 RECEIPT = "receipt.json"
 RESULTS = {"adapter", "model", RECEIPT, "expert_load.json", "expert_load.png"}
 """What only a run that came to its end has written."""
@@ -177,7 +179,6 @@ class RunDirectory:
         """
         if not self._resumes:
             return None
-        engine.at("resuming")
         trainer = agree(found.trainer if found is not None else None)
         blank = self.dataset.train.batch([None] * self.batch.micro_batch)
         engine.restore(found.read if found is not None else _nothing, trainer["optimizer_steps"], blank)
@@ -218,7 +219,6 @@ class RunDirectory:
         if step == self.resumed_step:
             return  # it is there
         began = time.perf_counter()
-        engine.at("saving")
         writer = None
         if self._background is not None:
             writer = CheckpointWriter(checkpoint.place(self.path, step), engine.shapes, self._background)
@@ -260,12 +260,14 @@ class RunDirectory:
         """Whether what was to be written could not be, on this process."""
         return self._background is not None and self._background.failed
 
-    def finish_saving(self) -> None:
+    def finish_saving(self, engine: Engine) -> None:
         """Waits until all is on the disk; collective.
 
         Raises:
             UserError: it can't be written, or could not be before.
         """
+        while self._background is not None and not self._background.wait(SIGN_OF_LIFE):
+            engine.at("saving")
         error = self._background.take_error() if self._background is not None else None
         problem = None
         if isinstance(error, OSError):
@@ -294,8 +296,7 @@ class RunDirectory:
         Raises:
             UserError: it can't be written.
         """
-        self.finish_saving()  # so that an error of an earlier checkpoint is not taken for one of this
-        engine.at("saving")
+        self.finish_saving(engine)  # so that an error of an earlier checkpoint is not taken for one of this
         name = self._result_name
         temporary = self.path / f".{name}.tmp"
         result = self._result(engine, temporary)
@@ -309,7 +310,7 @@ class RunDirectory:
             self._background.submit(lambda: checkpoint.publish(temporary / name, self.path / name))
             self._background.submit(lambda: self._replace(RECEIPT, (self.path / name / RECEIPT).read_text()))
             self._background.submit(lambda: checkpoint.clean(self.path))
-        self.finish_saving()
+        self.finish_saving(engine)
         if self.processes.is_main:
             show_movements(self._moved)
             console.print(f"Saved {self.path / name}")
