@@ -32,9 +32,8 @@ show() { # show COMMAND …: as it could be typed
 
 # supervise STOP COMMAND …: runs the command, calls STOP when this script gets SIGTERM, SIGINT or SIGHUP, and returns
 # the command's exit code. Not exec, because DeepSpeed's own programs on the way to the training processes do not hand
-# on what they get: `deepspeed` dies of a SIGTERM and leaves them running, its launcher on the node gives them 30
-# seconds and answers 1 whatever they say. The command has a process group of its own, or else Ctrl-C would reach all of them at
-# once: to the training processes a second signal means to leave without saving.
+# on what they get: `deepspeed` dies of a SIGTERM and leaves them running, its launcher on the node gives them 30 seconds
+# and answers 1 whatever they say. The command has a process group of its own, or else Ctrl-C would reach those too.
 supervise() {
     local stop="$1" code=0
     shift

@@ -14,7 +14,7 @@ without a password, and the checkout and its environment must lie at the same pa
 not the first that `hostname -I` prints there, and MASTER_PORT which of its ports is free, if 29500 is not. Variables
 for the processes go into a file .deepspeed_env in the checkout, one NAME=VALUE a line.
 
-SIGTERM and SIGINT (Ctrl-C) reach the training processes, however long they take to save. The exit code is the highest
+SIGTERM and SIGINT (Ctrl-C) reach the training processes, which finish their step and save. The exit code is the highest
 of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost; after the last two the
 same command goes on. --print shows the command and starts nothing.
 TEXT

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +15,14 @@ from tests.integration.hosts import LINK, Host, serve_ssh, two_hosts
 
 pytestmark = pytest.mark.slow
 
-STEPS = 4
+STEPS = 6
 SETTINGS = (
     *("recipe=quickstart", "hardware=cpu", "logging=quiet", f"max_steps={STEPS}"),
     # Left alone, a process shares its host's cores with those beside it; with another number of threads, sums round
     # otherwise.
     "hardware.threads=1",
 )
-ON_A_HOST = ("dataset=prepared", "model.path=base", "run_dir=runs/over_two", *SETTINGS)
+ON_A_HOST = ("dataset=prepared", "model.path=base", "run_dir=runs/over_two", "failures.peer_timeout=10", *SETTINGS)
 
 
 @pytest.fixture
@@ -44,10 +46,26 @@ def start(host: Host, number: int, first: Host) -> subprocess.Popen[str]:
     return host.start("scripts/launch/per_node.sh", *where, *ON_A_HOST)
 
 
+def start_both(hosts: tuple[Host, Host]) -> list[subprocess.Popen[str]]:
+    return [start(host, number, hosts[0]) for number, host in enumerate(hosts)]
+
+
+def steps_done(host: Host) -> int:
+    """How far the run has come."""
+    path = host.checkout / "runs/over_two/metrics.jsonl"
+    return max((line["step"] for line in numbers(path.parent) if "loss" in line), default=0) if path.exists() else 0
+
+
 def ended(process: subprocess.Popen[str], host: Host, expect: int = 0) -> None:
     """Waits for a command, and fails with its host's log where the exit code is another one."""
     code = process.wait(timeout=300)
     assert code == expect, f"{process.args!r} ended with {code}:\n{host.log.read_text()}"
+
+
+def all_ended(processes: list[subprocess.Popen[str]], hosts: tuple[Host, Host], expect: int = 0) -> None:
+    """The same of both."""
+    for process, host in zip(processes, hosts, strict=True):
+        ended(process, host, expect)
 
 
 def files(host: Host) -> set[str]:
@@ -65,10 +83,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def numbers(run_dir: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without how fast it went."""
+    """The losses of metrics.jsonl and what belongs to them, without how fast it went."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "gradient_norm", "evaluation_loss", "supervised_tokens", "auxiliary_loss")
-    return [{key: line[key] for key in kept if key in line} for line in lines]
+    losses = [line for line in lines if "loss" in line or "evaluation_loss" in line]
+    return [{key: line[key] for key in kept if key in line} for line in losses]
 
 
 def test_the_per_node_form_gives_the_losses_of_two_processes_on_one_host(
@@ -76,9 +95,7 @@ def test_the_per_node_form_gives_the_losses_of_two_processes_on_one_host(
 ) -> None:
     first, second = hosts
     before = files(second)
-    processes = [start(host, number, first) for number, host in enumerate(hosts)]
-    for process, host in zip(processes, hosts, strict=True):
-        ended(process, host)
+    all_ended(start_both(hosts), hosts)
     assert_same_run(first.checkout / "runs/over_two", on_one_host)
     # Only process 0 writes.
     assert files(second) == before
@@ -101,3 +118,38 @@ def test_the_hostfile_form_gives_them_too(hosts: tuple[Host, Host], on_one_host:
         ended(first.start("scripts/launch/hostfile.sh", "hostfile", *ON_A_HOST), first)
     assert_same_run(first.checkout / "runs/over_two", on_one_host)
     assert files(second) == before
+
+
+def test_a_signal_and_a_cable_that_comes_loose_end_both_hosts_and_the_same_commands_go_on(
+    hosts: tuple[Host, Host], on_one_host: Path
+) -> None:
+    first, second = hosts
+    before = files(second)
+
+    processes = start_both(hosts)
+    wait_for_step(1, first, processes)
+    processes[1].send_signal(signal.SIGTERM)  # as a node that is drained; the other node hears of it by the run alone
+    all_ended(processes, hosts, expect=75)
+    saved = steps_done(first)
+    assert 1 <= saved < STEPS
+
+    processes = start_both(hosts)
+    wait_for_step(saved + 1, first, processes)
+    second.unplug()
+    all_ended(processes, hosts, expect=76)
+    assert steps_done(first) < STEPS
+    for host in hosts:
+        assert "launch the run again" in host.log.read_text()
+        assert not host.processes()
+
+    second.plug()
+    all_ended(start_both(hosts), hosts)
+    assert_same_run(first.checkout / "runs/over_two", on_one_host)
+    assert files(second) == before
+
+
+def wait_for_step(step: int, host: Host, processes: list[subprocess.Popen[str]]) -> None:
+    """Waits until the run has taken that step."""
+    while steps_done(host) < step:
+        assert all(process.poll() is None for process in processes), host.log.read_text()
+        time.sleep(0.02)
