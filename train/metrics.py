@@ -24,7 +24,7 @@ from train.routing import Routing
 console = Console(stderr=True)
 
 METRICS = "metrics.jsonl"
-WANDB_SECONDS = 30.0
+WANDB_SECONDS = 10.0
 """How long wandb gets to end at most."""
 
 
