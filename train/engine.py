@@ -6,7 +6,7 @@ import io
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,15 @@ def partitioned_loading(config: TrainConfig, batch: BatchArithmetic) -> Iterator
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
+
+
+@contextlib.contextmanager
+def whole(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within it, parameters that ZeRO-3 has sharded are whole, and keep what process 0 writes into them; collective."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=0):
+        yield
 
 
 class GuardedAdamW(torch.optim.AdamW):

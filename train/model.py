@@ -133,11 +133,14 @@ def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
 
 
 def start_from(model: MixtralForCausalLM, config: LoraConfig) -> None:
-    """Sets what trains to the numbers of the adapter directory `lora.start`."""
+    """Sets what trains to the numbers of the adapter directory `lora.start`; collective."""
+    from train.engine import whole  # here, because the engine imports this file
+
     assert config.start is not None
-    with torch.no_grad():
-        tensors = adapter_files.read(Path(config.start), dict(trainable(model)), expert_lora.adapters(model), config)
-        for name, parameter in trainable(model):
+    parameters: dict[str, torch.Tensor] = dict(trainable(model))
+    with whole(parameters.values()), torch.no_grad():
+        tensors = adapter_files.read(Path(config.start), parameters, expert_lora.adapters(model), config)
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
 
