@@ -71,7 +71,6 @@ for host in "${hosts[@]}"; do
         die "$host: ssh does not get in without a password; see \`ssh $host true\`, and mend keys, known_hosts or names"
 done
 
-# shellcheck disable=SC2329 # supervise calls it
 stop() { # one training process is enough: they agree among themselves
     if ! reach "${hosts[0]}" "pkill -TERM -f -- $(printf %q "$training")"; then
         kill -TERM "$supervised" # none has started, so there is nothing to save: DeepSpeed ends its launchers
@@ -84,10 +83,4 @@ stop() { # one training process is enough: they agree among themselves
 training="-u -[m] train .*$(printf %s "$run_dir" | sed 's/[][\.*^$+?(){}|]/\\&/g')( |\$)"
 # A node whose network is gone says nothing, and ssh would wait for it for ever.
 export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=15 -oServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
-code=0
-supervise stop "${command[@]}" || code=$?
-if [ "$code" = 255 ]; then # ssh's own
-    echo "$me: ssh has lost a node; launch the run again when it is back" >&2
-    code=76
-fi
-exit "$code"
+supervise stop "${command[@]}"
