@@ -32,8 +32,9 @@ show() { # show COMMAND …: as it could be typed
 
 # supervise STOP COMMAND …: runs the command, calls STOP when this script gets SIGTERM, SIGINT or SIGHUP, and returns
 # the command's exit code. Not exec, because DeepSpeed's own programs on the way to the training processes do not hand
-# on what they get: `deepspeed` dies of a SIGTERM and leaves them running, its launcher on the node gives them 30 seconds
-# and answers 1 whatever they say. The command has a process group of its own, or else Ctrl-C would reach those too.
+# on what they get: `deepspeed` dies of a SIGTERM and leaves them running, its launcher on the node gives them 30
+# seconds and answers 1 whatever they say. The command has a process group of its own, or else Ctrl-C would reach those
+# too.
 supervise() {
     local stop="$1" code=0
     shift
@@ -47,5 +48,9 @@ supervise() {
     done
     wait "$supervised" || code=$?
     trap - TERM INT HUP
+    if [ "$code" -gt 224 ]; then # the launcher's 256 - N for a process that signal N has killed, or ssh's own 255
+        echo "$me: a process was killed, or its node can't be reached (exit code $code); launch the run again" >&2
+        code=76
+    fi
     return "$code"
 }

@@ -63,13 +63,16 @@ fi
 
 command -v pdsh >/dev/null ||
     die "pdsh is needed and is not on the PATH; install it, for example with: apt install pdsh"
+reach() { # reach HOST COMMAND
+    ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$@" 2>/dev/null
+}
 for host in "${hosts[@]}"; do
-    ssh -n -o BatchMode=yes "$host" true 2>/dev/null ||
+    reach "$host" true ||
         die "$host: ssh does not get in without a password; see \`ssh $host true\`, and mend keys, known_hosts or names"
 done
 
 stop() { # one training process is enough: they agree among themselves
-    if ! ssh -n -o BatchMode=yes "${hosts[0]}" "pkill -TERM -f -- $(printf %q "$training")" 2>/dev/null; then
+    if ! reach "${hosts[0]}" "pkill -TERM -f -- $(printf %q "$training")"; then
         kill -TERM "$supervised" # none has started, so there is nothing to save: DeepSpeed ends its launchers
         wait "$supervised" || true
         exit 75
@@ -78,4 +81,6 @@ stop() { # one training process is enough: they agree among themselves
 
 # Their command line, by the run directory; the brackets keep the pattern from matching the shell that carries it.
 training="-u -[m] train .*$(printf %s "$run_dir" | sed 's/[][\.*^$+?(){}|]/\\&/g')( |\$)"
+# A node whose network is gone says nothing, and ssh would wait for it for ever.
+export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=15 -oServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
 supervise stop "${command[@]}"

@@ -20,8 +20,8 @@ and wherever something else starts commands on the nodes.
 
 In a StatefulSet: NODE_RANK="${HOSTNAME##*-}". The settings are those of `python -m train`, the same on every node;
 run_dir must be among them. SIGTERM and SIGINT, on any node, reach the training processes, which finish their step and
-save, and the exit code is theirs: 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 another process was
-lost; after the last two the same command goes on.
+save, and the exit code is theirs: 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost;
+after the last two the same command goes on.
 TEXT
 }
 

@@ -180,6 +180,21 @@ def test_hostfile_settings_come_out_of_the_nodes_shell_as_they_went_in(stand_ins
     assert shell.stdout.splitlines() == SETTINGS
 
 
+@pytest.mark.parametrize(("code", "expect"), [(0, 0), (2, 2), (75, 75), (247, 76), (255, 76)])
+@pytest.mark.parametrize("script", ["hostfile.sh", "per_node.sh"])
+def test_the_exit_code_comes_back_and_is_76_where_a_process_was_killed(
+    stand_ins: Path, script: str, code: int, expect: int
+) -> None:
+    (stand_ins / "nodes").write_text("node-0 slots=8\nnode-1 slots=8")  # the last line counts, too
+    (stand_ins / "bin" / "ssh").write_text('#!/usr/bin/env bash\necho "${@: -2}" >>"$NOTES/ssh"\n')
+    (stand_ins / "bin" / "deepspeed").write_text(f"#!/usr/bin/env bash\nexit {code}\n")
+    arguments = ["nodes"] if script == "hostfile.sh" else []
+    done = launch(stand_ins, script, *arguments, "run_dir=r", expect=expect, **NODE)
+    assert (f"exit code {code}" in done.stderr) == (code > 200)
+    if script == "hostfile.sh":
+        assert notes(stand_ins, "ssh") == ["node-0 true", "node-1 true"]
+
+
 def test_slurm_gives_each_task_its_place(stand_ins: Path) -> None:
     launch(stand_ins, "slurm.sbatch", *SETTINGS, **JOB, CODE="0")
     assert notes(stand_ins, "tasks") == [f"{rank} 4 {rank % 2} 2 node-3 {15000 + 4711}" for rank in range(4)]
