@@ -167,15 +167,18 @@ def test_a_killed_batch_goes_on_and_ends_as_if_it_never_was(quickstart: Quicksta
     assert [line["id"] for line in lines] == [*range(5), None, "faked", *range(7, 14)]
 
 
-def test_a_killed_merge_leaves_nothing_that_looks_finished(quickstart: Quickstart, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reached", ["model/model.safetensors", "model/tokenizer_config.json"])
+def test_a_killed_merge_leaves_nothing_that_looks_done(quickstart: Quickstart, tmp_path: Path, reached: str) -> None:
+    """Killed while it writes the weights, and while it verifies them."""
     command = (sys.executable, "-m", "inference", "task=merge", f"adapter={quickstart.run}/adapter")
-    hidden = tmp_path / ".model.tmp"
     process = start(*command, f"output={tmp_path}/model", stderr=subprocess.DEVNULL)
+    hidden = tmp_path / f".model.{process.pid}.tmp"
     try:
-        while process.poll() is None and not (hidden / "model.safetensors").is_file():
+        while process.poll() is None and not (hidden / reached).is_file():
             time.sleep(0.002)
     finally:
         ended(process)
+    assert process.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [hidden.name]
     program(*command[2:], f"output={tmp_path}/model", "verify=false")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
