@@ -130,8 +130,10 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
         name = no_dictionary.group(1)
         return f"{name}: it takes names with their values; write '{name}={{name: value}}'"
 
-    if merging := re.search(r"Error merging override ([^\s=]+=.*)", text):
+    for merging in filter(None, (re.search(r"Error merging override ([^\s=]+=.*)", line) for line in first_lines)):
         setting = merging.group(1).strip()
+        if "is not a ListConfig" in text:
+            return f"{setting}: it takes a list; write '{setting.replace('=', '=[', 1)}]'"
         return f"{setting}: the setting can't have that value; `python -m {program} --cfg job` shows its default"
 
     if unread := [cause.override for cause in causes if isinstance(cause, OverrideParseException)]:
