@@ -148,6 +148,8 @@ def streamed(
     of: dict[str, list[Piece]] = {}
     for piece in parts:
         of.setdefault(piece.parameter, []).append(piece)
+    if architecture.tie_word_embeddings:
+        of["lm_head.weight"] = of["model.embed_tokens.weight"]
 
     def fill(prefix: str, unit: nn.Module) -> None:
         for name, parameter in list(unit.named_parameters()):

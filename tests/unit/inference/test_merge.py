@@ -116,6 +116,17 @@ def test_however_the_base_is_stored_the_merged_tensors_are_the_same(tmp_path: Pa
         MixtralForCausalLM.from_pretrained(tmp_path / name / "out")
 
 
+def test_a_head_that_is_the_embedding_stays_it(tmp_path: Path) -> None:
+    base = make_base(torch.bfloat16, **SIZES, tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base, **KINDS["all"])
+    arguments = {"base": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter"), "output": str(tmp_path / "out")}
+    merge(InferenceConfig(task="merge", device="cpu", **arguments))
+    assert "lm_head.weight" not in tensors(tmp_path / "out")
+    merged = MixtralForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
 def test_a_float32_base_stays_float32(tmp_path: Path) -> None:
     config = make(tmp_path, torch.float32)
     assert merge(config)["verification"]["logits_difference"] < 1e-5
