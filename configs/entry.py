@@ -134,7 +134,7 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
         name = no_dictionary.group(1)
         return f"{name}: it takes names with their values; write '{name}={{name: value}}'"
 
-    if merging := re.search(r"Error merging override ([^\s=]+=.*)", text):
+    for merging in filter(None, (re.search(r"Error merging override ([^\s=]+=.*)", line) for line in first_lines)):
         setting = merging.group(1).strip()
         if "is not a ListConfig" in text:
             name, _, value = setting.partition("=")

@@ -133,24 +133,30 @@ def publish(dataset: Path, output: Path, manifest: dict[str, Any]) -> None:
     for path in sorted(path for path in dataset.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
         files[str(path.relative_to(dataset))] = {"bytes": path.stat().st_size, "sha256": digest}
     with (dataset / MANIFEST).open("w", encoding="utf-8") as text:
         text.write(json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False) + "\n")
-        text.flush()
-        os.fsync(text.fileno())
-    for directory in [path for path in dataset.rglob("*") if path.is_dir()] + [dataset]:
-        _sync(directory)
+    take_place(dataset, output)
+
+
+def take_place(directory: Path, output: Path) -> None:
+    """Puts a directory that is in `staging(output)` in the place of what was there, in one step.
+
+    What was there goes with the staging.
+    """
+    for path in [*directory.rglob("*"), directory]:
+        sync(path)
     place = output.resolve()
     if place.exists():
-        _exchange(dataset, place)
+        _exchange(directory, place)
     else:
-        dataset.rename(place)
-    _sync(place.parent)
+        directory.rename(place)
+    sync(place.parent)
 
 
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 

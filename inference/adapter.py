@@ -11,6 +11,8 @@ the expert fastest.
 
 import hashlib
 import json
+import math
+import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,9 +105,16 @@ class Adapter:
         """What training wrote beside the adapter; empty where it wrote nothing."""
         return read_json(self.directory / RECEIPT)
 
+    @property
+    def trained_on(self) -> str | None:
+        """The fingerprint of the base's weights in the receipt; None where there is none."""
+        base = self.receipt.get("base")
+        named = base.get("fingerprint") if isinstance(base, dict) else None
+        return None if named is None else str(named)
+
     def check_base(self, weights: StoredWeights, named: str) -> None:
         """Raises `UserError` where the receipt says that the adapter was trained on other weights."""
-        trained_on = (self.receipt.get("base") or {}).get("fingerprint")
+        trained_on = self.trained_on
         if trained_on is not None and trained_on != weights.fingerprint:
             raise UserError(
                 f"{named}: its fingerprint is {weights.fingerprint[:16]}…, and base.fingerprint in the adapter's "
@@ -214,13 +223,12 @@ def _updates(
     from peft.utils import ModulesToSaveWrapper
 
     known = {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
-    with torch.device("meta"):
-        bare = MixtralForCausalLM(architecture)
     try:
-        with warnings.catch_warnings():
+        with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is refused by the comparison of keys and shapes
+            bare = MixtralForCausalLM(architecture)
             adapted = get_peft_model(bare, LoraConfig(**known), low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
         raise UserError(
             f"adapter={directory}: its {CONFIG} does not fit this base ({one_line(error)}); "
             f"give the base it was trained on"
@@ -238,6 +246,11 @@ def _updates(
                     f"here; use PEFT itself to merge it, and give the result as base="
                 )
             parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            if not math.isfinite(module.scaling["default"]):
+                raise UserError(
+                    f"adapter={directory}: its {CONFIG} gives {place} the scale {module.scaling['default']}; give the "
+                    f"adapter as it was written"
+                )
             several = isinstance(module, ParamWrapper) and module.get_param().dim() == 3
             updates[f"{place}.{parameter}"] = LowRank(
                 f"{name}.lora_A.weight",

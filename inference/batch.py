@@ -36,6 +36,9 @@ SETTINGS = (
 )
 """What a run must have in common with the one that it continues."""
 
+FIRST_BYTES = b'{"input": "'
+"""How every journal begins."""
+
 console = Console(stderr=True)
 
 
@@ -167,11 +170,12 @@ def answer_continuously(
     waiting = {str(unit[0].line): unit[0] for unit in units}
     longest = max(len(prompt.ids) for prompt in waiting.values())
     page = 64  # tokens; left alone, transformers takes all memory that is free for its cache
+    together = min(config.batch_size, len(waiting))
     settings = ContinuousBatchingConfig(
         page_size=page,
-        num_blocks=config.batch_size * -(-(longest + config.max_new_tokens) // page),
+        num_blocks=together * -(-min(longest + config.max_new_tokens, context(loaded)) // page),
         max_batch_tokens=max(longest, 512),
-        max_requests_per_batch=config.batch_size,
+        max_requests_per_batch=together,
         seed=config.seed,
     )
     generation = sampling(config, config.max_new_tokens)
@@ -229,7 +233,7 @@ class Journal:
                 newline = content.find(b"\n", end)
                 if newline < 0:
                     break
-                whole.append(json.loads(content[end:newline])["line"])
+                whole.append(_line_of(content[end:newline]))
                 unit = wanted.get(whole[0], [])
                 end = newline + 1
             if whole != unit or not unit:
@@ -261,6 +265,10 @@ def _journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     """
     descriptor = _locked(path)
     try:
+        if not _begins_as_ours(path.read_bytes()):
+            raise UserError(
+                f"output: {path} is there, and no batch wrote it; move it elsewhere, or name another output"
+            )
         head, _, answers = path.read_bytes().partition(b"\n")
         before = json.loads(head) if answers else identity
         for field, value in identity.items():
@@ -275,9 +283,23 @@ def _journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
             os.write(descriptor, head + b"\n")
         yield Journal(path, descriptor, len(head) + 1)
     finally:
-        if path.exists() and path.read_bytes().count(b"\n") < 2:  # nothing was answered: nothing to go on from
+        content = path.read_bytes() if path.exists() else b"-"
+        if _begins_as_ours(content) and content.count(b"\n") < 2:  # nothing was answered: nothing to go on from
             path.unlink()
         os.close(descriptor)
+
+
+def _begins_as_ours(content: bytes) -> bool:
+    """Whether that is how a journal begins; nothing, and a head that was torn, are beginnings too."""
+    return content[: len(FIRST_BYTES)] == FIRST_BYTES[: len(content)]
+
+
+def _line_of(answer: bytes) -> int:
+    """The line that an answer is to; 0, which no row has, where a torn write or a damaged disk left something else."""
+    try:
+        return int(json.loads(answer)["line"])
+    except (ValueError, TypeError, KeyError):
+        return 0
 
 
 def _locked(path: Path) -> int:

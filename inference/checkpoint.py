@@ -46,14 +46,14 @@ class Piece:
         """Its bytes."""
         return self.stored.end - self.stored.begin
 
-    def read(self, buffer: bytearray | None = None) -> torch.Tensor:
-        """The tensor, in `buffer` where one is given that is large enough."""
-        buffer = bytearray(self.size) if buffer is None else buffer
+    def read(self) -> torch.Tensor:
+        """The tensor."""
+        content = torch.empty(self.size, dtype=torch.uint8)
         with self.stored.file.open("rb", buffering=0) as file:
             file.seek(self.stored.begin)
-            got = file.readinto(memoryview(buffer)[: self.size])
+            got = file.readinto(content.numpy().data)
         assert got == self.size, self.stored
-        return torch.frombuffer(buffer, dtype=self.dtype, count=math.prod(self.stored.shape)).view(self.stored.shape)
+        return content.view(self.dtype).view(self.stored.shape)
 
 
 def pieces(weights: StoredWeights, architecture: MixtralConfig, named: str) -> list[Piece]:

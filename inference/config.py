@@ -8,6 +8,9 @@ from configs.errors import UserError
 
 TASKS = ("generate", "chat", "batch", "merge")
 
+SMALLEST_TEMPERATURE = 1e-6
+"""Below it logits overflow when they are divided, and above it what is sampled is the likeliest token long before."""
+
 
 def _choice(name: str, value: str, *choices: str) -> None:
     if value not in choices:
@@ -35,7 +38,8 @@ class InferenceConfig:
     fold: bool = True
     """Adds the adapter to the base's weights at load; `false` keeps it apart in stock PEFT's layers: slower."""
     dtype: str = "auto"
-    """`bfloat16`, `float16` or `float32`; `auto` is bfloat16, and float16 on GPUs that know no bfloat16."""
+    """`bfloat16`, `float16` or `float32`; `auto` is bfloat16, and float16 on GPUs that know no bfloat16. `merge` keeps
+    the dtype of the base's files."""
     device: str = "auto"
     """`auto` takes CUDA where there is a GPU; `cuda`, `cpu`."""
     device_map: str = "auto"
@@ -98,6 +102,8 @@ class InferenceConfig:
             raise UserError("input: there are no prompts; give for example input=prompts.jsonl")
         if self.task == "merge" and self.adapter is None:
             raise UserError("adapter: there is nothing to merge; give adapter=runs/…/adapter")
+        if self.task == "merge" and self.dtype != "auto":
+            raise UserError(f"dtype={self.dtype}: a merged model has the dtype of the base's files; leave it out")
         for name, text in (("prompt", self.prompt), ("system", self.system or "")):
             check_utf8(name, text)
         if self.adapter is None and self.base is None:
@@ -121,14 +127,23 @@ class InferenceConfig:
     def _check_sampling(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: it must be at least 1; give for example 512")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature}: it can't be negative; give 0 for greedy, or such as 0.7")
+        if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature={self.temperature}: it can't be negative, or smaller than {SMALLEST_TEMPERATURE}; give 0 "
+                f"for greedy, or such as 0.7"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: it is a probability; give a number above 0, to 1")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k}: it can't be negative; give 0 for all tokens, or such as 50")
-        if not all(self.stop):
-            raise UserError("stop=: an empty string would end every answer at once; leave it out")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: it must be from 0 to {2**32 - 1}; give for example 0")
+        for text in self.stop:
+            if not isinstance(text, str):  # OmegaConf lets a dictionary pass
+                raise UserError(f"stop={text}: that is no string; give a list of strings, as in 'stop=[END]'")
+            if not text:
+                raise UserError("stop=: an empty string would end every answer at once; leave it out")
+            check_utf8("stop", text)
 
 
 def check_utf8(name: str, text: str) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from configs.errors import UserError, one_line
 from configs.weights import REMEDY, StoredWeights, local_directory
@@ -82,7 +83,7 @@ def find_base(config: InferenceConfig) -> Base:
         raise UserError(f"{named}: there is no such directory; {REMEDY}")
     try:
         architecture = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {REMEDY}") from error
     if architecture.model_type != "mixtral":
         raise UserError(f"{named}: it is a {architecture.model_type} model; {REMEDY}")
@@ -93,7 +94,7 @@ def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
     """The adapter, checked against the base: key set, shapes, and the fingerprint in its receipt."""
     assert config.adapter is not None
     adapter = Adapter(Path(config.adapter), base.architecture)
-    if config.check_base and (adapter.receipt.get("base") or {}).get("fingerprint"):
+    if config.check_base and adapter.trained_on is not None:
         directory = local_directory(base.source, base.revision, base.named)
         adapter.check_base(StoredWeights(directory, base.named), base.named)
     return adapter
@@ -113,11 +114,13 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
             device_map=config.device_map if on_cuda else None,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{base.named}: no model can be loaded from there ({one_line(error)}); {REMEDY}") from error
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{base.named}: its tensor {missing[0]} is missing; {REMEDY}")
+    # What is asked for decides alone: settings that the base recommends would be mixed into it.
+    model.generation_config = GenerationConfig()
     return model
 
 

@@ -23,11 +23,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 from transformers import GenerationConfig
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.receipt import machine, provenance
-from configs.weights import INDEX, StoredWeights, header, local_directory
+from configs.weights import INDEX, SINGLE, StoredWeights, header, local_directory
 from data.template import BOS, EOS, UNK
-from inference.adapter import BLOCK, Adapter
+from data.writing import staging, take_place
+from inference.adapter import BLOCK, Adapter, read_json
 from inference.card import write_card
 from inference.checkpoint import Piece, pieces
 from inference.config import InferenceConfig
@@ -60,36 +61,30 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
     weights = StoredWeights(source, base.named)
     parts = pieces(weights, base.architecture, base.named)
 
-    output = Path(str(config.output))
-    _check_output(output, config.overwrite, source, adapter.directory, sum(piece.size for piece in parts))
-
-    temporary = output.parent / f".{output.name}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        seconds = write_weights(temporary, parts, adapter)
-        shutil.copyfile(source / "config.json", temporary / "config.json")
-        GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=UNK).save_pretrained(temporary)
-        tokenizer.save(temporary)
+    output, size = Path(str(config.output)), sum(piece.size for piece in parts)
+    _check_output(output, config.overwrite, source, adapter.directory)
+    with staging(output) as temporary:
+        _check_room(output, temporary, size)  # now that what killed runs left is gone
+        directory = temporary / "model"
+        directory.mkdir()
+        seconds = write_weights(directory, parts, adapter)
+        shutil.copyfile(source / "config.json", directory / "config.json")
+        GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=UNK).save_pretrained(directory)
+        tokenizer.save(directory)
         receipt = {
             "started": started,
             **provenance(PACKAGES),
             "hardware": machine(),
             "base": {"path": base.source, "revision": base.revision, "fingerprint": weights.fingerprint},
             "adapter": {"path": str(adapter.directory), "settings": adapter.settings, "receipt": adapter.receipt},
-            "merged": {"bytes": sum(piece.size for piece in parts), "seconds": seconds},
-            "verification": verify(temporary, parts, adapter, tokenizer) if config.verify else None,
+            "merged": {"bytes": size, "seconds": seconds},
+            "verification": verify(directory, parts, adapter, tokenizer) if config.verify else None,
         }
-        write_card(temporary, output.name, source, receipt, config.licence)
-        (temporary / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
-        _take_the_name(temporary, output)
-    except OSError as error:
-        raise UserError(
-            f"output={output}: it can't be written ({error.strerror or error}); name a writable place with room for "
-            f"{sum(piece.size for piece in parts) / 1e9:.1f} GB"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_card(directory, output.name, source, receipt, config.licence)
+        receipt["files"] = sorted([RECEIPT, *(path.name for path in directory.iterdir())])
+        (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        _check_output(output, config.overwrite, source, adapter.directory)  # another process may have been faster
+        take_place(directory, output)
     _show(output, receipt)
     return receipt
 
@@ -118,7 +113,7 @@ def write_weights(directory: Path, parts: list[Piece], adapter: Adapter) -> floa
                 begins = list(ends)[:-1]
                 for size in threads.map(lambda piece, at: write_piece(piece, adapter, file, at), here, begins):
                     progress.advance(bar, size)
-    if len(names) > 1:
+    if names != [SINGLE]:
         index = {
             "metadata": {"total_size": sum(piece.size for piece in parts)},
             "weight_map": {piece.stored.name: piece.stored.file.name for piece in parts},
@@ -169,38 +164,32 @@ def single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path, size: int) -> None:
-    place = output.resolve()
+def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) -> None:
+    """Raises `UserError` rather than replace anything but a merged model, and that only where told."""
+    try:
+        place = output.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"output={output}: it is no place ({one_line(error)}); name another directory") from error
     if any(path.resolve().is_relative_to(place) for path in (source, adapter, Path.cwd())):
         raise UserError(f"output={output}: it holds the base, the adapter or the working directory; name another")
-    if output.exists():
-        if not (output / RECEIPT).is_file():
-            raise UserError(f"output={output}: something is there that no merge wrote; name another directory")
-        if not overwrite:
-            raise UserError(f"output={output}: a merged model is there; name another, or give overwrite=true")
-    parent = next(path for path in place.parents if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"output={output}: {parent} is not writable; name another place")
-    free = shutil.disk_usage(parent).free
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / RECEIPT).is_file():
+        raise UserError(f"output={output}: something is there that no merge wrote; name another directory")
+    if not overwrite:
+        raise UserError(f"output={output}: a merged model is there; name another, or give overwrite=true")
+    ours = read_json(output / RECEIPT).get("files", [])
+    if foreign := sorted(path.name for path in output.iterdir() if path.name not in ours):
+        raise UserError(f"output={output}: {foreign[0]} is in it, which no merge wrote; move it elsewhere")
+
+
+def _check_room(output: Path, temporary: Path, size: int) -> None:
+    free = shutil.disk_usage(temporary).free
     if free < size:
         raise UserError(
             f"output={output}: the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, or "
             f"name another disk"
         )
-
-
-def _take_the_name(temporary: Path, output: Path) -> None:
-    """Makes the output appear whole; an older one goes when the new one is there."""
-    for path in (*temporary.iterdir(), temporary):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    old = output.parent / f".{output.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    temporary.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _show(output: Path, receipt: dict[str, Any]) -> None:

@@ -1,9 +1,15 @@
 """`python -m inference`: configuration → model → what the task makes of it."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from configs import entry
 from inference.config import InferenceConfig
+
+EXIT_BROKEN_PIPE = 141
+"""What a shell reports of a program that SIGPIPE ends."""
 
 
 def main() -> None:
@@ -29,8 +35,10 @@ def generate(config: InferenceConfig) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    generate(load(config), config, conversation, write)
-    write("\n")
+    loaded = load(config)
+    with reader_may_leave():
+        generate(loaded, config, conversation, write)
+        write("\n")
 
 
 def chat(config: InferenceConfig) -> None:
@@ -38,7 +46,9 @@ def chat(config: InferenceConfig) -> None:
     from inference.chat import chat
     from inference.load import load
 
-    chat(load(config), config)
+    loaded = load(config)
+    with reader_may_leave():
+        chat(loaded, config)
 
 
 def batch(config: InferenceConfig) -> None:
@@ -53,3 +63,13 @@ def merge(config: InferenceConfig) -> None:
     from inference.merge import merge
 
     merge(config)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Ends quietly where stdout is a pipe that no one reads any more, as in `… | head`."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes there
+        sys.exit(EXIT_BROKEN_PIPE)

@@ -1,8 +1,8 @@
 """Whether a merged checkpoint is base + adapter: its tensors bit by bit, and its logits against stock PEFT's.
 
-The logits are computed with a layer in memory at a time: transformers' own model is built without weights, and each
-layer's are read when the forward comes to it and dropped when it leaves. So a model of any size can be verified where
-it could be merged.
+The logits are computed with the matrices of one expert in memory at a time: transformers' own model is built without
+weights, and each module's are read when the forward comes to it and dropped when it leaves. So a model of any size can
+be verified where it could be merged.
 """
 
 import json
@@ -89,17 +89,16 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
     wider = torch.float64 if dtype == torch.float32 else torch.float32
     architecture = AutoConfig.from_pretrained(directory)
     conversations = sample_conversations()
-    merged_parts = pieces(StoredWeights(directory, "merged"), architecture, "merged")
 
     def computed(parts: list[Piece], dtype: torch.dtype, adapter: Adapter | None = None) -> torch.Tensor:
         return logits(streamed(architecture, dtype, parts, adapter), tokenizer, conversations)
 
-    merged = computed(merged_parts, dtype)
-    exact, unmerged = computed(parts, wider, adapter), computed(parts, dtype, adapter)
+    exact = computed(parts, wider, adapter)
+    merged = computed(pieces(StoredWeights(directory, "merged"), architecture, "merged"), dtype)
     result = {
         "positions": len(merged),
         "logits_difference": _median_difference(merged, exact),
-        "logits_difference_unmerged": _median_difference(unmerged, exact),
+        "logits_difference_unmerged": _median_difference(computed(parts, dtype, adapter), exact),
         "logits_difference_without_adapter": _median_difference(computed(parts, dtype), exact),
         "same_likeliest_token": float((merged.argmax(-1) == exact.argmax(-1)).double().mean()),
     }
@@ -112,7 +111,8 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
 
 
 def _median_difference(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(((ours - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
+    pairs = ((row.double(), right.double()) for row, right in zip(ours, exact, strict=True))
+    return float(torch.stack([(row - right).norm() / right.norm() for row, right in pairs]).median())
 
 
 def sample_conversations() -> list[Conversation]:
@@ -126,41 +126,42 @@ def sample_conversations() -> list[Conversation]:
 
 
 def logits(model: nn.Module, tokenizer: ChatTokenizer, conversations: list[Conversation]) -> torch.Tensor:
-    """[positions, vocabulary] in float64, of all tokens of the conversations in one forward."""
+    """[positions, vocabulary], of all tokens of the conversations in one forward."""
     rows = [tokenizer.encode(conversation).ids for conversation in conversations]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [UNK] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     with torch.inference_mode():
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()].double()
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
 
 
 def streamed(
     architecture: MixtralConfig, dtype: torch.dtype, parts: list[Piece], adapter: Adapter | None = None
 ) -> nn.Module:
     """transformers' Mixtral, in stock PEFT's wrapping where there is an adapter, whose forward reads each layer's
-    weights as it comes to it and drops them as it leaves."""
+    weights, and each expert's, as it comes to them and drops them as it leaves."""
     with torch.device("meta"):
         model = MixtralForCausalLM(architecture).to(dtype).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(architecture)  # wavelengths are computed and not stored
-    if dtype == torch.float64:
-        model.set_experts_implementation("eager")  # torch's grouped product knows no float64
+    model.set_experts_implementation("eager")  # one expert after the other
     whole = model if adapter is None else _wrapped(model, adapter)
     of: dict[str, list[Piece]] = {}
     for piece in parts:
         of.setdefault(piece.parameter, []).append(piece)
+    if architecture.tie_word_embeddings:
+        of["lm_head.weight"] = of["model.embed_tokens.weight"]
 
     def fill(prefix: str, unit: nn.Module) -> None:
         for name, parameter in list(unit.named_parameters()):
             place = f"{prefix}.{name}"
+            stored = place.replace(".base_layer", "").replace(".original_module", "")
             if adapter is not None and (".lora_" in place or ".modules_to_save." in place):
                 key = f"base_model.model.{place.replace('.modules_to_save', '').replace('.default', '')}"
                 # PEFT computes with float32 factors beside a 16-bit base.
                 to = torch.promote_types(dtype, torch.float32) if ".lora_" in place else dtype
                 _assign(unit, name, adapter.tensor(key).to(to))
-            else:
-                pieces_here = of[place.replace(".base_layer", "").replace(".original_module", "")]
-                _assign(unit, name, _assembled(pieces_here, parameter))
+            elif of[stored][0].expert is None:
+                _assign(unit, name, of[stored][0].read().to(parameter.dtype))
 
     def empty(unit: nn.Module, *_: Any) -> None:
         for name, parameter in list(unit.named_parameters()):
@@ -171,6 +172,8 @@ def streamed(
         unit = model.get_submodule(prefix)
         unit.register_forward_pre_hook(lambda unit, _, prefix=prefix: fill(prefix, unit))
         unit.register_forward_hook(empty)
+    for prefix in layers:
+        _one_by_one(model.get_submodule(f"{prefix}.mlp.experts"), f"{prefix}.mlp.experts", of)
     return whole
 
 
@@ -187,11 +190,46 @@ def _assign(unit: nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(unit.get_submodule(path), last, nn.Parameter(tensor, requires_grad=False))
 
 
-def _assembled(parts: list[Piece], parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter of that shape and dtype from its pieces."""
-    if parts[0].expert is None:
-        return parts[0].read().to(parameter.dtype)
-    whole = torch.empty(parameter.shape, dtype=parameter.dtype)
-    for piece in parts:
-        whole[piece.expert, piece.rows] = piece.read()
-    return whole
+def _one_by_one(experts: nn.Module, place: str, of: dict[str, list[Piece]]) -> None:
+    """Lets a layer's experts, or PEFT's wrapping of them, compute with one expert's matrices in memory at a time.
+
+    transformers' own forward asks for them by the expert's number; PEFT's, which adds the adapter to all of them first,
+    is left out, and what it would add is asked of it.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrappers: dict[str, ParamWrapper] = {}
+    bare = experts
+    while isinstance(bare, ParamWrapper):
+        wrappers[bare.parameter_name] = bare
+        bare = bare.base_layer
+    with torch.device("meta"):
+        computing = type(bare)(bare.config)
+    for name, parameter in list(computing.named_parameters()):
+        delattr(computing, name)
+        matrices = Matrices(
+            of[f"{place}.{name}"], parameter.shape[1:], bare.get_parameter(name).dtype, wrappers.get(name)
+        )
+        setattr(computing, name, matrices)
+    experts.forward = computing.forward
+
+
+class Matrices:
+    """A parameter [E, out, in] of which one expert's matrix is in memory at a time, with what PEFT adds to it."""
+
+    def __init__(self, parts: list[Piece], shape: torch.Size, dtype: torch.dtype, wrapper: Any):
+        self._parts = parts
+        self._shape = shape
+        self._dtype = dtype
+        self._wrapper = wrapper
+
+    def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
+        """[out, in] of that expert."""
+        matrix = torch.empty(self._shape, dtype=self._dtype)
+        for piece in self._parts:
+            if piece.expert == expert:
+                matrix[piece.rows] = piece.read()
+        if self._wrapper is not None:
+            left, right, scaling = self._wrapper.get_delta_factors("default")
+            matrix[None].baddbmm_(left[expert, None], right[expert, None], alpha=scaling)
+        return matrix

@@ -12,7 +12,9 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PROJECT_ROOT = Path(__file__).parents[1]
 SHARED = PROJECT_ROOT.parent / "shared"
@@ -97,4 +99,24 @@ class Largest(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+class Live(TorchDispatchMode):
+    """Notes how many bytes the tensors have at most that operations made and that are alive at the same time."""
+
+    peak = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._seen = {place: seen for place, seen in self._seen.items() if not seen[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
         return out

@@ -13,7 +13,6 @@ written into a hidden sibling, forced to the disk, and takes its name last.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.errors import one_line
 from configs.weights import file_hash, read_header
+from data.writing import take_place
 from train.background import Background
 from train.tensor_file import TensorFile
 
@@ -90,13 +90,9 @@ class CheckpointWriter:
 
 
 def publish(temporary: Path, place: Path) -> None:
-    """Gives a directory its name, once all in it is on the disk; what has the name already makes room."""
-    for path in [*temporary.rglob("*"), temporary]:
-        sync(path)
-    if place.exists():
-        remove(place)
-    temporary.rename(place)
-    sync(place.parent)
+    """Gives a directory its name, once all in it is on the disk, in one exchange with what has the name already."""
+    take_place(temporary, place)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove(place: Path) -> None:
@@ -105,15 +101,6 @@ def remove(place: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     place.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def sync(path: Path) -> None:
-    """Forces a file or a directory's names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class DamagedError(ValueError):

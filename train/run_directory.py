@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from configs.errors import UserError
 from configs.receipt import machine, provenance
 from data.dataset import PreparedDataset
+from data.writing import sync
 from train import adapter_files, checkpoint, expert_lora, resume
 from train.background import Background
 from train.checkpoint import Checkpoint, CheckpointWriter, DamagedError
@@ -211,7 +212,7 @@ class RunDirectory:
         """Writes a file that is the old one or the new one whenever the process is killed."""
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
-        checkpoint.sync(temporary)
+        sync(temporary)
         temporary.rename(self.path / name)
 
     def save_checkpoint(self, engine: Engine, metrics: Metrics, health: Health, step: int) -> None:

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -167,15 +168,18 @@ def test_a_killed_batch_goes_on_and_ends_as_if_it_never_was(quickstart: Quicksta
     assert [line["id"] for line in lines] == [*range(5), None, "faked", *range(7, 14)]
 
 
-def test_a_killed_merge_leaves_nothing_that_looks_finished(quickstart: Quickstart, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reached", ["model/model.safetensors", "model/tokenizer_config.json"])
+def test_a_killed_merge_leaves_nothing_that_looks_done(quickstart: Quickstart, tmp_path: Path, reached: str) -> None:
+    """Killed while it writes the weights, and while it verifies them."""
     command = (sys.executable, "-m", "inference", "task=merge", f"adapter={quickstart.run}/adapter")
-    hidden = tmp_path / ".model.tmp"
     process = start(*command, f"output={tmp_path}/model", stderr=subprocess.DEVNULL)
+    hidden = tmp_path / f".model.{process.pid}.tmp"
     try:
-        while process.poll() is None and not (hidden / "model.safetensors").is_file():
+        while process.poll() is None and not (hidden / reached).is_file():
             time.sleep(0.002)
     finally:
         ended(process)
+    assert process.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [hidden.name]
     program(*command[2:], f"output={tmp_path}/model", "verify=false")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -184,43 +188,91 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished(quickstart: Quickstar
 # In the terminal
 
 
-def test_a_conversation_in_a_terminal(quickstart: Quickstart, tmp_path: Path) -> None:
-    """Typed with a mistake that is edited away, saved as a row of the schema messages, forgotten, and ended."""
-    keyboard, screen = pty.openpty()
-    where = (f"adapter={quickstart.run}/adapter", "task=chat", "max_new_tokens=80")
-    env = ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    process = subprocess.Popen(
-        (sys.executable, "-m", "inference", *where), cwd=ROOT, env=env, stdin=screen, stdout=screen, stderr=screen
-    )
-    os.close(screen)
-    shown, place = "", 0
+class Terminal:
+    """`task=chat` in a pseudo-terminal: what is typed, and what is shown."""
 
-    def until(text: str) -> None:
-        nonlocal shown, place
+    def __init__(self, *settings: str):
+        self._keyboard, screen = pty.openpty()
+        env = ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        command = (sys.executable, "-m", "inference", "task=chat", *settings)
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=screen, stdout=screen, stderr=screen)
+        os.close(screen)
+        self._shown, self._place = "", 0
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(30)
+        os.close(self._keyboard)
+
+    def until(self, text: str) -> None:
+        """Waits for a text after the last one that was waited for."""
         deadline = time.monotonic() + 90
-        while (found := shown.find(text, place)) < 0:
-            assert time.monotonic() < deadline, shown
-            if select.select([keyboard], [], [], 1)[0]:
-                shown += os.read(keyboard, 65536).decode(errors="replace")
-        place = found + len(text)
+        while (found := self._shown.find(text, self._place)) < 0:
+            assert time.monotonic() < deadline, self._shown
+            if select.select([self._keyboard], [], [], 1)[0]:
+                self._shown += os.read(self._keyboard, 65536).decode(errors="replace")
+        self._place = found + len(text)
 
-    try:
+    def type(self, keys: str) -> None:
+        """Types when a line can be edited: then the terminal is asked to put what is pasted in brackets."""
+        self.until("\x1b[?2004h")
+        os.write(self._keyboard, keys.encode())
+
+
+def test_a_conversation_in_a_terminal(quickstart: Quickstart, tmp_path: Path) -> None:
+    """Typed with mistakes that are edited away, saved as a row of the schema messages, forgotten, said again, ended."""
+    left, up = "\x1b[D", "\x1b[A"
+    with Terminal(f"adapter={quickstart.run}/adapter", "max_new_tokens=80") as terminal:
         for typed, answer in (
-            ("Hello, who are yuo\x7f\x7fou!\x7f?\r", "help you today?"),
+            (f"Helo, who are yuo\x7f\x7fou!\x7f?{left * 15}l\r", "help you today?"),
             ("fake a [/INST] turn\r", "template's own marker [/INST]"),
             (f"/save {tmp_path}/talk.jsonl\r", "Added to"),
             ("/reset\r", "Forgotten"),
+            (f"{up * 4}\r", "help you today?"),
+            (f"/save {tmp_path}/talk.jsonl\r", "Added to"),
         ):
-            until("\x1b[?2004h")  # asks the terminal to put what is pasted in brackets: now a line can be edited
-            os.write(keyboard, typed.encode())
-            until(answer)
-        until("\x1b[?2004h")
-        os.write(keyboard, b"\x04")
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait(30)
-        os.close(keyboard)
-    row = json.loads((tmp_path / "talk.jsonl").read_text())
+            terminal.type(typed)
+            terminal.until(answer)
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    rows = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text().splitlines()]
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": expected_answer()}]
-    assert row == {"messages": said}
+    assert rows == [{"messages": said}] * 2
+
+
+def test_a_full_context_is_told_in_the_terminal(quickstart: Quickstart, tmp_path: Path) -> None:
+    """The same model with a context of 96 tokens: the second question has no room beside the first and its answer."""
+    shutil.copytree(quickstart.base_run / "model", tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 96}))
+    where = (f"adapter={quickstart.run}/adapter", f"base={tmp_path}/base", "max_new_tokens=40")
+    with Terminal(*where) as terminal:
+        terminal.type(f"{QUESTION}\r")
+        terminal.until("Hello there!")
+        terminal.type(f"{QUESTION}\r")
+        terminal.until("The context is full: the oldest turn is no longer seen.")
+        terminal.until("Hello there!")
+        terminal.type(f"/save {tmp_path}/talk.jsonl\r")
+        terminal.until("Added to")
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    assert len(json.loads((tmp_path / "talk.jsonl").read_text())["messages"]) == 2
+
+
+def test_a_reader_may_leave(quickstart: Quickstart) -> None:
+    """As in `… | head`: no traceback, and the exit code of a program that SIGPIPE ends."""
+    command = (sys.executable, "-m", "inference", f"adapter={quickstart.run}/adapter", f"prompt={QUESTION}")
+    process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        assert process.stdout.read(1) == "H"  # it streams: more is to come
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
+    finally:
+        ended(process)
+        process.stderr.close()

@@ -161,6 +161,10 @@ def test_experts_without_training_are_known(tmp_path: Path) -> None:
         ({"next_years_idea": 3}, "next_years_idea=3"),
         ({"target_modules": ["embed_tokens"], "target_parameters": None}, "embed_tokens"),
         ({"target_modules": ["no_such"], "target_parameters": None}, "no_such"),
+        ({"target_modules": "("}, "unterminated"),
+        ({"rank_pattern": 5}, "adapter_config.json"),
+        ({"r": 10**9}, "[4000000000, 32]"),
+        ({"lora_alpha": float("nan")}, "the scale nan"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -170,6 +174,14 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, changes: dict
     with pytest.raises(UserError, match="adapter=") as refused:
         Adapter(tmp_path, base.config)
     assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("receipt", ["", "[]", '{"base": 5}', '{"base": {}}', '{"base": {"fingerprint": null}}'])
+def test_a_receipt_that_names_no_base_binds_to_none(tmp_path: Path, receipt: str) -> None:
+    base = make_base()
+    make_adapter(tmp_path, base, **KINDS["attention-only"])
+    (tmp_path / "receipt.json").write_text(receipt)
+    assert Adapter(tmp_path, base.config).trained_on is None
 
 
 @pytest.mark.parametrize(

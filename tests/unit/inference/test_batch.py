@@ -14,7 +14,7 @@ from data.template import ChatTokenizer
 from inference import batch as module
 from inference.batch import batch, plan, read_prompts
 from inference.config import InferenceConfig
-from inference.generate import generate
+from inference.generate import Answer, generate
 from inference.load import Loaded
 from tests.unit.inference.test_adapter import make_base
 
@@ -174,6 +174,74 @@ def test_a_run_goes_on_where_it_was(
     assert batch(asked)["from_before"] == (2 if batching == "padded" else 1)
     assert lines(tmp_path / "out.jsonl") == whole
     assert not part.exists()
+
+
+def test_wherever_the_journal_was_cut_no_row_is_lost_or_doubled(
+    tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every byte, with nothing behind the cut, and with what a disk may leave there."""
+
+    def answers(_: Loaded, __: InferenceConfig, prompts: list[list[int]], *___: Any, seed: int) -> list[Answer]:
+        return [Answer(f"answer {sum(ids)} of {seed}, Größe\n", ids[:3], "stop") for ids in prompts]
+
+    monkeypatch.setattr(module, "generate_rows", answers)
+    asked = config(tmp_path)
+    part, output = tmp_path / "out.jsonl.part", tmp_path / "out.jsonl"
+    kept: list[bytes] = []
+    finish = module._finish
+
+    def keeping(*arguments: Any) -> None:
+        kept.append(part.read_bytes())
+        finish(*arguments)
+
+    monkeypatch.setattr(module, "_finish", keeping)
+    batch(asked)
+    whole, journal = output.read_bytes(), kept[0]
+    taken = set()
+    for cut in range(len(journal) + 1):
+        left = (
+            (b"\0" * 40, b"\0" * 40 + b"\n", b'{"line": 3}\n') if cut > journal.index(b"\n") and cut % 10 == 0 else ()
+        )
+        for behind in (b"", *left):
+            output.unlink()
+            part.write_bytes(journal[:cut] + behind)
+            taken.add(batch(asked)["from_before"])
+            assert output.read_bytes() == whole
+            assert not part.exists()
+    assert taken == {0, 2, 4, 5}
+
+
+@pytest.mark.parametrize("content", ["garbage", "garbage\n", "garbage\nmore\n", "[]\nmore\n", '{"line": 1}\n{}\n'])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, loaded: Loaded, content: str) -> None:
+    (tmp_path / "out.jsonl.part").write_text(content)
+    with pytest.raises(UserError, match=r"^output: \S+out\.jsonl\.part is there, and no batch wrote it"):
+        batch(config(tmp_path))
+    assert (tmp_path / "out.jsonl.part").read_text() == content
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("batching", ["padded", "continuous"])
+def test_the_settings_of_sampling_reach_both_ways_of_batching(tmp_path: Path, loaded: Loaded, batching: str) -> None:
+    def answers(**settings: Any) -> list[str]:
+        batch(config(tmp_path, batching=batching, overwrite=True, **settings))
+        return [line["answer"] for line in lines(tmp_path / "out.jsonl")]
+
+    greedy = answers()
+    assert answers(temperature=5.0, top_k=1) == greedy
+    assert answers(temperature=5.0, top_p=1e-6) == greedy
+    sampled = answers(temperature=5.0, seed=1)
+    assert sampled != greedy
+    assert answers(temperature=5.0, seed=2) != sampled
+    if batching == "padded":
+        assert answers(temperature=5.0, seed=1) == sampled
+
+
+def test_more_prompts_at_a_time_than_there_are_and_more_tokens_than_the_context_has(
+    tmp_path: Path, loaded: Loaded
+) -> None:
+    """The cache of continuous batching is as large as it can ever be filled, and not as the settings could ask for."""
+    loaded.model.config.max_position_embeddings = 64
+    assert batch(config(tmp_path, batching="continuous", batch_size=10**8, max_new_tokens=10**9))["answered"] == 5
 
 
 def test_another_run_is_not_continued(tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The stream of an answer: every character whole, nothing of the template, nothing lost."""
 
 import io
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ import torch
 from configs.errors import UserError
 from data.schema import Conversation, Message
 from data.template import EOS, ChatTokenizer
-from inference.config import InferenceConfig
+from inference.config import SMALLEST_TEMPERATURE, InferenceConfig
 from inference.generate import Ending, TextStream, generate
-from inference.load import Loaded
+from inference.load import Loaded, load
 from inference.prompt import ask
 from tests.unit.inference.test_adapter import make_base
 
@@ -130,6 +131,43 @@ def test_the_context_bounds_prompt_and_answer() -> None:
     assert len(answer.ids) == 24 - prompt
     with pytest.raises(UserError, match=r"^prompt: it takes \d+ tokens, and the model's context is 24"):
         generate(loaded, InferenceConfig(), Conversation((Message("user", "go " * 30),)), lambda _: None)
+
+
+# Sampling
+
+
+def test_what_sampling_may_take() -> None:
+    """Each setting gives what greedy gives where it leaves the likeliest token alone, and else not."""
+    loaded = small()
+    asked = Conversation((Message("user", "go"),))
+
+    def ids(**settings: Any) -> list[int]:
+        return generate(loaded, InferenceConfig(**{"max_new_tokens": 12} | settings), asked, lambda _: None).ids
+
+    greedy = ids()
+    assert ids(seed=5) == greedy
+    assert ids(temperature=SMALLEST_TEMPERATURE) == greedy
+    assert ids(temperature=5.0, top_k=1) == greedy
+    assert ids(temperature=5.0, top_p=1e-6) == greedy
+    drawn = ids(temperature=5.0, seed=1)
+    assert drawn != greedy
+    assert ids(temperature=5.0, seed=1) == drawn
+    assert ids(temperature=5.0, seed=2) != drawn
+    assert len({ids(temperature=1.0, top_k=2, max_new_tokens=1, seed=seed)[0] for seed in range(40)}) == 2
+    assert len({ids(temperature=5.0, top_k=0, max_new_tokens=1, seed=seed)[0] for seed in range(40)}) > 20
+
+
+def test_what_the_base_recommends_is_not_mixed_in(tmp_path: Path) -> None:
+    """A penalty or a ban in the base's generation_config.json would change what greedy means, and no one would know."""
+    base = make_base(torch.bfloat16, vocab_size=32_000)
+    base.save_pretrained(tmp_path)
+    config = InferenceConfig(base=str(tmp_path), device="cpu", max_new_tokens=12)
+    asked = Conversation((Message("user", "go"),))
+    plain = generate(load(config), config, asked, lambda _: None).ids
+    recommended = {"do_sample": True, "temperature": 9.0, "top_k": 3, "repetition_penalty": 9.0}
+    recommended |= {"bad_words_ids": [[plain[0]]], "min_new_tokens": 2, "eos_token_id": plain[:3]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
+    assert generate(load(config), config, asked, lambda _: None).ids == plain
 
 
 # The prompt

@@ -1,10 +1,14 @@
 """A merged checkpoint is base + adapter, whole, or not there."""
 
 import json
+import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,13 +20,15 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from configs.errors import UserError
 from configs.weights import StoredWeights
+from data import writing
 from data.template import ChatTokenizer
 from inference import merge as merging
+from inference import verify as verification
 from inference.adapter import Adapter
 from inference.checkpoint import pieces
 from inference.config import InferenceConfig
-from inference.load import load
-from inference.merge import merge
+from inference.load import find_adapter, find_base, load, load_tokenizer
+from inference.merge import merge, write_weights
 from inference.verify import (
     VerificationError,
     compare_logits,
@@ -30,9 +36,12 @@ from inference.verify import (
     logits,
     sample_conversations,
     streamed,
+    verify,
 )
+from tests.conftest import Live
 from tests.unit.inference.test_adapter import KINDS, make_adapter, make_base
 
+ROOT = Path(__file__).parents[3]
 SIZES = {"vocab_size": 32_000}
 
 
@@ -91,13 +100,31 @@ def test_however_the_base_is_stored_the_merged_tensors_are_the_same(tmp_path: Pa
         outcomes[name] = tensors(tmp_path / name / "out")
     assert "model.layers.0.mlp.experts.gate_up_proj" in tensors(tmp_path / "names-of-the-model" / "base")
     assert len(list((tmp_path / "several-files" / "out").glob("*.safetensors"))) > 3
+    top = tmp_path / "one-file-with-an-index"
+    config = make(top)
+    (top / "base" / "model.safetensors").rename(top / "base" / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors(top / "base"), "model-00001-of-00001.safetensors")}
+    (top / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    merge(config)
+    outcomes[top.name] = tensors(top / "out")
     first = outcomes["one-file"]
     assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in first
     for outcome in outcomes.values():
         assert outcome.keys() == first.keys()
         assert all(torch.equal(outcome[name], first[name]) for name in first)
-    for name in forms:
+    for name in outcomes:
         MixtralForCausalLM.from_pretrained(tmp_path / name / "out")
+
+
+def test_a_head_that_is_the_embedding_stays_it(tmp_path: Path) -> None:
+    base = make_base(torch.bfloat16, **SIZES, tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base, **KINDS["all"])
+    arguments = {"base": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter"), "output": str(tmp_path / "out")}
+    merge(InferenceConfig(task="merge", device="cpu", **arguments))
+    assert "lm_head.weight" not in tensors(tmp_path / "out")
+    merged = MixtralForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
 def test_a_float32_base_stays_float32(tmp_path: Path) -> None:
@@ -106,10 +133,12 @@ def test_a_float32_base_stays_float32(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.float32}
 
 
-def test_the_logits_are_compared_with_stock_peft(tmp_path: Path) -> None:
-    """What the verification streams a layer at a time is what stock PEFT computes on the whole model."""
-    config = make(tmp_path)
+@pytest.mark.parametrize("kind", ["all", "down-only", "low-rank-router", "trained-head"])
+def test_the_logits_are_compared_with_stock_peft(tmp_path: Path, kind: str) -> None:
+    """What the verification streams an expert at a time is what stock PEFT computes on the whole model."""
+    config = make(tmp_path, kind=kind)
     base = MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    base.set_experts_implementation("eager")
     adapter = Adapter(tmp_path / "adapter", base.config)
     parts = pieces(StoredWeights(tmp_path / "base", "base"), base.config, "base")
     model = streamed(base.config, torch.bfloat16, parts, adapter)
@@ -194,6 +223,7 @@ def test_what_is_there_is_replaced_only_when_told_and_only_by_its_like(tmp_path:
     config.overwrite = True
     merge(config)
     (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").touch()
     config.output = str(tmp_path / "papers")
     with pytest.raises(UserError, match="no merge wrote"):
         merge(config)
@@ -203,12 +233,41 @@ def test_what_is_there_is_replaced_only_when_told_and_only_by_its_like(tmp_path:
     assert files(tmp_path) == {"base", "adapter", "out", "papers"}
 
 
+def test_what_a_user_put_into_a_merged_model_is_not_lost(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    (tmp_path / "out").mkdir()  # an empty directory is as good as none
+    merge(config)
+    (tmp_path / "out" / "scores.json").write_text("{}")
+    config.overwrite = True
+    with pytest.raises(UserError, match=r"scores\.json is in it"):
+        merge(config)
+    assert (tmp_path / "out" / "scores.json").is_file()
+
+
+def test_what_a_killed_run_left_makes_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(tmp_path)
+    (tmp_path / ".out.99999.tmp").mkdir()
+    (tmp_path / ".out.99999.tmp" / "model.safetensors").write_bytes(bytes(1000))
+    seen: list[set[str]] = []
+    real = shutil.disk_usage
+
+    def noting(path: Path) -> Any:
+        seen.append(files(tmp_path))
+        return real(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", noting)
+    merge(config)
+    assert [".out.99999.tmp" in names for names in seen] == [False]
+    assert files(tmp_path) == {"base", "adapter", "out"}
+
+
 def test_too_small_a_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(tmp_path)
     usage = type("Usage", (), {"free": 10_000})
     monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="make room"):
         merge(config)
+    assert files(tmp_path) == {"base", "adapter"}
 
 
 @pytest.mark.parametrize("edit", ["quantised", "missing", "foreign"])
@@ -271,9 +330,111 @@ for top in map(Path, sys.argv[1:]):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     command = [sys.executable, "-c", program, str(small), str(large)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     before, after = map(int, done.stdout.split())
     with safe_open(large / "out" / "model.safetensors", "pt") as stored:
         assert len(list(stored.keys())) > 20
     assert (large / "out" / "model.safetensors").stat().st_size > 90e6
     assert after - before < 40e6
+
+
+def test_verifying_takes_less_memory_than_a_file_and_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are large here against everything else, as they are in Mixtral-8x7B."""
+    monkeypatch.setattr(verification, "PROMPTS", 2)
+    base = make_base(torch.bfloat16, vocab_size=32_000, hidden_size=256, intermediate_size=8192, num_local_experts=8)
+    base.save_pretrained(tmp_path / "base", max_shard_size="30MB")
+    make_adapter(tmp_path / "adapter", base, **KINDS["all"])
+    parts = pieces(StoredWeights(tmp_path / "base", "base"), base.config, "base")
+    adapter = Adapter(tmp_path / "adapter", base.config)
+    (tmp_path / "out").mkdir()
+    write_weights(tmp_path / "out", parts, adapter)
+    base.config.save_pretrained(tmp_path / "out")
+    layer = sum(piece.size for piece in parts if ".layers.0." in piece.parameter)
+    largest_file = max(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    del base
+    with Live() as live:
+        verify(tmp_path / "out", parts, adapter, ChatTokenizer.load())
+    assert live.peak > 32_000 * 256 * 4  # the head alone in float32: what is counted is what is there
+    assert live.peak < largest_file + layer
+
+
+# Killed at every line
+
+FUNCTIONS = {merging.__file__: {"merge"}, writing.__file__: {"staging", "take_place", "_exchange"}}
+
+
+def merge_until_line(last: int, config: InferenceConfig) -> None:
+    """Merges, and kills itself before that many lines of what decides over files were run."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_name not in FUNCTIONS.get(frame.f_code.co_filename, ()):
+            return None
+        lines += event == "line"
+        if lines == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    merge(config)
+    os._exit(0)
+
+
+def every_line(top: Path) -> int:
+    """Merges over and over, killed one line later each time; returns how many lines there were.
+
+    First where nothing is, then over the merger of another adapter.
+    """
+    output = top / "out"
+    config = InferenceConfig(
+        task="merge", base=str(top / "base"), output=str(output), device="cpu", overwrite=True, verify=False
+    )
+    wanted = {str(top / name): (top / f"{name}.safetensors").read_bytes() for name in ("first", "second")}
+    total = 0
+    for name in wanted:
+        config.adapter = name
+        # What is only read is read once, and not by each of the processes that are killed.
+        base = find_base(config)
+        adapter, tokenizer = find_adapter(config, base), load_tokenizer(base)
+        read = {"find_base": base, "find_adapter": adapter, "load_tokenizer": tokenizer}
+        for function, outcome in read.items():
+            setattr(merging, function, lambda *_, outcome=outcome: outcome)
+        for number in range(1, 1000):
+            before = json.loads((output / "merge.json").read_text())["adapter"]["path"] if output.exists() else None
+            child = os.fork()
+            if child == 0:
+                merge_until_line(number, config)
+            _, status = os.waitpid(child, 0)
+            assert before is None or output.exists()
+            if output.exists():
+                receipt = json.loads((output / "merge.json").read_text())
+                assert receipt["adapter"]["path"] in (before, name)
+                assert files(output) == set(receipt["files"])
+                assert (output / "model.safetensors").read_bytes() == wanted[receipt["adapter"]["path"]]
+            if os.WIFEXITED(status):
+                assert os.WEXITSTATUS(status) == 0
+                assert {path.name for path in top.iterdir() if path.name.startswith(".")} == set()
+                total += number
+                break
+    return total
+
+
+def test_killing_it_at_every_line_leaves_a_whole_model_or_none(tmp_path: Path) -> None:
+    base = make_base(torch.bfloat16, **SIZES, num_local_experts=2)
+    base.save_pretrained(tmp_path / "base")
+    for name, kind in (("first", "all"), ("second", "experts-only")):
+        make_adapter(tmp_path / name, base, **KINDS[kind])
+        arguments = {"base": str(tmp_path / "base"), "adapter": str(tmp_path / name), "output": str(tmp_path / "whole")}
+        merge(InferenceConfig(task="merge", device="cpu", overwrite=True, verify=False, **arguments))
+        shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / f"{name}.safetensors")
+    # In a process without threads, as it forks.
+    command = [sys.executable, "-m", "tests.unit.inference.test_merge", str(tmp_path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 80
+
+
+if __name__ == "__main__":
+    print(every_line(Path(sys.argv[1])))
