@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
+from rich.table import Table
 
 from train import checkpoint
-from train.checkpoint import Checkpoint
+from train.checkpoint import Checkpoint, DamagedError
 from train.guardian import PLACE
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,40 @@ Settings = dict[str, str]
 
 class FailedError(Exception):
     """Something did not go as it has to; the text says what."""
+
+
+def require(holds: object, told: str) -> None:
+    """Raises `FailedError` with what is told unless it holds."""
+    if not holds:
+        raise FailedError(told)
+
+
+def attempt(name: str, trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a trial found, with its name, and why it `failed`, or None."""
+    try:
+        return {"trial": name, **trial(), "failed": None}
+    except (FailedError, DamagedError, OSError, subprocess.SubprocessError) as error:
+        return {"trial": name, "failed": f"{type(error).__name__}: {error}"}
+
+
+def report(title: str, trials: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Prints a table of trials, and what repeats those that failed; the figures."""
+    columns = list(dict.fromkeys(key for trial in trials for key in trial if key != "failed"))
+    table = Table(*columns, "", title=title)
+    for trial in trials:
+        cells = [_shown(trial.get(column, "")) for column in columns]
+        table.add_row(*cells, "FAILED" if trial["failed"] else "ok")
+    console = Console(width=160)
+    console.print(table)
+    failed = [f"{trial['trial']}: {trial['failed']}" for trial in trials if trial["failed"]]
+    for told in failed:
+        console.print(f"Failed (--seed {seed}): {told}", style="bold red", markup=False)
+    console.print(f"{len(trials) - len(failed)} of {len(trials)} went as they have to")
+    return {"seed": seed, "trials": trials, "failed": failed}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +189,22 @@ class Workplace:
         if not (run / "receipt.json").exists():
             self.finish(run, processes, forked=False, **changed)
         return run
+
+    def interrupted(self, name: str, step: int, processes: int = 1, **changed: str) -> Path:
+        """A run that was asked to stop after a step, with its checkpoints; made once for each name."""
+        run = self.scratch / name
+        if not run.exists():
+            launch = self.launch(run, processes, **changed)
+            launch.until(lambda: launch.has_begun and last_step(run) >= step)
+            for pid in launch.ranks().values():
+                kill(pid, signal.SIGTERM)
+            codes = launch.wait()
+            require(set(codes) == {75}, f"a run that was asked to stop ended with {codes}:\n{launch.said()}")
+        return run
+
+    def copy(self, run: Path, name: str) -> Path:
+        """A copy of a run, to be damaged."""
+        return Path(shutil.copytree(run, self.scratch / name))
 
     def end_all(self) -> None:
         """Leaves no process behind."""
