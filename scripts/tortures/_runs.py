@@ -41,8 +41,7 @@ SETTINGS = {
     "hardware": "cpu",
     "logging": "quiet",
     "max_steps": str(STEPS),
-    "global_batch": "4",
-    "micro_batch": "2",
+    "global_batch": "2",
     "save_every": "2",
     "eval_every": "6",
     "lora.rank": "4",
@@ -56,8 +55,18 @@ CLOCK = {"tokens_per_second", "memory_gib", "checkpoint_paused_seconds", "checkp
 """What metrics.jsonl says of time and memory; all else must be equal."""
 PATIENCE = 240.0
 """Seconds after which a launch that has not ended counts as one that hangs."""
-FORKED = (f"{__package__}._runs", "train.run", "deepspeed", "transformers.models.mixtral.modeling_mixtral", "peft")
-"""What the fork server imports."""
+FORKED = (
+    f"{__package__}._runs",
+    "train.run",
+    "transformers.models.mixtral.modeling_mixtral",
+    "peft",
+    "datasets",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._inductor.compile_fx",
+    "hydra._internal.core_plugins.basic_launcher",
+    "networkx",
+)
+"""What the fork server imports: all that a run does that takes long."""
 MARK = "TORTURED_LAUNCH"
 """The environment variable by which processes of a launch are found."""
 
@@ -236,7 +245,8 @@ class Launch:
         self._metrics = _inode(run / "metrics.jsonl")
         port = _free_port()
         if forked:
-            os.environ.update(ENVIRONMENT)  # of the server, which starts with the first process
+            # Of the server, which starts with the first process: it imports this checkout, wherever it is started.
+            os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]))
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(list(FORKED))
             for rank in range(processes):
@@ -384,7 +394,7 @@ class Launch:
         while self.running:
             if condition():
                 return True
-            time.sleep(0.0005)
+            time.sleep(0.001)
         return False
 
     def writes(self) -> set[tuple[str, int]]:
@@ -402,6 +412,7 @@ def _trainer(arguments: list[str], environment: dict[str, str], log: str) -> Non
     sys.argv = ["python -m train", *arguments]
     from train import run
 
+    assert Path(run.__file__).is_relative_to(ROOT), run.__file__
     run.main()
 
 

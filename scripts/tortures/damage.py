@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         random = _runs.generator("damage", options.seed)
         everything = [*of_files(newest, options.flips, random), *of_tensors(newest)]
         trials = [
-            _runs.attempt(f"{kind}: {what}", lambda damage=damage: noticed(newest, place.scratch / "damaged", damage))
+            _runs.attempt(f"{kind}: {what}", partial(noticed, newest, place.scratch / "damaged", damage))
             for kind, what, damage in everything
         ]
         kinds = {kind: [trial for trial in trials if trial["trial"].startswith(kind)] for kind, _, _ in everything}
@@ -71,12 +72,12 @@ def of_files(newest: Path, flips: int, random: Random) -> Iterator[tuple[str, st
     for name in _names(newest):
         size = (newest / name).stat().st_size
         for kind, left in (("cut in half", size // 2), ("one byte short", size - 1), ("empty", 0)):
-            yield kind, name, lambda place, name=name, left=left: _cut(place / name, left)
-        yield "one byte more", name, lambda place, name=name: _append(place / name)
-        yield "deleted", name, lambda place, name=name: _delete(place / name)
+            yield kind, name, partial(_cut, name=name, left=left)
+        yield "one byte more", name, partial(_append, name=name)
+        yield "deleted", name, partial(_delete, name=name)
         for _ in range(flips):
             bit = random.randrange(8 * size)
-            yield "bit flipped", f"{name} bit {bit}", lambda place, name=name, bit=bit: _flip(place / name, bit)
+            yield "bit flipped", f"{name} bit {bit}", partial(_flip, name=name, bit=bit)
 
 
 def of_tensors(newest: Path) -> Iterator[tuple[str, str, Damage]]:
@@ -146,8 +147,8 @@ def resume_each(
         for number, (kind, what, damage) in enumerate(chosen)
     ]
     ways = [damage for _, _, damage in random.sample(chosen, 2)]
-    trials.append(_runs.attempt("the newest two", lambda: resumed(place, stopped, whole, "damaged-two", ways)))
-    trials.append(_runs.attempt("all", lambda: refused(place, stopped, [chosen[0][2]] * 3)))
+    trials.append(_runs.attempt("the newest two", partial(resumed, place, stopped, whole, "damaged-two", ways)))
+    trials.append(_runs.attempt("all", partial(refused, place, stopped, [chosen[0][2]] * 3)))
     return trials
 
 
@@ -198,28 +199,28 @@ def _names(newest: Path) -> list[str]:
     return sorted(str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file())
 
 
-def _cut(path: Path, left: int) -> str:
-    with path.open("r+b") as file:
+def _cut(place: Path, name: str, left: int) -> str:
+    with (place / name).open("r+b") as file:
         file.truncate(left)
-    return path.name
+    return name
 
 
-def _append(path: Path) -> str:
-    with path.open("ab") as file:
+def _append(place: Path, name: str) -> str:
+    with (place / name).open("ab") as file:
         file.write(b" ")
-    return path.name
+    return name
 
 
-def _delete(path: Path) -> str:
-    path.unlink()
-    return path.name
+def _delete(place: Path, name: str) -> str:
+    (place / name).unlink()
+    return name
 
 
-def _flip(path: Path, bit: int) -> str:
-    content = bytearray(path.read_bytes())
+def _flip(place: Path, name: str, bit: int) -> str:
+    content = bytearray((place / name).read_bytes())
     content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-    return path.name
+    (place / name).write_bytes(content)
+    return name
 
 
 def _edit(place: Path, file: str, name: str, edit: Callable[[dict[str, torch.Tensor], str], object], told: str) -> str:
