@@ -194,7 +194,7 @@ class Workplace:
     def reference(self, processes: int, **changed: str) -> Path:
         """A run that nothing happens to, by the command that a user types; made once for the same settings."""
         name = "-".join(["whole", str(processes), *(f"{key}={value}" for key, value in sorted(changed.items()))])
-        run = self.scratch / re.sub(r"[^\w=.-]", "_", name)
+        run = self.scratch / re.sub(r"[^\w.-]", "_", name)
         if not (run / "receipt.json").exists():
             self.finish(run, processes, forked=False, **changed)
         return run
