@@ -9,6 +9,7 @@ the program's `main`, and dies of real signals; with two, RANK and the like are 
 import argparse
 import contextlib
 import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -53,6 +54,8 @@ SETTINGS = {
 interrupted too."""
 CLOCK = {"tokens_per_second", "memory_gib", "checkpoint_paused_seconds", "checkpoint_seconds"}
 """What metrics.jsonl says of time and memory; all else must be equal."""
+FOR_THE_RECORD = {"receipt.json", "train_config.yaml"}
+"""Files of a result that tell when and where it was made."""
 PATIENCE = 240.0
 """Seconds after which a launch that has not ended counts as one that hangs."""
 FORKED = (
@@ -141,6 +144,8 @@ class Workplace:
     scratch: Path
     keep: bool = False
     """Whether the directory is worth looking at."""
+    typed: bool = True
+    """Whether the runs to compare with are made by the command that a user types, or forked too."""
     launches: list["Launch"] = field(default_factory=list)
 
     @property
@@ -192,11 +197,11 @@ class Workplace:
         return launch
 
     def reference(self, processes: int, **changed: str) -> Path:
-        """A run that nothing happens to, by the command that a user types; made once for the same settings."""
+        """A run that nothing happens to; made once for the same settings."""
         name = "-".join(["whole", str(processes), *(f"{key}={value}" for key, value in sorted(changed.items()))])
         run = self.scratch / re.sub(r"[^\w.-]", "_", name)
         if not (run / "receipt.json").exists():
-            self.finish(run, processes, forked=False, **changed)
+            self.finish(run, processes, forked=not self.typed, **changed)
         return run
 
     def interrupted(self, name: str, step: int, processes: int = 1, **changed: str) -> Path:
@@ -475,9 +480,10 @@ def difference(run: Path, whole: Path) -> str | None:
             return f"{run}: metrics.jsonl has {mine}, and {whole} has {other}"
     if len(ours) != len(theirs):
         return f"{run}: metrics.jsonl has {len(ours)} lines, and {whole} has {len(theirs)}"
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        if (run / "adapter" / name).read_bytes() != (whole / "adapter" / name).read_bytes():
-            return f"{run}: adapter/{name} has other bytes than that of {whole}"
+    for path in [*whole.glob("adapter/adapter_*"), *whole.glob("model/*")]:
+        name = path.relative_to(whole)
+        if path.name not in FOR_THE_RECORD and (run / name).read_bytes() != path.read_bytes():
+            return f"{run}: {name} has other bytes than that of {whole}"
     return None
 
 
@@ -517,10 +523,11 @@ def _typed(*command: str) -> None:
 
 
 def _reader(page: Path) -> Callable[[], tuple[int, str]]:
-    file = page.open("rb", buffering=0)
+    with page.open("rb") as file:
+        shared = mmap.mmap(file.fileno(), PLACE.size, access=mmap.ACCESS_READ)
 
     def read() -> tuple[int, str]:
-        step, _, _, phase = PLACE.unpack(os.pread(file.fileno(), PLACE.size, 0))
+        step, _, _, phase = PLACE.unpack_from(shared)
         return step, phase.rstrip(b"\0").decode(errors="replace")
 
     return read

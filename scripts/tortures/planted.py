@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def everything(place: Workplace) -> dict[str, Callable[[], dict[str, Any]]]:
     """All trials by their names."""
     trials: dict[str, Callable[[], dict[str, Any]]] = {
-        f"a careless program: {kind}": partial(_careless, place, kind, program) for kind, program in CARELESS.items()
+        f"a careless program: {kind}": partial(careless, place, kind, program) for kind, program in CARELESS.items()
     }
     for trial in TRIALS:
         name = trial.__name__.replace("_", " ")
@@ -410,7 +410,8 @@ def looking_at_rows_beside_plants(garden: Garden) -> dict[str, Any]:
     return garden.type("data", "task=report", f"output={rows}", expect=0)
 
 
-TRIALS: tuple[Callable[[Garden], dict[str, Any]], ...] = (
+Trial = Callable[[Garden], dict[str, Any]]
+TRIALS: tuple[Trial, ...] = (
     resuming_beside_everything,
     a_run_with_latest_in_it,
     a_checkpoint_whose_tensors_are_a_pickle,
@@ -441,7 +442,7 @@ TRIALS: tuple[Callable[[Garden], dict[str, Any]], ...] = (
 )
 
 
-def _careless(place: Workplace, kind: str, program: str) -> dict[str, Any]:
+def careless(place: Workplace, kind: str, program: str) -> dict[str, Any]:
     """The plants do work: a program that trusts them makes the canary."""
     garden = Garden(place, place.scratch / "gardens" / f"careless-{kind}")
     garden.top.mkdir(parents=True)

@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             way, name = ORDER[number % len(ORDER)], signal.SIGTERM if random.random() < 0.6 else signal.SIGINT
             if way == "the launcher" and number // len(ORDER) % 2:
                 way = "the launcher of the machine"
-            trial = partial(asked_once, place, place.scratch / f"asked-{number}", way, name, random)
+            run_dir, after = place.scratch / f"asked-{number}", random.randint(1, 3)
+            trial = partial(asked_once, place, run_dir, way, name, random, after)
             trials.append(_runs.attempt(f"{name.name} to {way}", trial))
         trials += [
             _runs.attempt("SIGTERM while starting", partial(while_starting, place, random)),
@@ -102,12 +103,18 @@ ORDER = ("all", "one", "all", "one, under the launcher", "all", "the launcher", 
 
 
 def asked_once(
-    place: Workplace, run: Path, way: str, number: signal.Signals, random: Random, settings: dict[str, str] = LONG
+    place: Workplace,
+    run: Path,
+    way: str,
+    number: signal.Signals,
+    random: Random,
+    after: int,
+    settings: dict[str, str] = LONG,
 ) -> dict[str, Any]:
-    """One launch that is asked to stop in the middle of a step, and one that finishes the run."""
+    """One launch that is asked to stop in the middle of the step `after` this, and one that finishes the run."""
     send, forked = WAYS[way]
     whole = place.reference(2, **settings)
-    after, fraction = random.randint(1, 3), random.random()
+    fraction = random.random()
     launch = place.launch(run, 2, forked=forked, **settings)
     require(
         launch.until(lambda: launch.has_begun and _runs.last_step(run) >= after), f"it ended early:\n{launch.said()}"
