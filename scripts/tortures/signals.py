@@ -17,9 +17,9 @@ from typing import Any
 from . import _runs
 from ._runs import Launch, Workplace, require
 
-LONG = {"max_steps": "6", "global_batch": "32", "save_every": "0", "eval_every": "2", "epochs": "20"}
+LONG = {"max_steps": "4", "global_batch": "24", "save_every": "0", "eval_every": "2", "epochs": "20"}
 """Steps of a second or a few."""
-LONGER = {"max_steps": "3", "global_batch": "160", "save_every": "1", "eval_every": "0", "epochs": "20"}
+LONGER = {"max_steps": "3", "global_batch": "100", "save_every": "1", "eval_every": "0", "epochs": "20"}
 """Steps that outlive a second signal and a short grace period."""
 PREEMPTED, PEER_LOST, TERMINATED = 75, 76, 128 + signal.SIGTERM
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             way, name = ORDER[number % len(ORDER)], signal.SIGTERM if random.random() < 0.6 else signal.SIGINT
             if way == "the launcher" and number // len(ORDER) % 2:
                 way = "the launcher of the machine"
-            run_dir, after = place.scratch / f"asked-{number}", random.randint(1, 3)
+            run_dir, after = place.scratch / f"asked-{number}", random.randint(1, 2)
             trial = partial(asked_once, place, run_dir, way, name, random, after)
             trials.append(_runs.attempt(f"{name.name} to {way}", trial))
         trials += [

@@ -55,17 +55,18 @@ def test_it_never_starts_over_silently(runs: Workplace, stopped: Path) -> None:
     damage.refused(runs, stopped, [empty] * 3)
 
 
-def test_on_another_number_of_processes_the_losses_are_the_same(runs: Workplace, stopped: Path) -> None:
+def test_on_another_number_of_processes_the_losses_are_the_same(runs: Workplace) -> None:
     exact = {"model.dtype": "float32", "max_steps": "12"}
-    whole = runs.reference(1, **exact)
     run = runs.interrupted("stopped-on-one", 5, **exact)
-    assert runs.finish(run, 2, **exact).resumed_step == _runs.last_step(runs.interrupted("stopped-on-one", 5, **exact))
-    ours, theirs = _runs.record(run), _runs.record(whole)
+    last = _runs.last_step(run)
+    assert runs.finish(run, 2, **exact).resumed_step == last < 12
+    ours, theirs = _runs.record(run), _runs.record(runs.reference(1, **exact))
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
-        for name in ("loss", "evaluation_loss", "gradient_norm"):
-            if name in other:
-                assert math.isclose(mine[name], other[name], rel_tol=1e-5), (name, mine, other)
+        for name in {"loss", "evaluation_loss"} & other.keys():
+            assert math.isclose(mine[name], other[name], rel_tol=1e-5), (mine, other)
+    supervised = [line["supervised_tokens"] for line in theirs if "loss" in line]
+    assert [line["supervised_tokens"] for line in ours if "loss" in line] == supervised
 
 
 def test_training_in_full_resumes_exactly(runs: Workplace) -> None:
