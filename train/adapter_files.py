@@ -42,11 +42,10 @@ def write(
         tensors: the trained parameters, whole, by our names.
         adapters: those of the model's experts.
     """
-    from peft import LoraConfig as PeftConfig
-
     largest = _largest(adapters)
     save_file(to_peft(lora, tensors, adapters), directory / WEIGHTS, metadata={"format": "pt"})
-    PeftConfig(
+    _save(
+        directory,
         **_of_base(model),
         r=largest or lora.rank,
         rank_pattern=dict.fromkeys(lora.attention, lora.rank) if largest not in (0, lora.rank) else {},
@@ -55,7 +54,16 @@ def write(
         target_modules=list(lora.attention),
         target_parameters=[f"mlp.experts.{projection}" for projection in lora.projections] if largest else None,
         modules_to_save=["gate"] if lora.router == "trained" else None,
-    ).save_pretrained(str(directory))
+    )
+
+
+def _save(directory: Path, **settings: Any) -> None:
+    """adapter_config.json, the same bytes for the same settings."""
+    from peft import LoraConfig as PeftConfig
+
+    config = PeftConfig(**settings)
+    config.target_modules = sorted(settings["target_modules"])  # PEFT makes a set of them, in an order that varies
+    config.save_pretrained(str(directory))
 
 
 def _of_base(model: ModelConfig) -> dict[str, Any]:
@@ -137,8 +145,6 @@ def write_per_expert(
 ) -> None:
     """Writes the same adapter with a key for each expert's w1 (gate), w3 (up) and w2 (down), as Mixtral's own files
     name its weights; all at one rank. The arguments are those of `write`."""
-    from peft import LoraConfig as PeftConfig
-
     stored = {
         _plain_key(name): tensor.contiguous() for name, tensor in tensors.items() if not _block_of(name, adapters)
     }
@@ -153,7 +159,8 @@ def write_per_expert(
     save_file(stored, directory / WEIGHTS, metadata={"format": "pt"})
     largest = _largest(adapters)
     of_experts = [name for name in ("w1", "w2", "w3") if any(f".{name}.lora_A" in key for key in stored)]
-    PeftConfig(
+    _save(
+        directory,
         **_of_base(model),
         r=largest or lora.rank,
         rank_pattern=dict.fromkeys(lora.attention, lora.rank) if largest not in (0, lora.rank) else {},
@@ -161,7 +168,7 @@ def write_per_expert(
         use_rslora=lora.rank_stabilised,
         target_modules=[*lora.attention, *of_experts],
         modules_to_save=["gate"] if lora.router == "trained" else None,
-    ).save_pretrained(str(directory))
+    )
 
 
 def read(

@@ -199,7 +199,8 @@ class RunDirectory:
     def _create(self) -> str | None:
         try:
             if self.path.exists() and not self._resumes:
-                shutil.rmtree(self.path.resolve())
+                for old in list(self.path.iterdir()):  # not the directory itself, which may be where a disk is mounted
+                    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self.path)
             settings = OmegaConf.create(resume.settings(self.config))

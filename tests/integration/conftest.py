@@ -5,11 +5,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from scripts.tortures._runs import Workplace
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,3 +90,12 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
         "logging=default",  # a progress bar, and wandb as it is for a user who is not logged in
     )
     return made
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    """A place for small runs that are made to end badly, by the functions of scripts/torture.py."""
+    place = Workplace(tmp_path_factory.mktemp("runs"), typed=False)
+    place.prepare()
+    yield place
+    place.end_all()

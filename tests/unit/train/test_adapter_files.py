@@ -68,6 +68,14 @@ def test_stock_peft_gives_the_same_logits(trained: Any) -> None:
     assert stored == named
 
 
+def test_the_order_of_target_modules_does_not_vary(trained: Any) -> None:
+    """Two runs of the same numbers have the same files."""
+    _, _, _, directory = trained
+    stored = json.loads((directory / "adapter_config.json").read_text())["target_modules"]
+    assert len(stored) == 4
+    assert stored == sorted(stored)
+
+
 def test_a_run_can_start_from_what_was_written(trained: Any) -> None:
     config, base, adapted, directory = trained
     config.lora.start = str(directory)

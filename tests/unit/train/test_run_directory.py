@@ -59,9 +59,11 @@ def test_a_run_is_replaced_only_where_that_is_asked(
         directory(dataset, processes, place)
     replacing = directory(dataset, processes, place, overwrite=True)
     assert (place / "config.yaml").read_text() == "name: old\n"  # not before everything else was checked
+    itself = place.stat().st_ino
     replacing.create()
     assert not (place / "model").exists()
     assert "overwrite: true" in (place / "config.yaml").read_text()
+    assert place.stat().st_ino == itself  # emptied: a disk that is mounted there could not be removed
 
 
 def test_what_no_run_wrote_is_never_replaced(dataset: PreparedDataset, processes: Processes, tmp_path: Path) -> None:

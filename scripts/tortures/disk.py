@@ -1,0 +1,169 @@
+"""The disk gets full at ten offsets of a save, or turns read-only: the last checkpoint loads, and the run goes on.
+
+A small tmpfs lies in the run directory's place. Its size lets the first checkpoint through and ends within the second,
+and so within the first and within the result. The run must end with exit code 2 and say what to do, the last good
+checkpoint must be whole, and once there is space the same command must go on and end as the run that nothing happened
+to. Needs the right to mount.
+"""
+
+import argparse
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from train import checkpoint
+
+from . import _runs
+from ._runs import Launch, Workplace, require
+
+PAGE = 4096
+ENOUGH = 64 << 20
+"""Bytes that all runs here fit into."""
+SETTINGS = {"keep_last": "1", "save_every": "6"}
+OTHERS = 3
+"""Pages for the files beside the checkpoints, config.yaml and metrics.jsonl."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `torture.py disk`."""
+    parser.add_argument("--offsets", type=int, default=10, help="at which the disk is full, over a checkpoint (10)")
+    _runs.arguments(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Fills disks, prints, and returns what became of the runs."""
+    if reason := why_not():
+        raise UserError(f"disk: {reason}; run it as root, outside of a container or in one that may mount")
+    with _runs.workplace(options) as place:
+        whole = place.reference(1, **SETTINGS)
+        size, result = pages(checkpoint.places(whole)[0]), pages(whole / "adapter")
+        offsets = [(number + 0.5) / options.offsets for number in range(options.offsets)]
+        trials = [
+            _runs.attempt(
+                f"second checkpoint, {offset:.0%}",
+                lambda offset=offset: full(place, whole, size + offset * size, first=6),
+            )
+            for offset in offsets
+        ]
+        trials += [
+            _runs.attempt("first checkpoint, 50%", lambda: full(place, whole, 0.5 * size, first=0)),
+            _runs.attempt("result, 50%", lambda: full(place, whole, size + 0.5 * result, first=18, save_every="18")),
+            _runs.attempt("read-only before the launch", lambda: read_only_before(place, whole)),
+            _runs.attempt("read-only during the run", lambda: read_only_during(place, whole)),
+        ]
+        figures = _runs.report("Disk full or read-only", trials, options.seed)
+        figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
+        place.keep = bool(figures["failed"])
+    return figures
+
+
+def why_not() -> str | None:
+    """Why nothing can be mounted here; None where it can."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            with mounted(Path(directory), ENOUGH):
+                return None
+        except (OSError, subprocess.CalledProcessError):
+            return "a tmpfs can't be mounted here"
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, size: int) -> Iterator[None]:
+    """Within it, a tmpfs of that many bytes lies there."""
+    directory.mkdir(exist_ok=True)
+    _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True, capture_output=True)
+
+
+def pages(directory: Path) -> int:
+    """What a directory takes of a tmpfs, in pages."""
+    return sum(-(-path.stat().st_size // PAGE) for path in directory.rglob("*") if path.is_file())
+
+
+def full(place: Workplace, whole: Path, wanted: float, *, first: int, **changed: str) -> dict[str, Any]:
+    """A disk of so many pages for checkpoints and result; `first` is the step of the checkpoint that fits."""
+    run = place.scratch / "disk"
+    with mounted(run, (round(wanted) + OTHERS) * PAGE):
+        launch = place.launch(run, 1, **SETTINGS | changed)
+        sentence = refused(launch)
+        require("free space" in sentence, f"it does not say to free space: {sentence}")
+        require(f"step-{first:06d}" in sentence or "no checkpoint yet" in sentence or "untouched" in sentence, sentence)
+        left, loads = _runs.last_checkpoint(run), first and _runs.check_newest(run)
+        require(left == loads == first, f"the last checkpoint is that of step {left}, not {first}:\n{launch.said()}")
+        stopped = _runs.last_step(run)
+        _mount("-o", f"remount,size={ENOUGH}", str(run))
+        resumed = goes_on(place, run, whole, first, **changed)
+    shutil.rmtree(run)
+    return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
+
+
+def read_only_before(place: Workplace, whole: Path) -> dict[str, Any]:
+    """A run that was stopped; its directory is read-only when it is to go on."""
+    run = place.scratch / "disk"
+    stopped = place.interrupted("stopped-for-disk", 8, **SETTINGS)
+    with mounted(run, ENOUGH):
+        shutil.copytree(stopped, run, dirs_exist_ok=True)
+        last = _runs.last_checkpoint(run)
+        _mount("-o", "remount,ro", str(run))
+        sentence = refused(place.launch(run, 1, **SETTINGS))
+        require("writable" in sentence, f"it does not say to make it writable: {sentence}")
+        require(_runs.check_newest(run) == last, "the last checkpoint is another one")
+        _mount("-o", "remount,rw", str(run))
+        resumed = goes_on(place, run, whole, last)
+    shutil.rmtree(run)
+    return {"stopped_after": last, "resumed_after": resumed, "said": _short(sentence, run)}
+
+
+def read_only_during(place: Workplace, whole: Path) -> dict[str, Any]:
+    """checkpoints/ turns read-only once the first one is there."""
+    run = place.scratch / "disk"
+    with mounted(run, ENOUGH):
+        launch = place.launch(run, 1, **SETTINGS)
+        launch.until(lambda: _runs.last_checkpoint(run) == 6)
+        folder = str(run / checkpoint.FOLDER)
+        _mount("--bind", folder, folder)
+        try:
+            _mount("-o", "remount,bind,ro", folder)
+            sentence = refused(launch)
+            require("make it writable" in sentence, f"it does not say to make it writable: {sentence}")
+            last, stopped = _runs.check_newest(run), _runs.last_step(run)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True, capture_output=True)
+        resumed = goes_on(place, run, whole, last)
+    shutil.rmtree(run)
+    return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
+
+
+def refused(launch: Launch) -> str:
+    """The sentence with which a launch ends that can't write."""
+    codes = launch.wait()
+    require(codes == [2], f"it ended with {codes}, not 2:\n{launch.said()}")
+    sentences = [line for line in launch.said().splitlines() if line.startswith("train: ")]
+    require(len(sentences) == 1, f"it does not say one sentence:\n{launch.said()}")
+    return sentences[0]
+
+
+def goes_on(place: Workplace, run: Path, whole: Path, after: int, **changed: str) -> int:
+    """The same command again, to the end; the step after which it resumed."""
+    launch = place.finish(run, 1, **SETTINGS | changed)
+    require(launch.resumed_step == after, f"it went on after step {launch.resumed_step}, not {after}")
+    difference = _runs.difference(run, whole)
+    require(not difference, str(difference))
+    return after
+
+
+def _short(sentence: str, run: Path) -> str:
+    return sentence.replace(str(run), "R").removeprefix("train: ")
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True, capture_output=True)

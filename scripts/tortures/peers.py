@@ -1,0 +1,95 @@
+"""One of two processes is killed or stopped, in every phase of a run: the other ends in time, and says where it was.
+
+Phase and step are read from the page that each process shares with its guardian. With `failures.peer_timeout` of 5
+seconds, a process whose peer is killed must end at once, and one whose peer is stopped after those; with exit code 76
+and one line that names rank, step and phase. The stopped process must be gone too, and the next launch must go on to
+the end of the run that nothing happened to.
+"""
+
+import argparse
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from train.guardian import KILL_AFTER
+
+from . import _runs
+from ._runs import Workplace, require
+
+PHASES = ("forward", "backward", "update", "saving", "evaluating", "reading rows")
+SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
+PEER_TIMEOUT = 5.0
+MARGIN = 10.0
+"""Seconds on top, for a machine whose cores do something else."""
+SETTINGS = {"failures.peer_timeout": f"{PEER_TIMEOUT:g}", "eval_every": "2"}
+SAID = re.compile(r"train: process (\d) (?:died in|has .* was last in) step (\d+) \(([a-z ]+)\) on \S+")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `torture.py peers`."""
+    parser.add_argument("--rounds", type=int, default=1, help="of every phase, killed and stopped (1)")
+    _runs.arguments(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Kills and stops, resumes, compares, prints, and returns what happened."""
+    with _runs.workplace(options) as place:
+        random = _runs.generator("peers", options.seed)
+        trials = []
+        for number in range(options.rounds * len(PHASES) * len(SIGNALS)):
+            way, phase = SIGNALS[number % 2], PHASES[number // 2 % len(PHASES)]
+            rank, after = random.randrange(2), random.randint(1, 6)
+            run_dir = place.scratch / f"peers-{number}"
+            trial = partial(lost, place, run_dir, way, rank, phase, after)
+            trials.append(_runs.attempt(f"{way.name} to {rank} in {phase}", trial))
+        figures = _runs.report("Processes that are killed or stopped", trials, options.seed)
+        place.keep = bool(figures["failed"])
+    return figures
+
+
+def lost(place: Workplace, run: Path, way: signal.Signals, rank: int, phase: str, after: int) -> dict[str, Any]:
+    """One launch of which a process is lost in a phase, after some steps, and one that finishes the run."""
+    whole = place.reference(2, **SETTINGS)
+    launch = place.launch(run, 2, **SETTINGS)
+    require(launch.until(lambda: launch.has_begun), f"it ended early:\n{launch.said()}")
+    read = launch.place_of(rank)
+    require(read, f"process {rank} has no guardian")
+    assert read is not None
+    where = (0, "")
+    while launch.running and not (where[0] >= after and where[1] == phase):
+        where = read()
+    pids = launch.ranks()
+    require(len(pids) == 2, f"it ended early:\n{launch.said()}")
+    began = time.monotonic()
+    _runs.kill(pids[rank], way)
+    where = read()
+    other = 1 - rank
+    while other in launch.ranks() and time.monotonic() - began < PEER_TIMEOUT + MARGIN + 10:
+        time.sleep(0.02)
+    took = time.monotonic() - began
+    bound = (0.0 if way == signal.SIGKILL else PEER_TIMEOUT) + MARGIN
+    require(took <= bound, f"process {other} lived for {took:.1f} s:\n{launch.said()}")
+    launch.wait_for_none_left(KILL_AFTER + MARGIN)
+    gone = time.monotonic() - began
+    codes = launch.wait()
+    require(codes[other] == 76 and codes[rank] == -9, f"the processes ended with {codes}:\n{launch.said()}")
+    said = SAID.findall(launch.said())
+    # The page is read a moment after the signal is sent; a process that was killed did not move on.
+    told = (str(rank), str(where[0]), where[1])
+    require(said == [told], f"it says {said}, and was in {told}:\n{launch.said()}")
+    last = _runs.last_checkpoint(run)
+    resumed = place.finish(run, 2, **SETTINGS).resumed_step
+    require(resumed == last, f"it went on after step {resumed}, not {last}")
+    difference = _runs.difference(run, whole)
+    require(not difference, str(difference))
+    return {
+        "step": where[0],
+        "phase": where[1],
+        "exit_codes": codes,
+        "other_ended_after_seconds": took,
+        "all_gone_after_seconds": gone,
+        "resumed_after": resumed,
+    }

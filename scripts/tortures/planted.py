@@ -1,0 +1,458 @@
+"""Plants code in everything that the programs read: pickles, Python, YAML tags, `_target_` keys. Nothing may execute.
+
+All of it would make a canary file if it ran: that it can is tried first, by reading it as careless programs do. Where
+plants stand beside the real files, the programs must do their work as without them; where they stand in the place of
+real files, the programs must refuse them with exit code 2. What they say is recorded.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train import checkpoint
+
+from . import _runs
+from ._runs import ROOT, Workplace, require
+from .damage import seal
+
+PICKLES = (
+    "pytorch_model.bin",
+    "adapter_model.bin",
+    "model.pt",
+    "optimizer.pt",
+    "scheduler.pt",
+    "random_states_0.pkl",
+    "training_args.bin",
+    "latest",
+    "mp_rank_00_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)
+"""Names that torch, transformers, PEFT, accelerate and DeepSpeed give to pickles."""
+YAML = ("config.yaml", "train_config.yaml", "hydra.yaml")
+MODULE = "planted_module"
+"""A module that could be imported: its directory is on the path."""
+CARELESS = {
+    "pickle": "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))",
+    "torch": "import torch, sys; torch.load(sys.argv[1], weights_only=False)",
+    "tag": "import yaml, sys; yaml.unsafe_load(open(sys.argv[1]))",
+    "target": "import hydra, json, sys; hydra.utils.instantiate(json.load(open(sys.argv[1])))",
+    "module": "import runpy, sys; runpy.run_path(sys.argv[1])",
+}
+"""Programs that execute a plant of each kind, given as a file."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `torture.py planted`."""
+    _runs.arguments(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Plants, runs the programs, prints, and returns what they said."""
+    with _runs.workplace(options) as place:
+        trials = [_runs.attempt(name, trial) for name, trial in everything(place).items()]
+        figures = _runs.report("Planted code", trials, options.seed)
+        place.keep = bool(figures["failed"])
+    return figures
+
+
+def everything(place: Workplace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """All trials by their names."""
+    trials: dict[str, Callable[[], dict[str, Any]]] = {
+        f"a careless program: {kind}": partial(careless, place, kind, program) for kind, program in CARELESS.items()
+    }
+    for trial in TRIALS:
+        name = trial.__name__.replace("_", " ")
+        trials[name] = partial(trial, Garden(place, place.scratch / "gardens" / trial.__name__))
+    return trials
+
+
+class _Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str):
+        self._command = command
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (self._command,)
+
+
+@dataclass
+class Garden:
+    """The directories of one trial: copies of run, base, rows and adapter, and a canary of its own."""
+
+    place: Workplace
+    top: Path
+
+    def __post_init__(self) -> None:
+        shutil.rmtree(self.top, ignore_errors=True)
+
+    @property
+    def canary(self) -> Path:
+        """What is there if anything was executed."""
+        return self.top / "canary"
+
+    @property
+    def command(self) -> str:
+        """What makes it."""
+        return f"touch {self.canary}"
+
+    def copy(self, source: Path, name: str) -> Path:
+        """A copy of a directory to plant in."""
+        return Path(shutil.copytree(source, self.top / name))
+
+    def base(self) -> Path:
+        """A copy of the base."""
+        return self.copy(self.place.base, "base")
+
+    def rows(self) -> Path:
+        """A copy of the prepared dataset."""
+        return self.copy(self.place.rows, "rows")
+
+    def run(self) -> Path:
+        """A copy of a run that was stopped and has two checkpoints."""
+        return self.copy(self.place.interrupted("stopped-for-plants", 7, max_steps="10"), "run")
+
+    def adapter(self) -> Path:
+        """A copy of an adapter."""
+        return self.copy(self.place.reference(1, max_steps="10") / "adapter", "adapter")
+
+    def pickle(self, path: Path, *, torch_format: bool = False) -> None:
+        """Plants a pickle, plain or in torch's file format."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if torch_format:
+            torch.save(_Evil(self.command), path)
+        else:
+            path.write_bytes(pickle.dumps(_Evil(self.command)))
+
+    def tag(self) -> str:
+        """YAML that calls a function where tags are obeyed."""
+        return f"planted: !!python/object/apply:os.system ['{self.command}']\n"
+
+    def target(self) -> dict[str, Any]:
+        """What Hydra instantiates where it is asked to."""
+        return {"_target_": "os.system", "command": self.command}
+
+    def module(self, path: Path) -> None:
+        """Plants Python."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"import os\nos.system({self.command!r})\n")
+
+    def beside(self, directory: Path) -> None:
+        """Plants all kinds beside what is there."""
+        for number, name in enumerate(PICKLES):
+            if not (directory / name).exists():
+                self.pickle(directory / name, torch_format=bool(number % 2))
+        for name in YAML:
+            if not (directory / name).exists():
+                target = "\n".join(f"  {key}: {value}" for key, value in self.target().items())
+                (directory / name).write_text(f"{self.tag()}model:\n{target}\n")
+        for name in ("modeling_mixtral", "configuration_mixtral", "tokenization_planted", directory.name, "__init__"):
+            self.module(directory / f"{name}.py")
+
+    def edit(self, path: Path, **values: Any) -> None:
+        """Adds to a JSON file."""
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    def type(self, program: str, *arguments: str, expect: int) -> dict[str, Any]:
+        """Runs a program as a user does, with `planted_module` on the path; what it said at last."""
+        modules = self.top / "modules"
+        self.module(modules / f"{MODULE}.py")
+        environment = os.environ | _runs.ENVIRONMENT | {"PYTHONPATH": str(modules)}
+        done = subprocess.run(
+            [sys.executable, "-m", program, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_runs.PATIENCE,
+            check=False,
+        )
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        require(not self.canary.exists(), f"it was executed: {program} {' '.join(arguments)}\n{done.stderr}")
+        told = f"{program} {' '.join(arguments)} ended with {done.returncode}, not {expect}:\n{done.stderr}"
+        require(done.returncode == expect, told)
+        said = [line for line in said if line.startswith(f"{program}: ")] or said
+        return {"exit_code": done.returncode, "said": said[-1].replace(str(self.top), "…") if said else ""}
+
+    def train(self, run: Path, *more: str, expect: int, base: Path | None = None, rows: Path | None = None) -> Any:
+        """`python -m train` in a run directory."""
+        settings = self.place.settings(run, max_steps="10")
+        settings |= {"model.path": str(base or self.place.base), "dataset": str(rows or self.place.rows)}
+        return self.type("train", *(f"{name}={value}" for name, value in settings.items()), *more, expect=expect)
+
+    def ask(self, *arguments: str, expect: int) -> dict[str, Any]:
+        """`python -m inference`."""
+        return self.type("inference", "prompt=Hello", "max_new_tokens=2", "device=cpu", *arguments, expect=expect)
+
+
+def resuming_beside_everything(garden: Garden) -> dict[str, Any]:
+    run, base, rows = garden.run(), garden.base(), garden.rows()
+    for place in checkpoint.places(run):
+        garden.beside(place)
+        garden.beside(place / "adapter")
+    for directory in (run / checkpoint.FOLDER, base, rows, rows / "train", rows / "eval"):
+        garden.beside(directory)
+    (run / "config.yaml").write_text(garden.tag())
+    garden.edit(base / "config.json", auto_map={"AutoConfig": "configuration_mixtral.Planted"}, **garden.target())
+    said = garden.train(run, expect=0, base=base, rows=rows)
+    whole = garden.place.reference(1, max_steps="10")
+    require(_runs.record(run) == _runs.record(whole), f"{run} went on otherwise than {whole}")
+    return said
+
+
+def a_run_with_latest_in_it(garden: Garden) -> dict[str, Any]:
+    run = garden.run()
+    garden.pickle(run / "latest")
+    return garden.train(run, expect=2)
+
+
+def a_checkpoint_whose_tensors_are_a_pickle(garden: Garden) -> dict[str, Any]:
+    run = garden.run()
+    newest = checkpoint.places(run)[0]
+    for state in checkpoint.STATE:
+        garden.pickle(newest / f"{state}.safetensors", torch_format=state == "exp_avg")
+        seal(newest, f"{state}.safetensors")
+    return garden.train(run, expect=0)
+
+
+def a_checkpoint_whose_settings_are_targets(garden: Garden) -> dict[str, Any]:
+    run = garden.run()
+    for place in checkpoint.places(run):
+        trainer = json.loads((place / checkpoint.TRAINER).read_text())
+        trainer["settings"] |= garden.target()
+        trainer["settings"]["model"] |= garden.target()
+        trainer |= garden.target()
+        (place / checkpoint.TRAINER).write_text(json.dumps(trainer))
+        (place / "adapter" / "train_config.yaml").write_text(garden.tag())
+        seal(place, checkpoint.TRAINER, "adapter/train_config.yaml")
+    return garden.train(run, expect=0)
+
+
+def a_finished_run_whose_receipt_is_a_pickle(garden: Garden) -> dict[str, Any]:
+    run = garden.copy(garden.place.reference(1, max_steps="10"), "run")
+    garden.pickle(run / "receipt.json")
+    return garden.train(run, expect=2)
+
+
+def training_on_a_base_that_is_a_pickle(garden: Garden) -> dict[str, Any]:
+    base = garden.base()
+    (base / "model.safetensors").unlink()
+    garden.pickle(base / "pytorch_model.bin", torch_format=True)
+    return garden.train(garden.top / "run", expect=2, base=base)
+
+
+def training_on_a_base_whose_weights_are_a_pickle(garden: Garden) -> dict[str, Any]:
+    base = garden.base()
+    garden.pickle(base / "model.safetensors")
+    return garden.train(garden.top / "run", expect=2, base=base)
+
+
+def training_on_a_base_with_code(garden: Garden) -> dict[str, Any]:
+    base = garden.base()
+    garden.beside(base)
+    classes = {"AutoConfig": "configuration_mixtral.Planted", "AutoModelForCausalLM": "modeling_mixtral.Planted"}
+    garden.edit(base / "config.json", model_type="planted", auto_map=classes)
+    return garden.train(garden.top / "run", expect=2, base=base)
+
+
+def starting_from_an_adapter_that_is_a_pickle(garden: Garden) -> dict[str, Any]:
+    adapter = garden.adapter()
+    (adapter / "adapter_model.safetensors").unlink()
+    garden.pickle(adapter / "adapter_model.bin", torch_format=True)
+    return garden.train(garden.top / "run", f"lora.start={adapter}", expect=2)
+
+
+def starting_from_an_adapter_beside_plants(garden: Garden) -> dict[str, Any]:
+    adapter = garden.adapter()
+    garden.beside(adapter)
+    (adapter / "train_config.yaml").write_text(garden.tag())
+    return garden.train(garden.top / "run", f"lora.start={adapter}", "max_steps=1", expect=0)
+
+
+def training_on_rows_that_are_a_pickle(garden: Garden) -> dict[str, Any]:
+    rows = garden.rows()
+    for arrow in [*rows.rglob("*.arrow")]:
+        garden.pickle(arrow)
+    return garden.train(garden.top / "run", expect=2, rows=rows)
+
+
+def training_on_a_manifest_with_a_target(garden: Garden) -> dict[str, Any]:
+    rows = garden.rows()
+    garden.edit(rows / "manifest.json", planted=garden.tag(), **garden.target())
+    return garden.train(garden.top / "run", "max_steps=1", expect=0, rows=rows)
+
+
+def a_recipe_with_a_tag(garden: Garden) -> dict[str, Any]:
+    (garden.top / "own" / "recipe").mkdir(parents=True)
+    (garden.top / "own" / "recipe" / "planted.yaml").write_text("# @package _global_\n" + garden.tag())
+    return garden.train(garden.top / "run", f"--config-dir={garden.top}/own", "recipe=planted", expect=2)
+
+
+def a_recipe_with_a_target(garden: Garden) -> dict[str, Any]:
+    (garden.top / "own" / "recipe").mkdir(parents=True)
+    text = "# @package _global_\nmodel:\n  _target_: os.system\n  command: " + garden.command + "\n"
+    (garden.top / "own" / "recipe" / "planted.yaml").write_text(text)
+    return garden.train(garden.top / "run", f"--config-dir={garden.top}/own", "recipe=planted", expect=2)
+
+
+def a_target_on_the_command_line(garden: Garden) -> dict[str, Any]:
+    return garden.train(garden.top / "run", "+model._target_=os.system", f"+model.command='{garden.command}'", expect=2)
+
+
+def answering_beside_everything(garden: Garden) -> dict[str, Any]:
+    base, adapter = garden.base(), garden.adapter()
+    garden.beside(base)
+    garden.beside(adapter)
+    (adapter / "train_config.yaml").write_text(garden.tag())
+    garden.edit(base / "config.json", auto_map={"AutoConfig": "configuration_mixtral.Planted"}, **garden.target())
+    garden.edit(adapter / "receipt.json", planted=garden.tag(), **garden.target())
+    return garden.ask(f"base={base}", f"adapter={adapter}", expect=0)
+
+
+def answering_with_stock_peft_beside_everything(garden: Garden) -> dict[str, Any]:
+    adapter = garden.adapter()
+    garden.beside(adapter)
+    mapping = {"base_model_class": "Planted", "parent_library": MODULE}
+    garden.edit(adapter / "adapter_config.json", auto_mapping=mapping, megatron_core=MODULE)
+    return garden.ask(f"adapter={adapter}", "fold=false", expect=0)
+
+
+def merging_beside_everything(garden: Garden) -> dict[str, Any]:
+    base, adapter = garden.base(), garden.adapter()
+    garden.beside(base)
+    garden.beside(adapter)
+    return garden.type(
+        "inference", "task=merge", f"base={base}", f"adapter={adapter}", f"output={garden.top}/merged", expect=0
+    )
+
+
+def answering_with_an_adapter_that_is_a_pickle(garden: Garden) -> dict[str, Any]:
+    adapter = garden.adapter()
+    (adapter / "adapter_model.safetensors").unlink()
+    garden.pickle(adapter / "adapter_model.bin", torch_format=True)
+    return garden.ask(f"adapter={adapter}", expect=2)
+
+
+def answering_with_an_adapter_whose_tensors_are_a_pickle(garden: Garden) -> dict[str, Any]:
+    adapter = garden.adapter()
+    garden.pickle(adapter / "adapter_model.safetensors", torch_format=True)
+    return garden.ask(f"adapter={adapter}", expect=2)
+
+
+def answering_with_a_target_in_the_adapter(garden: Garden) -> dict[str, Any]:
+    adapter = garden.adapter()
+    garden.edit(adapter / "adapter_config.json", **garden.target())
+    return garden.ask(f"adapter={adapter}", expect=2)
+
+
+def answering_with_modules_named_by_the_adapter(garden: Garden) -> dict[str, Any]:
+    adapter = garden.adapter()
+    garden.edit(adapter / "adapter_config.json", megatron_core=MODULE, megatron_config={"planted": True})
+    return garden.ask(f"adapter={adapter}", expect=2)
+
+
+def answering_with_a_base_that_is_a_pickle(garden: Garden) -> dict[str, Any]:
+    base = garden.base()
+    (base / "model.safetensors").unlink()
+    garden.pickle(base / "pytorch_model.bin", torch_format=True)
+    return garden.ask(f"base={base}", expect=2)
+
+
+def answering_with_a_tokenizer_with_code(garden: Garden) -> dict[str, Any]:
+    base = garden.base()
+    garden.module(base / "tokenization_planted.py")
+    classes = {"AutoTokenizer": ["tokenization_planted.Planted", "tokenization_planted.Planted"]}
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Planted", "auto_map": classes}))
+    garden.pickle(base / "tokenizer.model")
+    return garden.ask(f"base={base}", expect=2)
+
+
+def preparing_rows_that_are_pickles(garden: Garden) -> dict[str, Any]:
+    said = {}
+    for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows.pt", "rows.yaml"):
+        garden.pickle(garden.top / name, torch_format=name.endswith(".pt"))
+        said = garden.type("data", f"files=[{garden.top / name}]", f"output={garden.top}/prepared", expect=2)
+    return said
+
+
+def preparing_rows_about_tags_and_targets(garden: Garden) -> dict[str, Any]:
+    rows = [
+        {"instruction": garden.tag(), "output": "${oc.env:HOME}", **garden.target()},
+        {"instruction": "{{ cycler.__init__.__globals__.os.system('" + garden.command + "') }}", "output": "a"},
+        {"instruction": zlib.compress(garden.command.encode()).hex(), "output": f"$({garden.command})"},
+    ]
+    garden.top.mkdir(parents=True)
+    file = garden.top / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return garden.type(
+        "data", f"files=[{file}]", f"output={garden.top}/prepared", "seq_len=512", "eval_fraction=0", expect=0
+    )
+
+
+def looking_at_rows_beside_plants(garden: Garden) -> dict[str, Any]:
+    rows = garden.rows()
+    for directory in (rows, rows / "train", rows / "eval"):
+        garden.beside(directory)
+    return garden.type("data", "task=report", f"output={rows}", expect=0)
+
+
+Trial = Callable[[Garden], dict[str, Any]]
+TRIALS: tuple[Trial, ...] = (
+    resuming_beside_everything,
+    a_run_with_latest_in_it,
+    a_checkpoint_whose_tensors_are_a_pickle,
+    a_checkpoint_whose_settings_are_targets,
+    a_finished_run_whose_receipt_is_a_pickle,
+    training_on_a_base_that_is_a_pickle,
+    training_on_a_base_whose_weights_are_a_pickle,
+    training_on_a_base_with_code,
+    starting_from_an_adapter_that_is_a_pickle,
+    starting_from_an_adapter_beside_plants,
+    training_on_rows_that_are_a_pickle,
+    training_on_a_manifest_with_a_target,
+    a_recipe_with_a_tag,
+    a_recipe_with_a_target,
+    a_target_on_the_command_line,
+    answering_beside_everything,
+    answering_with_stock_peft_beside_everything,
+    merging_beside_everything,
+    answering_with_an_adapter_that_is_a_pickle,
+    answering_with_an_adapter_whose_tensors_are_a_pickle,
+    answering_with_a_target_in_the_adapter,
+    answering_with_modules_named_by_the_adapter,
+    answering_with_a_base_that_is_a_pickle,
+    answering_with_a_tokenizer_with_code,
+    preparing_rows_that_are_pickles,
+    preparing_rows_about_tags_and_targets,
+    looking_at_rows_beside_plants,
+)
+
+
+def careless(place: Workplace, kind: str, program: str) -> dict[str, Any]:
+    """The plants do work: a program that trusts them makes the canary."""
+    garden = Garden(place, place.scratch / "gardens" / f"careless-{kind}")
+    garden.top.mkdir(parents=True)
+    plant = garden.top / f"{kind}.py"
+    if kind in ("pickle", "torch"):
+        garden.pickle(plant, torch_format=kind == "torch")
+    elif kind == "module":
+        garden.module(plant)
+    else:
+        plant.write_text(garden.tag() if kind == "tag" else json.dumps(garden.target()))
+    subprocess.run([sys.executable, "-c", program, str(plant)], capture_output=True, check=False, timeout=120)
+    require(garden.canary.exists(), "the plant does nothing: it would show nothing")
+    return {"said": "executed, as it has to be"}

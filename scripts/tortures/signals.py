@@ -1,0 +1,205 @@
+"""SIGTERM and SIGINT to one process, to all with skew, to the launcher: saved at the same step everywhere, and resumed.
+
+The steps are long enough for the skew to fall within one. After the first signal both processes must finish the same
+step, save and leave with exit code 75, and the next launch must go on to the end of the run that nothing happened to.
+A second signal must end its process at once, and `failures.grace` must bound how long a step may still take.
+"""
+
+import argparse
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from . import _runs
+from ._runs import Launch, Workplace, require
+
+LONG = {"max_steps": "4", "global_batch": "24", "save_every": "0", "eval_every": "2", "epochs": "20"}
+"""Steps of a second or a few."""
+LONGER = {"max_steps": "3", "global_batch": "100", "save_every": "1", "eval_every": "0", "epochs": "20"}
+"""Steps that outlive a second signal and a short grace period."""
+PREEMPTED, PEER_LOST, TERMINATED = 75, 76, 128 + signal.SIGTERM
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `torture.py signals`."""
+    parser.add_argument("--trials", type=int, default=20, help="of signals that ask once (20)")
+    _runs.arguments(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Sends signals, resumes, compares, prints, and returns what happened."""
+    with _runs.workplace(options) as place:
+        random = _runs.generator("signals", options.seed)
+        trials = []
+        for number in range(options.trials):
+            way, name = ORDER[number % len(ORDER)], signal.SIGTERM if random.random() < 0.6 else signal.SIGINT
+            if way == "the launcher" and number // len(ORDER) % 2:
+                way = "the launcher of the machine"
+            run_dir, after = place.scratch / f"asked-{number}", random.randint(1, 2)
+            trial = partial(asked_once, place, run_dir, way, name, random, after)
+            trials.append(_runs.attempt(f"{name.name} to {way}", trial))
+        trials += [
+            _runs.attempt("SIGTERM while starting", partial(while_starting, place, random)),
+            _runs.attempt("SIGTERM twice to one", partial(twice, place, random)),
+            _runs.attempt("SIGTERM to all, failures.grace=1", partial(out_of_grace, place)),
+        ]
+        figures = _runs.report("Signals to runs on two processes", trials, options.seed)
+        place.keep = bool(figures["failed"])
+    return figures
+
+
+def to_one(launch: Launch, number: int, random: Random) -> float:
+    """One of the two processes."""
+    _runs.kill(launch.ranks()[random.randrange(2)], number)
+    return 0.0
+
+
+def to_all(launch: Launch, number: int, random: Random) -> float:
+    """Both processes, one after the other."""
+    first = random.randrange(2)
+    ranks, skew = launch.ranks(), random.uniform(0.0, 3.0)
+    _runs.kill(ranks[first], number)
+    time.sleep(skew)
+    if 1 - first in launch.ranks():
+        _runs.kill(ranks[1 - first], number)
+    return skew
+
+
+def to_launcher(launch: Launch, number: int, random: Random) -> float:
+    """`deepspeed`, which passes it on."""
+    _runs.kill(launch.launchers()[0], number)
+    return 0.0
+
+
+def to_inner_launcher(launch: Launch, number: int, random: Random) -> float:
+    """The process that `deepspeed` starts on every machine, and that starts the training processes."""
+    _runs.kill(launch.launchers()[1], number)
+    return 0.0
+
+
+def to_terminal(launch: Launch, number: int, random: Random) -> float:
+    """All at once, launchers and training processes, as a terminal does it."""
+    for pid in [*launch.launchers(), *launch.ranks().values()]:
+        _runs.kill(pid, number)
+    return 0.0
+
+
+Way = Callable[[Launch, int, Random], float]
+WAYS: dict[str, tuple[Way, bool]] = {
+    "one": (to_one, True),
+    "one, under the launcher": (to_one, False),
+    "all": (to_all, True),
+    "the launcher": (to_launcher, False),
+    "the launcher of the machine": (to_inner_launcher, False),
+    "launcher and all": (to_terminal, False),
+}
+"""How a signal is sent, and whether the launch is forked. Sends it, and returns the skew in seconds."""
+ORDER = ("all", "one", "all", "one, under the launcher", "all", "the launcher", "one", "all", "launcher and all", "all")
+"""In which trials take turns; the launcher of the machine stands in for the launcher every other time."""
+
+
+def asked_once(
+    place: Workplace,
+    run: Path,
+    way: str,
+    number: signal.Signals,
+    random: Random,
+    after: int,
+    settings: dict[str, str] = LONG,
+) -> dict[str, Any]:
+    """One launch that is asked to stop in the middle of the step `after` this, and one that finishes the run."""
+    send, forked = WAYS[way]
+    whole = place.reference(2, **settings)
+    fraction = random.random()
+    launch = place.launch(run, 2, forked=forked, **settings)
+    require(
+        launch.until(lambda: launch.has_begun and _runs.last_step(run) >= after), f"it ended early:\n{launch.said()}"
+    )
+    launch.until(_after(fraction * 1.5))
+    began = time.monotonic()
+    skew = send(launch, number, random)
+    codes = launch.wait()
+    took = time.monotonic() - began
+    launch.wait_for_none_left(5)
+    stopped = _runs.last_checkpoint(run)
+    # The launcher's own code where it was signalled itself: DeepSpeed's is 1 then.
+    expected = [PREEMPTED] * 2 if forked else [PREEMPTED] if send is to_one else [1]
+    require(codes == expected or (not forked and codes == [PREEMPTED]), f"it ended with {codes}:\n{launch.said()}")
+    require(f"Pre-empted after step {stopped}" in launch.said(), f"it does not say after which step:\n{launch.said()}")
+    require(_runs.last_step(run) == stopped == _runs.check_newest(run), f"the checkpoint is that of step {stopped}")
+    resumed = place.finish(run, 2, **settings).resumed_step
+    require(resumed == stopped, f"it went on after step {resumed}, not {stopped}")
+    difference = _runs.difference(run, whole)
+    require(not difference, str(difference))
+    return {"skew": skew, "exit_codes": codes, "seconds": took, "stopped_after": stopped, "resumed_after": resumed}
+
+
+def while_starting(place: Workplace, random: Random) -> dict[str, Any]:
+    """Before there is anything to save: both leave at once."""
+    run = place.scratch / "starting"
+    launch = place.launch(run, 2, **LONG)
+    launch.until(_after(random.uniform(0.5, 2.0)))
+    began = time.monotonic()
+    for pid in launch.ranks().values():
+        _runs.kill(pid, signal.SIGTERM)
+    codes = launch.wait()
+    launch.wait_for_none_left(5)
+    early = set(codes) <= {PREEMPTED, -signal.SIGTERM}  # the latter before the program listens
+    require(early, f"it ended with {codes}:\n{launch.said()}")
+    return {"exit_codes": codes, "seconds": time.monotonic() - began}
+
+
+def twice(place: Workplace, random: Random) -> dict[str, Any]:
+    """A second signal within a long step: the process leaves at once, and the other because of it."""
+    run, rank = place.scratch / "twice", random.randrange(2)
+    launch = place.launch(run, 2, **LONGER)
+    launch.until(lambda: launch.has_begun and _runs.last_step(run) >= 1)
+    launch.until(_after(0.3))
+    pid = launch.ranks()[rank]
+    _runs.kill(pid, signal.SIGTERM)
+    launch.until(_after(1.5))  # signals within a second count as one
+    require(launch.running, f"the step was over before the second signal:\n{launch.said()}")
+    began = time.monotonic()
+    _runs.kill(pid, signal.SIGTERM)
+    codes = launch.wait()
+    took = time.monotonic() - began
+    launch.wait_for_none_left(5)
+    expected = [TERMINATED, PEER_LOST] if rank == 0 else [PEER_LOST, TERMINATED]
+    require(codes == expected, f"it ended with {codes}, not {expected}:\n{launch.said()}")
+    return {"exit_codes": codes, "seconds": took} | _goes_on(place, run)
+
+
+def out_of_grace(place: Workplace) -> dict[str, Any]:
+    """A step that takes longer than the grace period is given up."""
+    run = place.scratch / "grace"
+    launch = place.launch(run, 2, failures__grace="1", **LONGER)
+    launch.until(lambda: launch.has_begun and _runs.last_step(run) >= 1)
+    launch.until(_after(0.3))
+    began = time.monotonic()
+    for pid in launch.ranks().values():
+        _runs.kill(pid, signal.SIGTERM)
+    codes = launch.wait()
+    took = time.monotonic() - began
+    launch.wait_for_none_left(5)
+    require(PREEMPTED in codes and set(codes) <= {PREEMPTED, PEER_LOST}, f"it ended with {codes}:\n{launch.said()}")
+    require("failures.grace=1 seconds are over" in launch.said(), f"it does not say why:\n{launch.said()}")
+    return {"exit_codes": codes, "seconds": took} | _goes_on(place, run)
+
+
+def _goes_on(place: Workplace, run: Path) -> dict[str, Any]:
+    """The run to its end, from the checkpoint before the step that was given up."""
+    whole, last = place.reference(2, **LONGER), _runs.last_checkpoint(run)
+    resumed = place.finish(run, 2, **LONGER).resumed_step
+    require(resumed == last, f"it went on after step {resumed}, not {last}")
+    difference = _runs.difference(run, whole)
+    require(not difference, str(difference))
+    return {"resumed_after": resumed}
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    until = time.monotonic() + seconds
+    return lambda: time.monotonic() >= until

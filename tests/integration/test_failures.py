@@ -1,0 +1,66 @@
+"""Signals, lost peers, full disks, planted code: runs end cleanly. The long forms are `python scripts/torture.py`."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from scripts.tortures import _runs, disk, peers, planted, signals
+from scripts.tortures._runs import Workplace
+from train import checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("way", "number"), [("all", signal.SIGTERM), ("one", signal.SIGINT), ("one, under the launcher", signal.SIGTERM)]
+)
+def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, number: signal.Signals) -> None:
+    run = runs.scratch / f"asked {way}".replace(" ", "-").replace(",", "")
+    brief = signals.LONG | {"max_steps": "3"}
+    signals.asked_once(runs, run, way, number, _runs.generator(way), after=1, settings=brief)
+
+
+@pytest.mark.parametrize(("way", "rank", "phase"), [(signal.SIGKILL, 0, "backward"), (signal.SIGSTOP, 1, "saving")])
+def test_when_a_process_is_lost_the_other_says_where_it_was(
+    runs: Workplace, way: signal.Signals, rank: int, phase: str
+) -> None:
+    peers.lost(runs, runs.scratch / f"lost-{rank}", way, rank, phase, after=2)
+
+
+@pytest.fixture
+def mounts() -> None:
+    if reason := disk.why_not():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("mounts")
+@pytest.mark.parametrize("offset", [0.2, 0.8])
+def test_a_full_disk_leaves_the_last_checkpoint(runs: Workplace, offset: float) -> None:
+    whole = runs.reference(1, **disk.SETTINGS)
+    size = disk.pages(checkpoint.places(whole)[0])
+    disk.full(runs, whole, size + offset * size, first=6)
+
+
+@pytest.mark.usefixtures("mounts")
+def test_a_read_only_directory_leaves_the_last_checkpoint(runs: Workplace) -> None:
+    disk.read_only_during(runs, runs.reference(1, **disk.SETTINGS))
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        planted.resuming_beside_everything,
+        planted.a_checkpoint_whose_tensors_are_a_pickle,
+        planted.answering_beside_everything,
+        planted.answering_with_an_adapter_that_is_a_pickle,
+    ],
+    ids=lambda trial: trial.__name__,
+)
+def test_planted_code_is_not_executed(runs: Workplace, tmp_path: Path, trial: planted.Trial) -> None:
+    trial(planted.Garden(runs, tmp_path / "garden"))
+
+
+@pytest.mark.parametrize("kind", planted.CARELESS)
+def test_planted_code_is_executed_by_programs_that_trust_it(runs: Workplace, kind: str) -> None:
+    planted.careless(runs, kind, planted.CARELESS[kind])
