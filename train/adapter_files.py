@@ -189,6 +189,8 @@ def read(
     try:
         settings = json.loads((directory / CONFIG).read_text())
         stored = load_file(directory / WEIGHTS)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{CONFIG} holds no settings")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{named}: it is no adapter directory ({one_line(error)}); name one that training wrote"

@@ -185,6 +185,29 @@ def test_another_rank_or_scale_is_refused(tmp_path: Path) -> None:
         model.add_adapters(base, config.lora)
 
 
+@pytest.mark.parametrize("damage", ["nothing", "empty", "no settings", "no weights", "cut weights", "pickled weights"])
+def test_what_is_no_adapter_is_refused(tmp_path: Path, damage: str) -> None:
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    directory = tmp_path / "adapter"
+    if damage != "nothing":
+        directory.mkdir()
+    if damage not in ("nothing", "empty"):
+        save(directory, config, adapted)
+    weights = directory / "adapter_model.safetensors"
+    if damage == "no settings":
+        (directory / "adapter_config.json").write_text("[]")
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "pickled weights":
+        torch.save(load_file(weights), directory / "adapter_model.bin")
+    if damage in ("no weights", "pickled weights"):
+        weights.unlink()
+    config.lora.start = str(directory)
+    with pytest.raises(UserError, match=rf"lora\.start={directory}: it is no adapter directory \(.+\); name one"):
+        model.add_adapters(base, config.lora)
+
+
 @pytest.mark.parametrize(
     ("written", "asked", "told"),
     [
