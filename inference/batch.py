@@ -306,7 +306,7 @@ def _locked(path: Path) -> int:
     """A descriptor of the journal, for this process alone."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as error:
         raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
     try:

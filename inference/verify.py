@@ -36,7 +36,7 @@ def verify(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: Cha
 
     Raises:
         VerificationError: a tensor or the logits are not what they must be.
-        UserError: the adapter's change to a tensor is lost in rounding.
+        UserError: the adapter's change to a tensor is lost in rounding, or not finite.
     """
     return {**compare_tensors(directory, parts, adapter), **compare_logits(directory, parts, adapter, tokenizer)}
 
@@ -59,6 +59,11 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
         bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
         different = int((before.view(bits) != after.view(bits)).sum())
         update = adapter.updates.get(piece.parameter)
+        if update is not None and not after.isfinite().all():
+            raise UserError(
+                f"adapter={adapter.directory}: what it makes of {name} is not finite, as of a training that diverged; "
+                f"give an earlier checkpoint, or train again"
+            )
         if isinstance(update, Whole):
             if not torch.equal(after, adapter.tensor(update.key).to(after.dtype)):
                 raise VerificationError(f"{name} is not the tensor that the adapter holds")

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralForCausalLM
 
 from configs.errors import UserError
+from inference.adapter import Adapter
 from inference.config import InferenceConfig
-from inference.load import load
+from inference.load import choose_dtype, fold, load
 from tests.unit.train.test_expert_lora import nano_config, save, trained_nano
 
 
@@ -85,3 +87,30 @@ def test_a_base_without_weights_is_refused(saved: tuple[Path, Path, torch.Tensor
     (base / "model.safetensors").unlink()
     with pytest.raises(UserError, match=f"base={base}: no model can be loaded"):
         load(asked(base, adapter))
+
+
+def test_a_model_that_is_left_on_disk_is_not_folded(saved: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
+    """As accelerate leaves what does not fit: there is nothing to add to, so that is told, and what to do."""
+    base, adapter, _ = saved
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    where = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    model = MixtralForCausalLM.from_pretrained(base, device_map=where, offload_folder=tmp_path / "offload")
+    with pytest.raises(UserError, match=r"merge first, with task=merge"):
+        fold(model, Adapter(adapter, model.config))
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_cuda", "knows_bfloat16", "chosen"),
+    [
+        ("auto", False, False, torch.bfloat16),
+        ("auto", True, True, torch.bfloat16),
+        ("auto", True, False, torch.float16),
+        ("float32", True, False, torch.float32),
+        ("bfloat16", True, False, torch.bfloat16),
+    ],
+)
+def test_the_dtype_is_the_machines(
+    monkeypatch: pytest.MonkeyPatch, asked: str, on_cuda: bool, knows_bfloat16: bool, chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: knows_bfloat16)
+    assert choose_dtype(asked, on_cuda) == chosen
