@@ -22,7 +22,7 @@ SETTINGS = (
     # otherwise.
     "hardware.threads=1",
 )
-ON_A_HOST = ("dataset=prepared", "model.path=base", "run_dir=runs/over_two", "failures.peer_timeout=10", *SETTINGS)
+ON_A_HOST = ("dataset=prepared", "model.path=base", "run_dir=runs/over_two", "failures.peer_timeout=20", *SETTINGS)
 
 
 @pytest.fixture
