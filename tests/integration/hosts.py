@@ -83,6 +83,14 @@ class Host:
                 lines[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
         return lines
 
+    def left(self) -> dict[int, str]:
+        """What still runs there after some seconds."""
+        for _ in range(100):
+            if not self.processes():
+                break
+            time.sleep(0.1)
+        return self.processes()
+
 
 @contextlib.contextmanager
 def two_hosts(directory: Path, *, dataset: Path, base: Path) -> Iterator[tuple[Host, Host]]:
@@ -118,7 +126,7 @@ def two_hosts(directory: Path, *, dataset: Path, base: Path) -> Iterator[tuple[H
         yield first, second
     finally:
         for host in made:
-            here = host.processes()
+            here = host.left()
             left |= here
             for pid in here:
                 with contextlib.suppress(ProcessLookupError):

@@ -1,6 +1,7 @@
 """A run over two hosts is that of two processes on one: by scripts/launch, over a cable, with nothing else shared."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ SETTINGS = (
     # otherwise.
     "hardware.threads=1",
 )
-ON_A_HOST = ("dataset=prepared", "model.path=base", "run_dir=runs/over_two", "failures.peer_timeout=10", *SETTINGS)
+ON_A_HOST = ("dataset=prepared", "model.path=base", "run_dir=runs/over_two", "failures.peer_timeout=20", *SETTINGS)
 
 
 @pytest.fixture
@@ -84,7 +85,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def numbers(run_dir: Path) -> list[dict[str, float]]:
     """The losses of metrics.jsonl and what belongs to them, without how fast it went."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    whole = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # a line may be half written
+    lines = [json.loads(line) for line in whole]
     kept = ("step", "loss", "gradient_norm", "evaluation_loss", "supervised_tokens", "auxiliary_loss")
     losses = [line for line in lines if "loss" in line or "evaluation_loss" in line]
     return [{key: line[key] for key in kept if key in line} for line in losses]
@@ -138,9 +140,10 @@ def test_a_signal_and_a_cable_that_comes_loose_end_both_hosts_and_the_same_comma
     second.unplug()
     all_ended(processes, hosts, expect=76)
     assert steps_done(first) < STEPS
-    for host in hosts:
-        assert "launch the run again" in host.log.read_text()
-        assert not host.processes()
+    for number, host in enumerate(hosts):
+        other = rf"process {1 - number} has not been heard of .* in step \d+ \("
+        assert re.search(other, host.log.read_text()), host.log.read_text()
+        assert not host.left()
 
     second.plug()
     all_ended(start_both(hosts), hosts)
