@@ -214,7 +214,7 @@ class Terminal:
 
     def until(self, text: str) -> None:
         """Waits for a text after the last one that was waited for."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while (found := self._shown.find(text, self._place)) < 0:
             assert time.monotonic() < deadline, self._shown
             if select.select([self._keyboard], [], [], 1)[0]:
