@@ -14,7 +14,8 @@ class Health:
 
     def __init__(self, config: FailureConfig):
         self._config = config
-        self._refused = 0
+        self.refused = 0
+        """Updates that were refused, in a row."""
         self._recent: deque[float] = deque(maxlen=config.spike_window)
 
     def judge(self, record: StepRecord) -> str | None:
@@ -24,15 +25,15 @@ class Health:
             UserError: too many updates in a row were refused.
         """
         if not record.applied:
-            self._refused += 1
-            if self._refused >= self._config.refused_in_a_row:
+            self.refused += 1
+            if self.refused >= self._config.refused_in_a_row:
                 raise UserError(
                     f"failures.refused_in_a_row={self._config.refused_in_a_row}: so many updates in a row were "
                     f"refused, up to step {record.step}, because loss or gradient were not finite (loss {record.loss}, "
                     f"gradient norm {record.gradient_norm}); lower optim.lr, or look at the rows in metrics.jsonl"
                 )
             return "refused"
-        self._refused = 0
+        self.refused = 0
         limit = self._config.spike
         full = len(self._recent) == self._recent.maxlen
         spike = bool(limit) and full and record.loss > limit * statistics.fmean(self._recent)
@@ -41,9 +42,9 @@ class Health:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"refused": self._refused, "recent": list(self._recent)}
+        return {"refused": self.refused, "recent": list(self._recent)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
-        self._refused = int(state["refused"])
+        self.refused = int(state["refused"])
         self._recent.extend(state["recent"])

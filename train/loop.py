@@ -68,7 +68,8 @@ def train(
                 share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
             )
             lr = learning_rate(number, steps, config.optim)
-            result = watched_step(engine, micro_batches, number, lr, config, metrics)
+            first = health.refused == number - 1  # no update has been made yet
+            result = watched_step(engine, micro_batches, number, lr, config, metrics, first=first)
             record = _record(number, result, lr, time.perf_counter() - started)
             metrics.stepped(record, health.judge(record), rows)
             evaluate_where_due(number)
@@ -83,17 +84,24 @@ def train(
 
 
 def watched_step(
-    engine: Engine, micro_batches: list[Batch], number: int, lr: float, config: TrainConfig, metrics: Metrics
+    engine: Engine,
+    micro_batches: list[Batch],
+    number: int,
+    lr: float,
+    config: TrainConfig,
+    metrics: Metrics,
+    *,
+    first: bool,
 ) -> StepResult:
-    """`step`, noting what the routers do in every `logging.routing_every`-th and in the first; collective.
+    """`step`, noting what the routers do in every `logging.routing_every`-th and until the `first` update; collective.
 
     Raises:
-        ExpertNotLearningError: in the first step a targeted expert got tokens and no gradient.
+        ExpertNotLearningError: before the first update a targeted expert got tokens and no gradient.
     """
     routers = bool(config.logging.routing_every and number % config.logging.routing_every == 0)
-    if not routers and number > 1:
+    if not routers and not first:
         return step(engine, micro_batches, number, lr, config)
-    gradients = FirstGradients(engine.module.causal_lm) if number == 1 else None
+    gradients = FirstGradients(engine.module.causal_lm) if first else None
     with engine.watching(True):
         result = step(engine, micro_batches, number, lr, config)
     routing = engine.take_routing()

@@ -206,15 +206,14 @@ class Metrics:
 
 
 def show_movements(movements: list[Movement]) -> None:
-    """Prints how far the experts' adapters have moved: a row for each projection of each layer."""
+    """Prints how far each expert's adapter has moved: a row for each projection of each layer, a column an expert."""
     if not movements:
         return
-    table = Table("layer", "projection", "least", "median", "most", "not moved", title="How far the experts have moved")
+    experts = [str(expert) for expert in range(len(movements[0].norms_E))]
+    table = Table("layer", "projection", *experts, title="How far each expert's adapter has moved: ‖s·BA‖")
     for moved in movements:
-        norms = sorted(norm for norm in moved.norms_E if norm)
-        still = [str(expert) for expert, norm in enumerate(moved.norms_E) if not norm and moved.ranks[expert]]
-        shown = [f"{norm:.3g}" for norm in (norms[0], norms[len(norms) // 2], norms[-1])] if norms else ["0"] * 3
-        table.add_row(str(moved.layer), moved.projection, *shown, ", ".join(still) or "-")
+        shown = [f"{norm:.3g}" if rank else "-" for norm, rank in zip(moved.norms_E, moved.ranks, strict=True)]
+        table.add_row(str(moved.layer), moved.projection, *shown)
     console.print(table)
 
 

@@ -133,7 +133,7 @@ def test_profile_then_ranks_by_load(start: tuple[str, ...], tmp_path: Path) -> N
     by_load = ("lora=by_load", f"lora.load={tmp_path}/2/expert_load.json", "lora.budget=300000", "lora.dropout=0.1")
     more = ("lora.router=trained", "lora.rank_stabilised=true", "lora.export_per_expert=true", "max_steps=11")
     done = train(2, *start, *by_load, *more, f"run_dir={tmp_path}/run", "optim.lr=1e-3")
-    assert "How far the experts have moved" in done.stderr
+    assert "How far each expert's adapter has moved" in done.stderr
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
     ranks = {moved["layer"]: moved["ranks"] for moved in receipt["experts_moved"]}
     for layer, of_layer in enumerate(measured["tokens_per_expert"]):
