@@ -90,7 +90,7 @@ def attempt(name: str, trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a trial found, with its name, and why it `failed`, or None."""
     try:
         return {"trial": name, **trial(), "failed": None}
-    except (FailedError, DamagedError, OSError, subprocess.SubprocessError) as error:
+    except (FailedError, DamagedError, OSError, LookupError, subprocess.SubprocessError) as error:
         return {"trial": name, "failed": f"{type(error).__name__}: {error}"}
 
 
@@ -293,18 +293,15 @@ class Launch:
         if self.count == 1:
             assert self._command is not None
             return {0: self._command.pid} if self.running else {}
-        return {
-            int(process.environ()["RANK"]): process.pid
-            for process in self.left()
-            if _field(process, "RANK") and not _is_guardian(process)
-        }
+        found = {process.pid: _field(process, "RANK") for process in self.left() if not _is_guardian(process)}
+        return {int(rank): pid for pid, rank in found.items() if rank}
 
     def launchers(self) -> list[int]:
         """The processes of the launcher, the outer one first."""
         if self.forked or self.count == 1:
             return []
         assert self._command is not None
-        inner = [process.pid for process in self.left() if "deepspeed.launcher.launch" in process.cmdline()]
+        inner = [process.pid for process in self.left() if "deepspeed.launcher.launch" in _words(process)]
         return [self._command.pid, *inner]
 
     def wait_for_ranks(self) -> dict[int, int]:
@@ -364,7 +361,7 @@ class Launch:
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.05)
         if left:
-            which = [(process.pid, " ".join(process.cmdline())[:200]) for process in left]
+            which = [(process.pid, " ".join(_words(process))[:200]) for process in left]
             self.end()
             raise FailedError(f"processes were left after {seconds:.0f} s: {which}\n{self.said()}")
 
@@ -539,10 +536,14 @@ def _field(process: psutil.Process, name: str) -> str | None:
     return None
 
 
-def _is_guardian(process: psutil.Process) -> bool:
+def _words(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.Error):
-        return any(part.endswith("guardian.py") for part in process.cmdline())
-    return False
+        return process.cmdline()
+    return []
+
+
+def _is_guardian(process: psutil.Process) -> bool:
+    return any(word.endswith("guardian.py") for word in _words(process))
 
 
 def _inode(path: Path) -> int | None:
