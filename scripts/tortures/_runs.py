@@ -175,7 +175,7 @@ class Workplace:
     def settings(self, run: Path, **changed: str) -> Settings:
         """Of a launch in the directory `run`; a name's points are given as two underlines."""
         where = {"dataset": str(self.rows), "model.path": str(self.base), "run_dir": str(run)}
-        return SETTINGS | {name.replace("__", "."): value for name, value in changed.items()} | where
+        return SETTINGS | where | {name.replace("__", "."): value for name, value in changed.items()}
 
     def launch(self, run: Path, processes: int, *, forked: bool = True, **changed: str) -> "Launch":
         """Starts a run, or goes on with one."""
@@ -247,7 +247,7 @@ class Launch:
         self.started = time.monotonic()
         self.stale = hidden(run)
         """What an earlier launch left half-written."""
-        self._metrics = _inode(run / "metrics.jsonl")
+        self._metrics = _state(run / "metrics.jsonl")
         port = _free_port()
         if forked:
             # Of the server, which starts with the first process: it imports this checkout, wherever it is started.
@@ -388,7 +388,7 @@ class Launch:
     @property
     def has_begun(self) -> bool:
         """Whether it has come as far as metrics.jsonl, whose later lines are dropped by then."""
-        now = _inode(self.run / "metrics.jsonl")
+        now = _state(self.run / "metrics.jsonl")
         return now is not None and now != self._metrics
 
     def until(self, condition: Callable[[], bool]) -> bool:
@@ -546,9 +546,10 @@ def _is_guardian(process: psutil.Process) -> bool:
     return any(word.endswith("guardian.py") for word in _words(process))
 
 
-def _inode(path: Path) -> int | None:
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced or written to; inodes alone are used again."""
     with contextlib.suppress(OSError):
-        return path.stat().st_ino
+        return path.stat().st_ino, path.stat().st_mtime_ns
     return None
 
 
