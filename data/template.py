@@ -215,7 +215,8 @@ class ChatTokenizer:
         stock.normalizer = normalizers.Sequence([*unescape, stock.normalizer])
         # Answers begin with the space that the template puts before them; stock programs show what is decoded.
         stock.decoder = decoders.Sequence([stock.decoder, decoders.Strip(" ", 1, 0)])
-        stock.save(str(directory / "tokenizer.json"))
+        # Not by its own `save`, whose error is no OSError where the disk is full.
+        (directory / "tokenizer.json").write_text(stock.to_str(pretty=True), encoding="utf-8")
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<s>",

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from configs.errors import UserError, one_line
 from train.config import LoraConfig, ModelConfig
 from train.expert_lora import Adapter, Scaling
+from train.tensor_file import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -43,7 +44,7 @@ def write(
         adapters: those of the model's experts.
     """
     largest = _largest(adapters)
-    save_file(to_peft(lora, tensors, adapters), directory / WEIGHTS, metadata={"format": "pt"})
+    _write_tensors(directory / WEIGHTS, to_peft(lora, tensors, adapters))
     _save(
         directory,
         **_of_base(model),
@@ -55,6 +56,14 @@ def write(
         target_parameters=[f"mlp.experts.{projection}" for projection in lora.projections] if largest else None,
         modules_to_save=["gate"] if lora.router == "trained" else None,
     )
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file. Unlike the library's own function it says in an `OSError` why it can't be written."""
+    file = TensorFile(path, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
+    file.close()
 
 
 def _save(directory: Path, **settings: Any) -> None:
@@ -156,7 +165,7 @@ def write_per_expert(
                 stored[f"{prefix}.{expert}.{name}.lora_A.weight"] = A_rI.clone()
                 stored[f"{prefix}.{expert}.{name}.lora_B.weight"] = part.contiguous()
     stored = {key.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor for key, tensor in stored.items()}
-    save_file(stored, directory / WEIGHTS, metadata={"format": "pt"})
+    _write_tensors(directory / WEIGHTS, stored)
     largest = _largest(adapters)
     of_experts = [name for name in ("w1", "w2", "w3") if any(f".{name}.lora_A" in key for key in stored)]
     _save(

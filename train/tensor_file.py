@@ -9,8 +9,8 @@ import xxhash
 
 from configs.weights import header
 
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-"""What safetensors calls the dtypes that are trained in."""
+NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""What safetensors calls the dtypes that are stored; the last is the tests'."""
 
 
 class TensorFile:
@@ -25,8 +25,9 @@ class TensorFile:
         sizes = [(name, dtype, shape, math.prod(shape) * dtype.itemsize) for name, dtype, shape in tensors]
         self._path, self._hash = path, xxhash.xxh3_128()
         self._left: Iterator[tuple[str, torch.dtype, tuple[int, ...], int]] = iter(sizes)
+        head = header((name, NAMES[dtype], shape, size) for name, dtype, shape, size in sizes)
         self._file = path.open("wb", buffering=0)
-        self._put(memoryview(header((name, NAMES[dtype], shape, size) for name, dtype, shape, size in sizes)))
+        self._put(memoryview(head))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Writes the next tensor, on the CPU."""
@@ -42,5 +43,9 @@ class TensorFile:
 
     def _put(self, view: memoryview) -> None:
         self._hash.update(view)
-        while len(view):
-            view = view[self._file.write(view) :]
+        try:
+            while len(view):
+                view = view[self._file.write(view) :]
+        except OSError:
+            self._file.close()
+            raise

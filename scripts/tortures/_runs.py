@@ -90,7 +90,7 @@ def attempt(name: str, trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a trial found, with its name, and why it `failed`, or None."""
     try:
         return {"trial": name, **trial(), "failed": None}
-    except (FailedError, DamagedError, OSError, subprocess.SubprocessError) as error:
+    except (FailedError, DamagedError, OSError, LookupError, subprocess.SubprocessError) as error:
         return {"trial": name, "failed": f"{type(error).__name__}: {error}"}
 
 
@@ -175,7 +175,7 @@ class Workplace:
     def settings(self, run: Path, **changed: str) -> Settings:
         """Of a launch in the directory `run`; a name's points are given as two underlines."""
         where = {"dataset": str(self.rows), "model.path": str(self.base), "run_dir": str(run)}
-        return SETTINGS | {name.replace("__", "."): value for name, value in changed.items()} | where
+        return SETTINGS | where | {name.replace("__", "."): value for name, value in changed.items()}
 
     def launch(self, run: Path, processes: int, *, forked: bool = True, **changed: str) -> "Launch":
         """Starts a run, or goes on with one."""
@@ -247,7 +247,7 @@ class Launch:
         self.started = time.monotonic()
         self.stale = hidden(run)
         """What an earlier launch left half-written."""
-        self._metrics = _inode(run / "metrics.jsonl")
+        self._metrics = _state(run / "metrics.jsonl")
         port = _free_port()
         if forked:
             # Of the server, which starts with the first process: it imports this checkout, wherever it is started.
@@ -293,18 +293,15 @@ class Launch:
         if self.count == 1:
             assert self._command is not None
             return {0: self._command.pid} if self.running else {}
-        return {
-            int(process.environ()["RANK"]): process.pid
-            for process in self.left()
-            if _field(process, "RANK") and not _is_guardian(process)
-        }
+        found = {process.pid: _field(process, "RANK") for process in self.left() if not _is_guardian(process)}
+        return {int(rank): pid for pid, rank in found.items() if rank}
 
     def launchers(self) -> list[int]:
         """The processes of the launcher, the outer one first."""
         if self.forked or self.count == 1:
             return []
         assert self._command is not None
-        inner = [process.pid for process in self.left() if "deepspeed.launcher.launch" in process.cmdline()]
+        inner = [process.pid for process in self.left() if "deepspeed.launcher.launch" in _words(process)]
         return [self._command.pid, *inner]
 
     def wait_for_ranks(self) -> dict[int, int]:
@@ -364,7 +361,7 @@ class Launch:
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.05)
         if left:
-            which = [(process.pid, " ".join(process.cmdline())[:200]) for process in left]
+            which = [(process.pid, " ".join(_words(process))[:200]) for process in left]
             self.end()
             raise FailedError(f"processes were left after {seconds:.0f} s: {which}\n{self.said()}")
 
@@ -391,7 +388,7 @@ class Launch:
     @property
     def has_begun(self) -> bool:
         """Whether it has come as far as metrics.jsonl, whose later lines are dropped by then."""
-        now = _inode(self.run / "metrics.jsonl")
+        now = _state(self.run / "metrics.jsonl")
         return now is not None and now != self._metrics
 
     def until(self, condition: Callable[[], bool]) -> bool:
@@ -539,15 +536,20 @@ def _field(process: psutil.Process, name: str) -> str | None:
     return None
 
 
-def _is_guardian(process: psutil.Process) -> bool:
+def _words(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.Error):
-        return any(part.endswith("guardian.py") for part in process.cmdline())
-    return False
+        return process.cmdline()
+    return []
 
 
-def _inode(path: Path) -> int | None:
+def _is_guardian(process: psutil.Process) -> bool:
+    return any(word.endswith("guardian.py") for word in _words(process))
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced or written to; inodes alone are used again."""
     with contextlib.suppress(OSError):
-        return path.stat().st_ino
+        return path.stat().st_ino, path.stat().st_mtime_ns
     return None
 
 

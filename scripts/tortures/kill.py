@@ -29,6 +29,8 @@ LEAST_INSIDE = 0.3
 ENDING = 60.0
 """Seconds after a kill within which all of a launch must have ended."""
 LAUNCHER_LOST = "the launcher"
+TOO_MANY = 5
+"""Runs that failed, after which no more are made."""
 
 console = Console(width=120)
 
@@ -107,7 +109,7 @@ def torment(place: Workplace, processes: int, count: int, seed: int) -> tuple[li
     points: list[Point] = []
     failed: list[str] = []
     finished = 0
-    while len(points) < count:
+    while len(points) < count and len(failed) < TOO_MANY:
         directory = place.scratch / f"killed-{processes}-{finished + len(failed)}"
         own: list[Point] = []
         try:

@@ -76,6 +76,15 @@ def test_the_order_of_target_modules_does_not_vary(trained: Any) -> None:
     assert stored == sorted(stored)
 
 
+def test_a_full_disk_is_an_error_of_the_system(trained: Any) -> None:
+    """So that the run can say what to do; safetensors' own function raises one of its own."""
+    config, _, adapted, directory = trained
+    (directory / "adapter_model.safetensors").unlink()
+    (directory / "adapter_model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save(directory, config, adapted)
+
+
 def test_a_run_can_start_from_what_was_written(trained: Any) -> None:
     config, base, adapted, directory = trained
     config.lora.start = str(directory)
