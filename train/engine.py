@@ -8,6 +8,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,8 @@ def start(config: HardwareConfig) -> Processes:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.redirect_stdout(io.StringIO()):  # every process would print that an op was built
         deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+    if not on_cuda:
+        forget_shared_memory()
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
@@ -80,6 +83,18 @@ def _free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def forget_shared_memory() -> None:
+    """Takes the name from this process's buffer of DeepSpeed's shared-memory collective, which is freed with it then.
+
+    DeepSpeed 0.19 never removes it: 66 MiB of memory stay for each CPU process and port that was ever used, however the
+    run ends. Collective, so that every process has opened all buffers by now.
+    """
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+        place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{torch.distributed.get_rank()}"
+        Path("/dev/shm", f"deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)
 
 
 def keep_freed_memory() -> None:

@@ -248,7 +248,7 @@ class Launch:
         self.stale = hidden(run)
         """What an earlier launch left half-written."""
         self._metrics = _state(run / "metrics.jsonl")
-        port = _free_port()
+        self.port = port = _free_port()
         if forked:
             # Of the server, which starts with the first process: it imports this checkout, wherever it is started.
             os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]))

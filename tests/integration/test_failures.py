@@ -28,6 +28,15 @@ def test_when_a_process_is_lost_the_other_says_where_it_was(
     peers.lost(runs, runs.scratch / f"lost-{rank}", way, rank, phase, after=2)
 
 
+def test_a_run_that_is_killed_leaves_no_shared_memory(runs: Workplace) -> None:
+    launch = runs.launch(runs.scratch / "killed", 2)
+    assert launch.until(lambda: launch.has_begun), launch.said()
+    for pid in launch.ranks().values():
+        _runs.kill(pid)
+    launch.wait()
+    assert not list(Path("/dev/shm").glob(f"*_{launch.port}_*"))
+
+
 @pytest.fixture
 def mounts() -> None:
     if reason := disk.why_not():
