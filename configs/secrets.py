@@ -7,7 +7,7 @@ from typing import Any
 
 HIDDEN = "<secret>"
 
-TELLING = re.compile(r"(?i)api_?key|_key$|token|secret|passw|credential")
+TELLING = re.compile(r"(?i)api_?key|_key$|(^|_)token$|secret|passw|credential")
 """Names of environment variables and settings whose values are secrets."""
 SHORTEST = 8
 """Characters of the shortest value that is taken for a secret: hiding every `1` would hide numbers."""

@@ -172,6 +172,7 @@ def _exchange(new: Path, old: Path) -> None:
         if (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(number, os.strerror(number))
     # A file system that can't (NFS among them): for a moment there is none, and never a half.
-    aside = new.with_name("old")
+    aside = new.with_name(f".{old.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
     old.rename(aside)
     new.rename(old)

@@ -13,6 +13,7 @@ written into a hidden sibling, forced to the disk, and takes its name last.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -163,20 +164,17 @@ class Checkpoint:
         except OSError as error:
             raise DamagedError(f"{name} can't be read: {one_line(error)}") from error
 
-    def read(self, name: str) -> dict[str, torch.Tensor]:
-        """What is stored of a parameter, by `STATE`, on the CPU.
+    def read(self, name: str, kind: str) -> torch.Tensor:
+        """What is stored of a parameter, one of `STATE`, on the CPU.
 
         Raises:
             DamagedError: it can't be read any more.
         """
-        found = {}
-        for kind in STATE:
-            try:
-                with safe_open(self.place / f"{kind}.safetensors", "pt") as file:
-                    found[kind] = file.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise DamagedError(f"{kind}.safetensors can't be read: {one_line(error)}") from error
-        return found
+        try:
+            with safe_open(self.place / f"{kind}.safetensors", "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"{kind}.safetensors can't be read: {one_line(error)}") from error
 
 
 def places(run: Path) -> list[Path]:
@@ -203,16 +201,21 @@ def clean(run: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def prune(run: Path, *, keep_last: int, best: int | None) -> None:
-    """Removes all checkpoints but the newest `keep_last` and the one of the step `best`."""
-    for old in places(run)[keep_last:]:
-        if number(old) != best:
+def prune(run: Path, *, newest: int, keep_last: int, best: int | None) -> None:
+    """Removes all checkpoints but `keep_last` up to the step `newest`, which was just written, and that of `best`.
+
+    Later ones are damaged, or of a past that the run did not go on from.
+    """
+    past = [old for old in places(run) if (number(old) or 0) <= newest]
+    for old in places(run):
+        if old not in past[:keep_last] and number(old) != best:
             remove(old)
 
 
 def best(evaluations: dict[int, float], steps: Iterable[int]) -> int | None:
-    """Of these steps the one with the lowest evaluation loss; None where none was evaluated."""
-    return min((step for step in steps if step in evaluations), key=lambda step: evaluations[step], default=None)
+    """Of these steps the one with the lowest evaluation loss; None where none was evaluated to a number."""
+    evaluated = (step for step in steps if math.isfinite(evaluations.get(step, math.nan)))
+    return min(evaluated, key=lambda step: evaluations[step], default=None)
 
 
 def _json(value: Any) -> bytes:

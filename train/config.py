@@ -370,7 +370,7 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations on the held-out split; 0 evaluates before the first step and after the last."""
     save_every: int = 0
-    """Steps between checkpoints; 0 makes one only when the run is pre-empted."""
+    """Steps between checkpoints; one is made after the last step and when the run is pre-empted in any case."""
     keep_last: int = 2
     """Checkpoints that are kept, the newest ones; the one with the best evaluation loss is kept beside them."""
     resume: str = "auto"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import datetime
 import io
 import os
 import socket
@@ -42,8 +43,10 @@ class Processes:
         return self.rank == 0
 
 
-def start(config: HardwareConfig) -> Processes:
+def start(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
     """Joins the processes of the launch (or makes a group of one), chooses the device and divides the cores.
+
+    `timeout` is how many seconds a process waits for the others at most, at the start and in each collective.
 
     Raises:
         UserError: CUDA is asked for and there is none.
@@ -68,7 +71,8 @@ def start(config: HardwareConfig) -> Processes:
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.redirect_stdout(io.StringIO()):  # every process would print that an op was built
-        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+        waits = {"timeout": datetime.timedelta(seconds=timeout), "verbose": False}
+        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", **waits)
     if not on_cuda:
         forget_shared_memory()
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
@@ -113,12 +117,7 @@ def keep_freed_memory() -> None:
 
 
 def finish() -> None:
-    """Waits until every process has done its work, then leaves the group; collective.
-
-    Without the wait a process that has nothing to save would end first, and the launcher takes the others down with it
-    when leaving goes wrong.
-    """
-    torch.distributed.barrier()
+    """Leaves the group, once the guard knows that every process has done its work."""
     torch.distributed.destroy_process_group()
 
 
@@ -132,6 +131,23 @@ def agree(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Compares values across the processes; collective.
+
+    Raises:
+        UserError: a process has another one than process 0; it names the first.
+    """
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, values)
+    for rank, theirs in enumerate(everywhere):
+        for name in sorted(values.keys() | theirs.keys()):
+            if theirs.get(name) != everywhere[0].get(name):
+                raise UserError(
+                    f"{name}={theirs.get(name)}: that is what process {rank} was given, and process 0 has "
+                    f"{everywhere[0].get(name)}; give all processes the same"
+                )
 
 
 def settings(config: TrainConfig, batch: BatchArithmetic) -> dict[str, Any]:
@@ -252,6 +268,8 @@ class Engine:
         groups = _parameter_groups(model, config.optim.weight_decay)
         named = {parameter: name for name, parameter in trainable(model.causal_lm)}
         names = [named[parameter] for group in groups for parameter in group["params"]]
+        self._stage = config.deepspeed.stage
+        self._given = [list(group["params"]) for group in groups]
         self._adamw = adamw(
             groups,
             lr=0.0,  # each step sets it; until then DeepSpeed's stage 0 takes a step of its own to allocate the moments
@@ -375,6 +393,8 @@ class Engine:
         Whole and on the CPU of the main process; nothing on the others. Gathered one at a time, so a process holds at
         most one tensor beyond its share.
         """
+        if moments:
+            self._link_moments()
         for name, parameter in trainable(self.module.causal_lm):
             self.at("saving")
             kinds: list[str | None] = [None, *MOMENTS] if moments else [None]
@@ -395,11 +415,24 @@ class Engine:
             tensor = safe_get_full_optimizer_state(parameter, kind)
         return tensor.detach().to("cpu", torch.float32, copy=True) if self.processes.is_main else None
 
-    def restore(self, read: Callable[[str], dict[str, torch.Tensor]], steps: int, blank: Batch) -> None:
+    def _link_moments(self) -> None:
+        """Tells DeepSpeed's stages 1 and 2 where the moments are.
+
+        They find out themselves in their first step, but after that of the first group, when other groups have none.
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        if self._stage in (1, 2) and self.optimizer_steps:
+            for given, group in zip(self._given, self._adamw.param_groups, strict=True):
+                (partition,) = group["params"]
+                lazy_init_hp_params_optimizer_state(given, partition, self._adamw.state)
+
+    def restore(self, read: Callable[[str, str], torch.Tensor], steps: int, blank: Batch) -> None:
         """Sets every trained parameter and its moments to what `state` gave once; collective.
 
         Args:
-            read: the state of a parameter by its name; called on the main process alone, which has the files.
+            read: the state of a parameter by its name and what it is; called on the main process alone, which has the
+                files.
             steps: `optimizer_steps` of then.
             blank: a micro-batch without tokens.
 
@@ -407,16 +440,20 @@ class Engine:
         when it steps. So the masters are set, a step is made at rate 0 and without tokens, which changes none of them,
         and then the moments are set.
         """
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         def each(kinds: tuple[str, ...]) -> Iterator[tuple[str, nn.Parameter, str, torch.Tensor]]:
             for name, parameter in trainable(self.module.causal_lm):
                 self.at("resuming")
-                stored = read(name) if self.processes.is_main else {}
                 for kind in kinds:
                     whole = torch.empty(whole_shape(parameter), device=self.device)
                     if self.processes.is_main:
-                        whole.copy_(stored[kind])
+                        whole.copy_(read(name, kind))
                     torch.distributed.broadcast(whole, src=0)
                     yield name, parameter, kind, whole
 
@@ -424,6 +461,8 @@ class Engine:
             for name, parameter, _, whole in each(("master",)):
                 if self._masters:
                     self._masters[name].copy_(whole)
+                elif self._stage == 3:
+                    safe_set_local_fp32_param(parameter, self._own_part(parameter, whole))
                 else:
                     safe_set_full_fp32_param(parameter, whole)
         for place in range(self._accumulation):
@@ -432,14 +471,26 @@ class Engine:
             if place < self._accumulation - 1:
                 self.micro_step_done()
         self.step(0.0)
+        self._link_moments()
         with torch.no_grad():
             for name, parameter, kind, whole in each(MOMENTS):
                 if self._masters:
                     self._adamw.state[self._masters[name]][kind].copy_(whole)
+                elif self._stage == 3:
+                    safe_set_local_optimizer_state(parameter, self._own_part(parameter, whole), kind)
                 else:
                     safe_set_full_optimizer_state(parameter, whole, kind)
         for state in self._adamw.state.values():
             state["step"].fill_(steps)
+
+    def _own_part(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+        """This process's part of a whole tensor as ZeRO-3 divides it: equal parts, the last filled up with zeros.
+
+        DeepSpeed's setters of whole tensors (0.19.8) take none that the number of processes does not divide.
+        """
+        part = parameter.ds_tensor.numel()
+        filled = torch.nn.functional.pad(whole.flatten(), (0, part * self.processes.count - whole.numel()))
+        return filled.narrow(0, part * self.processes.rank, part)
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -19,6 +19,9 @@ KNOBS = (
 )
 """What makes a step smaller."""
 
+MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+"""What the errors of torch's allocator, CUDA and cuBLAS say."""
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 PEER_SECONDS = 10.0
@@ -67,7 +70,7 @@ def told(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or on the CPU."""
     said = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in said for sign in MEMORY)
 
 
 def _say(sentence: str) -> None:

@@ -33,7 +33,7 @@ from train.guardian import JOIN_TIMEOUT, PAUSE, PLACE, Channel, beat_interval
 EXIT_PEER_LOST = 76
 """The exit code of a process that ends because of another one: launch the run again."""
 
-REMEDY = "launch the run again: it goes on from its last checkpoint"
+REMEDY = "launch it again with the same run_dir: it goes on from its last checkpoint"
 
 _SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 """Signals that launchers and terminals send to whole process groups. A guardian must see how its process takes them."""

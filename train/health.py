@@ -4,7 +4,6 @@ import statistics
 from collections import deque
 from typing import Any
 
-from configs.errors import UserError
 from train.config import FailureConfig
 from train.metrics import StepRecord
 
@@ -16,18 +15,16 @@ class Health:
         self._config = config
         self.refused = 0
         """Updates that were refused, in a row."""
+        self.gives_up: str | None = None
+        """Why the run must stop, as a sentence: too many updates in a row were refused."""
         self._recent: deque[float] = deque(maxlen=config.spike_window)
 
     def judge(self, record: StepRecord) -> str | None:
-        """What is wrong with a step, `refused` or `spike`; None where nothing is.
-
-        Raises:
-            UserError: too many updates in a row were refused.
-        """
+        """What is wrong with a step, `refused` or `spike`; None where nothing is. May set `gives_up`."""
         if not record.applied:
             self.refused += 1
             if self.refused >= self._config.refused_in_a_row:
-                raise UserError(
+                self.gives_up = (
                     f"failures.refused_in_a_row={self._config.refused_in_a_row}: so many updates in a row were "
                     f"refused, up to step {record.step}, because loss or gradient were not finite (loss {record.loss}, "
                     f"gradient norm {record.gradient_norm}); lower optim.lr, or look at the rows in metrics.jsonl"

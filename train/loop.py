@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from configs.errors import UserError
 from data.dataset import Batch, PackedTable, PreparedDataset, share
 from train import engine as processes
 from train.config import BatchArithmetic, OptimConfig, TrainConfig
@@ -60,6 +61,8 @@ def train(
     engine.train()
     with metrics.progress(steps, done=run.resumed_step):
         evaluate_where_due(run.resumed_step)
+        if any(engine.any(signals.asked_to_stop)):
+            raise Preempted(f"after step {run.resumed_step}")
         for number in range(run.resumed_step + 1, steps + 1):
             started = time.perf_counter()
             engine.at("reading rows", number)
@@ -71,10 +74,15 @@ def train(
             first = health.refused == number - 1  # no update has been made yet
             result = watched_step(engine, micro_batches, number, lr, config, metrics, first=first)
             record = _record(number, result, lr, time.perf_counter() - started)
-            metrics.stepped(record, health.judge(record), rows)
+            wrong = health.judge(record)
+            metrics.stepped(record, wrong, rows)
+            if health.gives_up:
+                run.finish_saving(engine)
+                raise UserError(health.gives_up)
             evaluate_where_due(number)
             preempted, unsaved = engine.any(signals.asked_to_stop, run.saving_failed)
-            if preempted or (config.save_every and number % config.save_every == 0):
+            due = number == steps or (config.save_every and number % config.save_every == 0)
+            if preempted or due:
                 run.save_checkpoint(engine, metrics, health, number)
             if preempted or unsaved:
                 run.finish_saving(engine)

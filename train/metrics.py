@@ -183,6 +183,11 @@ class Metrics:
         """Records a checkpoint: the seconds for which training stood still, and until it was on the disk."""
         self._file_line({"step": step, "checkpoint_paused_seconds": paused, "checkpoint_seconds": took})
 
+    def sync(self) -> None:
+        """Forces the lines so far to the disk, so that a checkpoint never knows more than they."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Ends the files."""
         if self._file is not None:

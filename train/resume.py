@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.secrets import redacted
-from configs.weights import StoredWeights, local_directory
+from configs.weights import StoredWeights, file_hash, local_directory
 from data.dataset import PreparedDataset
 from data.layout import MANIFEST
 from data.sources import sha256
@@ -30,11 +30,15 @@ FREE = (
     "model.path",
     "model.revision",
 )
-"""Settings and groups that may change under a run: they decide no number, or what they name is compared instead."""
+"""Settings and groups that may change under a run: they decide no number (hardware decides rounding alone), or what
+they name is compared instead."""
+
+BY_MACHINE = ("run_dir", "dataset", "hardware", "model.path", "model.revision", "lora.start", "lora.load")
+"""Settings that may differ between the processes of one launch."""
 
 
 def fed(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
-    """What a run is fed, by hash: the prepared dataset, and every file of the base.
+    """What a run is fed, by hash: the prepared dataset, the base's weights and configuration, a load.
 
     Raises:
         UserError: the base's files can't be read.
@@ -44,14 +48,26 @@ def fed(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
     if path is not None:
         named = f"model.path={path}"
         weights = StoredWeights(local_directory(path, revision, named), named)
+        architecture = weights.directory / "config.json"
         base |= {"fingerprint": weights.fingerprint, "files": weights.contents()}
+        if architecture.is_file():
+            base["files"] |= {architecture.name: file_hash(architecture)}
     manifest = {"path": str(dataset.directory), "manifest_sha256": sha256(dataset.directory / MANIFEST)}
-    return redacted({"base": base, "dataset": manifest})
+    load = config.lora.load
+    return redacted(
+        {"base": base, "dataset": manifest, "load": file_hash(Path(load)) if load and Path(load).is_file() else None}
+    )
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
     """The settings as they are stored and compared: plain values, without secrets."""
     return redacted(asdict(config))
+
+
+def same_everywhere(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
+    """What all processes of a launch must have been given alike."""
+    given = {name: value for name, value in _leaves(settings(config)) if not _among(name, BY_MACHINE)}
+    return given | {"dataset (its manifest.json)": sha256(dataset.directory / MANIFEST)}
 
 
 def check(record: dict[str, Any], config: TrainConfig, now: dict[str, Any]) -> None:
@@ -66,6 +82,11 @@ def check(record: dict[str, Any], config: TrainConfig, now: dict[str, Any]) -> N
         UserError: something is not as it was; it names the first.
     """
     anyway = tuple(config.resume_despite)
+    if "global_batch" in anyway:
+        raise UserError(
+            "resume_despite=[global_batch]: it decides which rows each step takes, and some would be left out or come "
+            "twice; give the same global_batch, or a new run_dir"
+        )
     remedy = "or give overwrite=true to start over"
     was, asked = dict(_leaves(record["settings"])), dict(_leaves(settings(config)))
     for name, value in asked.items():
@@ -78,6 +99,11 @@ def check(record: dict[str, Any], config: TrainConfig, now: dict[str, Any]) -> N
         raise UserError(
             f"dataset={config.dataset}: it is not the one that the run was started on (its manifest.json has changed); "
             f"give that one, resume_despite=[dataset], {remedy}"
+        )
+    if record.get("load") != now["load"]:
+        raise UserError(
+            f"lora.load={config.lora.load}: it has changed since the run was started, and with it the experts' ranks; "
+            f"give the file as it was, {remedy}"
         )
     if "model.path" not in anyway:
         old, new = record["base"]["files"], now["base"]["files"]

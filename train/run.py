@@ -19,7 +19,7 @@ from train.metrics import Metrics, console
 from train.model import build
 from train.plan import show_plan
 from train.profile import profile
-from train.resume import settings
+from train.resume import same_everywhere, settings
 from train.run_directory import RunDirectory
 from train.signals import EXIT_PREEMPTED, Signals
 
@@ -38,7 +38,7 @@ def run(config: TrainConfig) -> None:
     signals = Signals(config.failures.grace)
     dataset = PreparedDataset(config.dataset)
     check_vocabulary(config.model, dataset)
-    processes = engine.start(config.hardware)
+    processes = engine.start(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
     timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
     guard = Guard(processes.rank, processes.count, **timeouts)
     guard.join(engine.agree(guard.listen()))
@@ -52,6 +52,7 @@ def run(config: TrainConfig) -> None:
 
 def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, guard: Guard, signals: Signals) -> bool:
     """Does the task on the processes of the launch; whether it was pre-empted."""
+    engine.check_same(same_everywhere(config, dataset))
     batch = config.batch(processes.count)
     directory = RunDirectory(config, dataset, batch, processes)
     if directory.finished:

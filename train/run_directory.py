@@ -12,9 +12,12 @@ runs/{name}-{date}-{time}/
 import contextlib
 import datetime
 import errno
+import fcntl
 import json
+import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +82,7 @@ class RunDirectory:
         self._started = datetime.datetime.now(datetime.UTC)
         self._moved: list[Movement] = []
         self._fed: dict[str, Any] = {}
+        self._unlock: weakref.finalize[Any, Any] | None = None
         self._background = Background() if processes.is_main else None
         self.resumed_step = 0
         """The step of the checkpoint that the run goes on from."""
@@ -88,6 +92,8 @@ class RunDirectory:
         problem = _problem_of(self._examine) if processes.is_main else None
         problem, self.finished, self._resumes = agree((problem, self.finished, self._resumes))
         if problem:
+            if self._unlock is not None:
+                self._unlock()
             raise UserError(problem)
 
     def _examine(self) -> None:
@@ -96,6 +102,8 @@ class RunDirectory:
             raise UserError(f"run_dir={self.path}: {problem}")
         if self.config.task != "train":
             return
+        if self.path.exists():
+            self._lock()
         self._fed = resume.fed(self.config, self.dataset)
         if self.config.overwrite or not self.path.exists():
             return
@@ -112,6 +120,25 @@ class RunDirectory:
                     return
         else:
             console.print(f"{self.path}: the run that is there left no checkpoint; it starts from the beginning")
+
+    def _lock(self) -> None:
+        """Keeps other launches out of the directory for as long as this process lives.
+
+        One that was told to stop may still be saving when the next is launched.
+        """
+        if self._unlock is not None:
+            return
+        locked = os.open(self.path, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, locked)
+        try:
+            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run_dir={self.path}: another launch is at work in it; wait until that has ended, or name another "
+                f"directory"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
 
     def _problem(self) -> str | None:
         """What speaks against the directory itself, as the rest of a sentence."""
@@ -182,7 +209,7 @@ class RunDirectory:
             return None
         trainer = agree(found.trainer if found is not None else None)
         blank = self.dataset.train.batch([None] * self.batch.micro_batch)
-        engine.restore(found.read if found is not None else _nothing, trainer["optimizer_steps"], blank)
+        engine.restore(found.read if found is not None else _no_files, trainer["optimizer_steps"], blank)
         health.restore(trainer["health"])
         metrics: dict[str, Any] = trainer["metrics"]
         return metrics
@@ -202,6 +229,7 @@ class RunDirectory:
                 for old in list(self.path.iterdir()):  # not the directory itself, which may be where a disk is mounted
                     shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             checkpoint.clean(self.path)
             settings = OmegaConf.create(resume.settings(self.config))
             self._replace("config.yaml", OmegaConf.to_yaml(settings))
@@ -218,13 +246,11 @@ class RunDirectory:
 
     def save_checkpoint(self, engine: Engine, metrics: Metrics, health: Health, step: int) -> None:
         """Copies what checkpoints/step-… will hold; a thread writes it while training goes on; collective."""
-        if step == self.resumed_step:
-            return  # it is there
         began = time.perf_counter()
         writer = None
         if self._background is not None:
             writer = CheckpointWriter(checkpoint.place(self.path, step), engine.shapes, self._background)
-        result = self._result(engine, writer.directory if writer else None)
+        result = _Result(self, engine, writer.directory if writer else None, self._background)
         for name, state in engine.state():
             if writer is not None:
                 writer.write(name, state)
@@ -240,22 +266,22 @@ class RunDirectory:
             "random": {"seed": self.config.seed, "next_step": step + 1},
             "processes": self.processes.count,
             "settings": receipt["settings"],
-            "base": self._fed["base"],
-            "dataset": self._fed["dataset"],
+            **self._fed,
             "metrics": metrics.state(),
             "health": health.state(),
         }
+        self._background.submit(metrics.sync)
         writer.finish(trainer)
-        kept = {"keep_last": self.config.keep_last}
+        kept = {"newest": step, "keep_last": self.config.keep_last}
         evaluations = dict(metrics.evaluations)
 
         def prune() -> None:
-            steps = [n for n in map(checkpoint.number, checkpoint.places(self.path)) if n is not None]
+            steps = [n for n in map(checkpoint.number, checkpoint.places(self.path)) if n is not None and n <= step]
             checkpoint.prune(self.path, **kept, best=checkpoint.best(evaluations, steps))
 
         self._background.submit(prune)
-        self._background.submit(lambda: metrics.saved(step, paused, time.perf_counter() - began))
         paused = time.perf_counter() - began
+        self._background.submit(lambda: metrics.saved(step, paused, time.perf_counter() - began))
 
     @property
     def saving_failed(self) -> bool:
@@ -301,7 +327,7 @@ class RunDirectory:
         self.finish_saving(engine)  # so that an error of an earlier checkpoint is not taken for one of this
         name = self._result_name
         temporary = self.path / f".{name}.tmp"
-        result = self._result(engine, temporary)
+        result = _Result(self, engine, temporary, self._background, is_final=True)
         for parameter, state in engine.state(moments=False):
             if self._background is not None:
                 result.write(parameter, state["master"])
@@ -321,9 +347,6 @@ class RunDirectory:
     def _result_name(self) -> str:
         return "model" if self.config.lora.method == "none" else "adapter"
 
-    def _result(self, engine: Engine, directory: Path | None) -> "_Result":
-        return _Result(self, engine, directory, self._background)
-
     def _receipt(self, metrics: Metrics) -> dict[str, Any]:
         """What was run, on what, from what, and how far it came."""
         return {
@@ -333,8 +356,7 @@ class RunDirectory:
             "hardware": hardware(self.processes),
             "batch": asdict(self.batch),
             "resumed_after_step": self.resumed_step or None,
-            "base": self._fed["base"],
-            "dataset": self._fed["dataset"],
+            **self._fed,
             "evaluation_loss": {str(step): loss for step, loss in metrics.evaluations.items()},
             "steps": metrics.last.step if metrics.last else 0,
             "loss": metrics.last.loss if metrics.last else None,
@@ -345,9 +367,18 @@ class RunDirectory:
 class _Result:
     """The adapter, or the whole model, of one save: parameters come one after the other."""
 
-    def __init__(self, run: RunDirectory, engine: Engine, directory: Path | None, background: Background | None):
-        """`directory` is where adapter/ or model/ will stand, on the main process."""
-        self._run, self._background = run, background
+    def __init__(
+        self,
+        run: RunDirectory,
+        engine: Engine,
+        directory: Path | None,
+        background: Background | None,
+        *,
+        is_final: bool = False,
+    ):
+        """`directory` is where adapter/ or model/ will stand, on the main process; `is_final` says that it is the run's
+        result, which comes with a per-expert export where that is asked."""
+        self._run, self._background, self._is_final = run, background, is_final
         self._model = engine.module.causal_lm
         self._dtype = self._model.dtype
         self._tensors: dict[str, torch.Tensor] = {}
@@ -382,7 +413,7 @@ class _Result:
             adapters = expert_lora.adapters(self._model)
             settings = (run.config.model, run.config.lora, self._tensors, adapters)
             adapter_files.write(self._place, *settings)
-            if run.config.lora.export_per_expert:
+            if run.config.lora.export_per_expert and self._is_final:
                 per_expert = self._place / "per_expert"
                 per_expert.mkdir()
                 adapter_files.write_per_expert(per_expert, *settings)
@@ -401,9 +432,9 @@ def _problem_of(action: Callable[[], None]) -> str | None:
     return None
 
 
-def _nothing(name: str) -> dict[str, torch.Tensor]:
-    """What processes read that have no files."""
-    return {}
+def _no_files(name: str, kind: str) -> torch.Tensor:
+    """Only the main process reads."""
+    raise AssertionError(name, kind)
 
 
 def _half_written(path: Path) -> bool:

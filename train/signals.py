@@ -74,7 +74,8 @@ class Signals:
 
     def _leave(self, why: str) -> None:
         assert self._asked is not None
-        _say(f"stopped by {signal.Signals(self._asked).name}, {why}; the same command goes on from the last checkpoint")
+        again = "the same command with the same run_dir goes on from the last checkpoint"
+        _say(f"stopped by {signal.Signals(self._asked).name}, {why}; {again}")
         os._exit(EXIT_PREEMPTED)
 
 

@@ -52,8 +52,9 @@ def numbers(run: Path) -> tuple[list[float], list[float], dict[int, float]]:
     [
         ("quickstart", ("deepspeed=none", "lora.dropout=0.2", "eval_every=2")),
         ("quickstart_base", ("optim.weight_decay=0.1",)),
+        ("quickstart_base", ("optim.weight_decay=0.1", "deepspeed=zero2")),
     ],
-    ids=["adapters, no ZeRO, dropout", "all parameters, ZeRO-3"],
+    ids=["adapters, no ZeRO, dropout", "all parameters, ZeRO-3", "all parameters, ZeRO-2"],
 )
 def test_the_result_is_that_of_a_run_that_never_stopped(
     quickstart: Quickstart, tmp_path: Path, recipe: str, more: tuple[str, ...]
@@ -75,13 +76,25 @@ def test_the_result_is_that_of_a_run_that_never_stopped(
     assert "the run is finished" in again.stderr
 
 
-def test_fewer_processes_take_the_same_rows_to_the_same_losses(quickstart: Quickstart, tmp_path: Path) -> None:
-    # no dropout of one run with the other's: the masks are of the micro-batch, not of the process
-    how = settings(quickstart, "quickstart", "model.dtype=float32", "lora.dropout=0.2")
+def test_other_numbers_of_processes_take_the_same_rows_to_the_same_losses(
+    quickstart: Quickstart, tmp_path: Path
+) -> None:
+    """Two, then one that is stopped, then three, which divide no tensor evenly; with dropout, whose masks belong to the
+    micro-batches."""
+    how = settings(quickstart, "quickstart", "model.dtype=float32", "lora.dropout=0.2", "global_batch=6")
     train(2, *how, f"run_dir={tmp_path}/whole")
     stopped(tmp_path / "cut", *how)
     checkpoints = sorted((tmp_path / "cut" / "checkpoints").iterdir())
     assert json.loads((checkpoints[-1] / "trainer.json").read_text())["processes"] == 1
-    train(2, *how, f"run_dir={tmp_path}/cut")
+    train(3, *how, f"run_dir={tmp_path}/cut")
     for cut, whole in zip(numbers(tmp_path / "cut"), numbers(tmp_path / "whole"), strict=True):
         assert cut == pytest.approx(whole, rel=1e-5)
+
+
+def test_processes_that_were_given_different_things_do_not_begin(quickstart: Quickstart, tmp_path: Path) -> None:
+    how = settings(quickstart, "quickstart", "seed=${oc.env:RANK}")
+    done = train(2, *how, f"run_dir={tmp_path}/run", expect=2)
+    assert "train: seed=1: that is what process 1 was given, and process 0 has 0; give all processes the same" in (
+        done.stderr.splitlines()
+    )
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "tokenofthehub")
     monkeypatch.setenv("MY_SERVICE_PASSWORD", "correct horse battery staple")
     monkeypatch.setenv("SHORT_KEY", "1")
+    monkeypatch.setenv("TOKENIZER_PATH", "/models/mixtral")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,7 @@ def test_secrets_are_hidden(text: str, hidden: str) -> None:
         "runs/openhermes/checkpoints/step-000111",
         "https://host/path:with@signs",
         "lora.rank=16",
+        "model.path=/models/mixtral/base",
     ],
 )
 def test_what_is_none_stays(text: str) -> None:

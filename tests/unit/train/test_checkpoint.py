@@ -49,8 +49,7 @@ def test_what_is_read_is_what_was_written(whole: Path) -> None:
     found.check(SHAPES)
     assert found.step == 12
     for name, of_parameter in state().items():
-        read = found.read(name)
-        assert all(torch.equal(read[kind], of_parameter[kind]) for kind in STATE)
+        assert all(torch.equal(found.read(name, kind), of_parameter[kind]) for kind in STATE)
     assert set(load_file(whole / "master.safetensors")) == set(SHAPES)  # as the library reads it
 
 
@@ -155,9 +154,17 @@ def test_the_newest_are_kept_and_the_best_of_those_evaluated(tmp_path: Path) -> 
     assert steps == [10, 8, 6, 4, 2]
     best = checkpoint.best({2: 3.0, 4: 1.5, 8: 2.0, 12: 0.1}, [2, 4, 6, 8, 10])
     assert best == 4
-    checkpoint.prune(tmp_path, keep_last=2, best=best)
+    checkpoint.prune(tmp_path, newest=10, keep_last=2, best=best)
     assert [checkpoint.number(place) for place in checkpoint.places(tmp_path)] == [10, 8, 4]
     assert checkpoint.best({}, [8, 10]) is None
+    assert checkpoint.best({8: float("nan"), 10: 2.0}, [10, 8]) == 10
+
+
+def test_one_that_was_just_written_stays_whatever_damaged_ones_are_newer(tmp_path: Path) -> None:
+    for step in (10, 13, 20):
+        checkpoint.place(tmp_path, step).mkdir(parents=True)
+    checkpoint.prune(tmp_path, newest=13, keep_last=1, best=None)
+    assert [checkpoint.number(place) for place in checkpoint.places(tmp_path)] == [13]
 
 
 def test_what_a_kill_left_is_cleaned_and_nothing_else(tmp_path: Path) -> None:

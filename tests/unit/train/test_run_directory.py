@@ -214,6 +214,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "step-000007 is damaged (master.safetensors is missing)" in told
 
 
+def test_two_launches_do_not_work_in_one_directory(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes
+) -> None:
+    first = directory(dataset, processes, interrupted.path)
+    with pytest.raises(UserError, match="another launch is at work in it"):
+        directory(dataset, processes, interrupted.path)
+    del first  # as when its process ends
+    assert directory(dataset, processes, interrupted.path)._resumes
+
+
+def test_what_decides_the_rows_can_not_be_let_through(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes
+) -> None:
+    with pytest.raises(UserError, match=r"resume_despite=\[global_batch\]: it decides which rows"):
+        directory(dataset, processes, interrupted.path, global_batch=4, resume_despite=["global_batch"])
+
+
 def test_a_finished_run_is_left_alone_where_the_same_is_asked(
     dataset: PreparedDataset, processes: Processes, tmp_path: Path
 ) -> None:
