@@ -143,7 +143,9 @@ class Garden:
 
     def target(self) -> dict[str, Any]:
         """What Hydra instantiates where it is asked to."""
-        return {"_target_": "os.system", "command": self.command}
+        module = self.top / "target.py"  # Hydra itself refuses to call os.system
+        self.module(module)
+        return {"_target_": "runpy.run_path", "path_name": str(module)}
 
     def module(self, path: Path) -> None:
         """Plants Python."""
@@ -304,13 +306,15 @@ def a_recipe_with_a_tag(garden: Garden) -> dict[str, Any]:
 
 def a_recipe_with_a_target(garden: Garden) -> dict[str, Any]:
     (garden.top / "own" / "recipe").mkdir(parents=True)
-    text = "# @package _global_\nmodel:\n  _target_: os.system\n  command: " + garden.command + "\n"
+    target = "".join(f"  {key}: {value}\n" for key, value in garden.target().items())
+    text = f"# @package _global_\nmodel:\n{target}"
     (garden.top / "own" / "recipe" / "planted.yaml").write_text(text)
     return garden.train(garden.top / "run", f"--config-dir={garden.top}/own", "recipe=planted", expect=2)
 
 
 def a_target_on_the_command_line(garden: Garden) -> dict[str, Any]:
-    return garden.train(garden.top / "run", "+model._target_=os.system", f"+model.command='{garden.command}'", expect=2)
+    target = [f"+model.{key}='{value}'" for key, value in garden.target().items()]
+    return garden.train(garden.top / "run", *target, expect=2)
 
 
 def answering_beside_everything(garden: Garden) -> dict[str, Any]:
