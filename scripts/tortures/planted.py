@@ -145,7 +145,7 @@ class Garden:
 
     def target(self) -> dict[str, Any]:
         """What Hydra instantiates where it is asked to."""
-        module = self.top / "target.py"
+        module = self.top / "called.py"
         self.module(module)
         return {"_target_": "runpy.run_path", "path_name": str(module)}
 
