@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.receipt import machine, provenance
 from data.dataset import PreparedDataset
 from data.writing import sync
@@ -110,7 +110,14 @@ class RunDirectory:
         places = checkpoint.places(self.path)
         if (self.path / RECEIPT).is_file():
             self.finished = True
-            resume.check(json.loads((self.path / RECEIPT).read_text()), self.config, self._fed)
+            try:
+                receipt = json.loads((self.path / RECEIPT).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"run_dir={self.path}: its {RECEIPT} can't be read ({one_line(error)}); restore it, or give "
+                    f"overwrite=true to do the run again"
+                ) from error
+            resume.check(receipt, self.config, self._fed)
         elif places:
             self._resumes = True
             resume.check_rows(self.dataset)

@@ -84,6 +84,14 @@ def test_a_finished_run_is_left_alone(runs: Workplace) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
+def test_a_receipt_that_is_none_is_the_users_to_mend(runs: Workplace) -> None:
+    run = runs.copy(runs.reference(1), "finished-without-receipt")
+    (run / "receipt.json").write_bytes(b"\x80\x04")
+    launch = runs.launch(run, 1)
+    assert launch.wait() == [2], launch.said()
+    assert "its receipt.json can't be read" in launch.said()
+
+
 @pytest.mark.parametrize("finished", [False, True], ids=["stopped", "finished"])
 @pytest.mark.parametrize("field", ["optim.lr", "dataset", "model.path", "resume"])
 def test_what_differs_is_refused_by_name(
