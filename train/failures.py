@@ -24,6 +24,9 @@ MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
+UNISON = 2.0
+"""Seconds within which a mistake of the user, which mostly all processes find, has been found by all."""
+
 PEER_SECONDS = 10.0
 """How long an error that a peer's death may have caused waits for the guard to say so."""
 
@@ -39,7 +42,7 @@ def told(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]
     try:
         yield
     except UserError as error:
-        guard.leaving(redact(str(error)))
+        guard.leaving(redact(str(error)), after=UNISON)
         raise
     except OSError as error:
         guard.leaving(one_line(error))

@@ -149,10 +149,15 @@ class Guard:
         self._step = step
         PLACE.pack_into(self._page, 0, step, self._moves, time.monotonic(), phase.encode())
 
-    def leaving(self, reason: str) -> None:
-        """Tells the others that this process ends with an error of its own; its exit code and message stay its own."""
+    def leaving(self, reason: str, *, after: float = 0.0) -> None:
+        """Tells the others that this process ends with an error of its own; its exit code and message stay its own.
+
+        `after` is how many seconds it waits before: where all processes meet the same error, all come here meanwhile,
+        and none ends because of another.
+        """
         if self.guardian is not None:
             self._leaving = True
+            time.sleep(after)
             self._channel.send(leaving=reason[:300])
 
     def done(self) -> None:

@@ -21,7 +21,7 @@ class Heard(Guard):
         self.reasons: list[str] = []
         self.verdict = verdict
 
-    def leaving(self, reason: str) -> None:
+    def leaving(self, reason: str, *, after: float = 0.0) -> None:
         self.reasons.append(reason)
 
     def verdict_within(self, seconds: float) -> str | None:
