@@ -8,6 +8,7 @@ exception is a fault of ours and keeps its traceback.
 import difflib
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -94,7 +95,9 @@ def leave(program: str, sentence: str) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
     else:
-        # The launcher ends all processes when the first one ends: leave that to the one that has the sentence.
+        # The launcher ends all processes when the first one ends: leave that to the one that has the sentence, and
+        # have nothing to say about being ended.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     sys.exit(EXIT_USER_ERROR)
 
