@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Both trainers on the same rows, in turn."""
-    settings, needed = _prepare(options, scratch)
+    settings, needed = prepare(options, scratch)
     trainers = {name: _Trainer(name, settings) for name in ("ours", "trl")}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
     peaks = []
@@ -116,7 +116,7 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return figures
 
 
-def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[Settings, list[float]]:
+def prepare(options: argparse.Namespace, scratch: Path) -> tuple[Settings, list[float]]:
     """Model and rows on disk, and the operations that each step must do."""
     dataset = scratch / f"rows-{options.row}"
     if not dataset.exists():
@@ -287,11 +287,12 @@ def _draw(curves: dict[str, Any], path: Path) -> None:
                 axis.plot(x, [point[key][trainer] for point in points], "o-", label=shown)
             axis.set_xscale("log", base=2)
             axis.set_xticks(x, [str(value) for value in x])
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
             if column == 0:
                 axis.set_ylabel(label)
         axes[1][column].set_xlabel(names[name])
+    for row in axes:
+        row[0].set_ylim(bottom=0)  # of the whole row, once all of it is drawn
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
