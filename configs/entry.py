@@ -11,8 +11,10 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import hydra
@@ -49,6 +51,7 @@ def run(
     """
     if of_launcher := next((argument for argument in sys.argv[1:] if argument.startswith("--local_rank")), None):
         leave(program, f"{of_launcher}: the launcher added it; launch with `deepspeed --no_local_rank --module …`")
+    sys.excepthook = _traceback
     register(config_name, schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
@@ -84,6 +87,11 @@ def run(
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own, without secrets: errors of libraries may hold what they were given."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _names_one_of(argument: str, settings: tuple[str, ...]) -> bool:

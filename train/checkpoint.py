@@ -5,13 +5,14 @@ checkpoints/step-000123/
   master.safetensors        the trained parameters in float32, whole, by name
   exp_avg.safetensors       Adam's first moments
   exp_avg_sq.safetensors    Adam's second moments
-  trainer.json              step, schedule, data position, random state, settings, and what the run was fed
+  trainer.json              step, schedule, data position, seed, settings, and what the run was fed
   manifest.json             every other file with its size and hash, and its own digest
 
 Nothing in it depends on the number of processes, and nothing is ever unpickled: safetensors and JSON only. It is
 written into a hidden sibling, forced to the disk, and takes its name last.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -99,9 +100,18 @@ def publish(temporary: Path, place: Path) -> None:
 def remove(place: Path) -> None:
     """Removes a directory of a run: its name is gone first, so half of one is never seen."""
     hidden = place.parent / f".{place.name}.old"
-    shutil.rmtree(hidden, ignore_errors=True)
+    _discard(hidden)
     place.rename(hidden)
-    shutil.rmtree(hidden)
+    _discard(hidden)
+
+
+def _discard(path: Path) -> None:
+    """Removes what has no name any more, as far as that goes: nobody reads it, and the next launch tries again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 class DamagedError(ValueError):
@@ -198,7 +208,7 @@ def clean(run: Path) -> None:
     """Removes what a process that was killed left half-written or half-removed."""
     for pattern in (".*.tmp", ".*.old"):
         for path in [*(run / FOLDER).glob(pattern), *run.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _discard(path)
 
 
 def prune(run: Path, *, newest: int, keep_last: int, best: int | None) -> None:

@@ -221,8 +221,8 @@ class OptimConfig:
 
     def check(self) -> None:
         _positive("optim.lr", self.lr, "optim.lr=2e-4")
-        for name in ("eps", "weight_decay"):
-            _not_negative(f"optim.{name}", getattr(self, name))
+        _positive("optim.eps", self.eps, "optim.eps=1e-8")
+        _not_negative("optim.weight_decay", self.weight_decay)
         _positive("optim.clip", self.clip, "optim.clip=1.0")
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:

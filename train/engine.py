@@ -133,14 +133,20 @@ def agree(value: Any) -> Any:
     return values[0]
 
 
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, by rank, on each of them; collective."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def check_same(values: dict[str, Any]) -> None:
     """Compares values across the processes; collective.
 
     Raises:
         UserError: a process has another one than process 0; it names the first.
     """
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, values)
+    everywhere = gathered(values)
     for rank, theirs in enumerate(everywhere):
         for name in sorted(values.keys() | theirs.keys()):
             if theirs.get(name) != everywhere[0].get(name):

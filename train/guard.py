@@ -10,8 +10,9 @@ A collective waits for its peers, for ever or until a timeout that names nobody.
 
 The first failure is the verdict for all: a process died; it left with an error (`leaving`); nothing was heard of it for
 `peer_timeout` (it is stopped, or its machine or the network is gone); or no process got anywhere for `stall_timeout`.
-The processes then print one line for each launcher and end with `EXIT_PEER_LOST`; what does not end by itself is
-killed, stopped processes included. A guardian that dies ends the run too: nobody would notice the next failure.
+The processes then print one line for each launcher and end, with `EXIT_PEER_LOST` or, where a process left by itself,
+with its exit code, so that whoever launches again knows whether that helps. What does not end by itself is killed,
+stopped processes included. A guardian that dies ends the run too: nobody would notice the next failure.
 """
 
 import contextlib
@@ -27,11 +28,12 @@ import threading
 import time
 from pathlib import Path
 
-from configs.errors import UserError, one_line
+from configs.errors import UserError, one_line, say
+from configs.secrets import redact
 from train.guardian import JOIN_TIMEOUT, PAUSE, PLACE, Channel, beat_interval
 
 EXIT_PEER_LOST = 76
-"""The exit code of a process that ends because of another one: launch the run again."""
+"""The exit code of a process that ends because another one was lost: launch the run again."""
 
 REMEDY = "launch it again with the same run_dir: it goes on from its last checkpoint"
 
@@ -74,6 +76,8 @@ class Guard:
         self._judged = threading.Event()
         self._lock = threading.Lock()
         self._verdict: str | None = None
+        self.exit_code = EXIT_PEER_LOST
+        """With which a process ends because of the verdict, once there is one."""
         self._asked = False
         self._leaving = False
 
@@ -149,8 +153,8 @@ class Guard:
         self._step = step
         PLACE.pack_into(self._page, 0, step, self._moves, time.monotonic(), phase.encode())
 
-    def leaving(self, reason: str, *, after: float = 0.0) -> None:
-        """Tells the others that this process ends with an error of its own; its exit code and message stay its own.
+    def leaving(self, reason: str, code: int, *, after: float = 0.0) -> None:
+        """Tells the others that this process ends by itself, and why; they end with the same exit code.
 
         `after` is how many seconds it waits before: where all processes meet the same error, all come here meanwhile,
         and none ends because of another.
@@ -158,7 +162,7 @@ class Guard:
         if self.guardian is not None:
             self._leaving = True
             time.sleep(after)
-            self._channel.send(leaving=reason[:300])
+            self._channel.send(leaving=redact(reason)[:300], code=code)
 
     def done(self) -> None:
         """Waits until every process has come here, and ends the guard; collective."""
@@ -174,7 +178,7 @@ class Guard:
 
         An error of a collective is mostly another process's failure. This says so before a traceback does: where it
         returns a verdict (already printed where it had to be), the caller has `guardian.KILL_AFTER` seconds to end with
-        `EXIT_PEER_LOST`. A death is known at once; a network that is gone, after `peer_timeout`.
+        `exit_code`. A death is known at once; a network that is gone, after `peer_timeout`.
         """
         if self.guardian is None:
             return None
@@ -202,7 +206,7 @@ class Guard:
                 return
             for line in lines:
                 if "verdict" in line:
-                    self._conclude(line["verdict"], speaks=line["speaks"])
+                    self._conclude(line["verdict"], line["code"], speaks=line["speaks"])
                     return
                 if "end" in line:
                     self._ended.set()
@@ -217,21 +221,19 @@ class Guard:
                 beaten = now
                 self._channel.send(beat=True)
 
-    def _conclude(self, verdict: str, *, speaks: bool) -> None:
+    def _conclude(self, verdict: str, code: int | None = None, *, speaks: bool) -> None:
         """Ends this process, unless its main thread is about to, for the verdict's reason or for one of its own."""
         with self._lock:
-            self._verdict = f"{verdict}; {REMEDY}"
+            self._verdict = verdict if code is not None else f"{verdict}; {REMEDY}"
+            self.exit_code = EXIT_PEER_LOST if code is None else code
             ends = not self._asked and not self._leaving
         if speaks and not self._leaving:
-            # Not by sys.stderr, whose lock the main thread may hold. A progress bar may stand in the line.
-            start = "\n" if os.isatty(2) else ""
-            with contextlib.suppress(OSError):
-                os.write(2, f"{start}train: {self._verdict}\n".encode())
+            say("train", self._verdict)
         self._judged.set()
         if ends:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
-            os._exit(EXIT_PEER_LOST)
+            os._exit(self.exit_code)
 
 
 def _listener(backlog: int) -> socket.socket:

@@ -6,7 +6,8 @@ process 0 is the hub: the others are connected to it, tell it how their processe
     process 0 ── guardian 0 (hub) ──┬── guardian 1 ── process 1
                                     └── guardian 2 ── process 2
 
-A verdict ends the run: every guardian gives it to its process, which leaves, and kills the process if it does not. A
+A verdict ends the run: every guardian gives it to its process, which leaves with the exit code that the verdict holds,
+and kills the process if it does not. A
 guardian that hears nothing from the hub for `peer_timeout` reaches the verdict alone, so both sides of a broken link
 end. Durations are measured on one machine's monotonic clock each; no clock is compared with another machine's.
 
@@ -220,12 +221,12 @@ class Guardian:
         """Whether the training process is still the parent of this one: its number is then nobody else's."""
         return os.getppid() == self.setup["pid"]
 
-    def end_trainer(self, verdict: str, speaks: bool) -> None:
+    def end_trainer(self, verdict: str, code: int | None, speaks: bool) -> None:
         """Gives the training process the verdict and time to leave, and kills it if it does not.
 
         A process that leaves for a reason of its own has longer, to say it.
         """
-        self.trainer.send(verdict=verdict, speaks=speaks)
+        self.trainer.send(verdict=verdict, code=code, speaks=speaks)
         deadline = time.monotonic() + (self.peer_timeout if self.leaving else KILL_AFTER)
         while self.trainer_lives() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -263,14 +264,14 @@ class Spoke(Guardian):
         self.report()
         if self.now - self.hub_heard > self.peer_timeout:
             silence = f"process 0 has not been heard of for {duration(self.peer_timeout)}"
-            self.end(f"{silence} (its machine or the network is gone); it was last in {self.hub_place}", self.speaks)
+            self.end(f"{silence} (its machine or the network is gone); it was last in {self.hub_place}")
 
     def hear_hub(self) -> None:
         """What the hub says."""
         lines = self.hub.receive()
         if lines is None:
             lost = "the connection to process 0 was lost (its machine or its guardian is gone)"
-            self.end(f"{lost}; it was last in {self.hub_place}", self.speaks)
+            self.end(f"{lost}; it was last in {self.hub_place}")
         self.hub_heard = self.now
         for line in lines:
             if "place" in line:
@@ -281,11 +282,12 @@ class Spoke(Guardian):
                 self.trainer.send(end=True)
                 sys.exit()
             elif "verdict" in line:
-                self.end(line["verdict"], line["speaks"])
+                self.speaks = line["speaks"]
+                self.end(line["verdict"], line["code"])
 
-    def end(self, verdict: str, speaks: bool) -> NoReturn:
+    def end(self, verdict: str, code: int | None = None) -> NoReturn:
         """Ends the training process and this one."""
-        self.end_trainer(verdict, speaks)
+        self.end_trainer(verdict, code, self.speaks)
         sys.exit()
 
 
@@ -388,7 +390,8 @@ class Hub(Guardian):
         if "died" in line:
             self.conclude([member], f"process {member.rank} died in {member.place}")
         if "leaving" in line:
-            self.conclude([member], f"process {member.rank} left in {member.place}: {line['leaving']}")
+            reason = f"process {member.rank} left in {member.place}: {line['leaving']}"
+            self.conclude([member], reason, line["code"])
         if "done" in line:
             member.done = True
             if self.ready and all(other.done for other in self.members.values()):
@@ -448,13 +451,13 @@ class Hub(Guardian):
                 chosen.setdefault(member.site, member.rank)
         return set(chosen.values())
 
-    def conclude(self, lost: list[Member], verdict: str) -> NoReturn:
-        """Ends the run."""
+    def conclude(self, lost: list[Member], verdict: str, code: int | None = None) -> NoReturn:
+        """Ends the run; the code is that of a process which left by itself."""
         speakers = self.speakers(lost)
         for member in self.members.values():
             if member.channel is not None:
-                member.channel.send(verdict=verdict, speaks=member.rank in speakers)
-        self.end_trainer(verdict, speaks=0 in speakers)
+                member.channel.send(verdict=verdict, code=code, speaks=member.rank in speakers)
+        self.end_trainer(verdict, code, speaks=0 in speakers)
         self.linger()
 
     def linger(self) -> NoReturn:

@@ -17,11 +17,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from configs.secrets import redact
+from data.writing import sync
 from train.config import LoggingConfig
 from train.learning import Movement
 from train.routing import Routing
 
-console = Console(stderr=True)
+
+class _Console(Console):
+    """Says nothing more once nobody reads; rich's own would end the process, and with it the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+console = _Console(stderr=True)
 
 METRICS = "metrics.jsonl"
 WANDB_SECONDS = 10.0
@@ -81,19 +90,20 @@ class Metrics:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._steps = 0
-        self.evaluations = {int(step): loss for step, loss in resumed.get("evaluations", {}).items()}
+        self.evaluations = {int(step): loss for step, loss in _floats(resumed.get("evaluations", {})).items()}
         """Evaluation losses by step."""
-        self.last = StepRecord(**resumed["last"]) if resumed.get("last") else None
+        self.last = StepRecord(**_floats(resumed["last"])) if resumed.get("last") else None
         """The last step."""
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {
+        """For a checkpoint, fit for JSON."""
+        state = {
             "step": self.last.step if self.last else 0,
             "last": asdict(self.last) if self.last else None,
             "evaluations": {str(step): loss for step, loss in self.evaluations.items()},
             "wandb": self._wandb.id if self._wandb is not None else None,
         }
+        return finite(state)
 
     @contextlib.contextmanager
     def progress(self, steps: int, *, done: int) -> Iterator[None]:
@@ -226,7 +236,14 @@ def finite(value: Any) -> Any:
     """The same value fit for JSON, which knows no NaN: a number that is not finite, at any depth, becomes its name."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _floats(named: dict[str, Any]) -> dict[str, Any]:
+    """The numbers whose names `finite` wrote."""
+    return {name: float(value) if isinstance(value, str) else value for name, value in named.items()}
 
 
 def memory_gib() -> float:
@@ -248,6 +265,7 @@ def _keep_lines(path: Path, *, up_to: int) -> None:
         kept.append(line)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(b"".join(kept))
+    sync(temporary)
     temporary.rename(path)
 
 
@@ -267,5 +285,5 @@ def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any], res
     try:
         return wandb.init(mode=mode, **run)
     except wandb.errors.Error as error:
-        console.print(f"wandb can't be reached ({error}); it logs offline, into {directory}/wandb")
+        console.print(f"wandb can't be reached ({redact(str(error))}); it logs offline, into {directory}/wandb")
         return wandb.init(mode="offline", **run)

@@ -41,8 +41,17 @@ def fed(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
     """What a run is fed, by hash: the prepared dataset, the base's weights and configuration, a load.
 
     Raises:
-        UserError: the base's files can't be read.
+        UserError: a file of them can't be read.
     """
+    try:
+        return _fed(config, dataset)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or 'model.path'}: it can't be read ({error.strerror or error}); make it readable"
+        ) from error
+
+
+def _fed(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
     path, revision = config.model.path, config.model.revision
     base: dict[str, Any] = {"path": path, "revision": revision, "fingerprint": None, "files": {}}
     if path is not None:

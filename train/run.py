@@ -42,6 +42,7 @@ def run(config: TrainConfig) -> None:
     timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
     guard = Guard(processes.rank, processes.count, **timeouts)
     guard.join(engine.agree(guard.listen()))
+    signals.on_leaving = guard.leaving
     with told(guard, config, processes.rank):
         preempted = run_on(config, dataset, processes, guard, signals)
         guard.done()
@@ -72,14 +73,16 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
         profile(trainer, dataset, config, batch=batch, run=directory)
         return False
     health = Health(config.failures)
-    resumed = directory.resume(trainer, checkpoint, health)
+    resumed = directory.restore(trainer, checkpoint, health)
     metrics = Metrics(directory.path, config.logging, settings(config), is_main=processes.is_main, resumed=resumed)
     signals.begin_training()
     try:
         train(trainer, dataset, config, batch=batch, run=directory, metrics=metrics, health=health, signals=signals)
     except Preempted as stop:
         if processes.is_main:
-            console.print(f"Pre-empted {stop}; the same command with run_dir={directory.path} goes on from there")
+            without = ", without overwrite," if config.overwrite else ""
+            again = f"the same command with run_dir={directory.path}{without} goes on from there"
+            console.print(f"Pre-empted {stop}; {again}")
         return True
     finally:
         metrics.close()

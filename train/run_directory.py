@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -34,7 +34,7 @@ from train import adapter_files, checkpoint, expert_lora, resume
 from train.background import Background
 from train.checkpoint import Checkpoint, CheckpointWriter, DamagedError
 from train.config import BatchArithmetic, TrainConfig
-from train.engine import Engine, Processes, agree
+from train.engine import Engine, Processes, agree, gathered
 from train.health import Health
 from train.learning import Movement, movements
 from train.metrics import Metrics, console, finite, show_movements
@@ -60,6 +60,8 @@ RESULTS = {"adapter", "model", RECEIPT, "expert_load.json", "expert_load.png"}
 RUN_ENTRIES = {"config.yaml", "metrics.jsonl", checkpoint.FOLDER, "wandb"} | RESULTS
 """All that a run directory holds; a directory with anything else in it is not replaced."""
 
+T = TypeVar("T")
+
 
 class RunDirectory:
     """The place of a run. Only the main process touches the disk."""
@@ -80,6 +82,8 @@ class RunDirectory:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = Path(agree(config.run_dir or f"runs/{config.name}-{stamp}"))  # clocks differ between processes
         self._started = datetime.datetime.now(datetime.UTC)
+        # Of the code that runs: the checkout may be another one by the time that a checkpoint is made.
+        self._provenance = provenance(PACKAGES) | {"hardware": hardware(processes)} if processes.is_main else {}
         self._moved: list[Movement] = []
         self._fed: dict[str, Any] = {}
         self._unlock: weakref.finalize[Any, Any] | None = None
@@ -89,23 +93,54 @@ class RunDirectory:
         self.finished = False
         """Whether the run that is asked for came to its end before."""
         self._resumes = False
-        problem = _problem_of(self._examine) if processes.is_main else None
-        problem, self.finished, self._resumes = agree((problem, self.finished, self._resumes))
-        if problem:
+        self._was_there = False
+        try:
+            self._on_main(self._examine)
+            self.finished, self._resumes = agree((self.finished, self._resumes))
+            if self._resumes:
+                self._check_rows()
+        except UserError:
             if self._unlock is not None:
                 self._unlock()
+            raise
+
+    def _on_main(self, action: Callable[[], T]) -> T | None:
+        """What an action gives on the main process, there; the `UserError` that it raises, everywhere; collective."""
+        given, problem = None, None
+        if self.processes.is_main:
+            try:
+                given = action()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                told = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+                problem = f"run_dir={self.path}: it can't be used ({told}); make it writable, or name another directory"
+        if problem := agree(problem):
+            raise UserError(problem)
+        return given
+
+    def _check_rows(self) -> None:
+        """Raises `UserError` where the rows on any machine are not those that the manifest tells; collective."""
+        problem = None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            try:
+                resume.check_rows(self.dataset)
+            except UserError as error:
+                problem = str(error)
+        if problem := next(filter(None, gathered(problem)), None):
             raise UserError(problem)
 
     def _examine(self) -> None:
         """Decides whether the run goes on, or is finished; raises `UserError` for what speaks against the directory."""
+        self._was_there = self.path.exists()
         if problem := self._problem():
             raise UserError(f"run_dir={self.path}: {problem}")
+        if self._was_there:
+            self._lock()
         if self.config.task != "train":
             return
-        if self.path.exists():
-            self._lock()
         self._fed = resume.fed(self.config, self.dataset)
-        if self.config.overwrite or not self.path.exists():
+        if self.config.overwrite or not self._was_there:
             return
         places = checkpoint.places(self.path)
         if (self.path / RECEIPT).is_file():
@@ -120,7 +155,6 @@ class RunDirectory:
             resume.check(receipt, self.config, self._fed)
         elif places:
             self._resumes = True
-            resume.check_rows(self.dataset)
             for place in places:
                 with contextlib.suppress(DamagedError):  # told when all of it is read
                     resume.check(Checkpoint(place).trainer, self.config, self._fed)
@@ -176,12 +210,9 @@ class RunDirectory:
         """
         if not self._resumes:
             return None
-        found: list[Checkpoint] = []
-        problem = _problem_of(lambda: found.append(self._newest_whole(shapes))) if self.processes.is_main else None
-        problem, self.resumed_step = agree((problem, found[0].step if found else 0))
-        if problem:
-            raise UserError(problem)
-        return found[0] if found else None
+        found = self._on_main(lambda: self._newest_whole(shapes))
+        self.resumed_step = agree(found.step if found is not None else 0)
+        return found
 
     def _newest_whole(self, shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
         first = ""
@@ -201,7 +232,7 @@ class RunDirectory:
             f"overwrite=true to start over"
         )
 
-    def resume(self, engine: Engine, found: Checkpoint | None, health: Health) -> dict[str, Any] | None:
+    def restore(self, engine: Engine, found: Checkpoint | None, health: Health) -> dict[str, Any] | None:
         """Puts the engine and `health` where the checkpoint was made; what metrics were then; collective.
 
         Args:
@@ -225,31 +256,32 @@ class RunDirectory:
         """Makes the directory, in the place of an older run unless that goes on, and writes config.yaml; collective.
 
         Raises:
-            UserError: it can't be written.
+            UserError: it can't be written, or another launch has made it meanwhile.
         """
-        if problem := agree(self._create() if self.processes.is_main else None):
-            raise UserError(f"run_dir={self.path}: {problem}")
+        self._on_main(self._create)
 
-    def _create(self) -> str | None:
-        try:
-            if self.path.exists() and not self._resumes:
-                for old in list(self.path.iterdir()):  # not the directory itself, which may be where a disk is mounted
-                    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            checkpoint.clean(self.path)
-            settings = OmegaConf.create(resume.settings(self.config))
-            self._replace("config.yaml", OmegaConf.to_yaml(settings))
-        except OSError as error:
-            return f"it can't be written ({error.strerror or error}); name a writable directory"
-        return None
+    def _create(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if not self._was_there and any(self.path.iterdir()):  # loading took its time
+            raise UserError(
+                f"run_dir={self.path}: another launch has begun in it meanwhile; give the same command again to go on "
+                f"with that, or name another directory"
+            )
+        if not self._resumes:
+            for old in list(self.path.iterdir()):  # not the directory itself, which may be where a disk is mounted
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        checkpoint.clean(self.path)
+        settings = OmegaConf.create(resume.settings(self.config))
+        self._replace("config.yaml", OmegaConf.to_yaml(settings))
 
     def _replace(self, name: str, text: str) -> None:
-        """Writes a file that is the old one or the new one whenever the process is killed."""
+        """Writes a file that is the old one or the new one whenever the process is killed, or the power fails."""
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
         temporary.rename(self.path / name)
+        sync(self.path)
 
     def save_checkpoint(self, engine: Engine, metrics: Metrics, health: Health, step: int) -> None:
         """Copies what checkpoints/step-… will hold; a thread writes it while training goes on; collective."""
@@ -301,8 +333,8 @@ class RunDirectory:
         Raises:
             UserError: it can't be written, or could not be before.
         """
-        while self._background is not None and not self._background.wait(SIGN_OF_LIFE):
-            engine.at("saving")
+        while any(engine.any(self._background is not None and not self._background.wait(SIGN_OF_LIFE))):
+            engine.at("saving")  # all of them: none waits for longer than a collective may take
         error = self._background.take_error() if self._background is not None else None
         problem = None
         if isinstance(error, OSError):
@@ -359,8 +391,7 @@ class RunDirectory:
         return {
             "started": self._started.isoformat(timespec="seconds"),
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **provenance(PACKAGES),
-            "hardware": hardware(self.processes),
+            **self._provenance,
             "batch": asdict(self.batch),
             "resumed_after_step": self.resumed_step or None,
             **self._fed,
@@ -428,15 +459,6 @@ class _Result:
         shutil.copyfile(run.path / "config.yaml", self._place / "train_config.yaml")
         whole = {**receipt, "experts_moved": [moved.record() for moved in run._moved]}
         (self._place / RECEIPT).write_text(json.dumps(finite(whole), indent=2) + "\n", encoding="utf-8")
-
-
-def _problem_of(action: Callable[[], None]) -> str | None:
-    """The text of the `UserError` that an action raises on one process, to be raised on all."""
-    try:
-        action()
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _no_files(name: str, kind: str) -> torch.Tensor:

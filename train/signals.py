@@ -4,9 +4,12 @@ import ctypes
 import os
 import signal
 import socket
-import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from configs.errors import say
 
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: the run was asked to stop, and the same command goes on with it."""
@@ -16,6 +19,8 @@ PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h: the signal that a process gets when its parent ends."""
 TOGETHER = 1.0
 """Seconds within which signals count as one: Ctrl-C reaches the launcher too, which passes it on as SIGTERM."""
+LAST_WORDS = 2.0
+"""Seconds that saying why may take: nobody may be reading at the other end."""
 
 
 class Signals:
@@ -31,6 +36,8 @@ class Signals:
         self._asked: int | None = None
         self._at = 0.0
         self._training = False
+        self.on_leaving: Callable[[str, int], None] | None = None
+        """Told why, and the exit code, when this process leaves by itself instead of being waited for."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         if "RANK" in os.environ:
@@ -62,8 +69,7 @@ class Signals:
         now = time.monotonic()
         if self._asked is not None:
             if now - self._at >= TOGETHER:
-                _say(f"{signal.Signals(number).name} again: leaving at once")
-                os._exit(128 + number)
+                self._exit(128 + number, f"{signal.Signals(number).name} again: leaving at once")
             return
         self._asked, self._at = number, now
         if not self._training:
@@ -75,13 +81,15 @@ class Signals:
     def _leave(self, why: str) -> None:
         assert self._asked is not None
         again = "the same command with the same run_dir goes on from the last checkpoint"
-        _say(f"stopped by {signal.Signals(self._asked).name}, {why}; {again}")
-        os._exit(EXIT_PREEMPTED)
+        self._exit(EXIT_PREEMPTED, f"stopped by {signal.Signals(self._asked).name}, {why}; {again}")
+
+    def _exit(self, code: int, why: str) -> NoReturn:
+        threading.Timer(LAST_WORDS, os._exit, [code]).start()
+        if self.on_leaving is not None:
+            self.on_leaving(why, code)
+        say("train", why)
+        os._exit(code)
 
 
 def _handled_elsewhere(number: int, frame: object) -> None:
     """Takes the place of the default, which would end the process."""
-
-
-def _say(sentence: str) -> None:
-    print(f"train: {sentence}", file=sys.stderr, flush=True)

@@ -7,11 +7,19 @@ die() {
 }
 
 need_run_dir() { # need_run_dir SETTING=VALUE …: prints that setting
-    local setting
+    local setting run_dir=
     for setting in "$@"; do
-        case "$setting" in run_dir=?* | +run_dir=?* | ++run_dir=?*) echo "$setting" && return ;; esac
+        case "${setting##+}" in
+        run_dir=?* | +run_dir=?*) run_dir="$setting" ;;
+        overwrite=[Ff]alse | +overwrite=[Ff]alse) ;;
+        overwrite=* | +overwrite=*)
+            die "$setting: the same command is to go on after an interruption, and would start over; empty run_dir by hand, or name another"
+            ;;
+        esac
     done
-    die "run_dir: after an interruption the same command goes on only where it finds the run; give run_dir=runs/NAME"
+    [ -n "$run_dir" ] ||
+        die "run_dir: after an interruption the same command goes on only where it finds the run; give run_dir=runs/NAME"
+    echo "$run_dir"
 }
 
 need_number() { # need_number NAME VALUE LEAST

@@ -72,11 +72,17 @@ for host in "${hosts[@]}"; do
 done
 
 stop() { # one training process is enough: they agree among themselves
-    if ! reach "${hosts[0]}" "pkill -TERM -f -- $(printf %q "$training")"; then
-        kill -TERM "$supervised" # none has started, so there is nothing to save: DeepSpeed ends its launchers
+    local code=0
+    reach "${hosts[0]}" "pkill -TERM -f -- $(printf %q "$training")" || code=$?
+    case "$code" in
+    0) ;;
+    1) # pkill found none: none has started, so there is nothing to save, and DeepSpeed ends its launchers
+        kill -TERM "$supervised"
         wait "$supervised" || true
         exit 75
-    fi
+        ;;
+    *) echo "$me: ${hosts[0]} can't be reached to stop the run; send the signal again" >&2 ;;
+    esac
 }
 
 # Their command line, by the run directory; the brackets keep the pattern from matching the shell that carries it.

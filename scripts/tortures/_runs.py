@@ -177,10 +177,13 @@ class Workplace:
         where = {"dataset": str(self.rows), "model.path": str(self.base), "run_dir": str(run)}
         return SETTINGS | where | {name.replace("__", "."): value for name, value in changed.items()}
 
-    def launch(self, run: Path, processes: int, *, forked: bool = True, **changed: str) -> "Launch":
+    def launch(
+        self, run: Path, processes: int, *, forked: bool = True, by_script: bool = False, **changed: str
+    ) -> "Launch":
         """Starts a run, or goes on with one."""
         settings = self.settings(run, **changed)
-        made = Launch(run, [f"{name}={value}" for name, value in settings.items()], processes, forked)
+        arguments = [f"{name}={value}" for name, value in settings.items()]
+        made = Launch(run, arguments, processes, forked=forked, by_script=by_script)
         self.launches.append(made)
         return made
 
@@ -229,7 +232,7 @@ class Workplace:
 class Launch:
     """One launch of a run."""
 
-    def __init__(self, run: Path, arguments: list[str], processes: int, forked: bool):
+    def __init__(self, run: Path, arguments: list[str], processes: int, *, forked: bool, by_script: bool = False):
         """Starts it.
 
         Args:
@@ -237,6 +240,7 @@ class Launch:
             arguments: of `python -m train`.
             processes: 1 or more, on this machine.
             forked: from the server, without a launcher, or as a user types it.
+            by_script: typed with scripts/launch/per_node.sh in the place of `deepspeed`.
         """
         self.run, self.count, self.forked = run, processes, forked
         self.log = run.with_name(f"{run.name}.{time.monotonic_ns()}.log")
@@ -268,6 +272,11 @@ class Launch:
             deepspeed = str(Path(sys.executable).with_name("deepspeed"))
             command = [deepspeed, "--quiet", "--num_gpus", str(processes), "--master_port", port]
             command += ["--no_local_rank", "--module", "train"]
+        if by_script:
+            # A shell can't catch a signal that was ignored when it started, as SIGINT is in the background.
+            command = ["env", "--default-signal=INT", "bash", str(ROOT / "scripts" / "launch" / "per_node.sh")]
+            command += ["--nodes", "1", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", port]
+            command += ["--gpus-per-node", str(processes)]
         with self.log.open("wb") as log:
             self._command = subprocess.Popen(
                 [*command, *arguments],

@@ -172,13 +172,14 @@ def _launch(
     for point in own:
         if point.resumed_after is None:
             point.resumed_after = launch.resumed_step
-    if struck is None or not any(codes):  # it may have ended by itself in the moment before
-        if any(codes):
-            raise FailedError(f"a launch that nothing was done to ended with {codes}:\n{launch.said()}")
-        launch.wait_for_none_left(ENDING)
+    if struck is None and any(codes):
+        raise FailedError(f"a launch that nothing was done to ended with {codes}:\n{launch.said()}")
+    launch.wait_for_none_left(ENDING)
+    # It may have ended by itself in the moment before. The codes alone don't tell: where its launcher is killed,
+    # `deepspeed` answers 0.
+    if struck is None or (not any(codes) and (run / "receipt.json").exists()):
         return None
     began, inside, file, phase, step = struck
-    launch.wait_for_none_left(ENDING)
     check(launch, aim, codes, before)
     return Point(run.name, aim, step, sorted(inside), file, phase, codes, time.monotonic() - began)
 

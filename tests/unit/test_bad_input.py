@@ -57,6 +57,7 @@ CASES = {
     "train lora.rank=abc": ["lora.rank=abc", "not of type"],
     "train lora.rank=1.5": ["lora.rank=1.5", "not of type"],
     "train epochs=null": ["epochs=null"],
+    "train optim.eps=0": ["optim.eps=0"],
     "train overwrite=perhaps": ["overwrite=perhaps", "not of type"],
     "inference temperature=hot": ["temperature=hot", "not of type"],
     "data files=[absent.jsonl]": ["files=absent.jsonl", "no such file"],

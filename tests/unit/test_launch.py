@@ -121,6 +121,9 @@ def test_help_says_how(stand_ins: Path, script: str) -> None:
         ("slurm.sbatch", {**JOB, "SLURM_NTASKS_PER_NODE": ""}, ["run_dir=r"], "--ntasks-per-node"),
         ("slurm.sbatch", {**JOB, "MAX_REQUEUES": "many"}, ["run_dir=r"], "MAX_REQUEUES=many"),
         ("slurm.sbatch", JOB, ["recipe=quickstart"], "run_dir run_dir=runs/NAME"),
+        ("slurm.sbatch", JOB, ["run_dir=r", "overwrite=true"], "overwrite=true start over"),
+        ("per_node.sh", NODE, ["run_dir=r", "++overwrite=True"], "++overwrite=True start over"),
+        ("hostfile.sh", {}, ["good", "overwrite=yes", "run_dir=r"], "overwrite=yes start over"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(
@@ -195,6 +198,23 @@ def test_the_exit_code_comes_back_and_is_76_where_a_process_was_killed(
         assert notes(stand_ins, "ssh") == ["node-0 true", "node-1 true"]
 
 
+def test_hostfile_does_not_take_an_unreachable_node_for_one_where_nothing_runs(stand_ins: Path) -> None:
+    (stand_ins / "nodes").write_text("node-0 slots=8\n")
+    for name, script in {
+        "ssh": 'case "$*" in *pkill*) touch "$NOTES/asked"; exit 255 ;; esac',
+        "deepspeed": 'touch "$NOTES/busy"; until [ -e "$NOTES/asked" ]; do sleep 0.05; done; sleep 0.5; exit 0',
+    }.items():
+        (stand_ins / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    script = ("bash", str(ROOT / "scripts/launch/hostfile.sh"), str(stand_ins / "nodes"), "run_dir=r")
+    launched = subprocess.Popen(script, env=environment(stand_ins, {}), stderr=subprocess.PIPE, text=True)
+    while not (stand_ins / "busy").exists():
+        assert launched.poll() is None
+    launched.send_signal(signal.SIGTERM)
+    _, told = launched.communicate()
+    assert "hostfile.sh: node-0 can't be reached to stop the run; send the signal again" in told
+    assert launched.returncode == 0  # the run's own, and not 75, which would say that it was stopped and saved
+
+
 def test_slurm_gives_each_task_its_place(stand_ins: Path) -> None:
     launch(stand_ins, "slurm.sbatch", *SETTINGS, **JOB, CODE="0")
     assert notes(stand_ins, "tasks") == [f"{rank} 4 {rank % 2} 2 node-3 {15000 + 4711}" for rank in range(4)]
@@ -219,11 +239,17 @@ def test_slurm_gives_each_task_its_place(stand_ins: Path) -> None:
     ],
 )
 def test_slurm_requeues_what_can_go_on(stand_ins: Path, code: str, variables: dict[str, str], requeued: bool) -> None:
-    done = launch(stand_ins, "slurm.sbatch", "run_dir=r", expect=int(code), **JOB, **variables, CODE=code)
+    done = launch(stand_ins, "slurm.sbatch", f"run_dir={stand_ins}", expect=int(code), **JOB, **variables, CODE=code)
     assert notes(stand_ins, "scontrol") == (["requeue 4711"] if requeued else [])
     told = [line for line in done.stderr.splitlines() if line.startswith("slurm.sbatch: ")]
     assert len(told) == (code not in "12")
     assert all(("is requeued" in line) == requeued for line in told)
+
+
+def test_slurm_says_when_a_requeued_run_is_not_found_again(stand_ins: Path) -> None:
+    requeued = {**JOB, "SLURM_RESTART_COUNT": "1", "CODE": "0"}
+    assert "keep it on a shared disk" in launch(stand_ins, "slurm.sbatch", "run_dir=/nowhere/r", **requeued).stderr
+    assert not launch(stand_ins, "slurm.sbatch", f"run_dir={stand_ins}", "overwrite=false", **requeued).stderr
 
 
 def test_slurm_takes_the_highest_of_the_tasks_exit_codes(stand_ins: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs import entry
 from configs.secrets import HIDDEN, redact, redacted
 
 
@@ -42,6 +43,12 @@ def test_secrets_are_hidden(text: str, hidden: str) -> None:
 )
 def test_what_is_none_stays(text: str) -> None:
     assert redact(text) == text
+
+
+def test_tracebacks_hide_them_too(capsys: pytest.CaptureFixture[str]) -> None:
+    error = OSError("https://me:tokenofthehub@host: refused")
+    entry._traceback(OSError, error, None)
+    assert capsys.readouterr().err == f"OSError: https://{HIDDEN}@host: refused\n"
 
 
 def test_at_any_depth() -> None:

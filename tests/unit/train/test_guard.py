@@ -267,20 +267,26 @@ def test_an_end_without_done_is_a_failure(start: Start) -> None:
 
 
 @pytest.mark.parametrize("leaver", [0, 1])
-def test_who_leaves_says_why(start: Start, leaver: int) -> None:
+def test_who_leaves_says_why_and_the_others_end_with_the_same_code(start: Start, leaver: int) -> None:
     run = start(2)
-    run.trainers[leaver].tell("guard.at(7, 'forward') or guard.leaving('out of memory') or sys.exit(5)")
+    run.trainers[leaver].tell("guard.at(7, 'forward') or guard.leaving('out of memory', 5) or sys.exit(5)")
     ends = run.ends()
     assert ends[leaver] == (5, "")
     code, stderr = ends[1 - leaver]
-    assert code == EXIT_PEER_LOST
-    assert f"process {leaver} left in step 7 (forward) on {os.uname().nodename}: out of memory; " in stderr
+    assert code == 5  # not that of a lost process: to launch it again would not help
+    assert stderr == f"train: process {leaver} left in step 7 (forward) on {os.uname().nodename}: out of memory\n"
+
+
+def test_a_reason_is_told_without_secrets(start: Start) -> None:
+    run = start(2)
+    run.trainers[1].tell("guard.leaving('token hf_abcdefghijABCDEFGHIJ12345 was refused', 1) or sys.exit(1)")
+    assert run.ends()[0][1].endswith(": token <secret> was refused\n")
 
 
 def test_who_announces_that_it_leaves_and_hangs_is_killed(start: Start) -> None:
     run = start(2, peer_timeout=6)
-    run.trainers[1].tell("guard.leaving('out of memory') or time.sleep(600)")
-    assert [code for code, _ in run.ends()] == [EXIT_PEER_LOST, KILLED]
+    run.trainers[1].tell("guard.leaving('out of memory', 2) or time.sleep(600)")
+    assert [code for code, _ in run.ends()] == [2, KILLED]
 
 
 def test_a_stall_names_who_is_behind(start: Start) -> None:
@@ -421,6 +427,6 @@ def test_one_process_needs_no_guard() -> None:
     guard.join(guard.listen())
     guard.at(1, "forward")
     assert guard.verdict_within(60) is None
-    guard.leaving("why not")
+    guard.leaving("why not", 1)
     guard.done()
     assert guard.guardian is None

@@ -1,6 +1,9 @@
 """What a run tells, and where."""
 
+import contextlib
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 
 from train.config import LoggingConfig
 from train.learning import Movement
-from train.metrics import Metrics, StepRecord, show_movements
+from train.metrics import Metrics, StepRecord, console, finite, show_movements
 from train.routing import Routing
 
 
@@ -49,6 +52,33 @@ def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Pat
     assert written[0]["tokens_per_second"] == 200
     assert (written[1]["wrong"], written[1]["rows"]) == ("refused", [50])  # with the rows that did it
     assert "rows" not in written[0]
+
+
+def test_numbers_that_json_does_not_know_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    config = LoggingConfig(wandb="off", progress=False)
+    metrics = Metrics(tmp_path, config, {}, is_main=True)
+    metrics.stepped(record(1, loss=math.nan, applied=False), "refused", [])
+    metrics.evaluated(1, math.inf)
+    state = json.loads(json.dumps(metrics.state(), allow_nan=False))
+    metrics.close()
+    resumed = Metrics(tmp_path, config, {}, is_main=True, resumed=state)
+    resumed.close()
+    assert resumed.last is not None
+    assert math.isnan(resumed.last.loss)
+    assert resumed.last.learning_rate == 1e-3
+    assert resumed.evaluations == {1: math.inf}
+    assert finite({"a": [1.0, math.nan, (math.inf,)]}) == {"a": [1.0, "nan", ["inf"]]}
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        broken = type(console)(file=gone)
+        broken.print("step 1")
+        broken.print("step 2")
+        with contextlib.suppress(BrokenPipeError):
+            gone.close()
 
 
 def test_the_progress_bar_shows_steps_loss_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,6 +224,29 @@ def test_two_launches_do_not_work_in_one_directory(
     assert directory(dataset, processes, interrupted.path)._resumes
 
 
+def test_a_launch_that_loads_while_another_begins_does_not_replace_it(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    """Both see no directory; the second is ready to make it when the first has long begun, or even ended."""
+    first, second = (directory(dataset, processes, tmp_path / "run") for _ in range(2))
+    first.create()
+    place = checkpointed(first, 7)
+    with pytest.raises(UserError, match="another launch is at work in it"):
+        second.create()
+    del first
+    with pytest.raises(UserError, match="another launch has begun in it meanwhile"):
+        second.create()
+    assert place.exists()
+
+
+def test_a_directory_that_cannot_be_used_is_one_sentence(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^run_dir=.*/file/run: it can't be used \(Not a directory: .*\); make it"):
+        directory(dataset, processes, tmp_path / "file" / "run").create()
+
+
 def test_what_decides_the_rows_can_not_be_let_through(
     interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes
 ) -> None:

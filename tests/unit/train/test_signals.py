@@ -1,5 +1,7 @@
 """Signals, in processes of their own: asked once, asked twice, asked too early, out of patience."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ PROGRAM = """
 import sys, time
 from train.signals import Signals
 signals = Signals(grace=float(sys.argv[1]))
+signals.on_leaving = lambda why, code: print(f"told {code}: {why}", flush=True)
 if sys.argv[2] == "training":
     signals.begin_training()
 print("ready", flush=True)
@@ -80,6 +83,33 @@ def test_grace_has_an_end_even_where_the_main_thread_never_comes_back(project_ro
         assert process.wait(LIMIT) == EXIT_PREEMPTED
         assert process.stderr is not None
         assert "failures.grace=0.5 seconds are over" in process.stderr.read()
+
+
+@pytest.mark.parametrize("end", ["closed", "full"])
+def test_it_leaves_in_time_where_nobody_reads_what_it_says(project_root: Path, end: str) -> None:
+    reading, writing = os.pipe()
+    if end == "closed":
+        os.close(reading)
+    else:
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * 4096)
+        os.set_blocking(writing, True)
+    command = [sys.executable, "-c", PROGRAM, "0.1", "training", "waiting"]
+    with subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, stderr=writing, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == EXIT_PREEMPTED
+
+
+def test_who_leaves_by_itself_tells_its_peers_first(project_root: Path) -> None:
+    with started(project_root, 0.1, "training", "waiting") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == EXIT_PREEMPTED
+        assert process.stdout is not None
+        assert process.stdout.read().startswith("told 75: stopped by SIGTERM, failures.grace=0.1 seconds are over")
 
 
 def test_a_process_whose_launcher_is_killed_is_asked_to_stop(project_root: Path) -> None:
