@@ -1,3 +1,7 @@
-from train.run import main
+from train import signals
+
+signals.follow_launcher()
+
+from train.run import main  # noqa: E402 - it takes seconds
 
 main()

@@ -40,9 +40,7 @@ class Signals:
         """Told why, and the exit code, when this process leaves by itself instead of being waited for."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        if "RANK" in os.environ:
-            # A launcher that is killed leaves its processes behind: they then are asked to stop.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        follow_launcher()
         for number in ASKING:
             signal.signal(number, _handled_elsewhere)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -89,6 +87,16 @@ class Signals:
             self.on_leaving(why, code)
         say("train", why)
         os._exit(code)
+
+
+def follow_launcher() -> None:
+    """Asks for SIGTERM when the launcher dies: one that is killed leaves its processes behind.
+
+    First thing in the program, whose imports take seconds: a process that is left alone in them would wait for peers
+    that have ended.
+    """
+    if "RANK" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _handled_elsewhere(number: int, frame: object) -> None:

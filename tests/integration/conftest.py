@@ -1,4 +1,5 @@
-"""Real processes: what a user types, typed by the tests. Nothing here is mocked, and nothing runs in this process."""
+"""Real processes: what a user types, typed by the tests, or the same program in processes forked from a server that has
+imported what it needs. Nothing here is mocked, and nothing runs in this process."""
 
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.tortures._runs import Workplace
+from scripts.tortures._runs import Launch, Workplace
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,12 +34,25 @@ def program(name: str, *overrides: str, **options: int) -> subprocess.CompletedP
     return run(sys.executable, "-m", name, *overrides, **options)
 
 
-def train(processes: int, *overrides: str, **options: int) -> subprocess.CompletedProcess[str]:
+def typed(processes: int, *overrides: str, **options: int) -> subprocess.CompletedProcess[str]:
     """`python -m train …` for one process, `deepspeed … --module train …` for more; on the CPU, without wandb."""
     quiet = ("hardware=cpu", "logging=quiet", *overrides)
     if processes == 1:
         return program("train", *quiet, **options)
     return launch(processes, "train", *quiet, **options)
+
+
+def train(processes: int, *overrides: str, expect: int = 0) -> str:
+    """The same without the time that starting Python takes, by forked processes (scripts/tortures/_runs.py); what they
+    print. Fails with it where the exit codes are not the expected ones."""
+    (run_dir,) = (Path(setting.removeprefix("run_dir=")) for setting in overrides if setting.startswith("run_dir="))
+    forked = Launch(run_dir, ["hardware=cpu", "logging=quiet", *overrides], processes, forked=True)
+    try:
+        codes = forked.wait(500)
+    finally:
+        forked.end()
+    assert set(codes) == {expect}, f"{overrides} ended with {codes}:\n{forked.said()}"
+    return forked.said()
 
 
 def launch(processes: int, module: str, *overrides: str, **options: int) -> subprocess.CompletedProcess[str]:
@@ -80,8 +94,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     made = Quickstart(top / "general", top / "sample", top / "base", top / "run")
     program("data", "data=sample_general", f"output={made.general}")
     program("data", "data=sample", f"output={made.sample}")
-    train(2, "recipe=quickstart_base", f"dataset={made.general}", f"run_dir={made.base_run}")
-    train(
+    typed(2, "recipe=quickstart_base", f"dataset={made.general}", f"run_dir={made.base_run}")
+    typed(
         2,
         "recipe=quickstart",
         f"dataset={made.sample}",

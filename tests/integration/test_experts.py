@@ -95,8 +95,8 @@ def test_an_expert_that_cannot_learn_ends_the_run_by_its_name(
     weights[name].zero_()
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     one = ("lora.projections=[gate_up_proj]", "max_steps=3", "global_batch=16")
-    done = train(2, *start, *one, f"model.path={base}", f"run_dir={tmp_path}/run", expect=1)
-    assert "ExpertNotLearningError: layer 1, expert 5: " in done.stderr
+    said = train(2, *start, *one, f"model.path={base}", f"run_dir={tmp_path}/run", expect=1)
+    assert "ExpertNotLearningError: layer 1, expert 5: " in said
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -132,8 +132,8 @@ def test_profile_then_ranks_by_load(start: tuple[str, ...], tmp_path: Path) -> N
 
     by_load = ("lora=by_load", f"lora.load={tmp_path}/2/expert_load.json", "lora.budget=300000", "lora.dropout=0.1")
     more = ("lora.router=trained", "lora.rank_stabilised=true", "lora.export_per_expert=true", "max_steps=11")
-    done = train(2, *start, *by_load, *more, f"run_dir={tmp_path}/run", "optim.lr=1e-3")
-    assert "How far each expert's adapter has moved" in done.stderr
+    said = train(2, *start, *by_load, *more, f"run_dir={tmp_path}/run", "optim.lr=1e-3")
+    assert "How far each expert's adapter has moved" in said
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
     ranks = {moved["layer"]: moved["ranks"] for moved in receipt["experts_moved"]}
     for layer, of_layer in enumerate(measured["tokens_per_expert"]):

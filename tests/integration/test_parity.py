@@ -12,7 +12,7 @@ from transformers import MixtralForCausalLM
 
 from data.dataset import PreparedDataset, Schedule
 from data.schema import IGNORE_INDEX
-from tests.integration.conftest import Quickstart, evaluations, steps, train
+from tests.integration.conftest import Quickstart, evaluations, steps, train, typed
 from tests.integration.conftest import run as command
 from train.config import OptimConfig
 from train.loop import learning_rate
@@ -139,15 +139,15 @@ def test_a_step_with_a_value_that_is_not_finite_is_refused_everywhere(
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
 
     where = (f"model.path={poisoned}", f"dataset={quickstart.sample}", f"run_dir={tmp_path}/run")
-    done = train(processes, "recipe=quickstart", "max_steps=6", "global_batch=2", *where, *overrides)
+    said = train(processes, "recipe=quickstart", "max_steps=6", "global_batch=2", *where, *overrides)
     assert [step["applied"] for step in steps(tmp_path / "run")] == [True, True, True, False, True, True]
-    assert "step 4: loss or gradient not finite, the update was refused" in done.stderr
+    assert "step 4: loss or gradient not finite, the update was refused" in said
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values())
 
 
 def test_a_mistake_in_a_launch_of_two_is_told_once_and_ends_with_2(tmp_path: Path) -> None:
-    done = train(2, "recipe=quickstart", f"dataset={tmp_path}/nothing", expect=2)
+    done = typed(2, "recipe=quickstart", f"dataset={tmp_path}/nothing", expect=2)
     told = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
     assert told == [
         f"train: dataset={tmp_path}/nothing: there is no prepared dataset there; make one with `python -m data`, whose "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, Quickstart, evaluations, steps, train
+from tests.integration.conftest import ROOT, Quickstart, evaluations, steps, train, typed
 from train.signals import EXIT_PREEMPTED
 
 pytestmark = pytest.mark.slow
@@ -61,8 +61,7 @@ def test_the_result_is_that_of_a_run_that_never_stopped(
     how = settings(quickstart, recipe, *more)
     train(1, *how, f"run_dir={tmp_path}/whole")
     stopped(tmp_path / "cut", *how)
-    done = train(1, *how, f"run_dir={tmp_path}/cut")
-    assert "Resuming" in done.stderr
+    assert "Resuming" in train(1, *how, f"run_dir={tmp_path}/cut")
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     name = "adapter/adapter_model.safetensors" if recipe == "quickstart" else "model/model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -71,8 +70,7 @@ def test_the_result_is_that_of_a_run_that_never_stopped(
     trained = sum(file.stat().st_size for file in places[-1].glob("master.safetensors")) // 4
     size = sum(file.stat().st_size for file in places[-1].rglob("*") if file.is_file())
     assert size <= 1.1 * trained * (2 + 3 * 4)  # the parameters in bfloat16, masters, two moments
-    again = train(1, *how, f"run_dir={tmp_path}/cut")
-    assert "the run is finished" in again.stderr
+    assert "the run is finished" in train(1, *how, f"run_dir={tmp_path}/cut")
 
 
 def test_other_numbers_of_processes_take_the_same_rows_to_the_same_losses(
@@ -92,7 +90,7 @@ def test_other_numbers_of_processes_take_the_same_rows_to_the_same_losses(
 
 def test_processes_that_were_given_different_things_do_not_begin(quickstart: Quickstart, tmp_path: Path) -> None:
     how = settings(quickstart, "quickstart", "seed=${oc.env:RANK}")
-    done = train(2, *how, f"run_dir={tmp_path}/run", expect=2)
+    done = typed(2, *how, f"run_dir={tmp_path}/run", expect=2)
     assert "train: seed=1: that is what process 1 was given, and process 0 has 0; give all processes the same" in (
         done.stderr.splitlines()
     )

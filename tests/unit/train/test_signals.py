@@ -120,3 +120,17 @@ def test_a_process_whose_launcher_is_killed_is_asked_to_stop(project_root: Path)
         assert parent.stdout.readline() == "ready\n"
         parent.kill()
         assert parent.stdout.read() == "asked\n"  # the end of the pipe: the child has ended too
+
+
+def test_a_process_whose_launcher_is_killed_while_it_imports_ends(project_root: Path) -> None:
+    launcher = "import os, subprocess, sys; os.environ['RANK'] = '0'; subprocess.run([sys.executable, '-m', 'train'])"
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher], cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as parent:
+        importing = None
+        while importing is None:  # torch is mapped: far from the end of what is imported
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+            importing = next((pid for pid in children if "torch" in Path(f"/proc/{pid}/maps").read_text()), None)
+        parent.kill()
+        assert parent.stdout is not None
+        assert parent.stdout.read() == b""  # the end of the pipe: the child has ended, before it could speak
