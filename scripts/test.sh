@@ -12,4 +12,9 @@ say "Types"
 mypy
 say "Tests"
 export HF_HUB_OFFLINE=1 # nothing here asks a hub
-python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    python -m pytest "$@"
+else
+    python -m pytest --numprocesses 2 tests/unit # many of these wait for processes that they have started
+    python -m pytest tests/integration tests/gpu # these use all cores themselves
+fi
