@@ -95,7 +95,7 @@ def forward_and_gradients(run, experts: nn.Module, x: torch.Tensor, index, weigh
     weights = weights.clone().requires_grad_()
     out = run(experts, x, index, weights)
     factors = [factor for factor in experts.parameters() if factor.requires_grad]
-    mixture = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    mixture = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     gradients = torch.autograd.grad((out * mixture).sum(), [x, weights, *factors], allow_unused=True)
     filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, [x, weights, *factors], strict=True)]
     return [out.detach(), *filled]
