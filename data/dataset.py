@@ -19,6 +19,10 @@ PAD_ID = 0
 PAD_MULTIPLE = 16
 """What the width of a padded batch is a multiple of: kernels are built for such."""
 
+PAD_RUN = 256
+"""Unused slots whose positions count up before they start again. Attention takes each run for a conversation: one for
+each slot would be thousands of them, one for all would cost the square of their number."""
+
 GROUPED_STEPS = 32
 """Steps whose rows are sorted by length together: more makes less padding, and an order that is less random."""
 
@@ -27,16 +31,16 @@ GROUPED_STEPS = 32
 class Batch:
     """One micro-batch of B rows, each padded to T tokens: seq_len, or without packing what the longest of them needs.
 
-    ids        | a0 a1 a2 b0 b1 pad |
-    positions  |  0  1  2  0  1  0  |
-    targets    | a1 a2  -  b1 -  -  |   where trained, else IGNORE_INDEX: what the token's output should predict
+    ids        | a0 a1 a2 b0 b1 pad pad |
+    positions  |  0  1  2  0  1  0   1  |
+    targets    | a1 a2  -  b1 -  -   -  |   where trained, else IGNORE_INDEX: what the token's output should predict
     """
 
     ids: torch.Tensor
     """[B, T] int64."""
     positions: torch.Tensor
-    """[B, T] int64. Each conversation counts from 0, and so does the padding: where the count does not go up by one,
-    attention is cut."""
+    """[B, T] int64. Each conversation counts from 0, and so does the padding, anew every PAD_RUN slots: where the count
+    does not go up by one, attention is cut."""
     targets: torch.Tensor
     """[B, T] int64."""
     is_token: torch.Tensor
@@ -90,13 +94,14 @@ class PackedTable:
             width = min(self.seq_len, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
         shape = (len(rows), width)
         ids = np.full(shape, PAD_ID, dtype=np.int64)
-        positions = np.zeros(shape, dtype=np.int64)
+        positions = np.empty(shape, dtype=np.int64)
         labels = np.full((len(rows), width + 1), IGNORE_INDEX, dtype=np.int64)
         is_token = np.zeros(shape, dtype=bool)
         for place, row in enumerate(rows):
+            used = 0 if row is None else len(row.ids)
+            positions[place, used:] = np.arange(width - used) % PAD_RUN
             if row is None:
                 continue
-            used = len(row.ids)
             ids[place, :used] = row.ids
             labels[place, :used] = labels_of(ids[place, :used], row.spans)
             positions[place, :used] = np.concatenate([np.arange(length) for length in row.lengths])

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,18 +42,15 @@ def write(
         tensors: the trained parameters, whole, by our names.
         adapters: those of the model's experts.
     """
-    largest = _largest(adapters)
     _write_tensors(directory / WEIGHTS, to_peft(lora, tensors, adapters))
-    _save(
+    of_experts = [f"mlp.experts.{projection}" for projection in lora.projections]
+    _write_settings(
         directory,
-        **_of_base(model),
-        r=largest or lora.rank,
-        rank_pattern=dict.fromkeys(lora.attention, lora.rank) if largest not in (0, lora.rank) else {},
-        lora_alpha=lora.alpha,
-        use_rslora=lora.rank_stabilised,
+        model,
+        lora,
+        adapters,
         target_modules=list(lora.attention),
-        target_parameters=[f"mlp.experts.{projection}" for projection in lora.projections] if largest else None,
-        modules_to_save=["gate"] if lora.router == "trained" else None,
+        target_parameters=of_experts if _largest(adapters) else None,
     )
 
 
@@ -66,25 +62,36 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     file.close()
 
 
-def _save(directory: Path, **settings: Any) -> None:
+def _write_settings(
+    directory: Path,
+    model: ModelConfig,
+    lora: LoraConfig,
+    adapters: Adapters,
+    *,
+    target_modules: list[str],
+    target_parameters: list[str] | None = None,
+) -> None:
     """adapter_config.json, the same bytes for the same settings."""
     from peft import LoraConfig as PeftConfig
 
-    config = PeftConfig(**settings)
-    config.target_modules = sorted(settings["target_modules"])  # PEFT makes a set of them, in an order that varies
-    config.save_pretrained(str(directory))
-
-
-def _of_base(model: ModelConfig) -> dict[str, Any]:
     # A local base is named by its whole path, so that the adapter finds it from any working directory.
     local = model.path is not None and Path(model.path).is_dir()
-    base = str(Path(str(model.path)).resolve()) if local else model.path
-    return {
-        "base_model_name_or_path": base,
-        "revision": model.revision,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-    }
+    largest = _largest(adapters)
+    config = PeftConfig(
+        base_model_name_or_path=str(Path(str(model.path)).resolve()) if local else model.path,
+        revision=model.revision,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        r=largest or lora.rank,
+        rank_pattern=dict.fromkeys(lora.attention, lora.rank) if largest not in (0, lora.rank) else {},
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rank_stabilised,
+        target_modules=target_modules,
+        target_parameters=target_parameters,
+        modules_to_save=["gate"] if lora.router == "trained" else None,
+    )
+    config.target_modules = sorted(target_modules)  # PEFT makes a set of them, in an order that varies
+    config.save_pretrained(str(directory))
 
 
 def to_peft(lora: LoraConfig, tensors: dict[str, torch.Tensor], adapters: Adapters) -> dict[str, torch.Tensor]:
@@ -166,18 +173,8 @@ def write_per_expert(
                 stored[f"{prefix}.{expert}.{name}.lora_B.weight"] = part.contiguous()
     stored = {key.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor for key, tensor in stored.items()}
     _write_tensors(directory / WEIGHTS, stored)
-    largest = _largest(adapters)
     of_experts = [name for name in ("w1", "w2", "w3") if any(f".{name}.lora_A" in key for key in stored)]
-    _save(
-        directory,
-        **_of_base(model),
-        r=largest or lora.rank,
-        rank_pattern=dict.fromkeys(lora.attention, lora.rank) if largest not in (0, lora.rank) else {},
-        lora_alpha=lora.alpha,
-        use_rslora=lora.rank_stabilised,
-        target_modules=[*lora.attention, *of_experts],
-        modules_to_save=["gate"] if lora.router == "trained" else None,
-    )
+    _write_settings(directory, model, lora, adapters, target_modules=[*lora.attention, *of_experts])
 
 
 def read(
@@ -209,6 +206,11 @@ def read(
     for name, value in asked.items():
         if settings.get(name) != value:
             raise UserError(f"{named}: its {name} is {settings.get(name)}, the settings ask for {value}; give the same")
+    # Ranks by pattern show in the shapes; a scale by pattern shows nowhere else.
+    if scales := settings.get("alpha_pattern"):
+        raise UserError(
+            f"{named}: its alpha_pattern is {scales}, and training knows one alpha for all; give an adapter without it"
+        )
     check_keys(named, stored, {key: tuple(t.shape) for key, t in to_peft(lora, wanted, adapters).items()})
     found = {name: stored[_plain_key(name)] for name in wanted if not _block_of(name, adapters)}
     adapted = [adapter for of_block in adapters.values() for adapter in of_block.values()]

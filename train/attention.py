@@ -45,16 +45,22 @@ class Block:
     """float32: -inf where the key is of another conversation, or later than the query; 0 elsewhere."""
 
 
+def beginnings(positions_T: torch.Tensor) -> torch.Tensor:
+    """bool [T]: whether a conversation begins there. Positions count up by one within each and start again with the
+    next."""
+    begins_T = torch.ones_like(positions_T, dtype=torch.bool)
+    begins_T[1:] = positions_T[1:] != positions_T[:-1] + 1
+    return begins_T
+
+
 class Conversations:
     """Where the conversations of a micro-batch begin and end: found once, used by every layer."""
 
     def __init__(self, positions_T: torch.Tensor):
-        """Reads them from positions, which count up by one within a conversation and start again with the next."""
-        begins_T = torch.ones_like(positions_T, dtype=torch.bool)
-        begins_T[1:] = positions_T[1:] != positions_T[:-1] + 1
+        """Reads them from positions, as `beginnings` does."""
         self._tokens = len(positions_T)
-        self._number_T = begins_T.cumsum(0)
-        self.bounds = torch.nn.functional.pad(begins_T.nonzero().flatten(), (0, 1), value=self._tokens).to(torch.int32)
+        starts = beginnings(positions_T).nonzero().flatten()
+        self.bounds = torch.nn.functional.pad(starts, (0, 1), value=self._tokens).to(torch.int32)
         """[conversations + 1]: the first token of each, and the number of tokens."""
         self.longest = int(self.bounds.diff().max())
         self._blocks: list[Block] | None = None
@@ -62,7 +68,7 @@ class Conversations:
     def blocks(self) -> list[Block]:
         """The blocks of the row."""
         if self._blocks is None:
-            begin_T = self.bounds[:-1][self._number_T - 1]
+            begin_T = self.bounds[:-1].repeat_interleave(self.bounds.diff(), output_size=self._tokens)
             starts = begin_T[::QUERIES].tolist()
             place_T = torch.arange(self._tokens, device=begin_T.device)
             self._blocks = []

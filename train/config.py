@@ -177,6 +177,14 @@ class LoraConfig:
                 raise UserError(
                     f"lora.{name}={getattr(self, name)}: no expert would have an adapter; use lora=attention for that"
                 )
+        if numbers and self.expert_ranks:
+            # numbers of experts that the model hasn't are refused where the model is known
+            known = [expert for expert in self.experts if 0 <= expert < len(self.expert_ranks)]
+            if known and not any(self.expert_ranks[expert] for expert in known):
+                raise UserError(
+                    f"lora.expert_ranks={self.expert_ranks}: with lora.experts={self.experts} no expert would have an "
+                    f"adapter; give one of those a rank above 0"
+                )
         if self.experts == "by_load":
             if self.load is None:
                 raise UserError(

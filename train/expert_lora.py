@@ -108,21 +108,21 @@ class _Routed:
         self.in_one_product = in_one_product
 
         expert_S, order_S = top_k_index.flatten().sort(stable=True)
-        counts_E = torch.bincount(expert_S, minlength=experts)
+        # not bincount, which makes a CUDA device tell the host the largest expert first
+        stops_E = torch.searchsorted(expert_S, torch.arange(experts, device=device), right=True)
+        counts_E = stops_E.diff(prepend=stops_E.new_zeros(1))
         room_E = (counts_E + multiple - 1) // multiple * multiple
         self.ends_E = room_E.cumsum(0)
         spare_E = room_E - counts_E
         row_S = torch.arange(len(order_S), device=device) + (spare_E.cumsum(0) - spare_E)[expert_S]
         self.row_of_Tk = torch.empty_like(order_S)
         self.row_of_Tk[order_S] = row_S
-        # Filling rows repeat the first pair: numbers like any other, which nothing reads and whose weight is 0.
+        # Filling rows repeat the first pair: numbers like any other, which nothing reads and whose gradient is 0.
         rows = len(order_S) if multiple == 1 else int(self.ends_E[-1])
         self._room = len(order_S) + experts * (multiple - 1)
         self.pair_P = order_S.new_zeros(rows)
         self.pair_P[row_S] = order_S
         self.token_P = self.pair_P // self.shape[1]
-        self.is_pair_P = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.is_pair_P[row_S] = True
 
     def groups(self) -> Iterator["_Group"]:
         """All rows as one group, or those of each expert that has any."""
@@ -203,11 +203,13 @@ class _Projection:
             rows = self.adapter.rows[group.expert]
             factors = self.A[rows], self.B[rows]
             return (self.adapter.scales[group.expert], *factors) if len(factors[0]) else None
-        A, B, scales = self._filled(self.A), self._filled(self.B), self.adapter.scales
-        if len(set(scales)) == 1:
-            return scales[0], A, B
+        A, B = self._filled(self.A), self._filled(self.B)
+        # where an expert has no adapter its factors are zeros, whatever they are scaled by
+        scales = {scale for scale in self.adapter.scales if scale}
+        if len(scales) == 1:
+            return scales.pop(), A, B
         expert_P = torch.bucketize(torch.arange(len(self.routed.pair_P), device=A.device), group.ends_E, right=True)
-        return torch.tensor(scales, device=A.device)[expert_P].unsqueeze(-1), A, B
+        return _scales(self.adapter.scales, A.device)[expert_P].unsqueeze(-1), A, B
 
     def _filled(self, factor: torch.Tensor) -> torch.Tensor:
         """[E, Q, …] of [R, …]: each expert's rows, and zeros up to one rank for all, whole 16 bytes of it."""
@@ -217,7 +219,8 @@ class _Projection:
         if len(factor) == experts * filled:
             return factor.view(experts, filled, -1)
         zeros = factor.new_zeros(experts * filled, factor.shape[1])
-        return zeros.index_copy_(0, self._places(filled, factor.device), factor).view(experts, filled, -1)
+        places = _places(self.adapter.ranks, filled, factor.device)
+        return zeros.index_copy_(0, places, factor).view(experts, filled, -1)
 
     def unfilled(self, gradient_EQ: torch.Tensor) -> torch.Tensor:
         """The inverse, for a gradient."""
@@ -225,12 +228,7 @@ class _Projection:
         assert self.adapter is not None
         if len(flat) == sum(self.adapter.ranks):
             return flat
-        return flat.index_select(0, self._places(gradient_EQ.shape[1], flat.device))
-
-    def _places(self, filled: int, device: torch.device) -> torch.Tensor:
-        assert self.adapter is not None
-        places = [expert * filled + row for expert, rank in enumerate(self.adapter.ranks) for row in range(rank)]
-        return torch.tensor(places, device=device)
+        return flat.index_select(0, _places(self.adapter.ranks, gradient_EQ.shape[1], flat.device))
 
     def _dropped(self, group: _Group, x: torch.Tensor) -> torch.Tensor:
         """x with dropout's zeros; also what the gradient of such an x goes through."""
@@ -275,6 +273,22 @@ class _Projection:
         elif gradient is not None:
             gradient += self._dropped(group, group.times(dh, A))
         return gradient
+
+
+# Cached, because the way from a Python list to a CUDA device makes the host wait, and both are constants of an adapter.
+
+
+@functools.cache
+def _places(ranks: tuple[int, ...], filled: int, device: torch.device) -> torch.Tensor:
+    """[R] int64: where each row of a factor stands once every expert has `filled` rows."""
+    places = [expert * filled + row for expert, rank in enumerate(ranks) for row in range(rank)]
+    return torch.tensor(places, device=device)
+
+
+@functools.cache
+def _scales(scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[E] float32."""
+    return torch.tensor(scales, device=device)
 
 
 class _Gradients:
@@ -340,7 +354,8 @@ class _SplitExperts(torch.autograd.Function):
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         d_wide_TH = d_TH.to(wide)
         d_weights_Tk = torch.stack([(d_wide_TH * y_TH).sum(dim=-1) for y_TH in routed.choices(y_PH)], dim=1)
-        weight_P = weights_Tk.flatten()[routed.pair_P] * routed.is_pair_P
+        weight_P = weights_Tk.new_zeros(len(routed.pair_P))
+        weight_P[routed.row_of_Tk] = weights_Tk.flatten()
         d_PH = (d_TH.index_select(0, routed.token_P) * weight_P.unsqueeze(-1)).to(x_TH.dtype)
         dx_PH: Any = routed.room(x_TH, x_TH.shape[1]) if needs[0] else None
         d_PI = routed.room(x_TH, down.weight.shape[2])
@@ -423,8 +438,9 @@ def attach(
             weight = getattr(experts, projection)
             size_in, size_out = sizes[projection]
             A_RI = weight.new_empty(sum(of_block), size_in)
-            # drawn in float32, so that every dtype starts from the same numbers
-            A_RI.copy_(torch.empty(A_RI.shape, device=A_RI.device).uniform_(-1, 1) / math.sqrt(size_in))
+            if not A_RI.is_meta:
+                # drawn in float32 and on the CPU, so that every dtype and device starts from the same numbers
+                A_RI.copy_(torch.empty(A_RI.shape, device="cpu").uniform_(-1, 1) / math.sqrt(size_in))
             experts.register_parameter(f"{projection}_lora_A", nn.Parameter(A_RI))
             experts.register_parameter(f"{projection}_lora_B", nn.Parameter(weight.new_zeros(sum(of_block), size_out)))
             experts.lora[projection] = adapter

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.expert_lora import Adapter, expert_modules
+from train.expert_lora import Adapter, adapters
 
 
 class ExpertNotLearningError(RuntimeError):
@@ -25,9 +25,9 @@ class FirstGradients:
         self._places: list[tuple[int, str, Adapter]] = []
         self._alive: list[torch.Tensor] = []
         self._hooks = []
-        for layer, experts in enumerate(expert_modules(model).values()):
-            for projection, adapter in getattr(experts, "lora", {}).items():
-                factor = getattr(experts, f"{projection}_lora_B")
+        for layer, (block, of_block) in enumerate(adapters(model).items()):
+            for projection, adapter in of_block.items():
+                factor = model.get_parameter(f"{block}.{projection}_lora_B")
                 alive_R = torch.zeros(sum(adapter.ranks), dtype=torch.bool)
                 self._hooks.append(factor.register_hook(lambda gradient, alive_R=alive_R: _mark(alive_R, gradient)))
                 self._places.append((layer, projection, adapter))
@@ -83,10 +83,10 @@ class Movement:
 def movements(model: nn.Module, tensors: dict[str, torch.Tensor]) -> list[Movement]:
     """The movement of every expert's adapter; `tensors` are the trained parameters, whole, by our names."""
     moved = []
-    for layer, (name, experts) in enumerate(expert_modules(model).items()):
-        for projection, adapter in getattr(experts, "lora", {}).items():
-            A_RI = tensors[f"{name}.{projection}_lora_A"].float()
-            B_RO = tensors[f"{name}.{projection}_lora_B"].float()
+    for layer, (block, of_block) in enumerate(adapters(model).items()):
+        for projection, adapter in of_block.items():
+            A_RI = tensors[f"{block}.{projection}_lora_A"].float()
+            B_RO = tensors[f"{block}.{projection}_lora_B"].float()
             norms_E = []
             for rows, scale in zip(adapter.rows, adapter.scales, strict=True):
                 A, B = A_RI[rows], B_RO[rows]

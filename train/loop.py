@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from configs.errors import UserError
 from data.dataset import Batch, PackedTable, PreparedDataset, share
-from train import engine as processes
 from train.config import BatchArithmetic, OptimConfig, TrainConfig
-from train.engine import Engine, Update
+from train.engine import Engine, Update, seed
 from train.health import Health
 from train.learning import FirstGradients
 from train.metrics import Metrics, StepRecord
@@ -103,6 +102,8 @@ def watched_step(
 ) -> StepResult:
     """`step`, noting what the routers do in every `logging.routing_every`-th and until the `first` update; collective.
 
+    With `logging.routing_every=0` the first update is watched as well, for the gradients, and nothing is noted.
+
     Raises:
         ExpertNotLearningError: before the first update a targeted expert got tokens and no gradient.
     """
@@ -113,7 +114,8 @@ def watched_step(
     with engine.watching(True):
         result = step(engine, micro_batches, number, lr, config)
     routing = engine.take_routing()
-    metrics.routed(number, routing)
+    if config.logging.routing_every:
+        metrics.routed(number, routing)
     if gradients is not None:
         found = engine.sum(*gradients.found())
         if result.update.applied:
@@ -139,7 +141,7 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
     cross_entropies, balances = 0.0, 0.0
     update = Update(math.nan, False)
     for place, batch in enumerate(micro_batches):
-        processes.seed(config.seed, number, place * engine.processes.count + engine.processes.rank)
+        seed(config.seed, number, place * engine.processes.count + engine.processes.rank)
         cross_entropy, balance = engine.forward(batch)
         share_of_tokens = batch.tokens / max(tokens, 1.0)
         loss = cross_entropy / max(supervised, 1.0) + config.router_aux_loss * balance * share_of_tokens

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from configs.errors import UserError, one_line
-from train import adapter_files, attention, expert_lora  # noqa: F401 - attention registers its implementation
+from train import adapter_files, attention, expert_lora
 from train.allocation import expert_ranks
 from train.config import LoraConfig, ModelConfig, TrainConfig
 
@@ -68,6 +68,11 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
             raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
         if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
             raise UserError(f"{named}: its experts use {architecture.hidden_act}, Mixtral's use silu; {remedy}")
+        if config.attention == attention.IMPLEMENTATION and architecture.sliding_window is not None:
+            raise UserError(
+                f"model.attention={config.attention}: it looks back without limit, and the base's sliding_window is "
+                f"{architecture.sliding_window}; use model.attention=sdpa"
+            )
         model, loading = MixtralForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,

@@ -19,9 +19,9 @@ def profile(
 ) -> None:
     """Runs the training rows through the base, `max_steps` global batches of them or all, and writes expert_load.json
     and expert_load.png into the run directory; collective."""
-    count = min(len(dataset.train), config.max_steps * batch.rows or len(dataset.train))
     at_once = batch.micro_batch * batch.processes
-    rows: list[int | None] = list(range(count))
+    rows: list[int | None] = list(rows_to_profile(dataset, config, batch))
+    count = len(rows)
     rows += [None] * (-count % at_once)  # blank rows, so that every process makes the same number of forwards
     micro_batches = share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
     shown = config.logging.progress and engine.processes.is_main
@@ -36,6 +36,14 @@ def profile(
         (run.path / "expert_load.json").write_text(json.dumps(record, indent=2) + "\n")
         draw(record, run.path / "expert_load.png")
         console.print(f"Saved {run.path}/expert_load.json and expert_load.png")
+
+
+def rows_to_profile(dataset: PreparedDataset, config: TrainConfig, batch: BatchArithmetic) -> list[int]:
+    """Those of the first `max_steps` steps that training would take, or of a whole epoch: as they are stored, the rows
+    of the longest conversations come first."""
+    schedule = dataset.schedule(epochs=1, rows_per_step=batch.rows, seed=config.seed)
+    steps = min(schedule.steps, config.max_steps or schedule.steps)
+    return [row for step in range(steps) for row in schedule.rows_of(step) if row is not None]
 
 
 def load_record(routing: Routing, config: TrainConfig, *, rows: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data.schema import IGNORE_INDEX
+from train.attention import beginnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,7 @@ class Routing:
 
 def _reaches_the_loss(positions_T: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
     """bool [T]: whether a position at or after this one in its conversation is supervised."""
-    begins_T = torch.ones_like(positions_T, dtype=torch.bool)
-    begins_T[1:] = positions_T[1:] != positions_T[:-1] + 1
-    conversation_T = begins_T.cumsum(0) - 1
+    conversation_T = beginnings(positions_T).cumsum(0) - 1
     place_T = torch.arange(len(positions_T), device=positions_T.device)
     supervised_T = torch.where(targets_T != IGNORE_INDEX, place_T, -1)
     last = torch.full_like(place_T, -1).scatter_reduce_(0, conversation_T, supervised_T, "amax")

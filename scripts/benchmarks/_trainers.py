@@ -114,6 +114,7 @@ def ours(settings: Settings) -> None:
     import deepspeed  # noqa: F401 - so that its memory is not counted
     import torch
 
+    from benchmarks._peak import wait
     from data.dataset import PreparedDataset
     from train import engine
     from train.config import DeepSpeedConfig, HardwareConfig, LoraConfig, ModelConfig, TrainConfig
@@ -152,7 +153,10 @@ def ours(settings: Settings) -> None:
         first = (number - 1) * settings.rows_per_step
         rows = [order[place % len(order)] for place in range(first, first + settings.rows_per_step)]
         result = step(trainer, [table.batch(rows)], number, 1e-4, config)
-        turns.done(loss=result.loss, tokens=result.tokens, supervised_tokens=result.supervised_tokens)
+        wait(settings.device)
+        # with the router loss in it, as in the loss that TRL logs
+        loss = result.loss + ROUTER_AUX_LOSS * result.balance
+        turns.done(loss=loss, tokens=result.tokens, supervised_tokens=result.supervised_tokens)
 
 
 def watching_seconds(trainer: Any, table: Any, batch: Any) -> float:
@@ -183,6 +187,7 @@ def trl(settings: Settings) -> None:
     from transformers import LlamaTokenizerFast, MixtralForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from benchmarks._peak import wait
     from data.dataset import PreparedDataset
     from train.config import ATTENTION_TARGETS, EXPERT_TARGETS
 
@@ -212,8 +217,7 @@ def trl(settings: Settings) -> None:
             self.place = state.global_step
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if settings.device == "cuda":
-                torch.cuda.synchronize()
+            wait(settings.device)
             self.seconds = time.perf_counter() - turns._started
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:

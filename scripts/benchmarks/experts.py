@@ -20,6 +20,7 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from benchmarks._peak import peak_flops, wait
 from train import expert_lora
 from train.config import EXPERT_TARGETS
 from train.engine import keep_freed_memory
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 seconds[name].append(took)
         errors.append(float((outputs["ours"] - outputs["peft"]).norm() / outputs["peft"].norm()))
         if number >= options.warmup:
-            peaks.append(_peak_flops(options))
+            peaks.append(peak_flops(options.device, torch.bfloat16))
     memory = {name: _peak_mib(block, options) for name, block in blocks.items()} if options.device == "cuda" else {}
     needed = 2 * 2 * options.tokens * 2 * 3 * options.hidden * options.intermediate
     pairs = list(zip(seconds["ours"], seconds["peft"], seconds["frozen"], peaks, strict=True))
@@ -118,20 +119,15 @@ def _blocks(options: argparse.Namespace) -> dict[str, nn.Module]:
 def _forward_backward(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The output, and the seconds that it and the gradients took."""
     x = x.clone().requires_grad_()
-    _wait(x)
+    wait(x.device.type)
     started = time.perf_counter()
     out = block(x)
     out.backward(torch.ones_like(out))
-    _wait(x)
+    wait(x.device.type)
     took = time.perf_counter() - started
     for parameter in block.parameters():
         parameter.grad = None
     return out.detach().float(), took
-
-
-def _wait(x: torch.Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _peak_mib(block: nn.Module, options: argparse.Namespace) -> float:
@@ -141,18 +137,6 @@ def _peak_mib(block: nn.Module, options: argparse.Namespace) -> float:
     before = torch.cuda.memory_allocated()
     _forward_backward(block, x)
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _peak_flops(options: argparse.Namespace) -> float:
-    """Operations per second of the machine's own matrix product."""
-    size = 8192 if options.device == "cuda" else 2048
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=options.device) for _ in range(2))
-    a @ b
-    _wait(a)
-    started = time.perf_counter()
-    a @ b
-    _wait(a)
-    return 2 * size**3 / (time.perf_counter() - started)
 
 
 def _print(figures: dict[str, Any]) -> None:

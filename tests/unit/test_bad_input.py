@@ -134,6 +134,7 @@ CASES = {
     "train lora.expert_ranks=8": ["lora.expert_ranks=8: it takes a list"],
     "train lora.expert_ranks=[8,-1]": ["lora.expert_ranks=[8, -1]", "0 for no adapter"],
     "train lora.expert_ranks=[0,0]": ["lora.expert_ranks=[0, 0]", "lora=attention"],
+    "train lora.expert_ranks=[8,0] lora.experts=[1]": ["lora.expert_ranks=[8, 0]", "lora.experts=[1]", "above 0"],
     "train dry_run=true lora.expert_ranks=[8,8]": ["lora.expert_ranks=[8, 8]", "8 experts a layer"],
     "train lora=by_load": ["lora.load", "task=profile"],
     BY_LOAD: ["lora.load", "task=profile"],

@@ -1,5 +1,7 @@
-"""What scripts/benchmark.py counts as work that must be done, against what torch counts in our step."""
+"""What scripts/benchmark.py counts as work that must be done, against what torch counts in our step; what it calls
+failed."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,16 +17,16 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture
-def needed_flops(monkeypatch: pytest.MonkeyPatch):
+def step(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from benchmarks.step import needed_flops
+    from benchmarks import step
 
-    yield needed_flops
+    yield step
     for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
         del sys.modules[name]
 
 
-def test_a_step_does_what_must_be_done_and_the_adapters_work_and_nothing_else(needed_flops) -> None:
+def test_a_step_does_what_must_be_done_and_the_adapters_work_and_nothing_else(step) -> None:
     """So no frozen weight gets a gradient, and the head sees supervised positions alone. Attention's own products are
     left out: its blocks hold a few pairs that no conversation sees."""
     causal_lm = nano("float32").train()
@@ -40,7 +42,7 @@ def test_a_step_does_what_must_be_done_and_the_adapters_work_and_nothing_else(ne
     layers, heads, key_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
     tokens = batch.ids.numel()  # padding is computed as well
     supervised = int((batch.targets != IGNORE_INDEX).sum())
-    needed = needed_flops(config.to_dict(), [tokens], supervised)
+    needed = step.needed_flops(config.to_dict(), [tokens], supervised)
     needed -= layers * 3 * 2 * 2 * width * heads * tokens * (tokens + 1) / 2
 
     # A and B of each adapter: forward, input gradient, and their own gradient
@@ -49,3 +51,36 @@ def test_a_step_does_what_must_be_done_and_the_adapters_work_and_nothing_else(ne
     adapters = 3 * 2 * tokens * rank * layers * (on_attention + on_experts)
     adapters -= 2 * tokens * rank * 3 * hidden  # the first layer's input is frozen embeddings: q, k and v need no more
     assert matrices == needed + adapters
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "failed"),
+    [(2.0, 2.0, 0), (2.007, 2.0, 0), (2.009, 2.0, 1), (1.99, 2.0, 1), (float("nan"), 2.0, 1)],
+)
+def test_trainers_whose_first_losses_differ_fail(step, ours: float, theirs: float, failed: int) -> None:
+    options = argparse.Namespace(row=1024, lora_rank=16, experts=8)
+    sentences = step.disagreement({"ours": ours, "trl": theirs}, options)
+    assert len(sentences) == failed
+    assert all("the first loss is" in sentence and "--row 1024" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    ("model", "drawn"), [(None, {"experts", "lora_rank", "row"}), (Path("base"), {"lora_rank", "row"})]
+)
+def test_curves_tell_what_failed_and_leave_a_given_models_sizes(
+    step, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path | None, drawn: set[str]
+) -> None:
+    both = {"ours": 2.0, "trl": 1.0}
+    names = ("tokens_per_second", "speedup", "memory_above_model_mib", "memory_ratio", "share_of_peak")
+    here = dict.fromkeys(names, both) | {"failed": []}
+
+    def compare(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
+        return here | {"failed": ["a sentence"] if options.row == 512 else []}
+
+    monkeypatch.setattr(step, "_compare", compare)
+    options = argparse.Namespace(row=1024, lora_rank=16, experts=8, model=model)
+    curves = step._curves(options, tmp_path, here)
+    assert curves.keys() == drawn
+    assert here["failed"] == ["a sentence"]
+    step._draw(curves, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()

@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from data.dataset import PAD_ID, Batch, PackedTable, PreparedDataset, Schedule, share
+from data.dataset import PAD_ID, PAD_RUN, Batch, PackedTable, PreparedDataset, Schedule, share
 from data.layout import LAYOUT, MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, open_split
 from data.schema import IGNORE_INDEX, PackedRow
 
@@ -61,9 +62,21 @@ def test_blank_row_holds_nothing(table: PackedTable) -> None:
     batch = table.batch([None, 2])
 
     assert batch.ids.tolist() == [[PAD_ID] * SEQ_LEN, [1, 30, *[PAD_ID] * 4]]
-    assert batch.positions.tolist() == [[0] * SEQ_LEN, [0, 1, 0, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3]]
     assert batch.targets.tolist() == [[X] * SEQ_LEN, [30, *[X] * 5]]
     assert batch.is_token.tolist() == [[False] * SEQ_LEN, [True] * 2 + [False] * 4]
+
+
+def test_the_runs_of_padding_are_few_and_short() -> None:
+    """Attention takes each for a conversation."""
+    rows = [PackedRow(ids=[1] * 100, spans=[1, 99], lengths=[100], rows=[0])]
+    columns = {name: [getattr(row, name) for row in rows] for name in ROW_SCHEMA.names}
+    positions = PackedTable(pa.table(columns, schema=ROW_SCHEMA), seq_len=1000).batch([0, None, None]).positions
+
+    for row, used in zip(positions.tolist(), (100, 0, 0), strict=True):
+        starts = [place for place, position in enumerate(row) if position == 0]
+        assert starts == [0] * bool(used) + list(range(used, 1000, PAD_RUN))
+        assert all(after == before + 1 for before, after in itertools.pairwise(row) if after)
 
 
 def test_nothing_predicts_across_a_boundary(table: PackedTable) -> None:

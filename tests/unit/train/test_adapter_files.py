@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralForCausalLM
@@ -195,6 +196,30 @@ def test_another_rank_or_scale_is_refused(tmp_path: Path) -> None:
     save(tmp_path, config, adapted)
     config.lora.start, config.lora.alpha = str(tmp_path), 9
     with pytest.raises(UserError, match="its lora_alpha is 8, the settings ask for 9"):
+        model.add_adapters(base, config.lora)
+
+
+def test_a_scale_by_pattern_is_refused(tmp_path: Path) -> None:
+    """It changes what the numbers mean, and shows in no key and no shape."""
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    save(tmp_path, config, adapted)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": {"q_proj": 16}}))
+    config.lora.start = str(tmp_path)
+    with pytest.raises(UserError, match=rf"lora\.start={tmp_path}: its alpha_pattern is .*'q_proj': 16.*; give an"):
+        model.add_adapters(base, config.lora)
+
+
+def test_a_rank_by_pattern_shows_in_the_shapes(tmp_path: Path) -> None:
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    save(tmp_path, config, adapted)
+    settings = PeftConfig.from_pretrained(str(tmp_path))
+    settings.rank_pattern = {"q_proj": 2}
+    get_peft_model(copy.deepcopy(base), settings).save_pretrained(str(tmp_path))
+    config.lora.start = str(tmp_path)
+    with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight is \[2, 32\], not \[4, 32\]"):
         model.add_adapters(base, config.lora)
 
 

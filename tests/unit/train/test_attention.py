@@ -1,10 +1,14 @@
 """Packed attention against torch's own with a whole mask."""
 
+import pyarrow as pa
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from data.dataset import PAD_RUN, PackedTable
+from data.layout import ROW_SCHEMA
+from data.schema import PackedRow
 from tests.conftest import Largest
 from train.attention import KEYS, QUERIES, Conversations, packed_attention
 
@@ -75,6 +79,17 @@ def test_blocks_hold_little_that_no_conversation_sees() -> None:
     assert computed < sum(lengths) ** 2 / 10
     seen = sum(int((block.bias_QS == 0).sum()) for block in blocks)
     assert seen == sum(length * (length + 1) // 2 for length in lengths)
+
+
+def test_padding_costs_little_and_makes_few_conversations() -> None:
+    """Each slot as a conversation would be thousands, all slots as one would cost the square of their number."""
+    rows = [PackedRow(ids=[1] * 100, spans=[1, 99], lengths=[100], rows=[0])]
+    columns = {name: [getattr(row, name) for row in rows] for name in ROW_SCHEMA.names}
+    batch = PackedTable(pa.table(columns, schema=ROW_SCHEMA), seq_len=4096).batch([0, None])
+    conversations = Conversations(batch.positions.flatten())
+    assert len(conversations.bounds) - 1 == 1 + -(-3996 // PAD_RUN) + 4096 // PAD_RUN
+    assert conversations.longest == PAD_RUN
+    assert max(block.bias_QS.numel() for block in conversations.blocks()) <= QUERIES * (PAD_RUN + QUERIES + KEYS)
 
 
 def test_no_tensor_of_the_square_of_a_row_is_made() -> None:

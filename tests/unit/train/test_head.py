@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import Largest
 from train.head import CHUNK, CrossEntropyHead
@@ -54,6 +55,16 @@ def test_the_loss_of_bfloat16_is_summed_in_float32() -> None:
     assert loss.dtype == torch.float32
     expected = F.cross_entropy(F.linear(hidden, weight).double(), targets, reduction="sum")
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_without_autograd_no_gradient_is_computed() -> None:
+    """A weight that trains says that it needs one, also in evaluation."""
+    hidden, weight = torch.randn(CHUNK + 3, 8), nn.Parameter(torch.randn(300, 8))
+    targets = torch.randint(0, 300, (CHUNK + 3,))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        evaluated = chunked(hidden, weight, targets)
+    assert counter.get_total_flops() == 2 * hidden.numel() * 300
+    assert torch.equal(evaluated, chunked(hidden, weight, targets).detach())
 
 
 def test_logits_of_more_than_a_chunk_never_exist() -> None:

@@ -33,7 +33,7 @@ def nano(dtype: str) -> model.MixtralForCausalLM:
 def packed(ids: torch.Tensor) -> Batch:
     """One row of LENGTHS with every second token trained, and 10 slots of padding."""
     padded = F.pad(ids, (0, 10))[None]
-    positions = torch.cat([torch.arange(length) for length in LENGTHS] + [torch.zeros(10, dtype=torch.long)])[None]
+    positions = torch.cat([torch.arange(length) for length in [*LENGTHS, 10]])[None]
     labels = padded.clone()
     labels[:, ::2] = IGNORE_INDEX
     starts = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()[:-1]]
@@ -120,7 +120,7 @@ def test_a_blank_micro_batch_has_loss_zero_and_finite_gradients() -> None:
     causal_lm = nano("float32")
     blank = Batch(
         ids=torch.zeros(1, 16, dtype=torch.long),
-        positions=torch.zeros(1, 16, dtype=torch.long),
+        positions=torch.arange(16)[None],
         targets=torch.full((1, 16), IGNORE_INDEX),
         is_token=torch.zeros(1, 16, dtype=torch.bool),
     )

@@ -50,6 +50,16 @@ def test_another_kind_of_model_is_refused(base: Path) -> None:
         load(base)
 
 
+def test_packed_attention_refuses_a_base_with_a_window(base: Path) -> None:
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"sliding_window": 4096}))
+    with pytest.raises(
+        UserError, match=r"model\.attention=packed: .* sliding_window is 4096; use model\.attention=sdpa"
+    ):
+        load(base)
+    model.pretrained(ModelConfig(path=str(base), dtype="float32", attention="sdpa"))
+
+
 def test_weights_in_a_pickle_are_not_opened(base: Path) -> None:
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()

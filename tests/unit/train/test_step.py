@@ -1,7 +1,9 @@
 """One update in the engine, one process without ZeRO, against gradients taken by hand."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,20 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from data.dataset import Batch
 from tests.unit.train.test_loss import LENGTHS, losses, nano, packed
 from train import engine, model
-from train.config import BatchArithmetic, DeepSpeedConfig, HardwareConfig, ModelConfig, OptimConfig, TrainConfig
+from train.config import (
+    BatchArithmetic,
+    DeepSpeedConfig,
+    HardwareConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from train.engine import Engine
-from train.loop import step
+from train.learning import FirstGradients
+from train.loop import step, watched_step
 from train.loss import MixtralWithLoss
+from train.metrics import Metrics
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
@@ -88,6 +100,33 @@ def test_under_zero3_a_moe_block_is_gathered_whole_once_a_pass(
     assert not {"MixtralExperts", "MixtralTopKRouter"} & set(fetched)
     weights = [module.gate_up_proj for module in causal_lm.modules() if isinstance(module, MixtralExperts)]
     assert [weight.numel() for weight in weights] == [0] * blocks  # and let go
+
+
+@pytest.mark.parametrize(("every", "noted"), [(0, []), (1, [1, 2]), (2, [1, 2]), (3, [1])])
+def test_what_the_routers_do_is_noted_as_often_as_asked(
+    every: int, noted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first update's gradients are compared in any case."""
+    config = TrainConfig(
+        model=ModelConfig(dtype="float32"),
+        deepspeed=DeepSpeedConfig(stage=0),
+        logging=LoggingConfig(routing_every=every, wandb="off", progress=False),
+    )
+    processes = engine.start(HardwareConfig(device="cpu"))
+    module = MixtralWithLoss(nano("float32").train(), with_router_loss=True)
+    trainer = Engine(module, config, BatchArithmetic(1, 1, processes.count), processes)
+    trainer.train()
+    compared = []
+    check = FirstGradients.check
+    monkeypatch.setattr(FirstGradients, "check", lambda *given: compared.append(1) or check(*given))
+    metrics = Metrics(tmp_path, config.logging, {}, is_main=True)
+    for number in (1, 2):
+        batch = packed(torch.randint(3, 400, (sum(LENGTHS),)))
+        watched_step(trainer, [batch], number, 1e-3, config, metrics, first=number == 1)
+    metrics.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "expert_load" in line] == noted
+    assert compared == [1]
 
 
 FILLINGS = {"ids": 0, "positions": 0, "targets": -100, "is_token": False}
