@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
@@ -84,6 +85,10 @@ def run(
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(typed)()
     except (HydraException, OmegaConfBaseException) as error:
         leave(program, explain(error, program, config_name, schema))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else config_name
+        leave(program, f"{where}: it can't be read ({error.problem}); write plain YAML there")
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

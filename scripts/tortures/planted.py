@@ -192,11 +192,20 @@ class Garden:
         said = [line for line in said if line.startswith(f"{program}: ")] or said
         return {"exit_code": done.returncode, "said": said[-1].replace(str(self.top), "…") if said else ""}
 
-    def train(self, run: Path, *more: str, expect: int, base: Path | None = None, rows: Path | None = None) -> Any:
-        """`python -m train` in a run directory."""
+    def train(
+        self,
+        run: Path,
+        *more: str,
+        expect: int,
+        base: Path | None = None,
+        rows: Path | None = None,
+        options: tuple[str, ...] = (),
+    ) -> Any:
+        """`python -m train` in a run directory; Hydra takes `options` before settings alone."""
         settings = self.place.settings(run, max_steps="10")
         settings |= {"model.path": str(base or self.place.base), "dataset": str(rows or self.place.rows)}
-        return self.type("train", *(f"{name}={value}" for name, value in settings.items()), *more, expect=expect)
+        given = [f"{name}={value}" for name, value in settings.items()]
+        return self.type("train", *options, *given, *more, expect=expect)
 
     def ask(self, *arguments: str, expect: int) -> dict[str, Any]:
         """`python -m inference`."""
@@ -304,7 +313,8 @@ def training_on_a_manifest_with_a_target(garden: Garden) -> dict[str, Any]:
 def a_recipe_with_a_tag(garden: Garden) -> dict[str, Any]:
     (garden.top / "own" / "recipe").mkdir(parents=True)
     (garden.top / "own" / "recipe" / "planted.yaml").write_text("# @package _global_\n" + garden.tag())
-    return garden.train(garden.top / "run", f"--config-dir={garden.top}/own", "recipe=planted", expect=2)
+    own = (f"--config-dir={garden.top}/own",)
+    return garden.train(garden.top / "run", "recipe=planted", expect=2, options=own)
 
 
 def a_recipe_with_a_target(garden: Garden) -> dict[str, Any]:
@@ -312,7 +322,8 @@ def a_recipe_with_a_target(garden: Garden) -> dict[str, Any]:
     target = "".join(f"  {key}: {value}\n" for key, value in garden.target().items())
     text = f"# @package _global_\nmodel:\n{target}"
     (garden.top / "own" / "recipe" / "planted.yaml").write_text(text)
-    return garden.train(garden.top / "run", f"--config-dir={garden.top}/own", "recipe=planted", expect=2)
+    own = (f"--config-dir={garden.top}/own",)
+    return garden.train(garden.top / "run", "recipe=planted", expect=2, options=own)
 
 
 def a_target_on_the_command_line(garden: Garden) -> dict[str, Any]:
@@ -397,12 +408,12 @@ def preparing_rows_that_are_pickles(garden: Garden) -> dict[str, Any]:
 
 
 def preparing_rows_about_tags_and_targets(garden: Garden) -> dict[str, Any]:
+    garden.top.mkdir(parents=True, exist_ok=True)
     rows = [
         {"instruction": garden.tag(), "output": "${oc.env:HOME}", **garden.target()},
         {"instruction": "{{ cycler.__init__.__globals__.os.system('" + garden.command + "') }}", "output": "a"},
         {"instruction": zlib.compress(garden.command.encode()).hex(), "output": f"$({garden.command})"},
     ]
-    garden.top.mkdir(parents=True)
     file = garden.top / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return garden.type(

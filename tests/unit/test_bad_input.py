@@ -229,6 +229,19 @@ def test_one_sentence_and_exit_code_2(run_program: Callable[..., Any], project_r
         assert part in outcome.stderr
 
 
+@pytest.mark.parametrize("line", ["lr: !!python/name:os.getcwd", "lr: [1", "lr: @1"])
+def test_a_yaml_file_of_the_users_that_cannot_be_read_is_named(
+    run_program: Callable[..., Any], tmp_path: Path, line: str
+) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "own.yaml").write_text(f"# @package _global_\noptim:\n  {line}\n")
+    outcome = run_program("train", f"--config-dir={tmp_path}", "recipe=own")
+    assert outcome.exit_code == 2, outcome.stderr
+    assert re.fullmatch(
+        r"train: .*/own\.yaml, line [34]: it can't be read \(.*\); write plain YAML there\n", outcome.stderr
+    )
+
+
 @pytest.mark.parametrize("settings", [["prompt="], ["prompt=  "], ["system=be kind"]])
 def test_nothing_to_answer(run_program: Callable[..., Any], settings: list[str]) -> None:
     outcome = run_program("inference", "adapter=x", *settings)
