@@ -419,7 +419,8 @@ class Engine:
             tensor = safe_get_full_fp32_param(parameter)
         else:
             tensor = safe_get_full_optimizer_state(parameter, kind)
-        return tensor.detach().to("cpu", torch.float32, copy=True) if self.processes.is_main else None
+        is_live = name in self._masters  # what DeepSpeed gathers is a copy already
+        return tensor.detach().to("cpu", torch.float32, copy=is_live) if self.processes.is_main else None
 
     def _link_moments(self) -> None:
         """Tells DeepSpeed's stages 1 and 2 where the moments are.
