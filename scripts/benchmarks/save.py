@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         settings, _ = step_benchmark.prepare(options, Path(scratch))
         processes = engine.start(HardwareConfig(device=options.device, threads=options.threads))
-        figures: dict[str, Any] = {"settings": {key: str(value) for key, value in vars(options).items()}}
+        figures: dict[str, Any] = {"settings": step_benchmark.shown(options)}
         for name, lora in {
             "adapters": LoraConfig(rank=options.lora_rank, alpha=2 * options.lora_rank),
             "whole_model": LoraConfig(method="none"),

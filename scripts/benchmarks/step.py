@@ -77,6 +77,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def shown(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as they stand beside the figures: of the rows the files' names alone."""
+    return {key: str(value) for key, value in vars(options).items()} | {"data": [Path(f).name for f in options.data]}
+
+
 def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Both trainers on the same rows, in turn."""
     settings, needed = prepare(options, scratch)
@@ -100,8 +105,7 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     share = [f / turn["seconds"] / p for f, turn, p in zip(flops, timed["ours"], peaks, strict=True)]
     first_loss = {name: turns[0]["loss"] for name, turns in times.items()}
     figures = {
-        "settings": {key: str(value) for key, value in vars(options).items()}
-        | {"data": [Path(file).name for file in options.data]},
+        "settings": shown(options),
         "tokens_per_second": {name: statistics.median(rate) for name, rate in rates.items()},
         "speedup": statistics.median(a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)),
         "memory_above_model_mib": memory,
