@@ -11,7 +11,7 @@ from train.engine import Engine, Update, seed
 from train.health import Health
 from train.learning import FirstGradients
 from train.metrics import Metrics, StepRecord
-from train.run_directory import RunDirectory
+from train.saver import Saver
 from train.signals import Signals
 
 
@@ -38,12 +38,13 @@ def train(
     config: TrainConfig,
     *,
     batch: BatchArithmetic,
-    run: RunDirectory,
     metrics: Metrics,
     health: Health,
+    saver: Saver,
     signals: Signals,
+    done: int,
 ) -> None:
-    """Trains, evaluates and saves as the configuration says, from the step that `run` resumes; every process calls it.
+    """Trains, evaluates and saves as the configuration says, from after the step `done`; every process calls it.
 
     Raises:
         Preempted: a signal came to any of the processes; a checkpoint of the last step is on the disk.
@@ -58,11 +59,11 @@ def train(
             metrics.evaluated(number, evaluate(engine, dataset.eval, batch, signals))
 
     engine.train()
-    with metrics.progress(steps, done=run.resumed_step):
-        evaluate_where_due(run.resumed_step)
+    with metrics.progress(steps, done=done):
+        evaluate_where_due(done)
         if any(engine.any(signals.asked_to_stop)):
-            raise Preempted(f"after step {run.resumed_step}")
-        for number in range(run.resumed_step + 1, steps + 1):
+            raise Preempted(f"after step {done}")
+        for number in range(done + 1, steps + 1):
             started = time.perf_counter()
             engine.at("reading rows", number)
             rows = schedule.rows_of(number - 1)
@@ -76,18 +77,18 @@ def train(
             wrong = health.judge(record)
             metrics.stepped(record, wrong, rows)
             if health.gives_up:
-                run.finish_saving(engine)
+                saver.wait()
                 raise UserError(health.gives_up)
             evaluate_where_due(number)
-            preempted, unsaved = engine.any(signals.asked_to_stop, run.saving_failed)
+            preempted, unsaved = engine.any(signals.asked_to_stop, saver.failed)
             due = number == steps or (config.save_every and number % config.save_every == 0)
             if preempted or due:
-                run.save_checkpoint(engine, metrics, health, number)
+                saver.checkpoint(number)
             if preempted or unsaved:
-                run.finish_saving(engine)
+                saver.wait()
             if preempted:
                 raise Preempted(f"after step {number}")
-    run.save_result(engine, metrics)
+    saver.result()
 
 
 def watched_step(

@@ -21,6 +21,7 @@ from train.plan import show_plan
 from train.profile import profile
 from train.resume import same_everywhere, settings
 from train.run_directory import RunDirectory
+from train.saver import Saver
 from train.signals import EXIT_PREEMPTED, Signals
 
 
@@ -75,9 +76,20 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     health = Health(config.failures)
     resumed = directory.restore(trainer, checkpoint, health)
     metrics = Metrics(directory.path, config.logging, settings(config), is_main=processes.is_main, resumed=resumed)
+    saver = Saver(directory, trainer, metrics, health)
     signals.begin_training()
     try:
-        train(trainer, dataset, config, batch=batch, run=directory, metrics=metrics, health=health, signals=signals)
+        train(
+            trainer,
+            dataset,
+            config,
+            batch=batch,
+            metrics=metrics,
+            health=health,
+            saver=saver,
+            signals=signals,
+            done=directory.resumed_step,
+        )
     except Preempted as stop:
         if processes.is_main:
             without = ", without overwrite," if config.overwrite else ""

@@ -31,6 +31,7 @@ from train.loss import MixtralWithLoss
 from train.metrics import Metrics
 from train.model import build
 from train.run_directory import RunDirectory
+from train.saver import Saver
 
 RATE = 1e-4
 console = Console(width=120)
@@ -84,6 +85,7 @@ def _measure(
     directory = RunDirectory(config, dataset, batch, processes)
     directory.create()
     metrics = Metrics(directory.path, config.logging, {}, is_main=processes.is_main)
+    saver = Saver(directory, trainer, metrics, health)
     trainer.train()
     taken = 0
     rows = settings.order(len(dataset.train))[: options.rows_per_step]  # the same in every step: so are the costs
@@ -96,7 +98,7 @@ def _measure(
         return time.perf_counter() - started
 
     def ours() -> None:
-        directory.save_checkpoint(trainer, metrics, health, taken)
+        saver.checkpoint(taken)
 
     def deepspeeds() -> None:
         trainer._engine.save_checkpoint(str(scratch / "deepspeed"), tag="it", exclude_frozen_parameters=True)
@@ -116,7 +118,7 @@ def _measure(
         base = statistics.median(one_step() for _ in range(options.steps))
         for name, save in sorted({"ours": ours, "deepspeed": deepspeeds}.items(), reverse=bool(number % 2)):
             cost = paused_and_slowed(save, base)
-            directory.finish_saving(trainer)
+            saver.wait()
             if number:  # the first of each warms up
                 costs[name].append(cost)
         bases.append(base)

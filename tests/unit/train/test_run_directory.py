@@ -98,7 +98,7 @@ def checkpointed(run: RunDirectory, step: int) -> Path:
     place = checkpoint.place(run.path, step)
     place.mkdir(parents=True)
     (place / checkpoint.TRAINER).write_text(
-        json.dumps({"step": step, "settings": resume.settings(run.config), **run._fed})
+        json.dumps({"step": step, "settings": resume.settings(run.config), **run.fed})
     )
     told = {"bytes": (place / checkpoint.TRAINER).stat().st_size, "xxh3": file_hash(place / checkpoint.TRAINER)}
     (place / checkpoint.MANIFEST).write_bytes(checkpoint._sealed({"files": {checkpoint.TRAINER: told}}))
@@ -259,7 +259,7 @@ def test_a_finished_run_is_left_alone_where_the_same_is_asked(
 ) -> None:
     run = directory(dataset, processes, tmp_path / "run")
     old_run(run.path)
-    (run.path / "receipt.json").write_text(json.dumps({"settings": resume.settings(run.config), **run._fed}))
+    (run.path / "receipt.json").write_text(json.dumps({"settings": resume.settings(run.config), **run.fed}))
     assert directory(dataset, processes, run.path).finished
     with pytest.raises(UserError, match=r"^seed=5: the run that is there was started with 0"):
         directory(dataset, processes, run.path, seed=5)
