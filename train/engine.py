@@ -18,6 +18,7 @@ from torch import nn
 
 from configs.errors import UserError
 from data.dataset import Batch
+from train import compiling
 from train.config import BatchArithmetic, HardwareConfig, TrainConfig
 from train.guard import Guard
 from train.loss import MixtralWithLoss
@@ -49,7 +50,7 @@ def start(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
     `timeout` is how many seconds a process waits for the others at most, at the start and in each collective.
 
     Raises:
-        UserError: CUDA is asked for and there is none.
+        UserError: CUDA is asked for and there is none, or the port where the processes meet is taken.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("hardware.device=cuda: torch finds no CUDA GPU here; use hardware.device=cpu")
@@ -67,12 +68,24 @@ def start(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated, at every gather.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     import deepspeed
+    from deepspeed.comm.torch import build_shm_op
 
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.redirect_stdout(io.StringIO()):  # every process would print that an op was built
+        if not on_cuda:
+            with compiling.alone():
+                build_shm_op()  # init_distributed would otherwise, behind a process that was killed for ever
         waits = {"timeout": datetime.timedelta(seconds=timeout), "verbose": False}
-        deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", **waits)
+        try:
+            deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", **waits)
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"MASTER_PORT={os.environ['MASTER_PORT']}: another program listens there, perhaps another run; name a "
+                f"port that is free on the first machine (deepspeed --master_port)"
+            ) from error
     if not on_cuda:
         forget_shared_memory()
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
