@@ -27,12 +27,14 @@ from safetensors import SafetensorError, safe_open
 
 from configs.errors import one_line
 from configs.weights import file_hash, read_header
-from data.writing import take_place
+from data.writing import sync, take_place
 from train.background import Background
 from train.tensor_file import TensorFile
 
 FOLDER = "checkpoints"
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
+FORMAT = 1
+"""Of trainer.json; another number is another program's."""
 STATE = ("master", "exp_avg", "exp_avg_sq")
 """What is stored of every trained parameter, in float32: its value, and Adam's two moments by torch's names."""
 
@@ -77,12 +79,13 @@ class CheckpointWriter:
     def _begin(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
+        sync(self._place.parent.parent)
         tensors = [(name, torch.float32, shape) for name, shape in self._shapes.items()]
         self._files = {kind: TensorFile(self._temporary / f"{kind}.safetensors", tensors) for kind in STATE}
 
     def _finish(self, trainer: dict[str, Any]) -> None:
         hashes = {f"{kind}.safetensors": file.close() for kind, file in self._files.items()}
-        (self._temporary / TRAINER).write_bytes(_json(trainer))
+        (self._temporary / TRAINER).write_bytes(_json({"format": FORMAT, **trainer}))
         files = {}
         for path in sorted(path for path in self._temporary.rglob("*") if path.is_file()):
             name = str(path.relative_to(self._temporary))
@@ -131,6 +134,8 @@ class Checkpoint:
         self._files: dict[str, Any] = _unsealed(place / MANIFEST)["files"]
         self._check(TRAINER)
         self.trainer: dict[str, Any] = json.loads((place / TRAINER).read_bytes())
+        if not isinstance(self.trainer, dict) or self.trainer.get("format") != FORMAT:
+            raise DamagedError(f"{TRAINER} is of another version of this program")
 
     @property
     def step(self) -> int:
@@ -189,7 +194,11 @@ class Checkpoint:
 
 def places(run: Path) -> list[Path]:
     """The checkpoints of a run, the newest first, whole or not."""
-    found = [(number(path), path) for path in (run / FOLDER).glob("step-*") if number(path) is not None]
+    try:
+        there = list((run / FOLDER).iterdir())  # glob would take a folder that can't be read for an empty one
+    except FileNotFoundError:
+        return []
+    found = [(number(path), path) for path in there if number(path) is not None]
     return [path for _, path in sorted(found, reverse=True)]
 
 

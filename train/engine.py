@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import io
+import math
 import os
 import socket
 import warnings
@@ -238,6 +239,9 @@ class GuardedAdamW(torch.optim.AdamW):
     optimizer.
     """
 
+    norm = 0.0
+    """Of all gradients, where it is known before the step: clipping by one that is infinite leaves zeros, not
+    infinities."""
     refused = False
 
     @torch.no_grad()
@@ -245,6 +249,7 @@ class GuardedAdamW(torch.optim.AdamW):
         """One step, or none; `refused` says which."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all().float()
+        finite *= math.isfinite(self.norm)
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         self.refused = not bool(finite)
         return None if self.refused else super().step(closure)
@@ -382,9 +387,9 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm: torch.Tensor | float | None = None
-        if self._plain:  # here DeepSpeed clips without telling the norm
+        if isinstance(self._adamw, GuardedAdamW) and self._plain:  # here DeepSpeed clips without telling the norm
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = self._adamw.norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         refused = isinstance(self._adamw, GuardedAdamW) and self._adamw.refused

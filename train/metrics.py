@@ -82,7 +82,7 @@ class Metrics:
         self._config = config
         resumed = resumed or {}
         if is_main:
-            _keep_lines(directory / METRICS, up_to=resumed.get("step", -1))
+            _keep_lines(directory / METRICS, resumed.get("step", -1), resumed.get("evaluations", {}))
         self._file = (directory / METRICS).open("a", encoding="utf-8") if is_main else None
         wandb = is_main and config.wandb != "off"
         self._wandb = _wandb(directory, config, settings, resumed.get("wandb")) if wandb else None
@@ -253,12 +253,14 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def _keep_lines(path: Path, *, up_to: int) -> None:
-    """Drops the lines of later steps from metrics.jsonl, and what a killed process left of one."""
+def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
+    """Drops the lines of steps after the `last` from metrics.jsonl, evaluations that will be made again, and what a
+    killed process left of a line."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            if json.loads(line)["step"] > up_to:
+            told = json.loads(line)
+            if told["step"] > last or ("evaluation_loss" in told and str(told["step"]) not in evaluations):
                 continue
         except (ValueError, KeyError, TypeError):
             continue

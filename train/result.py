@@ -55,15 +55,15 @@ class Result:
         files = self._files
         self._background.submit(lambda: files.write(name, master), master.nbytes)
 
-    def finish(self, receipt: dict[str, Any], settings: Path) -> None:
-        """Completes it with the receipt and a copy of the run's config.yaml."""
+    def finish(self, receipt: dict[str, Any], settings: str) -> None:
+        """Completes it with the receipt and the settings, as YAML."""
         self._background.submit(lambda: self._finish(receipt, settings))
 
     def _begin(self) -> None:
         shutil.rmtree(self._place, ignore_errors=True)
         self._place.mkdir(parents=True)
 
-    def _finish(self, receipt: dict[str, Any], settings: Path) -> None:
+    def _finish(self, receipt: dict[str, Any], settings: str) -> None:
         if self._files is not None:
             self._files.finish(self._model)
         else:
@@ -75,6 +75,6 @@ class Result:
                 per_expert.mkdir()
                 adapter_files.write_per_expert(per_expert, *content)
             self.moved = movements(self._model, self._tensors)
-        shutil.copyfile(settings, self._place / "train_config.yaml")
+        (self._place / "train_config.yaml").write_text(settings, encoding="utf-8")
         whole = {**receipt, "experts_moved": [moved.record() for moved in self.moved]}
         (self._place / RECEIPT).write_text(json.dumps(finite(whole), indent=2) + "\n", encoding="utf-8")

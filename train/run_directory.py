@@ -140,13 +140,14 @@ class RunDirectory:
         if (self.path / RECEIPT).is_file():
             self.finished = True
             try:
-                receipt = json.loads((self.path / RECEIPT).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                resume.check(json.loads((self.path / RECEIPT).read_text(encoding="utf-8")), self.config, self.fed)
+            except UserError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"run_dir={self.path}: its {RECEIPT} can't be read ({one_line(error)}); restore it, or give "
                     f"overwrite=true to do the run again"
                 ) from error
-            resume.check(receipt, self.config, self.fed)
         elif places:
             self._resumes = True
             for place in places:
@@ -184,14 +185,14 @@ class RunDirectory:
         if place.exists() and not place.is_dir():
             return "it is a file; name another directory"
         there = {path.name for path in place.iterdir() if not _half_written(path)} if place.exists() else set()
+        goes_on = self.config.resume == "auto" and self.config.task == "train" and not self.config.overwrite
+        if goes_on and (RECEIPT in there or checkpoint.places(place)):
+            return None  # nothing is replaced, whatever else the user keeps there
         if there - RUN_ENTRIES:
             return f"{min(there - RUN_ENTRIES)} is there, which no run writes; name another directory"
-        if not there or self.config.overwrite:
+        if self.config.overwrite or (goes_on and not RESULTS & there) or not there:
             return None
-        goes_on = self.config.resume == "auto" and self.config.task == "train"
-        if not goes_on or (RESULTS & there and not {RECEIPT, checkpoint.FOLDER} & there):
-            return "a run is there already; name another directory, or give overwrite=true to replace it"
-        return None
+        return "a run is there already; name another directory, or give overwrite=true to replace it"
 
     def find_checkpoint(self, shapes: dict[str, tuple[int, ...]]) -> Checkpoint | None:
         """The newest checkpoint that is whole, on the main process; sets `resumed_step` on all; collective.
@@ -241,7 +242,13 @@ class RunDirectory:
             return None
         trainer = agree(found.trainer if found is not None else None)
         blank = self.dataset.train.batch([None] * self.batch.micro_batch)
-        engine.restore(found.read if found is not None else _no_files, trainer["optimizer_steps"], blank)
+        try:
+            engine.restore(found.read if found is not None else _no_files, trainer["optimizer_steps"], blank)
+        except DamagedError as error:
+            raise UserError(
+                f"run_dir={self.path}: a checkpoint that was whole a moment ago is damaged ({error}); give the same "
+                f"command again, and the one before is used"
+            ) from error
         health.restore(trainer["health"])
         metrics: dict[str, Any] = trainer["metrics"]
         return metrics
@@ -256,6 +263,7 @@ class RunDirectory:
 
     def _create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.resolve().parent)
         self._lock()
         if not self._was_there and any(self.path.iterdir()):  # loading took its time
             raise UserError(
@@ -263,11 +271,17 @@ class RunDirectory:
                 f"with that, or name another directory"
             )
         if not self._resumes:
-            for old in list(self.path.iterdir()):  # not the directory itself, which may be where a disk is mounted
+            # The receipt first, which says that the run is finished; not the directory itself, on which a disk may be
+            # mounted.
+            for old in sorted(self.path.iterdir(), key=lambda path: path.name != RECEIPT):
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         checkpoint.clean(self.path)
-        settings = OmegaConf.create(resume.settings(self.config))
-        self.replace(CONFIG, OmegaConf.to_yaml(settings))
+        self.replace(CONFIG, self.settings)
+
+    @property
+    def settings(self) -> str:
+        """The content of config.yaml."""
+        return OmegaConf.to_yaml(OmegaConf.create(resume.settings(self.config)))
 
     def replace(self, name: str, text: str) -> None:
         """Writes a file that is the old one or the new one whenever the process is killed, or the power fails."""

@@ -15,7 +15,7 @@ from train.engine import Engine, agree
 from train.health import Health
 from train.metrics import Metrics, console, show_movements
 from train.result import Result, result_name
-from train.run_directory import CONFIG, RECEIPT, RunDirectory
+from train.run_directory import RECEIPT, RunDirectory
 
 SIGN_OF_LIFE = 10.0
 """Seconds after which a process that waits for the disk says that it does."""
@@ -44,7 +44,7 @@ class Saver:
             writer.write(name, state)
             result.write(name, state["master"])
         receipt = self._receipt()
-        result.finish(receipt, run.path / CONFIG)
+        result.finish(receipt, run.settings)
         trainer = {
             "step": step,
             "optimizer_steps": self._engine.optimizer_steps,
@@ -122,7 +122,7 @@ class Saver:
         saved = Result(temporary / self._name, run.config, self._engine, self._background, per_expert=per_expert)
         for name, state in self._engine.state(moments=False):
             saved.write(name, state["master"])
-        saved.finish(self._receipt(), run.path / CONFIG)
+        saved.finish(self._receipt(), run.settings)
         self._background.submit(lambda: checkpoint.publish(temporary / self._name, place))
         self._background.submit(lambda: run.replace(RECEIPT, (place / RECEIPT).read_text()))
         self._background.submit(lambda: checkpoint.clean(run.path))

@@ -140,6 +140,7 @@ def test_a_run_that_goes_on_keeps_the_lines_up_to_its_checkpoint(
         first.evaluated(2, 2.5)
         state = json.loads(json.dumps(first.state()))
         first.saved(2, 0.1, 0.2)
+        first.evaluated(1, 2.7)  # after the checkpoint: it will be made again
         first.stepped(record(3), "spike", [1])
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -98,7 +98,7 @@ def checkpointed(run: RunDirectory, step: int) -> Path:
     place = checkpoint.place(run.path, step)
     place.mkdir(parents=True)
     (place / checkpoint.TRAINER).write_text(
-        json.dumps({"step": step, "settings": resume.settings(run.config), **run.fed})
+        json.dumps({"format": checkpoint.FORMAT, "step": step, "settings": resume.settings(run.config), **run.fed})
     )
     told = {"bytes": (place / checkpoint.TRAINER).stat().st_size, "xxh3": file_hash(place / checkpoint.TRAINER)}
     (place / checkpoint.MANIFEST).write_bytes(checkpoint._sealed({"files": {checkpoint.TRAINER: told}}))
@@ -120,6 +120,36 @@ def test_a_run_with_a_checkpoint_goes_on_unless_told_otherwise(
     assert not directory(dataset, processes, interrupted.path, overwrite=True)._resumes
     with pytest.raises(UserError, match="a run is there already"):
         directory(dataset, processes, interrupted.path, resume="never")
+
+
+def test_what_a_user_keeps_beside_a_run_hinders_nothing_that_replaces_nothing(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes
+) -> None:
+    (interrupted.path / "notes.txt").write_text("looks good so far")
+    assert directory(dataset, processes, interrupted.path)._resumes
+    with pytest.raises(UserError, match=r"notes\.txt is there, which no run writes"):
+        directory(dataset, processes, interrupted.path, overwrite=True)
+    (interrupted.path / checkpoint.FOLDER).rename(interrupted.path.parent / "gone")
+    with pytest.raises(UserError, match=r"notes\.txt is there, which no run writes"):  # it would start over
+        directory(dataset, processes, interrupted.path)
+
+
+def test_checkpoints_that_cannot_be_looked_at_are_not_taken_for_none(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes
+) -> None:
+    (interrupted.path / checkpoint.FOLDER).rename(interrupted.path.parent / "gone")
+    (interrupted.path / checkpoint.FOLDER).write_text("")
+    with pytest.raises(UserError, match="it can't be used"):
+        directory(dataset, processes, interrupted.path)
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(
+    interrupted: RunDirectory, dataset: PreparedDataset, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    run = directory(dataset, processes, interrupted.path)
+    with pytest.raises(UserError, match=r"step-000007: trainer\.json is of another version of this program"):
+        run.find_checkpoint({})
 
 
 def test_what_decides_no_number_may_change(
@@ -263,6 +293,10 @@ def test_a_finished_run_is_left_alone_where_the_same_is_asked(
     assert directory(dataset, processes, run.path).finished
     with pytest.raises(UserError, match=r"^seed=5: the run that is there was started with 0"):
         directory(dataset, processes, run.path, seed=5)
+    for other in ("{}", "[]", "not JSON"):
+        (run.path / "receipt.json").write_text(other)
+        with pytest.raises(UserError, match=r"its receipt\.json can't be read"):
+            directory(dataset, processes, run.path)
 
 
 def test_a_run_that_saved_nothing_starts_again_and_says_so(
