@@ -41,6 +41,8 @@ class Settings:
     checkpointing: bool
     stage: int
     """Our ZeRO stage."""
+    compiled: bool = False
+    """Whether torch compiles norms and rotary embedding of ours."""
 
     def order(self, rows: int) -> list[int]:
         """In which the rows are taken: shuffled, because packing puts long conversations first."""
@@ -113,6 +115,7 @@ def ours(settings: Settings) -> None:
     """The step of `python -m train`, on one process."""
     import deepspeed  # noqa: F401 - so that its memory is not counted
     import torch
+    from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralRotaryEmbedding
 
     from benchmarks._peak import wait
     from data.dataset import PreparedDataset
@@ -141,6 +144,10 @@ def ours(settings: Settings) -> None:
         model = build(config)
     if settings.device == "cuda":
         model.to("cuda")
+    if settings.compiled:
+        for module in model.modules():
+            if isinstance(module, MixtralRMSNorm | MixtralRotaryEmbedding):
+                module.compile(dynamic=False)
     memory = Memory(model, settings.device)
     trainer = engine.Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     trainer.train()

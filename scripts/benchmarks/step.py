@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 FIRST_LOSSES_AGREE = 1e-4
 """How far apart, relatively, the first losses may be in float32: both are of the same weights and rows, in sums of
-another order. In bfloat16 they differ by more than other targets or conversations that see each other would make of a loss."""
+another order. The noise of bfloat16 would hide other targets, or conversations that see each other."""
 console = Console(width=120)
 
 
@@ -65,9 +65,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints, and returns the figures."""
-    missing = [file for file in options.data if not Path(file).is_file()]
-    if missing:
-        raise UserError(f"--data={missing[0]}: there is no such file; name files of instruction or chat rows")
+    check(options)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         figures = _compare(options, Path(scratch))
@@ -75,6 +73,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             figures["curves"] = _curves(options, Path(scratch), figures)
             _draw(figures["curves"], options.curves)
     return figures
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises `UserError` where the rows are not there."""
+    missing = [file for file in options.data if not Path(file).is_file()]
+    if missing:
+        raise UserError(f"--data={missing[0]}: there is no such file; name files of instruction or chat rows")
 
 
 def shown(options: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Both trainers on the same rows, in turn."""
     settings, needed = prepare(options, scratch)
     exact = {name: _first_loss(name, replace(settings, dtype="float32")) for name in ("ours", "trl")}
-    trainers = {name: _Trainer(name, settings) for name in ("ours", "trl")}
+    trainers = {name: Trainer(name, settings) for name in ("ours", "trl")}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
     peaks = []
     for number in range(options.warmup + options.steps):
@@ -206,13 +211,13 @@ def disagreement(first_loss: dict[str, float], options: argparse.Namespace) -> l
 
 def _first_loss(name: str, settings: Settings) -> float:
     """The loss of a trainer before its first update."""
-    trainer = _Trainer(name, settings)
+    trainer = Trainer(name, settings)
     loss = trainer.step()["loss"]
     trainer.end()
     return loss
 
 
-class _Trainer:
+class Trainer:
     """A process of `_trainers`."""
 
     def __init__(self, name: str, settings: Settings):
