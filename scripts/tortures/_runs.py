@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -421,10 +422,10 @@ def _trainer(arguments: list[str], environment: dict[str, str], log: str) -> Non
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = ["python -m train", *arguments]
-    from train import run
+    import train
 
-    assert Path(run.__file__).is_relative_to(ROOT), run.__file__
-    run.main()
+    assert train.__file__ is not None and Path(train.__file__).is_relative_to(ROOT), train.__file__
+    runpy.run_module("train", run_name="__main__", alter_sys=True)
 
 
 def hidden(run: Path) -> set[tuple[str, int]]:
