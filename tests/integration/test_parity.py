@@ -57,7 +57,9 @@ def test_processes_micro_batches_and_zero_stages_do_not_change_the_losses(
     for name in ("two", "one", "without"):
         assert all(step["gradient_norm"] > 0 for step in steps(tmp_path / name))
     if recipe == "quickstart":
-        for name, how in {"checkpointed": "activation_checkpointing=true", "zero2": "deepspeed=zero2"}.items():
+        more = {"checkpointed": "activation_checkpointing=true"}
+        more |= {stage: f"deepspeed={stage}" for stage in ("zero3_offload", "zero2", "none")}
+        for name, how in more.items():
             assert run(name, 2, how) == pytest.approx(two, rel=1e-5)
 
 
