@@ -35,9 +35,9 @@ IMPLEMENTATION = "split_lora"
 ROW_MULTIPLE = 32
 """What an expert's rows are filled up to on the CPU in half precision.
 
-oneDNN generates code for every new matrix height, half a millisecond to a millisecond each time, and routing gives
-every expert another height in every step: with 8 experts, 4 layers and adapters that was 0.3 s of a 0.9 s step on two
-cores. Filled up, heights repeat and the code comes from its cache; the price is at most 31 idle rows per expert.
+oneDNN generates code for every new matrix height, which takes longer than a small product, and routing gives every
+expert another height in every step. Filled up, heights repeat and the code comes from its cache; the price is at most
+31 idle rows per expert.
 """
 
 
@@ -144,7 +144,7 @@ class _Routed:
     def choices(self, y_PH: torch.Tensor) -> Iterator[torch.Tensor]:
         """[T, H], the rows of the tokens' first choices, then of the second, …: they are added in this order, so
         every run gives the same bits; scattering with atomic additions would not on CUDA."""
-        # index_select copies whole rows, where y[rows] goes element by element: a tenth of the time on the CPU
+        # index_select copies whole rows, where y[rows] goes element by element, slower on the CPU
         return (y_PH.index_select(0, row_T) for row_T in self.row_of_Tk.view(self.shape).unbind(1))
 
 
