@@ -81,12 +81,19 @@ def draw_keep(pairs: int, size_in: int, dropout: float, device: torch.device) ->
 
 
 def in_one_product(x: torch.Tensor, sizes: Sequence[int]) -> bool:
-    """Whether all experts go through torch's grouped product together, else one after another.
+    """Whether all experts go through torch's grouped product together, else one after another; the product needs rows
+    of whole 16 bytes."""
+    capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+    return has_grouped_kernel(x.dtype, capability) and all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
 
-    That pays on CUDA; the product needs Ampere or later and rows of whole 16 bytes, and knows no float64.
+
+def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether torch has a kernel for the grouped product; `capability` is that of a CUDA device, None for another.
+
+    It has one for bfloat16 on Hopper and on data-centre Blackwell. Elsewhere `F.grouped_mm` asks the device for the
+    groups' ends and loops over them in every call; our own loop asks once in a forward and once in a backward.
     """
-    aligned = x.dtype != torch.float64 and all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
-    return x.device.type == "cuda" and aligned and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return dtype == torch.bfloat16 and capability is not None and capability[0] in (9, 10)
 
 
 def row_multiple(x: torch.Tensor) -> int:
