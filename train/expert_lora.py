@@ -408,10 +408,15 @@ class Adapter:
     """The probability with which an input is dropped."""
 
     @property
-    def rows(self) -> list[slice]:
+    def rows(self) -> tuple[slice, ...]:
         """Those of each expert in A and B, none for one without."""
-        ends = itertools.accumulate(self.ranks)
-        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
+        return _rows(self.ranks)
+
+
+@functools.cache
+def _rows(ranks: tuple[int, ...]) -> tuple[slice, ...]:
+    ends = itertools.accumulate(ranks)
+    return tuple(slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True))
 
 
 def attach(
