@@ -7,7 +7,7 @@ from configs.errors import UserError, one_line
 from train.config import LoraConfig
 
 STEP = 8
-"""Ranks in proportion to load are multiples of this: rows of whole 16 bytes, which grouped products on CUDA ask for."""
+"""Ranks in proportion to load are multiples of this: rows of whole 16 bytes, which grouped products ask for."""
 
 
 def expert_ranks(config: LoraConfig, layers: int, experts: int, parameters_per_rank: int) -> list[list[int]]:

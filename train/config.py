@@ -155,10 +155,20 @@ class LoraConfig:
         _choice("lora.router", self.router, "frozen", "trained")
         _choice("lora.by_load", self.by_load, "ranks", "experts")
         self._check_experts()
-        if self.method == "lora" and not self.attention and not self.projections:
+        if self.method == "lora" and not self.projections:
+            self._check_without_experts()
+
+    def _check_without_experts(self) -> None:
+        if not self.attention:
             raise UserError(
                 "lora.attention=[]: with lora.projections=[] there would be no adapter; name a target in one of them"
             )
+        for name, default in (("experts", "all"), ("expert_ranks", []), ("export_per_expert", False)):
+            if (value := getattr(self, name)) != default:
+                raise UserError(
+                    f"lora.{name}={value}: with lora.projections=[] no expert has an adapter; leave it out, or name "
+                    f"gate_up_proj, down_proj, or both"
+                )
 
     def _check_experts(self) -> None:
         numbers = isinstance(self.experts, list) and all(type(expert) is int for expert in self.experts)
@@ -246,7 +256,7 @@ class DeepSpeedConfig:
     stage: int = 3
     """ZeRO stage: 0 shares nothing, 2 shards gradients and optimizer state, 3 the parameters as well."""
     offload_optimizer: str = "none"
-    """`none` or `cpu`: where the optimizer state lives."""
+    """`none` or `cpu`: where the optimizer state lives (stages 1 to 3)."""
     offload_param: str = "none"
     """`none` or `cpu`: where the sharded parameters live between uses (stage 3)."""
     bucket_size: int = 50_000_000
@@ -260,6 +270,10 @@ class DeepSpeedConfig:
         _choice("deepspeed.offload_optimizer", self.offload_optimizer, "none", "cpu")
         _choice("deepspeed.offload_param", self.offload_param, "none", "cpu")
         _positive("deepspeed.bucket_size", self.bucket_size, "deepspeed.bucket_size=50000000")
+        if self.offload_optimizer == "cpu" and self.stage == 0:
+            raise UserError(
+                "deepspeed.offload_optimizer=cpu: it takes effect from stage 1 on; set deepspeed.stage=2 or 3 as well"
+            )
         if self.offload_param == "cpu" and self.stage != 3:
             raise UserError(
                 "deepspeed.offload_param=cpu: only stage 3 shards parameters; set deepspeed.stage=3 as well"

@@ -119,9 +119,9 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next step instead of giving it back to the kernel.
 
     Each step frees and asks again for the same large tensors, and by default each time the kernel maps and zeroes the
-    pages anew: a quarter of a nano step on two cores. The largest, logits and the like, are left to the kernel: few as
-    they are, zeroing them costs no time that could be measured, and the holes that they leave in the heap, where others
-    settle, made it grow to twice the size within 40 steps. Elsewhere than glibc this does nothing.
+    pages anew, a good part of a small step. The largest, logits and the like, are left to the kernel: they are few, so
+    zeroing them costs little, and the holes that they leave in the heap, where others settle, would make it grow step
+    by step. Elsewhere than glibc this does nothing.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

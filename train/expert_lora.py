@@ -35,9 +35,9 @@ IMPLEMENTATION = "split_lora"
 ROW_MULTIPLE = 32
 """What an expert's rows are filled up to on the CPU in half precision.
 
-oneDNN generates code for every new matrix height, half a millisecond to a millisecond each time, and routing gives
-every expert another height in every step: with 8 experts, 4 layers and adapters that was 0.3 s of a 0.9 s step on two
-cores. Filled up, heights repeat and the code comes from its cache; the price is at most 31 idle rows per expert.
+oneDNN generates code for every new matrix height, which takes longer than a small product, and routing gives every
+expert another height in every step. Filled up, heights repeat and the code comes from its cache; the price is at most
+31 idle rows per expert.
 """
 
 
@@ -81,12 +81,19 @@ def draw_keep(pairs: int, size_in: int, dropout: float, device: torch.device) ->
 
 
 def in_one_product(x: torch.Tensor, sizes: Sequence[int]) -> bool:
-    """Whether all experts go through torch's grouped product together, else one after another.
+    """Whether all experts go through torch's grouped product together, else one after another; the product needs rows
+    of whole 16 bytes."""
+    capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+    return has_grouped_kernel(x.dtype, capability) and all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
 
-    That pays on CUDA; the product needs Ampere or later and rows of whole 16 bytes, and knows no float64.
+
+def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether torch has a kernel for the grouped product; `capability` is that of a CUDA device, None for another.
+
+    It has one for bfloat16 on Hopper and on data-centre Blackwell. Elsewhere `F.grouped_mm` asks the device for the
+    groups' ends and loops over them in every call; our own loop asks once in a forward and once in a backward.
     """
-    aligned = x.dtype != torch.float64 and all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
-    return x.device.type == "cuda" and aligned and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return dtype == torch.bfloat16 and capability is not None and capability[0] in (9, 10)
 
 
 def row_multiple(x: torch.Tensor) -> int:
@@ -144,7 +151,7 @@ class _Routed:
     def choices(self, y_PH: torch.Tensor) -> Iterator[torch.Tensor]:
         """[T, H], the rows of the tokens' first choices, then of the second, …: they are added in this order, so
         every run gives the same bits; scattering with atomic additions would not on CUDA."""
-        # index_select copies whole rows, where y[rows] goes element by element: a tenth of the time on the CPU
+        # index_select copies whole rows, where y[rows] goes element by element, slower on the CPU
         return (y_PH.index_select(0, row_T) for row_T in self.row_of_Tk.view(self.shape).unbind(1))
 
 
@@ -401,10 +408,15 @@ class Adapter:
     """The probability with which an input is dropped."""
 
     @property
-    def rows(self) -> list[slice]:
+    def rows(self) -> tuple[slice, ...]:
         """Those of each expert in A and B, none for one without."""
-        ends = itertools.accumulate(self.ranks)
-        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
+        return _rows(self.ranks)
+
+
+@functools.cache
+def _rows(ranks: tuple[int, ...]) -> tuple[slice, ...]:
+    ends = itertools.accumulate(ranks)
+    return tuple(slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True))
 
 
 def attach(

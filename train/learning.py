@@ -73,23 +73,37 @@ class Movement:
     ranks: tuple[int, ...]
     """Of each expert's adapter."""
     norms_E: list[float]
-    """‖s_e · B_e A_e‖ (Frobenius) for each expert: what the adapter adds to the base's weight, 0 for a fresh one."""
+    """‖s_e · (B_e A_e − B₀ A₀)‖ (Frobenius) for each expert: how far what its adapter adds to the base's weight is from
+    where it began. A fresh one begins at 0."""
 
     def record(self) -> dict[str, Any]:
         """For the receipt."""
         return {"layer": self.layer, "projection": self.projection, "ranks": self.ranks, "norms": self.norms_E}
 
 
-def movements(model: nn.Module, tensors: dict[str, torch.Tensor]) -> list[Movement]:
-    """The movement of every expert's adapter; `tensors` are the trained parameters, whole, by our names."""
+def movements(
+    model: nn.Module, tensors: dict[str, torch.Tensor], start: dict[str, torch.Tensor] | None = None
+) -> list[Movement]:
+    """The movement of every expert's adapter.
+
+    Args:
+        model: holds the adapters.
+        tensors: the trained parameters, whole, by our names.
+        start: those that training began from, where they were not fresh.
+    """
     moved = []
     for layer, (block, of_block) in enumerate(adapters(model).items()):
         for projection, adapter in of_block.items():
-            A_RI = tensors[f"{block}.{projection}_lora_A"].float()
-            B_RO = tensors[f"{block}.{projection}_lora_B"].float()
+            names = [f"{block}.{projection}_lora_{letter}" for letter in "AB"]
+            A_RI, B_RO = (tensors[name].float() for name in names)
+            began = [start[name].float() for name in names] if start is not None else None
             norms_E = []
             for rows, scale in zip(adapter.rows, adapter.scales, strict=True):
                 A, B = A_RI[rows], B_RO[rows]
+                if began is not None:
+                    A0, B0 = (factor[rows] for factor in began)
+                    # BA − B₀A₀ = B(A − A₀) + (B − B₀)A₀ is one product of twice the rank, exact where little has moved
+                    A, B = torch.cat([A - A0, A0]), torch.cat([B, B - B0])
                 # ‖BA‖² = tr(Bᵀ B · A Aᵀ): [r, r] matrices instead of a whole weight
                 norms_E.append(scale * float(((B @ B.T) * (A @ A.T)).sum().clamp(min=0).sqrt()))
             moved.append(Movement(layer, projection, adapter.ranks, [float(f"{norm:.4g}") for norm in norms_E]))

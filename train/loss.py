@@ -39,7 +39,7 @@ class MixtralWithLoss(nn.Module):
         Returns:
             The cross-entropy in nats, summed over the supervised tokens, and the load-balancing loss averaged over the
             tokens (1 at perfect balance times the experts per token), each a float32 scalar; the second is 0 where it
-            is left out.
+            is left out, and in evaluation.
         """
         # No attention mask: attention reads from the restarting positions where conversations begin. So rows can stand
         # in one behind the other, which transformers' flash attention asks for; its other implementations make a mask
@@ -49,7 +49,8 @@ class MixtralWithLoss(nn.Module):
             row = {name: tensor.view(1, -1) for name, tensor in row.items()}
         if self.causal_lm.config._attn_implementation == attention.IMPLEMENTATION:
             row["conversations"] = Conversations(positions.flatten())
-        with_routers = self.with_router_loss or self.watches_routing
+        with_router_loss = self.with_router_loss and self.training
+        with_routers = with_router_loss or self.watches_routing
         outputs = self.causal_lm.model(**row, use_cache=False, output_router_logits=with_routers)
         # The head is the largest product of all, and unsupervised positions do not need it.
         supervised_N = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
@@ -61,7 +62,7 @@ class MixtralWithLoss(nn.Module):
             flat = (tensor.flatten() for tensor in (positions, targets, is_token))
             routing = Routing.of(tuple(outputs.router_logits), config.num_experts_per_tok, *flat)
             self.routing = routing if self.routing is None else self.routing + routing
-        if not self.with_router_loss:
+        if not with_router_loss:
             return cross_entropy, cross_entropy.new_zeros(())
         # A blank micro-batch has no mean; its weight in the step is 0, so any finite number serves.
         mask = is_token if bool(is_token.any()) else None

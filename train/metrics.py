@@ -225,7 +225,7 @@ def show_movements(movements: list[Movement]) -> None:
     if not movements:
         return
     experts = [str(expert) for expert in range(len(movements[0].norms_E))]
-    table = Table("layer", "projection", *experts, title="How far each expert's adapter has moved: ‖s·BA‖")
+    table = Table("layer", "projection", *experts, title="How far each expert's adapter has moved: ‖s(BA − B₀A₀)‖")
     for moved in movements:
         shown = [f"{norm:.3g}" if rank else "-" for norm, rank in zip(moved.norms_E, moved.ranks, strict=True)]
         table.add_row(str(moved.layer), moved.projection, *shown)

@@ -1,5 +1,6 @@
 """Mixtral with its adapters; decides which parameters train."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -43,12 +44,28 @@ def build(config: TrainConfig) -> MixtralForCausalLM:
 
 
 def base(config: ModelConfig) -> MixtralForCausalLM:
-    """A random Mixtral of the configured architecture."""
+    """A random Mixtral of the configured architecture.
+
+    Raises:
+        UserError: the package that `model.attention` asks for is not installed.
+    """
     sizes = asdict(config.architecture)
     rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
     architecture = MixtralConfig(**sizes, rope_parameters=rope, sliding_window=None, bos_token_id=1, eos_token_id=2)
     architecture._attn_implementation = config.attention
-    return MixtralForCausalLM._from_config(architecture, dtype=DTYPES[config.dtype])
+    with _attention_of(config):
+        return MixtralForCausalLM._from_config(architecture, dtype=DTYPES[config.dtype])
+
+
+@contextlib.contextmanager
+def _attention_of(config: ModelConfig) -> Iterator[None]:
+    """Within it, a model is made with the attention of the settings."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"model.attention={config.attention}: the package for it is not installed; install flash-attn, or use sdpa"
+        ) from error
 
 
 def pretrained(config: ModelConfig) -> MixtralForCausalLM:
@@ -68,25 +85,27 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
             raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
         if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
             raise UserError(f"{named}: its experts use {architecture.hidden_act}, Mixtral's use silu; {remedy}")
-        if config.attention == attention.IMPLEMENTATION and architecture.sliding_window is not None:
-            raise UserError(
-                f"model.attention={config.attention}: it looks back without limit, and the base's sliding_window is "
-                f"{architecture.sliding_window}; use model.attention=sdpa"
+        if config.attention == attention.IMPLEMENTATION:
+            for name, unable in (
+                ("sliding_window", "looks back without limit"),
+                ("attention_dropout", "drops nothing"),
+            ):
+                if value := getattr(architecture, name):
+                    raise UserError(
+                        f"model.attention={config.attention}: it {unable}, and the base's {name} is {value}; use "
+                        f"model.attention=sdpa"
+                    )
+        with _attention_of(config):
+            model, loading = MixtralForCausalLM.from_pretrained(
+                config.path,
+                revision=config.revision,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=config.attention,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-        model, loading = MixtralForCausalLM.from_pretrained(
-            config.path,
-            revision=config.revision,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=config.attention,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
     except UserError:
         raise
-    except ImportError as error:
-        raise UserError(
-            f"model.attention={config.attention}: the package for it is not installed; install flash-attn, or use sdpa"
-        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {remedy}") from error
     # transformers fills what a checkpoint lacks with random numbers and goes on.

@@ -1,12 +1,15 @@
 """task=profile: which experts the routers choose for a dataset, by layer, as JSON and as a picture."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
 
 from data.dataset import PreparedDataset, share
+from data.schema import IGNORE_INDEX
 from train.config import BatchArithmetic, TrainConfig
 from train.engine import Engine
 from train.metrics import console
@@ -29,7 +32,8 @@ def profile(
         for micro_batch in track(
             micro_batches, "Profiling", total=len(rows) // at_once, console=console, disable=not shown
         ):
-            engine.forward(micro_batch)
+            nothing_supervised = torch.full_like(micro_batch.targets, IGNORE_INDEX)  # and so no work for the head
+            engine.forward(replace(micro_batch, targets=nothing_supervised))
     routing = engine.take_routing()
     if engine.processes.is_main:
         record = load_record(routing, config, rows=count)

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import MixtralForCausalLM
 
+from configs.errors import UserError
 from train import adapter_files, expert_lora
 from train.background import Background
 from train.config import TrainConfig
 from train.engine import Engine
 from train.learning import Movement, movements
-from train.metrics import finite
+from train.metrics import console, finite
 from train.model_files import ModelFiles
 from train.run_directory import RECEIPT
 
@@ -74,7 +76,23 @@ class Result:
                 per_expert = self._place / "per_expert"
                 per_expert.mkdir()
                 adapter_files.write_per_expert(per_expert, *content)
-            self.moved = movements(self._model, self._tensors)
+            self.moved = movements_of(self._config, self._model, self._tensors)
         (self._place / "train_config.yaml").write_text(settings, encoding="utf-8")
         whole = {**receipt, "experts_moved": [moved.record() for moved in self.moved]}
         (self._place / RECEIPT).write_text(json.dumps(finite(whole), indent=2) + "\n", encoding="utf-8")
+
+
+def movements_of(config: TrainConfig, model: MixtralForCausalLM, tensors: dict[str, torch.Tensor]) -> list[Movement]:
+    """How far the experts' adapters are from where the run began, whether it was resumed since or not.
+
+    None where `lora.start` can't be read any more: what was learned is worth saving without them.
+    """
+    start = None
+    if config.lora.start is not None:
+        try:
+            start = adapter_files.read(Path(config.lora.start), tensors, expert_lora.adapters(model), config.lora)
+        except UserError as error:
+            console.print(f"{error}. How far the experts' adapters have moved is not told.")
+            return []
+        start = {name: tensor.to(model.dtype) for name, tensor in start.items()}  # as training began from them
+    return movements(model, tensors, start)

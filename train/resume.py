@@ -1,5 +1,6 @@
 """Whether a run that was interrupted can go on: the same settings, the same rows, the same base."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from configs.weights import StoredWeights, file_hash, local_directory
 from data.dataset import PreparedDataset
 from data.layout import MANIFEST
 from data.sources import sha256
+from train.adapter_files import WEIGHTS
 from train.config import TrainConfig
 
 FREE = (
@@ -38,34 +40,42 @@ BY_MACHINE = ("run_dir", "dataset", "hardware", "model.path", "model.revision", 
 
 
 def fed(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
-    """What a run is fed, by hash: the prepared dataset, the base's weights and configuration, a load.
+    """What a run is fed, by hash: the prepared dataset, the base's weights and configuration, a load, an adapter that
+    it starts from.
 
     Raises:
         UserError: a file of them can't be read.
     """
+    path, revision = config.model.path, config.model.revision
+    base: dict[str, Any] = {"path": path, "revision": revision, "fingerprint": None, "files": {}}
+    with _reading():
+        if path is not None:
+            named = f"model.path={path}"
+            weights = StoredWeights(local_directory(path, revision, named), named)
+            architecture = weights.directory / "config.json"
+            base |= {"fingerprint": weights.fingerprint, "files": weights.contents()}
+            if architecture.is_file():
+                base["files"] |= {architecture.name: file_hash(architecture)}
+        manifest = {"path": str(dataset.directory), "manifest_sha256": sha256(dataset.directory / MANIFEST)}
+        return redacted({"base": base, "dataset": manifest, **_of_lora(config)})
+
+
+def _of_lora(config: TrainConfig) -> dict[str, str | None]:
+    """The hashes of the files that `lora.load` and `lora.start` name; None where there is none."""
+    load, start = config.lora.load, config.lora.start
+    files = {"load": load and Path(load), "start": start and Path(start) / WEIGHTS}
+    return {name: file_hash(file) if file and file.is_file() else None for name, file in files.items()}
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Within it, a file that can't be read is the user's matter."""
     try:
-        return _fed(config, dataset)
+        yield
     except OSError as error:
         raise UserError(
             f"{error.filename or 'model.path'}: it can't be read ({error.strerror or error}); make it readable"
         ) from error
-
-
-def _fed(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
-    path, revision = config.model.path, config.model.revision
-    base: dict[str, Any] = {"path": path, "revision": revision, "fingerprint": None, "files": {}}
-    if path is not None:
-        named = f"model.path={path}"
-        weights = StoredWeights(local_directory(path, revision, named), named)
-        architecture = weights.directory / "config.json"
-        base |= {"fingerprint": weights.fingerprint, "files": weights.contents()}
-        if architecture.is_file():
-            base["files"] |= {architecture.name: file_hash(architecture)}
-    manifest = {"path": str(dataset.directory), "manifest_sha256": sha256(dataset.directory / MANIFEST)}
-    load = config.lora.load
-    return redacted(
-        {"base": base, "dataset": manifest, "load": file_hash(Path(load)) if load and Path(load).is_file() else None}
-    )
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
@@ -76,14 +86,20 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 def same_everywhere(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
     """What all processes of a launch must have been given alike."""
     given = {name: value for name, value in _leaves(settings(config)) if not _among(name, BY_MACHINE)}
-    return given | {"dataset (its manifest.json)": sha256(dataset.directory / MANIFEST)}
+    with _reading():
+        of_lora = _of_lora(config)
+        return given | {
+            "dataset (its manifest.json)": sha256(dataset.directory / MANIFEST),
+            "lora.load (its content)": of_lora["load"],
+            f"lora.start (its {WEIGHTS})": of_lora["start"],
+        }
 
 
 def check(record: dict[str, Any], config: TrainConfig, now: dict[str, Any]) -> None:
     """Compares a launch with the run that was, leaving out what `resume_despite` names.
 
     Args:
-        record: of the run that was: `settings`, `base` and `dataset`.
+        record: of the run that was: `settings`, and what `fed` found.
         config: of this launch.
         now: what `fed` found.
 
@@ -113,6 +129,12 @@ def check(record: dict[str, Any], config: TrainConfig, now: dict[str, Any]) -> N
         raise UserError(
             f"lora.load={config.lora.load}: it has changed since the run was started, and with it the experts' ranks; "
             f"give the file as it was, {remedy}"
+        )
+    # Older runs did not record it.
+    if record.get("start", now["start"]) != now["start"] and not _among("lora.start", anyway):
+        raise UserError(
+            f"lora.start={config.lora.start}: it has changed since the run was started, and how far the adapters have "
+            f"moved is measured from it; give it as it was, resume_despite=[lora.start], {remedy}"
         )
     if "model.path" not in anyway:
         old, new = record["base"]["files"], now["base"]["files"]

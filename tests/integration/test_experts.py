@@ -112,6 +112,9 @@ def test_a_run_under_zero3_starts_from_an_adapter(
     assert stored.keys() == again.keys()
     for key, tensor in stored.items():
         torch.testing.assert_close(again[key], tensor, rtol=0, atol=1e-20, msg=key)
+    for run, moves in (("first", True), ("again", False)):
+        moved = json.loads((tmp_path / run / "receipt.json").read_text())["experts_moved"]
+        assert any(norm for projection in moved for norm in projection["norms"]) == moves
     base = load_file(quickstart.base_run / "model" / "model.safetensors")
     for layer in range(2):
         trained = stored[f"base_model.model.model.layers.{layer}.mlp.gate.weight"]

@@ -19,6 +19,7 @@ from configs.errors import UserError
 from tests.unit.train.test_expert_lora import nano_config, save, trained_nano
 from train import adapter_files, expert_lora, model
 from train.learning import movements
+from train.result import movements_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rank-stabilised": {"rank_stabilised": True},
@@ -281,3 +282,38 @@ def test_movement_is_the_norm_of_what_an_adapter_adds() -> None:
             added = 8 / math.sqrt(rank) * B[above : above + rank].T @ A[above : above + rank]
             assert moved.norms_E[expert] == pytest.approx(float(added.detach().norm()), rel=1e-3)
         assert moved.norms_E[2] == 0
+
+
+def test_movement_is_measured_from_the_adapter_that_was_started_from() -> None:
+    """Also after a step so small that both products are the same in float32 to all but a few bits."""
+    config = nano_config(expert_ranks=[1, 6, 0, 3])
+    _, adapted = trained_nano(config)
+    start = {name: factor.detach().clone() for name, factor in model.trainable(adapted)}
+    assert all(norm == 0 for moved in movements(adapted, start, start) for norm in moved.norms_E)
+    for size in (1.0, 1e-5):
+        now = {name: factor + size * torch.randn_like(factor) for name, factor in start.items()}
+        for moved in movements(adapted, now, start):
+            prefix = f"model.layers.{moved.layer}.mlp.experts.{moved.projection}_lora_"
+            (A, B), (A0, B0) = ([given[prefix + letter].double() for letter in "AB"] for given in (now, start))
+            for expert, (above, rank) in {0: (0, 1), 1: (1, 6), 3: (7, 3)}.items():
+                rows = slice(above, above + rank)
+                distance = float((8 / rank * (B[rows].T @ A[rows] - B0[rows].T @ A0[rows])).norm())
+                assert moved.norms_E[expert] == pytest.approx(distance, rel=1e-3)
+            assert moved.norms_E[2] == 0
+
+
+def test_a_start_that_is_gone_costs_the_movements_and_not_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = nano_config()
+    _, adapted = trained_nano(config)
+    save(tmp_path, config, adapted)
+    config.lora.start = str(tmp_path)
+    tensors = {name: factor.detach().clone() for name, factor in model.trainable(adapted)}
+    for gone in (False, True):
+        if gone:
+            (tmp_path / "adapter_model.safetensors").unlink()
+        moved = movements_of(config, adapted, tensors)
+        assert len(moved) == (0 if gone else 4)
+        assert not any(norm for of_projection in moved for norm in of_projection.norms_E)
+    assert "How far the experts' adapters have moved is not told." in " ".join(capsys.readouterr().err.split())

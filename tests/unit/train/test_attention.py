@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from data.dataset import PAD_RUN, PackedTable
 from data.layout import ROW_SCHEMA
 from data.schema import PackedRow
-from tests.conftest import Largest
+from tests.conftest import Largest, Live
 from train.attention import KEYS, QUERIES, Conversations, packed_attention
 
 
@@ -74,10 +74,10 @@ def test_bfloat16_stays_within_its_rounding() -> None:
 def test_blocks_hold_little_that_no_conversation_sees() -> None:
     lengths = [100] * 40 + [96]
     blocks = Conversations(positions_of(lengths)).blocks()
-    computed = sum(block.bias_QS.numel() for block in blocks)
-    assert max(block.bias_QS.numel() for block in blocks) <= QUERIES * (100 + QUERIES + KEYS)
+    computed = sum(block.bias().numel() for block in blocks)
+    assert max(block.bias().numel() for block in blocks) <= QUERIES * (100 + QUERIES + KEYS)
     assert computed < sum(lengths) ** 2 / 10
-    seen = sum(int((block.bias_QS == 0).sum()) for block in blocks)
+    seen = sum(int((block.bias() == 0).sum()) for block in blocks)
     assert seen == sum(length * (length + 1) // 2 for length in lengths)
 
 
@@ -89,7 +89,7 @@ def test_padding_costs_little_and_makes_few_conversations() -> None:
     conversations = Conversations(batch.positions.flatten())
     assert len(conversations.bounds) - 1 == 1 + -(-3996 // PAD_RUN) + 4096 // PAD_RUN
     assert conversations.longest == PAD_RUN
-    assert max(block.bias_QS.numel() for block in conversations.blocks()) <= QUERIES * (PAD_RUN + QUERIES + KEYS)
+    assert max(block.bias().numel() for block in conversations.blocks()) <= QUERIES * (PAD_RUN + QUERIES + KEYS)
 
 
 def test_no_tensor_of_the_square_of_a_row_is_made() -> None:
@@ -100,3 +100,14 @@ def test_no_tensor_of_the_square_of_a_row_is_made() -> None:
         out, _ = packed_attention(torch.nn.Module(), q, k, v, None, 0.3, position_ids=positions_of(lengths)[None])
         out.sum().backward()
     assert largest.numel <= 4 * QUERIES * (100 + QUERIES + KEYS) < tokens**2 / 50
+
+
+def test_the_mask_of_one_block_exists_at_a_time() -> None:
+    """Those of all blocks of one long conversation together would be half of a [T, T] mask."""
+    tokens = 4096
+    q, k, v = (torch.randn(1, 1, tokens, 8, requires_grad=True) for _ in range(3))
+    with Live() as live:
+        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, 0.3, position_ids=positions_of([tokens])[None])
+        out.sum().backward()
+    block = 4 * QUERIES * tokens
+    assert live.peak <= 6 * block < 4 * tokens**2 / 4

@@ -165,7 +165,7 @@ def test_split_forward_and_backward_equal_the_reference_in_float64(example: Exam
 
 @contextlib.contextmanager
 def all_in_one_product() -> Iterator[None]:
-    """The way that CUDA takes, through torch's grouped product, which is there on the CPU as well."""
+    """The way of GPUs with a kernel for it, through torch's grouped product, which is there on the CPU as well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expert_lora, "row_multiple", lambda x: 1)
         patch.setattr(expert_lora, "in_one_product", lambda x, sizes: True)
@@ -338,7 +338,7 @@ def test_tokens_are_sorted_gathered_and_counted_once_for_a_block() -> None:
 
 
 @pytest.mark.parametrize("lora_rank", [8, (8, 0, 0, 8), (8, 4, 0, 8)])
-def test_the_way_of_cuda_makes_the_host_wait_for_nothing(lora_rank: int | tuple[int, ...]) -> None:
+def test_all_experts_in_one_product_make_the_host_wait_for_nothing(lora_rank: int | tuple[int, ...]) -> None:
     """Once the constants of the adapters are there: no number is asked for, none comes from a Python list, and none of
     the operations that have to know how much they will give. One rank for all that have an adapter is one scale."""
     torch.manual_seed(0)
@@ -352,6 +352,48 @@ def test_the_way_of_cuda_makes_the_host_wait_for_nothing(lora_rank: int | tuple[
     waiting = {"_local_scalar_dense", "bincount", "nonzero", "lift_fresh", "_to_copy", "masked_select"}
     assert {name for name in waiting if calls.of[name]} <= {"_to_copy"}  # of the groups' ends to int32, on the device
     assert calls.of["bucketize"] == (2 * 2 if lora_rank == (8, 4, 0, 8) else 0)
+
+
+@pytest.mark.parametrize("lora_rank", [8, (8, 4, 0, 8)])
+def test_one_expert_after_another_asks_the_device_once_in_each_direction(lora_rank: int | tuple[int, ...]) -> None:
+    """For all the experts' ends, so that a GPU without the grouped kernel waits once, not once for each product."""
+    torch.manual_seed(0)
+    experts = make_experts(**FROZEN, lora_rank=lora_rank, dtype=torch.float32)
+    index, weights = routed(30, 4)
+    x = torch.randn(30, 16, requires_grad=True)
+    lists = []
+
+    def listed(tensor: torch.Tensor) -> Any:
+        lists.append(tensor)
+        return to_list(tensor)
+
+    to_list = torch.Tensor.tolist
+    with pytest.MonkeyPatch.context() as patch, Calls() as calls:
+        patch.setattr(torch.Tensor, "tolist", listed)
+        out = expert_lora.split_lora_forward(experts, x, index, weights)
+        assert len(lists) == 1
+        out.sum().backward()
+    assert len(lists) == 2
+    assert calls.of["_local_scalar_dense"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "has"),
+    [
+        (torch.bfloat16, None, False),  # no CUDA device
+        (torch.bfloat16, (8, 0), False),
+        (torch.bfloat16, (8, 9), False),
+        (torch.bfloat16, (9, 0), True),
+        (torch.bfloat16, (10, 3), True),
+        (torch.bfloat16, (12, 0), False),
+        (torch.float16, (9, 0), False),
+        (torch.float32, (9, 0), False),
+    ],
+)
+def test_the_grouped_product_is_used_where_torch_has_a_kernel_for_it(
+    dtype: torch.dtype, capability: tuple[int, int] | None, has: bool
+) -> None:
+    assert expert_lora.has_grouped_kernel(dtype, capability) == has
 
 
 def test_a_seed_gives_the_same_start_whatever_the_device() -> None:

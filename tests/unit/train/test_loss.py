@@ -148,3 +148,14 @@ def test_the_router_loss_reaches_the_adapters_below_under_activation_checkpointi
         gradients.append(factor.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_evaluation_leaves_the_router_loss_out() -> None:
+    torch.manual_seed(0)
+    module = MixtralWithLoss(nano("float32"), with_router_loss=True)
+    batch = packed(torch.randint(3, 400, (sum(LENGTHS),)))
+    with torch.no_grad():
+        (trained, balance), (evaluated, left_out) = losses(module.train(), batch), losses(module.eval(), batch)
+    assert trained == evaluated
+    assert balance > 0
+    assert left_out == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_flash_attn_2_available
 
 from configs.errors import UserError
 from tests.unit.train.test_expert_lora import nano_config
@@ -50,14 +51,23 @@ def test_another_kind_of_model_is_refused(base: Path) -> None:
         load(base)
 
 
-def test_packed_attention_refuses_a_base_with_a_window(base: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("sliding_window", 4096), ("attention_dropout", 0.1)])
+def test_packed_attention_refuses_a_base_with_what_it_does_not_know(base: Path, name: str, value: float) -> None:
     settings = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(settings | {"sliding_window": 4096}))
-    with pytest.raises(
-        UserError, match=r"model\.attention=packed: .* sliding_window is 4096; use model\.attention=sdpa"
-    ):
+    (base / "config.json").write_text(json.dumps(settings | {name: value}))
+    with pytest.raises(UserError, match=rf"model\.attention=packed: .* {name} is {value}; use model\.attention=sdpa"):
         load(base)
     model.pretrained(ModelConfig(path=str(base), dtype="float32", attention="sdpa"))
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is here")
+@pytest.mark.parametrize("kind", ["stored", "random"])
+def test_attention_without_its_package_is_refused(base: Path, kind: str) -> None:
+    config = nano_config().model
+    config.attention = "flash_attention_2"
+    config.path = str(base) if kind == "stored" else None
+    with pytest.raises(UserError, match=r"^model\.attention=flash_attention_2: the package for it is not installed"):
+        (model.pretrained if kind == "stored" else model.base)(config)
 
 
 def test_weights_in_a_pickle_are_not_opened(base: Path) -> None:

@@ -226,6 +226,65 @@ def test_a_base_with_one_byte_changed_anywhere_is_refused(
         directory(dataset, processes, tmp_path / "run", model=model)
 
 
+@pytest.fixture
+def lora(tmp_path: Path) -> LoraConfig:
+    """With a load and a start, whose contents are `old`."""
+    (tmp_path / "start").mkdir()
+    files = tmp_path / "load.json", tmp_path / "start" / "adapter_model.safetensors"
+    for file in files:
+        file.write_text("old")
+    return LoraConfig(load=str(files[0]), start=str(files[1].parent))
+
+
+FED = {"lora.load": "load.json", "lora.start": "start/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("field", FED)
+def test_a_file_of_lora_that_changed_is_refused(
+    dataset: PreparedDataset, tmp_path: Path, lora: LoraConfig, field: str
+) -> None:
+    config = TrainConfig(lora=lora)
+    fed = resume.fed(config, dataset)
+    record = {"settings": resume.settings(config), **fed}
+    resume.check(record, config, resume.fed(config, dataset))
+    (tmp_path / FED[field]).write_text("new")
+    with pytest.raises(UserError, match=rf"^{field}=.*: it has changed since the run was started"):
+        resume.check(record, config, resume.fed(config, dataset))
+    if field == "lora.start":
+        resume.check(record, TrainConfig(lora=lora, resume_despite=[field]), resume.fed(config, dataset))
+        del record["start"]  # as in older records
+        resume.check(record, config, resume.fed(config, dataset))
+
+
+@pytest.mark.parametrize("field", FED)
+@pytest.mark.parametrize("changed", ["new", None])
+def test_processes_with_other_files_are_refused(
+    dataset: PreparedDataset,
+    processes: Processes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: LoraConfig,
+    field: str,
+    changed: str | None,
+) -> None:
+    """The paths may differ between machines, the contents not."""
+    here = resume.same_everywhere(TrainConfig(lora=lora), dataset)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "start").mkdir(parents=True)
+    for name in FED.values():
+        (elsewhere / name).write_text("old")
+    other = LoraConfig(load=str(elsewhere / "load.json"), start=str(elsewhere / "start"))
+    assert resume.same_everywhere(TrainConfig(lora=other), dataset) == here
+    if changed is None:
+        (elsewhere / FED[field]).unlink()
+    else:
+        (elsewhere / FED[field]).write_text(changed)
+    there = resume.same_everywhere(TrainConfig(lora=other), dataset)
+    monkeypatch.setattr(engine, "gathered", lambda value: [here, there])
+    with pytest.raises(UserError, match=rf"^{field} \(its .*\)=.*: that is what process 1 was given, and process 0"):
+        engine.check_same(there)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     interrupted: RunDirectory,
     dataset: PreparedDataset,
