@@ -161,8 +161,9 @@ class Guard:
         """
         if self.guardian is not None:
             self._leaving = True
+            self._channel.send(leaving=True)  # before the wait: another's verdict may come within it
             time.sleep(after)
-            self._channel.send(leaving=redact(reason)[:300], code=code)
+            self._channel.send(left=redact(reason)[:300], code=code)
 
     def done(self) -> None:
         """Waits until every process has come here, and ends the guard; collective."""
