@@ -136,7 +136,7 @@ class Guard:
             count=self._count,
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
             host=os.uname().nodename,
-            site=f"{os.uname().nodename} {os.getppid()}",
+            site=f"{os.uname().nodename} {os.environ.get('LAUNCHER_PID', os.getppid())}",
             pid=os.getpid(),
             peer_timeout=self._peer_timeout,
             stall_timeout=self._stall_timeout,
