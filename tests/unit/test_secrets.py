@@ -1,5 +1,8 @@
 """Keys and passwords are hidden, and nothing else is."""
 
+import sys
+import threading
+
 import pytest
 
 from configs import entry
@@ -49,6 +52,24 @@ def test_tracebacks_hide_them_too(capsys: pytest.CaptureFixture[str]) -> None:
     error = OSError("https://me:tokenofthehub@host: refused")
     entry._traceback(OSError, error, None)
     assert capsys.readouterr().err == f"OSError: https://{HIDDEN}@host: refused\n"
+
+
+def test_tracebacks_of_threads_hide_them_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", entry._traceback_of_thread)
+
+    def fail() -> None:
+        raise OSError("https://me:tokenofthehub@host: refused")
+
+    for end in (fail, sys.exit):
+        thread = threading.Thread(target=end, name="one")
+        thread.start()
+        thread.join()
+    said = capsys.readouterr().err
+    assert said.startswith("Exception in thread one:\nTraceback (most recent call last):\n")
+    assert said.endswith(f"\nOSError: https://{HIDDEN}@host: refused\n")
+    assert said.count("Exception") == 1
 
 
 def test_at_any_depth() -> None:
