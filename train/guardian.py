@@ -395,7 +395,9 @@ class Hub(Guardian):
         for name in ("silent", "standing", "step", "moves", "phase"):
             setattr(member, name, line[name])
         if "died" in line:
-            self.conclude([member], f"process {member.rank} died in {member.place}")
+            # A process that is not its child has no exit code for it.
+            whether = "the kernel's log there says whether memory ran out"
+            self.conclude([member], f"process {member.rank} died in {member.place}; {whether}")
         if "left" in line:
             reason = f"process {member.rank} left in {member.place}: {line['left']}"
             self.conclude([member], reason, line["code"])
