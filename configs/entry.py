@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def run(
     if of_launcher := next((argument for argument in sys.argv[1:] if argument.startswith("--local_rank")), None):
         leave(program, f"{of_launcher}: the launcher added it; launch with `deepspeed --no_local_rank --module …`")
     sys.excepthook = _traceback
+    threading.excepthook = _traceback_of_thread
     register(config_name, schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
@@ -99,15 +101,24 @@ def _traceback(kind: type[BaseException], error: BaseException, trace: Traceback
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _traceback_of_thread(told: threading.ExceptHookArgs) -> None:
+    """The same for an error that ends a thread."""
+    if told.exc_type is not SystemExit:
+        assert told.exc_value is not None
+        print(f"Exception in thread {told.thread.name if told.thread else 'unknown'}:", file=sys.stderr)
+        _traceback(told.exc_type, told.exc_value, told.exc_traceback)
+
+
 def _names_one_of(argument: str, settings: tuple[str, ...]) -> bool:
     return "=" in argument and argument.partition("=")[0] in settings
 
 
 def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if local_rank == "0":
         print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
-    else:
+    elif local_rank != os.environ.get("SLURM_LOCALID"):  # srun lets the others be when one task ends
         # The launcher ends all processes when the first one ends: leave that to the one that has the sentence, and
         # have nothing to say about being ended.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

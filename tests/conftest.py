@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,8 @@ def run_program(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", ""))  # set by the program; put back
     monkeypatch.setenv("COLUMNS", "200")
+    for module in (sys, threading):  # set by the program; put back
+        monkeypatch.setattr(module, "excepthook", module.excepthook)
 
     def run(program: str, *arguments: str) -> Outcome:
         main = importlib.import_module(PROGRAMS[program]).main

@@ -136,7 +136,7 @@ class Guard:
             count=self._count,
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
             host=os.uname().nodename,
-            site=f"{os.uname().nodename} {os.getppid()}",
+            site=f"{os.uname().nodename} {os.environ.get('LAUNCHER_PID', os.getppid())}",
             pid=os.getpid(),
             peer_timeout=self._peer_timeout,
             stall_timeout=self._stall_timeout,
@@ -161,8 +161,9 @@ class Guard:
         """
         if self.guardian is not None:
             self._leaving = True
+            self._channel.send(leaving=True)  # before the wait: another's verdict may come within it
             time.sleep(after)
-            self._channel.send(leaving=redact(reason)[:300], code=code)
+            self._channel.send(left=redact(reason)[:300], code=code)
 
     def done(self) -> None:
         """Waits until every process has come here, and ends the guard; collective."""

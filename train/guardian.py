@@ -20,6 +20,7 @@ import hmac
 import json
 import mmap
 import os
+import select
 import selectors
 import signal
 import socket
@@ -35,6 +36,10 @@ PLACE = struct.Struct("<qqd32s")
 
 KILL_AFTER = 5.0
 """Seconds that a training process has for leaving after the verdict; then it is killed."""
+
+LEAVE_WITHIN = 20.0
+"""Seconds that it has at least where it leaves for a reason of its own: to say it, and for the waits of
+`train.failures.UNISON` and `configs.entry.leave`."""
 
 JOIN_TIMEOUT = 30.0
 """Seconds for which the hub waits for the others to connect, or `peer_timeout` if that is longer."""
@@ -203,9 +208,9 @@ class Guardian:
             return
         self.trainer_heard = self.now
         for line in lines:
-            if "done" in line or "leaving" in line:
+            self.leaving |= "leaving" in line
+            if "done" in line or "left" in line:
                 self.parting = True
-                self.leaving = "leaving" in line
                 self.report(**line)
 
     def trainer_gone(self) -> None:
@@ -224,12 +229,14 @@ class Guardian:
     def end_trainer(self, verdict: str, code: int | None, speaks: bool) -> None:
         """Gives the training process the verdict and time to leave, and kills it if it does not.
 
-        A process that leaves for a reason of its own has longer, to say it.
+        A process that leaves for a reason of its own has longer.
         """
         self.trainer.send(verdict=verdict, code=code, speaks=speaks)
-        deadline = time.monotonic() + (self.peer_timeout if self.leaving else KILL_AFTER)
-        while self.trainer_lives() and time.monotonic() < deadline:
+        since, own = time.monotonic(), max(self.peer_timeout, LEAVE_WITHIN)
+        while self.trainer_lives() and time.monotonic() - since < (own if self.leaving else KILL_AFTER):
             time.sleep(0.02)
+            if select.select([self.trainer.reading], [], [], 0)[0]:  # it may have met its error just now
+                self.leaving |= any("leaving" in line for line in self.trainer.receive() or [])
         if self.trainer_lives():
             with contextlib.suppress(ProcessLookupError):
                 if self.pidfd is not None:
@@ -388,9 +395,11 @@ class Hub(Guardian):
         for name in ("silent", "standing", "step", "moves", "phase"):
             setattr(member, name, line[name])
         if "died" in line:
-            self.conclude([member], f"process {member.rank} died in {member.place}")
-        if "leaving" in line:
-            reason = f"process {member.rank} left in {member.place}: {line['leaving']}"
+            # A process that is not its child has no exit code for it.
+            whether = "the kernel's log there says whether memory ran out"
+            self.conclude([member], f"process {member.rank} died in {member.place}; {whether}")
+        if "left" in line:
+            reason = f"process {member.rank} left in {member.place}: {line['left']}"
             self.conclude([member], reason, line["code"])
         if "done" in line:
             member.done = True

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from configs.secrets import redact
+from configs.secrets import redact, redacted
 from data.writing import sync
 from train.config import LoggingConfig
 from train.learning import Movement
@@ -280,7 +280,7 @@ def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any], res
     if mode == "auto":
         logged_in = wandb.login(prompt=False, verify=False)
         mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-    named = {"project": redact(config.project), "name": redact(directory.name)}
+    named = redacted({"project": config.project, "name": directory.name})
     run: dict[str, Any] = {**named, "dir": str(directory), "config": settings}
     if resumed is not None:
         run |= {"id": resumed, "resume": "allow"}

@@ -42,6 +42,7 @@ esac
 """
 PYTHON = """
 echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >>"$NOTES/tasks"
+echo "$LAUNCHER_PID" >>"$NOTES/launchers"
 printf '%s\\n' "$@" >"$NOTES/arguments"
 [ -z "${BUSY:-}" ] || { touch "$NOTES/busy"; sleep 1; }
 [ "$RANK" = 1 ] && exit "${CODE_OF_1:-$CODE}"
@@ -219,6 +220,7 @@ def test_slurm_gives_each_task_its_place(stand_ins: Path) -> None:
     launch(stand_ins, "slurm.sbatch", *SETTINGS, **JOB, CODE="0")
     assert notes(stand_ins, "tasks") == [f"{rank} 4 {rank % 2} 2 node-3 {15000 + 4711}" for rank in range(4)]
     assert notes(stand_ins, "arguments") == ["-m", "train", *SETTINGS]
+    assert len(set(notes(stand_ins, "launchers"))) == 1  # of these tasks, one speaks for all
     assert {"--kill-on-bad-exit=0", "--cpus-per-task=3"} <= set(notes(stand_ins, "srun"))
     assert not notes(stand_ins, "scontrol")
 
@@ -255,6 +257,32 @@ def test_slurm_says_when_a_requeued_run_is_not_found_again(stand_ins: Path) -> N
 def test_slurm_takes_the_highest_of_the_tasks_exit_codes(stand_ins: Path) -> None:
     launch(stand_ins, "slurm.sbatch", "run_dir=r", expect=137, **JOB, CODE="76", CODE_OF_1="137")
     assert notes(stand_ins, "scontrol") == ["requeue 4711"]
+
+
+@pytest.mark.parametrize(
+    ("code", "others", "expect"),
+    [(2, 75, 2), (2, 137, 2), (2, 143, 2), (2, 1, 2), (1, 143, 1), (1, 76, 1), (127, 137, 1)],
+)
+def test_slurm_does_not_requeue_a_mistake_or_fault_of_one_task_however_the_others_ended(
+    stand_ins: Path, code: int, others: int, expect: int
+) -> None:
+    codes = {"CODE": str(others), "CODE_OF_1": str(code)}
+    launch(stand_ins, "slurm.sbatch", "run_dir=r", expect=expect, **JOB, **codes)
+    assert not notes(stand_ins, "scontrol")
+
+
+@pytest.mark.parametrize(("answer", "code"), [("exit 75", 75), ("exit 2", 2), ("kill -KILL $$", 137)])
+def test_slurm_hands_a_tasks_signal_to_its_training_process(stand_ins: Path, answer: str, code: int) -> None:
+    busy = 'echo $PPID >"$NOTES/new"; mv "$NOTES/new" "$NOTES/task"; while :; do sleep 0.1; done'
+    (stand_ins / "bin" / "python").write_text(f"#!/usr/bin/env bash\ntrap '{answer}' TERM\n{busy}\n")
+    script = ("bash", str(ROOT / "scripts/launch/slurm.sbatch"), "run_dir=r")
+    job = subprocess.Popen(script, env=environment(stand_ins, {**JOB, "SLURM_NTASKS": "1"}), stderr=subprocess.PIPE)
+    while not (stand_ins / "task").exists():
+        assert job.poll() is None
+    os.kill(int((stand_ins / "task").read_text()), signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert job.returncode == code
+    assert bool(notes(stand_ins, "scontrol")) == (code != 2)
 
 
 def test_slurm_lets_the_tasks_end_when_the_job_itself_is_signalled(stand_ins: Path) -> None:

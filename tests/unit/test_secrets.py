@@ -1,9 +1,15 @@
 """Keys and passwords are hidden, and nothing else is."""
 
+import sys
+import threading
+
 import pytest
 
 from configs import entry
 from configs.secrets import HIDDEN, redact, redacted
+
+OF_WANDB = "89abcdef0123456789abcdef0123456789abcdef"
+"""A key of wandb's, or a commit."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +30,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf_abcdefghijABCDEFGHIJ12345", HIDDEN),
         ("+logging.wandb_key=abcdef0123456789", f"+logging.wandb_key={HIDDEN}"),
         ("https://user:pass@host/x", f"https://{HIDDEN}@host/x"),
+        (f"logging.project={OF_WANDB}", f"logging.project={HIDDEN}"),
+        (f"logging.wandb={OF_WANDB}: give offline", f"logging.wandb={HIDDEN}: give offline"),
+        ("logging.project=wandb_v1_abcdefghijABCDEFGHIJ", f"logging.project={HIDDEN}"),
+        (OF_WANDB, HIDDEN),
     ],
 )
 def test_secrets_are_hidden(text: str, hidden: str) -> None:
@@ -34,7 +44,13 @@ def test_secrets_are_hidden(text: str, hidden: str) -> None:
     "text",
     [
         "step 1: loss 1.1",
-        "model.revision=89abcdef0123456789abcdef0123456789abcdef",  # a commit is no secret
+        f"model.revision={OF_WANDB}",  # a commit is no secret
+        f"revision={OF_WANDB}: there is no such commit",
+        f"run_dir={OF_WANDB}",
+        f"model.path=models--m/snapshots/{OF_WANDB}",
+        f"model.path={OF_WANDB}/base",
+        f"sha256={OF_WANDB}{OF_WANDB[:24]}",
+        f"at commit {OF_WANDB}",
         "runs/openhermes/checkpoints/step-000111",
         "https://host/path:with@signs",
         "lora.rank=16",
@@ -51,6 +67,30 @@ def test_tracebacks_hide_them_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == f"OSError: https://{HIDDEN}@host: refused\n"
 
 
+def test_tracebacks_of_threads_hide_them_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", entry._traceback_of_thread)
+
+    def fail() -> None:
+        raise OSError("https://me:tokenofthehub@host: refused")
+
+    for end in (fail, sys.exit):
+        thread = threading.Thread(target=end, name="one")
+        thread.start()
+        thread.join()
+    said = capsys.readouterr().err
+    assert said.startswith("Exception in thread one:\nTraceback (most recent call last):\n")
+    assert said.endswith(f"\nOSError: https://{HIDDEN}@host: refused\n")
+    assert said.count("Exception") == 1
+
+
 def test_at_any_depth() -> None:
     value = {"a": ["hf_abcdefghijABCDEFGHIJ12345", 1], "b": {"c": ("tokenofthehub", None, 2.5)}}
     assert redacted(value) == {"a": [HIDDEN, 1], "b": {"c": [HIDDEN, None, 2.5]}}
+
+
+def test_commits_stay_where_they_are_expected() -> None:
+    value = {"model": {"revision": OF_WANDB}, "commit": OF_WANDB, "logging": {"project": OF_WANDB}}
+    assert redacted(value) == value | {"logging": {"project": HIDDEN}}
+    assert redacted({"revision": "hf_abcdefghijABCDEFGHIJ12345"}) == {"revision": HIDDEN}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import entry
 from configs.errors import UserError
 from train.guard import EXIT_PEER_LOST, Guard, Meeting
 
@@ -42,7 +43,10 @@ def keep_moving():
         time.sleep(0.05)
 
 for line in sys.stdin:
-    print(json.dumps(eval(line)), flush=True)
+    try:
+        print(json.dumps(eval(line)), flush=True)
+    except SystemExit as stop:
+        leave(stop.code)
 """
 """A process of a run: does what it is told, a line of Python at a time."""
 
@@ -179,7 +183,8 @@ def test_a_killed_process_ends_the_others(start: Start, victim: int) -> None:
     ends = run.ends()
     assert [code for code, _ in ends] == [KILLED if rank == victim else EXIT_PEER_LOST for rank in range(3)]
     speaker = 1 if victim == 0 else 0
-    assert f"train: process {victim} died in step 7 (backward) on {os.uname().nodename}; " in ends[speaker][1]
+    died = f"train: process {victim} died in step 7 (backward) on {os.uname().nodename}; the kernel's log there says "
+    assert ends[speaker][1].startswith(f"{died}whether memory ran out; launch it again")
     assert ends[speaker][1].count("\n") == 1
     assert [stderr for rank, (_, stderr) in enumerate(ends) if rank != speaker] == ["", ""]  # one line for a machine
 
@@ -290,6 +295,27 @@ def test_who_announces_that_it_leaves_and_hangs_is_killed(start: Start) -> None:
     run = start(2, peer_timeout=6)
     run.trainers[1].tell("guard.leaving('out of memory', 2) or time.sleep(600)")
     assert [code for code, _ in run.ends()] == [2, KILLED]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_mistake_that_all_find_is_the_code_of_all(start: Start, first: int) -> None:
+    """Though the verdict comes before the later one has told its guardian why, and though it waits to end last."""
+    run = start(2, peer_timeout=3)
+    for trainer in run.trainers:
+        trainer.do("globals().update(entry=__import__('configs.entry').entry)")
+    for rank in (first, 1 - first):
+        run.trainers[rank].tell("guard.leaving('a=1: no', 2, after=2) or entry.leave('train', 'a=1: no')")
+        time.sleep(0.05)
+    assert run.ends() == [(2, "train: a=1: no\n"), (2, "")]
+
+
+def test_a_task_of_srun_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    with pytest.raises(SystemExit) as stop:
+        entry.leave("train", "a=1: no")
+    assert stop.value.code == 2
 
 
 def test_a_stall_names_who_is_behind(start: Start) -> None:

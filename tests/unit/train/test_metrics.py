@@ -156,6 +156,23 @@ def test_a_run_that_goes_on_keeps_the_lines_up_to_its_checkpoint(
     assert "step 3: loss 2.000 is far above" in capsys.readouterr().err
 
 
+def test_a_resumed_run_is_the_same_one_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = LoggingConfig(wandb="offline", progress=False)
+    first = Metrics(tmp_path, config, {}, is_main=True)
+    state = first.state()
+    first.close()
+    assert state["wandb"]
+    for resumed in (json.loads(json.dumps(state)), None):
+        metrics = Metrics(tmp_path, config, {}, is_main=True, resumed=resumed)
+        assert (metrics.state()["wandb"] == state["wandb"]) == (resumed is not None)
+        metrics.close()
+    stored = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert stored.count(state["wandb"]) >= 1
+    assert len(set(stored)) == 2
+
+
 def test_a_new_run_keeps_no_lines(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "evaluation_loss": 1}\n{"step": 1}\n')
     Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True).close()

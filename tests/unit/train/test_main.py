@@ -1,0 +1,37 @@
+"""How `python -m train` ends, in processes of its own: never by taking libraries apart."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import atexit, runpy, sys, types
+from configs import entry
+
+def main():
+    sys.excepthook = entry._traceback
+    {body}
+
+sys.modules["train.run"] = types.SimpleNamespace(main=main)  # which takes seconds
+atexit.register(print, "taken apart")
+runpy.run_module("train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("print('done')", 0, ""),
+        ("sys.exit(75)", 75, ""),
+        ("sys.exit('no')", 1, "no\n"),
+        ("raise RuntimeError('hf_abcdefghijABCDEFGHIJ12345')", 1, "RuntimeError: <secret>\n"),
+    ],
+)
+def test_the_exit_code_is_what_the_program_ended_with(project_root: Path, body: str, code: int, said: str) -> None:
+    command = [sys.executable, "-c", PROGRAM.format(body=body)]
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "done\n" if not code else "")
+    assert done.stderr.endswith(said)
+    assert ("Traceback" in done.stderr) == ("raise" in body)
