@@ -263,7 +263,8 @@ class RunDirectory:
 
     def _create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        sync(self.path.resolve().parent)
+        if not self._was_there:
+            sync(self.path.resolve().parent)
         self._lock()
         if not self._was_there and any(self.path.iterdir()):  # loading took its time
             raise UserError(
