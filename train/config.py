@@ -160,8 +160,10 @@ class LoraConfig:
 
     def _check_without_experts(self) -> None:
         if not self.attention:
+            besides = "" if self.router == "frozen" else ", and a trained router is stored beside one"
             raise UserError(
-                "lora.attention=[]: with lora.projections=[] there would be no adapter; name a target in one of them"
+                f"lora.attention=[]: with lora.projections=[] there would be no adapter{besides}; name a target in one "
+                f"of them"
             )
         for name, default in (("experts", "all"), ("expert_ranks", []), ("export_per_expert", False)):
             if (value := getattr(self, name)) != default:

@@ -301,6 +301,7 @@ class Engine:
             eps=config.optim.eps,
             fused=True,
         )
+        model.differentiates_input = config.deepspeed.stage == 3
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=settings(config, batch), dist_init_required=False
         )

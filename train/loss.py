@@ -26,6 +26,12 @@ class MixtralWithLoss(nn.Module):
         self.causal_lm = causal_lm
         self.head = CrossEntropyHead(causal_lm.lm_head)
         self.with_router_loss = with_router_loss
+        self.differentiates_input = False
+        """Whether gradients are taken down to the embedding's output, though nothing below it trains.
+
+        ZeRO-3 gives a module's weights back when the gradient of its input is there. Where no input needs one, as in
+        blocks before the first adapter on attention, it would give them back before their backward (DeepSpeed issue
+        5524)."""
         self.watches_routing = False
         """Whether forwards add to `routing`."""
         self.routing: Routing | None = None
@@ -44,14 +50,25 @@ class MixtralWithLoss(nn.Module):
         # No attention mask: attention reads from the restarting positions where conversations begin. So rows can stand
         # in one behind the other, which transformers' flash attention asks for; its other implementations make a mask
         # for each row.
-        row: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+        more: dict[str, Any] = {}
+        row_ids, row_positions = ids, positions
         if self.causal_lm.config._attn_implementation in (attention.IMPLEMENTATION, "flash_attention_2"):
-            row = {name: tensor.view(1, -1) for name, tensor in row.items()}
+            row_ids, row_positions = ids.view(1, -1), positions.view(1, -1)
         if self.causal_lm.config._attn_implementation == attention.IMPLEMENTATION:
-            row["conversations"] = Conversations(positions.flatten())
+            more["conversations"] = Conversations(positions.flatten())
+        embedded = self.causal_lm.model.embed_tokens(row_ids)
+        if self.differentiates_input and torch.is_grad_enabled():
+            # Marked behind the embedding, whose own weights would be gathered once more in the backward otherwise.
+            embedded.requires_grad_()
         with_router_loss = self.with_router_loss and self.training
         with_routers = with_router_loss or self.watches_routing
-        outputs = self.causal_lm.model(**row, use_cache=False, output_router_logits=with_routers)
+        outputs = self.causal_lm.model(
+            inputs_embeds=embedded,
+            position_ids=row_positions,
+            use_cache=False,
+            output_router_logits=with_routers,
+            **more,
+        )
         # The head is the largest product of all, and unsupervised positions do not need it.
         supervised_N = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         cross_entropy = self.head(

@@ -123,6 +123,7 @@ CASES = {
     "train lora.projections=[gate]": ["lora.projections=gate", "gate_up_proj"],
     "train lora.projections=[down_proj,down_proj]": ["lora.projections", "down_proj is named twice"],
     "train lora.attention=[] lora.projections=[]": ["lora.attention=[]"],
+    "train lora.attention=[] lora.projections=[] lora.router=trained": ["lora.attention=[]", "trained router"],
     "train lora.router=free": ["lora.router=free", "frozen, trained"],
     "train lora.experts=some": ["lora.experts=some", "by_load"],
     "train lora.experts=3": ["lora.experts=3", "[0,3]"],
