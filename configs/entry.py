@@ -5,6 +5,8 @@ Hydra composes YAML and command line onto the program's dataclass, which holds e
 exception is a fault of ours and keeps its traceback.
 """
 
+import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -13,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -25,7 +28,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import UserError
+from configs import multirun
+from configs.errors import UserError, one_line
+from configs.multirun import Job
 from configs.secrets import redact
 
 CONFIG_DIR = Path(__file__).parent
@@ -41,59 +46,131 @@ def register(config_name: str, schema: type) -> None:
 
 
 def run(
-    program: str, config_name: str, schema: type[Config], main: Callable[[Config], None], *, texts: tuple[str, ...] = ()
+    program: str,
+    config_name: str,
+    schema: type[Config],
+    main: Callable[[Config], None],
+    *,
+    texts: tuple[str, ...] = (),
+    sweep: Callable[[list[Job[Config]]], int] | None = None,
 ) -> None:
     """Composes `configs/{config_name}.yaml` and `sys.argv`, and calls `main` with the result.
 
     `texts` names settings that hold a person's words: their values are taken from the command line as they stand, where
-    Hydra would read commas, brackets and `${…}` as grammar.
+    Hydra would read commas, brackets and `${…}` as grammar. `sweep` does the jobs of `--multirun` and gives the exit
+    code; without it the program refuses that.
 
     Exits 2 with one sentence where Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
     error: what is not the user's to mend propagates.
     """
-    if of_launcher := next((argument for argument in sys.argv[1:] if argument.startswith("--local_rank")), None):
-        leave(program, f"{of_launcher}: the launcher added it; launch with `deepspeed --no_local_rank --module …`")
     sys.excepthook = _traceback
     threading.excepthook = _traceback_of_thread
     register(config_name, schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
     words = dict(argument.split("=", 1) for argument in sys.argv[1:] if _names_one_of(argument, texts))
+    arguments = [argument for argument in sys.argv[1:] if not _names_one_of(argument, texts)]
     # Hydra lets no one give a new key to a dictionary, such as `columns`, unless a plus says so.
     open_to_keys = _dictionaries(OmegaConf.structured(schema))
-    sys.argv[1:] = [
-        f"+{argument}" if _names_one_of(argument, open_to_keys) else argument
-        for argument in sys.argv[1:]
-        if not _names_one_of(argument, texts)
-    ]
 
-    def typed(composed: Any) -> None:
-        try:  # `+key=value` adds what the dataclass lacks; only a merge onto the bare dataclass notices
-            config = OmegaConf.to_object(
-                OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
-            )
-        except OmegaConfBaseException as error:
-            leave(program, explain(error, program, config_name, schema))
+    def typed(composed: Any) -> Config:
+        # `+key=value` adds what the dataclass lacks; only a merge onto the bare dataclass notices
+        plain = OmegaConf.to_container(composed, resolve=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
         assert isinstance(config, schema)
         for name, text in words.items():
             setattr(config, name, text)
-        sys.argv[1:] = map(redact, sys.argv[1:])  # libraries note the command in files of theirs
-        try:
-            main(config)
-        except UserError as error:  # here, because Hydra would add a line of its own on the way out
-            leave(program, str(error))
+        return config
+
+    composed: list[Any] = []
+
+    def compose(one: Any) -> None:
+        composed.append(one)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(typed)()
+        with _explained(program, config_name, schema):
+            asked = _flags(program, arguments)
+            arguments = _without_null_groups(arguments, schema)
+            sys.argv[1:] = [f"+{given}" if _names_one_of(given, open_to_keys) else given for given in arguments]
+            if asked.multirun and sweep is None:
+                raise UserError(f"--multirun: {program} does not sweep; give the command once for each value")
+            if asked.multirun:
+                asked.overrides = _without_null_groups(asked.overrides, schema)
+                jobs = [replace(job, config=typed(job.config)) for job in multirun.jobs(asked, CONFIG_DIR, config_name)]
+            else:
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(compose)()
+            configs = [typed(one) for one in composed]
+        sys.argv[1:] = map(redact, sys.argv[1:])  # libraries note the command in files of theirs
+        # Outside of Hydra, which would say the overrides, keys among them, where `main` raises.
+        if asked.multirun and sweep is not None:
+            sys.exit(sweep(jobs))
+        for config in configs:  # none with --help and the like
+            main(config)
+    except UserError as error:
+        leave(program, str(error))
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _flags(program: str, arguments: list[str]) -> argparse.Namespace:
+    """What Hydra reads in the command line; raises `UserError` for what no program takes."""
+    if of_launcher := next((argument for argument in arguments if argument.startswith("--local_rank")), None):
+        raise UserError(f"{of_launcher}: the launcher added it; launch with `deepspeed --no_local_rank --module …`")
+    asked = multirun.flags(arguments)
+    if asked.experimental_rerun is not None:
+        raise UserError(
+            f"--experimental-rerun={asked.experimental_rerun}: it would run what a pickle says; give the settings, or "
+            f"the same command again"
+        )
+    if asked.multirun and (asked.run or asked.cfg or asked.info or asked.shell_completion):
+        raise UserError(f"--multirun: it can't be asked for together with another task; give `{program}` one of them")
+    return asked
+
+
+def _without_null_groups(arguments: list[str], schema: type) -> list[str]:
+    """The arguments without those that leave a group of files out, such as `recipe=null`, as it is left out anyway.
+
+    Raises:
+        UserError: a group of settings is given as null.
+    """
+    groups = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
+    null = [argument for argument in arguments if argument.endswith("=null") and argument[: -len("=null")] in groups]
+    for argument in null:
+        name = argument.removesuffix("=null")
+        if name in OmegaConf.structured(schema):
+            choices = sorted(path.stem for path in (CONFIG_DIR / name).glob("*.yaml"))
+            raise UserError(f"{argument}: it can't be null; leave it out, or choose one of {', '.join(choices)}")
+    return [argument for argument in arguments if argument not in null]
+
+
+@contextlib.contextmanager
+def _explained(program: str, config_name: str, schema: type) -> Iterator[None]:
+    """Within it, what Hydra, OmegaConf and YAML raise becomes one sentence, and the process ends with exit code 2."""
+    try:
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         leave(program, explain(error, program, config_name, schema))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else config_name
         leave(program, f"{where}: it can't be read ({error.problem}); write plain YAML there")
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        leave(program, f"{_unreadable(sys.argv[1:])}: it is not UTF-8 text ({one_line(error)}); write plain YAML there")
+
+
+def _unreadable(arguments: list[str]) -> str:
+    """The first YAML file that is not UTF-8, among those that the command line can choose from."""
+    asked = multirun.flags(arguments)
+    for directory in filter(None, (asked.config_dir, asked.config_path, CONFIG_DIR)):
+        for path in sorted(Path(directory).rglob("*.yaml")):
+            try:
+                yaml.compose(path.read_text(encoding="utf-8"))
+            except (UnicodeDecodeError, yaml.reader.ReaderError):
+                return str(path)
+            except (OSError, yaml.YAMLError):
+                continue
+    return "a file of settings"
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -149,6 +226,10 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
         where = re.search(r"full_key: (\S+)", text)
         field = where.group(1) if where else "a setting"
         return f"{field}={wrong.group(1)}: that is not of type {wrong.group(2)}; give a value of that type"
+
+    if null := re.search(r"(?:Incompatible value 'None' for field of type|field '[^']*' is not Optional).*", text):
+        where = re.search(r"full_key: (\S+)", text[null.start() :])
+        return f"{where.group(1) if where else 'a setting'}=null: it can't be null; leave it out, or give a value"
 
     if missing := re.search(r"Could not find '([^']+)'", text):
         group, _, name = missing.group(1).rpartition("/")

@@ -12,6 +12,8 @@ EXPERT_TARGETS = ("gate_up_proj", "down_proj")
 """The expert parameters: [E, 2I, H] (gate and up in one) and [E, H, I]."""
 VOCABULARY = 32_000
 """Pieces of the Mixtral vocabulary, in which datasets are prepared."""
+GREATEST_SEED = 2**64 - 1
+"""That torch's random numbers can start from."""
 
 
 def _positive(name: str, value: float, example: str) -> None:
@@ -430,6 +432,10 @@ class TrainConfig:
             _positive(name, getattr(self, name), f"{name}=1")
         for name in ("max_steps", "eval_every", "save_every", "router_aux_loss", "seed"):
             _not_negative(name, getattr(self, name))
+        if self.seed > GREATEST_SEED:
+            raise UserError(
+                f"seed={self.seed}: torch knows none above {GREATEST_SEED}; give a whole number from 0 to that"
+            )
         sections = (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware, self.failures)
         for section in sections:
             section.check()

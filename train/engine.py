@@ -56,8 +56,7 @@ def start(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("hardware.device=cuda: torch finds no CUDA GPU here; use hardware.device=cpu")
     on_cuda = _on_cuda(config)
-    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
-        raise UserError("LOCAL_RANK: the launcher set RANK without it; launch with deepspeed or torchrun, or set it")
+    _check_launch()
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
@@ -91,6 +90,29 @@ def start(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
         forget_shared_memory()
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _check_launch() -> None:
+    """Raises `UserError` for variables of the launch that no process could be found by."""
+    if "RANK" not in os.environ:
+        return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(f"{name}: the launcher set RANK without it; launch with deepspeed or torchrun, or set it")
+    for name, least, most in (
+        ("WORLD_SIZE", 1, 2**31),
+        ("RANK", 0, int(os.environ["WORLD_SIZE"]) - 1 if os.environ["WORLD_SIZE"].isdecimal() else 2**31),
+        ("LOCAL_RANK", 0, 2**31),
+        ("LOCAL_WORLD_SIZE", 1, 2**31),
+        ("LOCAL_SIZE", 1, 2**31),
+        ("MASTER_PORT", 1, 2**16 - 1),
+    ):
+        text = os.environ.get(name)
+        if text and not (text.isdecimal() and least <= int(text) <= most):
+            raise UserError(
+                f"{name}={text}: it must be a whole number from {least} to {most}; correct the variable, or leave it "
+                f"to the launcher"
+            )
 
 
 def _on_cuda(config: HardwareConfig) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM, PretrainedConfig
 
 from configs.errors import UserError, one_line
 from train import adapter_files, attention, expert_lora
@@ -112,6 +112,22 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{named}: its tensor {missing[0]} is missing; {remedy}")
     return model
+
+
+def check_embeddings(config: ModelConfig, ids: int) -> None:
+    """Raises `UserError` if the base at `model.path` has fewer embeddings than there are ids.
+
+    It reads config.json alone, before anything slow; a base that has none, or no such number, is told of when it loads.
+    """
+    try:
+        size = PretrainedConfig.get_config_dict(config.path, revision=config.revision)[0]["vocab_size"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return
+    if isinstance(size, int) and size < ids:
+        raise UserError(
+            f"model.path={config.path}: its vocabulary has {size:,} pieces, and the dataset's has {ids:,}; name a base "
+            f"with the vocabulary of Mixtral-8x7B"
+        )
 
 
 def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:

@@ -8,7 +8,7 @@ from configs.errors import UserError
 from data.dataset import PreparedDataset
 from data.template import ChatTokenizer, has_tokenizer
 from train import engine
-from train.config import LoraConfig, ModelConfig, TrainConfig
+from train.config import VOCABULARY, LoraConfig, ModelConfig, TrainConfig
 from train.engine import Engine, Processes
 from train.failures import told
 from train.guard import Guard
@@ -16,18 +16,19 @@ from train.health import Health
 from train.loop import Preempted, train
 from train.loss import MixtralWithLoss
 from train.metrics import Metrics, console
-from train.model import build
+from train.model import build, check_embeddings
 from train.plan import show_plan
 from train.profile import profile
 from train.resume import same_everywhere, settings
 from train.run_directory import RunDirectory
 from train.saver import Saver
 from train.signals import EXIT_PREEMPTED, Signals
+from train.sweep import sweep
 
 
 def main() -> None:
     """The program."""
-    entry.run("train", "train", TrainConfig, run)
+    entry.run("train", "train", TrainConfig, run, sweep=sweep)
 
 
 def run(config: TrainConfig) -> None:
@@ -102,7 +103,10 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
 
 
 def check_vocabulary(base: ModelConfig, dataset: PreparedDataset) -> None:
-    """Raises `UserError` where the base brings a tokenizer that is not the one which made the dataset's ids."""
+    """Raises `UserError` where the base has too few embeddings for the dataset's ids, or brings a tokenizer that is not
+    the one which made them."""
+    if base.path is not None:
+        check_embeddings(base, VOCABULARY)
     if base.path is None or (Path(base.path).is_dir() and not has_tokenizer(Path(base.path))):
         return
     tokenizer = ChatTokenizer.load(base.path, revision=base.revision, setting="model.path")
