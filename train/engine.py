@@ -28,6 +28,8 @@ from train.routing import Routing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's moments, by torch's names."""
+OPERATOR = "deepspeed_shm_comm"
+"""DeepSpeed's collective over the memory that CPU processes of a machine share, by the name that it compiles it as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,10 @@ def start(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.redirect_stdout(io.StringIO()):  # every process would print that an op was built
         if not on_cuda:
-            with compiling.alone():
+            with compiling.alone() as lock:
+                if deepspeed.ops.__compatible_ops__.get(OPERATOR):
+                    code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+                    compiling.compile_apart(OPERATOR, code, lock)
                 build_shm_op()  # init_distributed would otherwise, behind a process that was killed for ever
         waits = {"timeout": datetime.timedelta(seconds=timeout), "verbose": False}
         try:
