@@ -32,7 +32,7 @@ class Job(Generic[Config]):
     arguments: list[str]
     """Behind `python -m {program}`."""
     swept: dict[str, str]
-    """Of the settings that differ between the jobs its values, as they were typed."""
+    """Of the settings that differ between the jobs its values, as Hydra writes them."""
     config: Config
 
 

@@ -171,6 +171,23 @@ CASES = {
     "train optim.weight_decay=-1": ["optim.weight_decay=-1"],
     "train router_aux_loss=nan": ["router_aux_loss=nan"],
     "train seed=-1": ["seed=-1"],
+    "train seed=18446744073709551616": ["seed=18446744073709551616", "from 0 to"],
+    "train seed=null": ["seed=null", "can't be null"],
+    "train optim=null": ["optim=null", "leave it out", "adamw"],
+    "train model=null": ["model=null", "nano"],
+    "train model.architecture=null": ["model.architecture=null", "can't be null"],
+    "train --experimental-rerun job.pickle": ["--experimental-rerun=job.pickle", "pickle"],
+    "train --experimental-re=job.pickle": ["--experimental-rerun=job.pickle", "pickle"],
+    "train --multirun --cfg job lora=none": ["--multirun", "one of them"],
+    "train -m lora=none optim.lr=1e-3,1e-4": ["run_dir", "${optim.lr}"],
+    "train -m lora=none optim.lr=1e-3,1e-4 run_dir=r": ["run_dir=r", "optim.lr=0.001; optim.lr=0.0001"],
+    "train -m lora=none optim.lr=1e-3,1e-4 run_dir=a/../r,r": ["run_dir=r", "two jobs"],
+    "train -m lora=none optim.lr=1e-3,-1 run_dir=r${optim.lr}": ["optim.lr=-1", "above 0"],
+    "train -m lora=none optim.lr=1e-3,fast run_dir=r${optim.lr}": ["optim.lr=fast", "not of type"],
+    "train -m lora=none optim.lr=interval(0,1) run_dir=r": ["optim.lr=interval(0,1)", "optim.lr=1,2,3"],
+    "train -m lora=none,nonsense run_dir=r": ["lora=nonsense", "by_load"],
+    "data -m files=[good.jsonl] seq_len=64,128": ["--multirun", "data does not sweep"],
+    "inference -m prompt=hi temperature=0,1": ["--multirun", "inference does not sweep"],
     "train hardware.threads=-1": ["hardware.threads=-1"],
     "train optim.betas=[0.9]": ["optim.betas=[0.9]"],
     "train epochs=0": ["epochs=0"],
@@ -245,6 +262,57 @@ def test_a_yaml_file_of_the_users_that_cannot_be_read_is_named(
     assert re.fullmatch(
         r"train: .*/own\.yaml, line [34]: it can't be read \(.*\); write plain YAML there\n", outcome.stderr
     )
+
+
+def test_a_file_of_settings_that_is_not_utf_8_is_named(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "own.yaml").write_bytes("# @package _global_\nname: café\n".encode("latin-1"))
+    for multirun in ([], ["-m"]):
+        outcome = run_program("train", f"--config-dir={tmp_path}", "recipe=own", *multirun)
+        assert outcome.exit_code == 2, outcome.stderr
+        assert re.fullmatch(
+            r"train: .*/own\.yaml: it is not UTF-8 text \(.*\); write plain YAML there\n", outcome.stderr
+        )
+
+
+def test_null_in_a_recipe_names_the_setting(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "own.yaml").write_text("# @package _global_\noptim: null\n")
+    outcome = run_program("train", f"--config-dir={tmp_path}", "recipe=own")
+    assert (outcome.exit_code, outcome.stderr) == (
+        2,
+        "train: optim=null: it can't be null; leave it out, or give a value\n",
+    )
+
+
+def test_null_leaves_a_group_of_files_out(run_program: Callable[..., Any]) -> None:
+    outcome = run_program("train", "recipe=null", "lora=none", "dry_run=true")
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    assert "base parameters" in outcome.stdout
+
+
+def test_a_sweep_inside_a_launcher_is_refused(run_program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = ["-m", "lora=none", "optim.lr=1e-3,1e-4", "run_dir=r${optim.lr}"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = run_program("train", *sweep)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("train: --multirun: a launcher has started 2 processes")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_a_base_with_fewer_embeddings_than_the_dataset_has_ids(
+    run_program: Callable[..., Any], tmp_path: Path, project_root: Path
+) -> None:
+    rows = project_root / "data" / "sample" / "identity.jsonl"
+    assert run_program("data", f"files=[{rows}]", "output=rows", "seq_len=256").exit_code == 0
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "mixtral", "vocab_size": 31_999}))
+    outcome = run_program("train", "dataset=rows", "model.path=base", "run_dir=run")
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert re.fullmatch(
+        r"train: model\.path=base: its vocabulary has 31,999 pieces, .* has 32,000; .*\n", outcome.stderr
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("settings", [["prompt="], ["prompt=  "], ["system=be kind"]])

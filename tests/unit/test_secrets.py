@@ -2,11 +2,14 @@
 
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from configs import entry
 from configs.secrets import HIDDEN, redact, redacted
+from tests.conftest import Outcome
 
 OF_WANDB = "89abcdef0123456789abcdef0123456789abcdef"
 """A key of wandb's, or a commit."""
@@ -65,6 +68,32 @@ def test_tracebacks_hide_them_too(capsys: pytest.CaptureFixture[str]) -> None:
     error = OSError("https://me:tokenofthehub@host: refused")
     entry._traceback(OSError, error, None)
     assert capsys.readouterr().err == f"OSError: https://{HIDDEN}@host: refused\n"
+
+
+def test_nothing_but_the_traceback_is_said_where_a_program_fails(
+    run_program: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hydra would add a line with the overrides as they were typed."""
+
+    def fail(config: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("train.run.run", fail)
+    with pytest.raises(RuntimeError, match=r"\Ano\Z") as error:
+        run_program("train", "lora=none", f"logging.project={OF_WANDB}")
+    assert capsys.readouterr().err == ""
+    assert not any("hydra" in str(entry.path) for entry in error.traceback)
+
+
+def test_a_sweep_says_and_writes_no_secret(run_program: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Hydra's own would write multirun.yaml."""
+    sweep = ("-m", "lora=none", f"logging.project=tokenofthehub,{OF_WANDB}", "run_dir=r")
+    outcome = run_program("train", *sweep)
+    assert outcome.exit_code == 2
+    assert f"logging.project={HIDDEN}" in outcome.stderr
+    assert "tokenofthehub" not in outcome.stderr
+    assert OF_WANDB not in outcome.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_tracebacks_of_threads_hide_them_too(

@@ -66,6 +66,20 @@ def test_a_run_is_replaced_only_where_that_is_asked(
     assert place.stat().st_ino == itself  # emptied: a disk that is mounted there could not be removed
 
 
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_fresh_run_refuses_rows_that_are_not_those_of_the_manifest(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path, split: str
+) -> None:
+    """One bit, which changes no size."""
+    rows = dataset.directory / split / "rows.arrow"
+    content = bytearray(rows.read_bytes())
+    content[len(content) // 2] ^= 1
+    rows.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^dataset=.*: {split}/rows\.arrow has changed since it was prepared"):
+        directory(dataset, processes, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_no_run_wrote_is_never_replaced(dataset: PreparedDataset, processes: Processes, tmp_path: Path) -> None:
     place = old_run(tmp_path / "project")
     (place / "thesis.txt").write_text("years of work")
