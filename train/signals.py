@@ -79,6 +79,8 @@ class Signals:
     def _leave(self, why: str) -> None:
         assert self._asked is not None
         again = "the same command with the same run_dir goes on from the last checkpoint"
+        if not self._training:  # whether there is one is not known here
+            again += ", or begins if there is none"
         self._exit(EXIT_PREEMPTED, f"stopped by {signal.Signals(self._asked).name}, {why}; {again}")
 
     def _exit(self, code: int, why: str) -> NoReturn:

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from configs import multirun
 from configs.entry import CONFIG_DIR, register
 from data.config import PrepareConfig
 from inference.config import InferenceConfig
@@ -45,7 +46,13 @@ def test_a_command_of_the_readme_composes(command: str) -> None:
     config_name, schema = PROGRAMS[module]
     overrides = [word for word in words if "=" in word and not word.startswith("prompt=")]
     register(config_name, schema)
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = OmegaConf.to_object(compose(config_name, overrides))
-    if not isinstance(config, InferenceConfig):
-        config.check()  # type: ignore[union-attr]
+    if words[0] == "python" and "-m" in words[3:]:
+        asked = multirun.flags(["-m", *overrides])
+        composed = [job.config for job in multirun.jobs(asked, CONFIG_DIR, config_name)]
+        assert len(composed) > 1
+    else:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = [compose(config_name, overrides)]
+    for config in map(OmegaConf.to_object, composed):
+        if not isinstance(config, InferenceConfig):
+            config.check()  # type: ignore[union-attr]
