@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from configs.errors import one_line
 from data.dataset import PreparedDataset, share
 from data.schema import IGNORE_INDEX
 from train.config import BatchArithmetic, TrainConfig
 from train.engine import Engine
-from train.metrics import console
 from train.routing import Routing
 from train.run_directory import RunDirectory
+from train.screen import console
 
 
 def profile(
@@ -38,8 +39,12 @@ def profile(
     if engine.processes.is_main:
         record = load_record(routing, config, rows=count)
         (run.path / "expert_load.json").write_text(json.dumps(record, indent=2) + "\n")
-        draw(record, run.path / "expert_load.png")
-        console.print(f"Saved {run.path}/expert_load.json and expert_load.png")
+        saved = f"Saved {run.path}/expert_load.json"
+        try:
+            draw(record, run.path / "expert_load.png")
+            console.print(f"{saved} and expert_load.png", soft_wrap=True)
+        except Exception as error:  # matplotlib's, of any kind; the numbers are there
+            console.print(f"{saved}; expert_load.png can't be drawn ({one_line(error)})", soft_wrap=True)
 
 
 def rows_to_profile(dataset: PreparedDataset, config: TrainConfig, batch: BatchArithmetic) -> list[int]:
