@@ -37,14 +37,19 @@ def profile(
             engine.forward(replace(micro_batch, targets=nothing_supervised))
     routing = engine.take_routing()
     if engine.processes.is_main:
-        record = load_record(routing, config, rows=count)
-        (run.path / "expert_load.json").write_text(json.dumps(record, indent=2) + "\n")
-        saved = f"Saved {run.path}/expert_load.json"
-        try:
-            draw(record, run.path / "expert_load.png")
-            console.print(f"{saved} and expert_load.png", soft_wrap=True)
-        except Exception as error:  # matplotlib's, of any kind; the numbers are there
-            console.print(f"{saved}; expert_load.png can't be drawn ({one_line(error)})", soft_wrap=True)
+        save(load_record(routing, config, rows=count), run.path)
+
+
+def save(record: dict[str, Any], directory: Path) -> None:
+    """Writes expert_load.json, and the picture beside it if that can be drawn."""
+    (directory / "expert_load.json").write_text(json.dumps(record, indent=2) + "\n")
+    told = f"Saved {directory}/expert_load.json"
+    try:
+        draw(record, directory / "expert_load.png")
+        told += " and expert_load.png"
+    except Exception as error:  # of any kind: matplotlib looks for fonts, and keeps files of its own
+        told += f"; expert_load.png can't be drawn ({one_line(error)})"
+    console.print(told, soft_wrap=True)
 
 
 def rows_to_profile(dataset: PreparedDataset, config: TrainConfig, batch: BatchArithmetic) -> list[int]:
