@@ -13,12 +13,24 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("way", "number"), [("all", signal.SIGTERM), ("one", signal.SIGINT), ("one, under the launcher", signal.SIGTERM)]
+    ("way", "number"),
+    [
+        ("all", signal.SIGTERM),
+        ("one", signal.SIGINT),
+        ("one, under the launcher", signal.SIGTERM),
+        ("the process group", signal.SIGINT),
+        ("the process group of one process", signal.SIGINT),
+    ],
 )
 def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, number: signal.Signals) -> None:
     run = runs.scratch / f"asked {way}".replace(" ", "-").replace(",", "")
     brief = signals.LONG | {"max_steps": "3"}
     signals.asked_once(runs, run, way, number, _runs.generator(way), after=1, settings=brief)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
+def test_what_becomes_of_wandb_is_nothing_to_the_run(runs: Workplace, number: signal.Signals) -> None:
+    signals.wandb_alone(runs, runs.scratch / f"wandb-{number.name}", number)
 
 
 @pytest.mark.parametrize(("way", "rank", "phase"), [(signal.SIGKILL, 0, "backward"), (signal.SIGSTOP, 1, "saving")])
