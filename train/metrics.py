@@ -164,12 +164,12 @@ class Metrics:
         if self._lines is not None:
             self._lines.sync()
 
-    def close(self) -> None:
-        """Ends what was begun; takes `wandb_run.END_WITHIN` seconds at most."""
+    def close(self, within: float = 10.0) -> None:
+        """Ends what was begun; gives wandb, which may have to upload, so many seconds."""
         if self._lines is not None:
             self._lines.close()
         if self._wandb is not None:
-            self._wandb.close()
+            self._wandb.close(within)
 
     def _line(self, values: dict[str, Any]) -> None:
         if self._lines is not None:

@@ -102,7 +102,10 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
             again = f"the same command with run_dir={directory.path}{without} goes on from there"
             console.print(f"Pre-empted {stop}; {again}", soft_wrap=True)
         preempted = True
-    metrics.close()  # not after an error, which the other processes are to hear of before this one waits for wandb
+    except Exception:
+        metrics.close(within=2.0)  # the other processes are waiting to be told
+        raise
+    metrics.close()
     return preempted
 
 

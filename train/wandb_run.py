@@ -15,9 +15,6 @@ from configs.secrets import redact, redacted
 from train.config import LoggingConfig
 from train.screen import console
 
-END_WITHIN = 10.0
-"""Seconds that wandb has for ending its run, which may have to be uploaded."""
-
 WAITING = 10_000
 """Records that wait for wandb at most; with more of them it counts as stuck."""
 
@@ -54,16 +51,16 @@ class Wandb:
         """Tells the values of a step."""
         self._put((step, values))
 
-    def close(self) -> None:
-        """Ends the run, or gives up after `END_WITHIN` seconds."""
+    def close(self, within: float) -> None:
+        """Ends the run, or gives up after so many seconds."""
         self._put(None)
         if not self._stopped:
-            self._thread.join(END_WITHIN)
+            self._thread.join(within)
         if self._stopped:
             with self._lock:  # the line may be on its way
                 return
         if self._thread.is_alive():
-            self._stop(f"it has not ended within {END_WITHIN:g} s")
+            self._stop(f"it has not ended within {within:g} s")
         else:
             threading.excepthook = self._excepthook
 

@@ -178,7 +178,7 @@ def test_routers_go_to_wandb_by_layer_with_the_numbers_of_the_file(
         def log(self, values: dict[str, float], step: int) -> None:
             logged.append((step, values))
 
-        def close(self) -> None:
+        def close(self, within: float) -> None:
             pass
 
     monkeypatch.setattr("train.metrics.Wandb", lambda *_: Run())

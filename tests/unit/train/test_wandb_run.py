@@ -55,7 +55,7 @@ def test_it_holds_what_it_is_told(project_root: Path, tmp_path: Path) -> None:
     body = """
 told = begin()
 told.log({"loss": 1.0}, 1)
-told.close()
+told.close(within=60)
 assert not psutil.Process().children()  # its process has ended too
 assert (sys.exit, sys.excepthook) == before  # wandb's would print keys
 assert threading.excepthook == threading.__excepthook__
@@ -78,7 +78,7 @@ while not told._stopped:
     time.sleep(0.01)
 told.log({{"loss": 1.0}}, 2)
 time.sleep(2)  # for what its threads have to say
-told.close()
+told.close(within=60)
 end()
 """
     check_stopped_once(run(project_root, tmp_path, body))
@@ -88,7 +88,7 @@ def test_its_process_is_killed_before_the_end(project_root: Path, tmp_path: Path
     body = """
 told = begin()
 os.kill(helper().pid, signal.SIGKILL)
-told.close()
+told.close(within=60)
 end()
 """
     check_stopped_once(run(project_root, tmp_path, body))
@@ -96,12 +96,11 @@ end()
 
 def test_its_process_hangs_at_the_end(project_root: Path, tmp_path: Path) -> None:
     body = """
-wandb_run.END_WITHIN = 0.5
 told = begin()
 stopped = helper()
 stopped.suspend()
 told.log({"loss": 1.0}, 1)
-told.close()
+told.close(within=0.5)
 stopped.kill()
 end()
 """
@@ -117,7 +116,7 @@ stopped.suspend()
 large = {"x": "." * 100_000}  # the way to it is full as well
 for step in range(200):
     told.log(large, step)
-told.close()
+told.close(within=60)
 stopped.kill()
 end()
 """
@@ -140,7 +139,7 @@ told = begin()
 while not told._stopped:
     told.log({"loss": 1.0}, 1)
     time.sleep(0.01)
-told.close()
+told.close(within=60)
 end()
 """
     check_stopped_once(run(project_root, tmp_path, body, **environment))
@@ -162,7 +161,7 @@ thread = threading.Thread(target=lambda: 1 / 0)
 thread.start()
 thread.join()
 assert [error.exc_type for error in seen] == [ZeroDivisionError]
-told.close()
+told.close(within=60)
 end()
 """
     check_stopped_once(run(project_root, tmp_path, body), "gone")
