@@ -194,7 +194,8 @@ def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
     if local_rank == "0":
-        print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
     elif local_rank != os.environ.get("SLURM_LOCALID"):  # srun lets the others be when one task ends
         # The launcher ends all processes when the first one ends: leave that to the one that has the sentence, and
         # have nothing to say about being ended.

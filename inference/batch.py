@@ -39,7 +39,7 @@ SETTINGS = (
 FIRST_BYTES = b'{"input": "'
 """How every journal begins."""
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ PACKAGES = ("openhermes-mixtral", "torch", "transformers", "peft", "safetensors"
 MOST_THREADS = 8
 """More would only wait for the disk."""
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def merge(config: InferenceConfig) -> dict[str, Any]:

@@ -69,12 +69,17 @@ class Channel:
         self.reading = reading
         self._writing = writing
         self._rest = b""
+        self._unsent = b""
+        """Of the last line, what a full socket did not take."""
         os.set_blocking(writing, False)
 
     def send(self, **fields: object) -> None:
-        """One line. What can't be written is lost: that the other side is gone shows in reading."""
+        """One line, or nothing of it. What can't be written is lost: that the other side is gone shows in reading."""
+        line = json.dumps(fields).encode() + b"\n"
         with contextlib.suppress(OSError):
-            os.write(self._writing, json.dumps(fields).encode() + b"\n")
+            self._unsent = self._unsent[os.write(self._writing, self._unsent) :] if self._unsent else b""
+            if not self._unsent:
+                self._unsent = line[os.write(self._writing, line) :]
 
     def receive(self) -> list[dict[str, Any]] | None:
         """The lines that have come; None at the end, and where the other side does not speak in lines of JSON."""

@@ -5,7 +5,7 @@ from collections import deque
 from typing import Any
 
 from train.config import FailureConfig
-from train.metrics import StepRecord
+from train.history import StepRecord
 
 
 class Health:

@@ -9,8 +9,9 @@ from data.dataset import Batch, PackedTable, PreparedDataset, share
 from train.config import BatchArithmetic, OptimConfig, TrainConfig
 from train.engine import Engine, Update, seed
 from train.health import Health
+from train.history import History, StepRecord
 from train.learning import FirstGradients
-from train.metrics import Metrics, StepRecord
+from train.metrics import Metrics
 from train.saver import Saver
 from train.signals import Signals
 
@@ -38,6 +39,7 @@ def train(
     config: TrainConfig,
     *,
     batch: BatchArithmetic,
+    history: History,
     metrics: Metrics,
     health: Health,
     saver: Saver,
@@ -55,8 +57,12 @@ def train(
 
     def evaluate_where_due(number: int) -> None:
         due = number in (0, steps) or (config.eval_every and number % config.eval_every == 0)
-        if due and number not in metrics.evaluations:
-            metrics.evaluated(number, evaluate(engine, dataset.eval, batch, signals))
+        if not due or number in history.evaluations:
+            return
+        loss = evaluate(engine, dataset.eval, batch, signals)
+        if loss is not None:
+            history.evaluations[number] = loss
+            metrics.evaluated(number, loss)
 
     engine.train()
     with metrics.progress(steps, done=done):
@@ -75,6 +81,7 @@ def train(
             result = watched_step(engine, micro_batches, number, lr, config, metrics, first=first)
             record = _record(number, result, lr, time.perf_counter() - started)
             wrong = health.judge(record)
+            history.last = record
             metrics.stepped(record, wrong, rows)
             if health.gives_up:
                 saver.wait()

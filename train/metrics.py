@@ -1,59 +1,34 @@
-"""What a run tells while it trains: a progress bar, metrics.jsonl, wandb."""
+"""What a run tells while it trains: a progress bar, metrics.jsonl, wandb.
+
+Nothing here raises into training or holds it up, whatever becomes of the terminal, the disk or wandb; nor does anything
+in training rest on it.
+"""
 
 import contextlib
 import json
-import math
 import os
 import resource
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from configs.secrets import redact, redacted
+from configs.errors import UserError, one_line
 from data.writing import sync
 from train.config import LoggingConfig
+from train.history import StepRecord, finite
 from train.learning import Movement
 from train.routing import Routing
-
-
-class _Console(Console):
-    """Says nothing more once nobody reads; rich's own would end the process, and with it the run."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
-console = _Console(stderr=True)
+from train.screen import console
+from train.wandb_run import Wandb
 
 METRICS = "metrics.jsonl"
-WANDB_SECONDS = 10.0
-"""How long wandb gets to end at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One optimizer step, over all processes."""
-
-    step: int
-    loss: float
-    """Nats per supervised token."""
-    learning_rate: float
-    gradient_norm: float
-    """Before clipping."""
-    applied: bool
-    """False where the update was refused."""
-    router_balance: float
-    """The routers' load-balancing loss (the auxiliary loss before its weight)."""
-    tokens: int
-    supervised_tokens: int
-    seconds: float
+UNWRITTEN = 16 << 20
+"""Bytes of lines that wait for the disk at most, those of some ten thousand steps."""
 
 
 class Metrics:
@@ -68,42 +43,37 @@ class Metrics:
         is_main: bool,
         resumed: dict[str, Any] | None = None,
     ):
-        """Opens metrics.jsonl and, where it is wanted, a wandb run that lives in the run directory.
+        """Opens metrics.jsonl and, if it is wanted, a wandb run that lives in the run directory.
 
         Args:
             directory: the run directory.
             config: what is wanted.
             settings: of the whole run, for wandb.
             is_main: whether this process writes.
-            resumed: what `state` gave when the checkpoint was made that the run goes on from. Lines of later steps are
-                dropped: those steps will be taken again.
+            resumed: what `History.state` and `state` gave when the checkpoint was made that the run goes on from. Lines
+                of later steps are dropped: those steps will be taken again.
+
+        Raises:
+            UserError: metrics.jsonl can't be written, before anything was trained.
         """
         self._is_main = is_main
         self._config = config
         resumed = resumed or {}
+        self._wandb_id: str | None = resumed.get("wandb")
+        self._lines: _Lines | None = None
+        self._wandb: Wandb | None = None
         if is_main:
-            _keep_lines(directory / METRICS, resumed.get("step", -1), resumed.get("evaluations", {}))
-        self._file = (directory / METRICS).open("a", encoding="utf-8") if is_main else None
-        wandb = is_main and config.wandb != "off"
-        self._wandb = _wandb(directory, config, settings, resumed.get("wandb")) if wandb else None
-        self._lock = threading.Lock()
+            self._lines = _Lines(_opened(directory, resumed), directory / METRICS)
+            if config.wandb != "off":
+                self._wandb = Wandb(directory, config, settings, self._wandb_id)
+                self._wandb_id = self._wandb.id
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._steps = 0
-        self.evaluations = {int(step): loss for step, loss in _floats(resumed.get("evaluations", {})).items()}
-        """Evaluation losses by step."""
-        self.last = StepRecord(**_floats(resumed["last"])) if resumed.get("last") else None
-        """The last step."""
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, fit for JSON."""
-        state = {
-            "step": self.last.step if self.last else 0,
-            "last": asdict(self.last) if self.last else None,
-            "evaluations": {str(step): loss for step, loss in self.evaluations.items()},
-            "wandb": self._wandb.id if self._wandb is not None else None,
-        }
-        return finite(state)
+        return {"wandb": self._wandb_id}
 
     @contextlib.contextmanager
     def progress(self, steps: int, *, done: int) -> Iterator[None]:
@@ -128,7 +98,6 @@ class Metrics:
 
     def stepped(self, record: StepRecord, wrong: str | None, rows: list[int | None]) -> None:
         """Records a step; where something is `wrong` with it, `refused` or `spike`, with its rows."""
-        self.last = record
         if not self._is_main:
             return
         if wrong is not None:
@@ -165,7 +134,7 @@ class Metrics:
         if not self._is_main:
             return
         record = routing.record()
-        self._file_line({"step": step, **record})
+        self._line({"step": step, **record})
         if self._wandb is not None:
             by_layer = {
                 f"routers/{name}/layer_{layer}": value
@@ -180,44 +149,81 @@ class Metrics:
             unused = {"routers/unused_experts": len(record["unused_experts"])}
             self._wandb.log(by_layer | by_expert | unused, step=step)
 
-    def evaluated(self, step: int, loss: float | None) -> None:
-        """Records an evaluation; None, where the held-out split is empty, records nothing."""
-        if loss is None:
-            return
-        self.evaluations[step] = loss
+    def evaluated(self, step: int, loss: float) -> None:
+        """Records an evaluation."""
         if self._is_main:
             console.print(f"step {step}: evaluation loss {loss:.4f}")
             self._write({"step": step, "evaluation_loss": loss})
 
     def saved(self, step: int, paused: float, took: float) -> None:
         """Records a checkpoint: the seconds for which training stood still, and until it was on the disk."""
-        self._file_line({"step": step, "checkpoint_paused_seconds": paused, "checkpoint_seconds": took})
+        self._line({"step": step, "checkpoint_paused_seconds": paused, "checkpoint_seconds": took})
 
     def sync(self) -> None:
-        """Forces the lines so far to the disk, so that a checkpoint never knows more than they."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        """Forces the lines so far to the disk, so that a checkpoint never knows more than they, if the disk can."""
+        if self._lines is not None:
+            self._lines.sync()
 
-    def close(self) -> None:
-        """Ends the files."""
-        if self._file is not None:
-            self._file.close()
+    def close(self, within: float = 10.0) -> None:
+        """Ends what was begun; gives wandb, which may have to upload, so many seconds."""
+        if self._lines is not None:
+            self._lines.close()
         if self._wandb is not None:
-            # The launcher's SIGTERM may have ended wandb's own process before: it gets a bounded time.
-            ending = threading.Thread(target=self._wandb.finish, daemon=True)
-            ending.start()
-            ending.join(WANDB_SECONDS)
+            self._wandb.close(within)
 
-    def _file_line(self, values: dict[str, Any]) -> None:
-        assert self._file is not None
-        with self._lock:  # checkpoints are recorded by the thread that writes them
-            self._file.write(json.dumps(finite(values)) + "\n")
-            self._file.flush()
+    def _line(self, values: dict[str, Any]) -> None:
+        if self._lines is not None:
+            self._lines.add((json.dumps(finite(values)) + "\n").encode())
 
     def _write(self, values: dict[str, Any]) -> None:
-        self._file_line(values)
+        self._line(values)
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+
+class _Lines:
+    """Appends lines to a file. Those that can't be written wait until they can be, and that is said once."""
+
+    def __init__(self, descriptor: int, path: Path):
+        """`path` is that of the open file."""
+        self._file, self._path = descriptor, path
+        self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
+        self._unwritten = b""
+        self._failing = False
+
+    def add(self, line: bytes) -> None:
+        """Appends a whole line."""
+        with self._lock:
+            if len(self._unwritten) + len(line) <= UNWRITTEN:
+                self._unwritten += line
+            self._flush()
+
+    def sync(self) -> None:
+        """Forces the lines to the disk."""
+        with self._lock:
+            self._flush(sync=True)
+
+    def close(self) -> None:
+        """Ends the file."""
+        with self._lock:
+            self._flush()
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+
+    def _flush(self, *, sync: bool = False) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+            if sync:
+                os.fsync(self._file)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                why = error.strerror or one_line(error)
+                console.print(
+                    f"{self._path} can't be written ({why}); its lines wait, and training goes on", soft_wrap=True
+                )
+            self._failing = True
 
 
 def show_movements(movements: list[Movement]) -> None:
@@ -232,25 +238,27 @@ def show_movements(movements: list[Movement]) -> None:
     console.print(table)
 
 
-def finite(value: Any) -> Any:
-    """The same value fit for JSON, which knows no NaN: a number that is not finite, at any depth, becomes its name."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _floats(named: dict[str, Any]) -> dict[str, Any]:
-    """The numbers whose names `finite` wrote."""
-    return {name: float(value) if isinstance(value, str) else value for name, value in named.items()}
-
-
 def memory_gib() -> float:
     """Peak memory of this process so far in GiB: allocated on its GPU where it has one, else resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _opened(directory: Path, resumed: dict[str, Any]) -> int:
+    """metrics.jsonl, open for what comes next."""
+    path = directory / METRICS
+    if path.exists() and not path.is_file():
+        raise UserError(f"run_dir={directory}: its {METRICS} is no regular file; remove it")
+    try:
+        _keep_lines(path, resumed.get("step", -1), resumed.get("evaluations", {}))
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise UserError(
+            f"run_dir={directory}: its {METRICS} can't be written ({why}); free space or make it writable, and give "
+            f"the same command again"
+        ) from error
 
 
 def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
@@ -269,23 +277,4 @@ def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
     temporary.write_bytes(b"".join(kept))
     sync(temporary)
     temporary.rename(path)
-
-
-def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any], resumed: str | None) -> Any:
-    """A wandb run: online where asked or logged in, else offline; the one that is `resumed`, by its id."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    mode: Any = config.wandb
-    if mode == "auto":
-        logged_in = wandb.login(prompt=False, verify=False)
-        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-    named = redacted({"project": config.project, "name": directory.name})
-    run: dict[str, Any] = {**named, "dir": str(directory), "config": settings}
-    if resumed is not None:
-        run |= {"id": resumed, "resume": "allow"}
-    try:
-        return wandb.init(mode=mode, **run)
-    except wandb.errors.Error as error:
-        console.print(f"wandb can't be reached ({redact(str(error))}); it logs offline, into {directory}/wandb")
-        return wandb.init(mode="offline", **run)
+    sync(path.parent)

@@ -34,7 +34,7 @@ def show_plan(config: TrainConfig) -> None:
     for name, parameter in model.trainable(planned):
         kinds[model.kind(name)] += parameter.numel()
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
     console.print(f"base                 {config.model.path or 'random weights'}")
     console.print(f"base parameters      {total:,}")
     console.print(f"trained parameters   {sum(kinds.values()):,} ({sum(kinds.values()) / total:.3%} of the base)")

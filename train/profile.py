@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from configs.errors import one_line
 from data.dataset import PreparedDataset, share
 from data.schema import IGNORE_INDEX
 from train.config import BatchArithmetic, TrainConfig
 from train.engine import Engine
-from train.metrics import console
 from train.routing import Routing
 from train.run_directory import RunDirectory
+from train.screen import console
 
 
 def profile(
@@ -36,10 +37,19 @@ def profile(
             engine.forward(replace(micro_batch, targets=nothing_supervised))
     routing = engine.take_routing()
     if engine.processes.is_main:
-        record = load_record(routing, config, rows=count)
-        (run.path / "expert_load.json").write_text(json.dumps(record, indent=2) + "\n")
-        draw(record, run.path / "expert_load.png")
-        console.print(f"Saved {run.path}/expert_load.json and expert_load.png")
+        save(load_record(routing, config, rows=count), run.path)
+
+
+def save(record: dict[str, Any], directory: Path) -> None:
+    """Writes expert_load.json, and the picture beside it if that can be drawn."""
+    (directory / "expert_load.json").write_text(json.dumps(record, indent=2) + "\n")
+    told = f"Saved {directory}/expert_load.json"
+    try:
+        draw(record, directory / "expert_load.png")
+        told += " and expert_load.png"
+    except Exception as error:  # of any kind: matplotlib looks for fonts, and keeps files of its own
+        told += f"; expert_load.png can't be drawn ({one_line(error)})"
+    console.print(told, soft_wrap=True)
 
 
 def rows_to_profile(dataset: PreparedDataset, config: TrainConfig, batch: BatchArithmetic) -> list[int]:

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from transformers import MixtralForCausalLM
 
-from configs.errors import UserError
+from configs.errors import one_line
 from train import adapter_files, expert_lora
 from train.background import Background
 from train.config import TrainConfig
 from train.engine import Engine
+from train.history import finite
 from train.learning import Movement, movements
-from train.metrics import console, finite
 from train.model_files import ModelFiles
 from train.run_directory import RECEIPT
+from train.screen import console
 
 
 def result_name(config: TrainConfig) -> str:
@@ -85,14 +86,16 @@ class Result:
 def movements_of(config: TrainConfig, model: MixtralForCausalLM, tensors: dict[str, torch.Tensor]) -> list[Movement]:
     """How far the experts' adapters are from where the run began, whether it was resumed since or not.
 
-    None where `lora.start` can't be read any more: what was learned is worth saving without them.
+    None if that can't be found out, such as where `lora.start` can't be read any more: what was learned is worth saving
+    without it.
     """
-    start = None
-    if config.lora.start is not None:
-        try:
+    try:
+        start = None
+        if config.lora.start is not None:
             start = adapter_files.read(Path(config.lora.start), tensors, expert_lora.adapters(model), config.lora)
-        except UserError as error:
-            console.print(f"{error}. How far the experts' adapters have moved is not told.")
-            return []
-        start = {name: tensor.to(model.dtype) for name, tensor in start.items()}  # as training began from them
-    return movements(model, tensors, start)
+            start = {name: tensor.to(model.dtype) for name, tensor in start.items()}  # as training began from them
+        return movements(model, tensors, start)
+    except Exception as error:
+        told = f"{one_line(error)}. How far the experts' adapters have moved is not told."
+        console.print(told, soft_wrap=True)
+        return []

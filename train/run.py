@@ -13,15 +13,17 @@ from train.engine import Engine, Processes
 from train.failures import told
 from train.guard import Guard
 from train.health import Health
+from train.history import History
 from train.loop import Preempted, train
 from train.loss import MixtralWithLoss
-from train.metrics import Metrics, console
+from train.metrics import Metrics
 from train.model import build, check_embeddings
 from train.plan import show_plan
 from train.profile import profile
 from train.resume import same_everywhere, settings
 from train.run_directory import RunDirectory
 from train.saver import Saver
+from train.screen import console
 from train.signals import EXIT_PREEMPTED, Signals
 from train.sweep import sweep
 
@@ -60,7 +62,8 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     directory = RunDirectory(config, dataset, batch, processes)
     if directory.finished:
         if processes.is_main:
-            console.print(f"{directory.path}: the run is finished; give overwrite=true to do it again")
+            told = f"{directory.path}: the run is finished; give overwrite=true to do it again"
+            console.print(told, soft_wrap=True)
         return False
     if config.task == "profile":
         # The engine asks for something that trains; fresh adapters change nothing that the routers see.
@@ -76,15 +79,18 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
         return False
     health = Health(config.failures)
     resumed = directory.restore(trainer, checkpoint, health)
+    history = History(resumed)
     metrics = Metrics(directory.path, config.logging, settings(config), is_main=processes.is_main, resumed=resumed)
-    saver = Saver(directory, trainer, metrics, health)
+    saver = Saver(directory, trainer, history, metrics, health)
     signals.begin_training()
+    preempted = False
     try:
         train(
             trainer,
             dataset,
             config,
             batch=batch,
+            history=history,
             metrics=metrics,
             health=health,
             saver=saver,
@@ -95,11 +101,13 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
         if processes.is_main:
             without = ", without overwrite," if config.overwrite else ""
             again = f"the same command with run_dir={directory.path}{without} goes on from there"
-            console.print(f"Pre-empted {stop}; {again}")
-        return True
-    finally:
-        metrics.close()
-    return False
+            console.print(f"Pre-empted {stop}; {again}", soft_wrap=True)
+        preempted = True
+    except Exception:
+        metrics.close(within=2.0)  # the other processes are waiting to be told
+        raise
+    metrics.close()
+    return preempted
 
 
 def check_vocabulary(base: ModelConfig, dataset: PreparedDataset) -> None:

@@ -32,7 +32,7 @@ from train.checkpoint import Checkpoint, DamagedError
 from train.config import BatchArithmetic, TrainConfig
 from train.engine import Engine, Processes, agree, gathered
 from train.health import Health
-from train.metrics import console
+from train.screen import console
 
 PACKAGES = (
     "openhermes-mixtral",
@@ -159,7 +159,8 @@ class RunDirectory:
                     resume.check(Checkpoint(place).trainer, self.config, self.fed)
                     return
         else:
-            console.print(f"{self.path}: the run that is there left no checkpoint; it starts from the beginning")
+            told = f"{self.path}: the run that is there left no checkpoint; it starts from the beginning"
+            console.print(told, soft_wrap=True)
 
     def _lock(self) -> None:
         """Keeps other launches out of the directory for as long as this process lives.
@@ -221,10 +222,11 @@ class RunDirectory:
                 found.check(shapes)
             except DamagedError as error:
                 first = first or f"{place.name}: {error}"
-                console.print(f"{place} is damaged ({error}); the one before is used", style="bold red")
+                told = f"{place} is damaged ({error}); the one before is used"
+                console.print(told, style="bold red", soft_wrap=True)
                 continue
             resume.check(found.trainer, self.config, self.fed)
-            console.print(f"Resuming {self.path} after step {found.step}")
+            console.print(f"Resuming {self.path} after step {found.step}", soft_wrap=True)
             return found
         raise UserError(
             f"run_dir={self.path}: it has checkpoints, and none of them is whole ({first}); restore one, or give "

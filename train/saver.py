@@ -13,9 +13,11 @@ from train.background import Background
 from train.checkpoint import CheckpointWriter
 from train.engine import Engine, agree
 from train.health import Health
-from train.metrics import Metrics, console, show_movements
+from train.history import History
+from train.metrics import Metrics, show_movements
 from train.result import Result, result_name
 from train.run_directory import RECEIPT, RunDirectory
+from train.screen import console
 
 SIGN_OF_LIFE = 10.0
 """Seconds after which a process that waits for the disk says that it does."""
@@ -24,9 +26,9 @@ SIGN_OF_LIFE = 10.0
 class Saver:
     """Saves a run. Only the main process writes."""
 
-    def __init__(self, run: RunDirectory, engine: Engine, metrics: Metrics, health: Health):
+    def __init__(self, run: RunDirectory, engine: Engine, history: History, metrics: Metrics, health: Health):
         """`run` is where to; the others are what of."""
-        self._run, self._engine, self._metrics, self._health = run, engine, metrics, health
+        self._run, self._engine, self._history, self._metrics, self._health = run, engine, history, metrics, health
         self._background = Background() if run.processes.is_main else None
         self._name = result_name(run.config)
 
@@ -53,12 +55,12 @@ class Saver:
             "processes": run.processes.count,
             "settings": receipt["settings"],
             **run.fed,
-            "metrics": metrics.state(),
+            "metrics": self._history.state() | metrics.state(),
             "health": self._health.state(),
         }
         self._background.submit(metrics.sync)
         writer.finish(trainer)
-        evaluations = dict(metrics.evaluations)
+        evaluations = dict(self._history.evaluations)
 
         def prune() -> None:
             steps = [n for n in map(checkpoint.number, checkpoint.places(run.path)) if n is not None and n <= step]
@@ -128,7 +130,7 @@ class Saver:
         self._background.submit(lambda: checkpoint.clean(run.path))
         self.wait()
         show_movements(saved.moved)
-        console.print(f"Saved {place}")
+        console.print(f"Saved {place}", soft_wrap=True)
 
     def _take_part(self, *, moments: bool) -> None:
         """What a process does that writes nothing: gathering takes all of them."""
@@ -137,15 +139,15 @@ class Saver:
 
     def _receipt(self) -> dict[str, Any]:
         """What was run, on what, from what, and how far it came."""
-        run, metrics = self._run, self._metrics
+        run, history = self._run, self._history
         return {
             **run.launch,
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "batch": asdict(run.batch),
             "resumed_after_step": run.resumed_step or None,
             **run.fed,
-            "evaluation_loss": {str(step): loss for step, loss in metrics.evaluations.items()},
-            "steps": metrics.last.step if metrics.last else 0,
-            "loss": metrics.last.loss if metrics.last else None,
+            "evaluation_loss": {str(step): loss for step, loss in history.evaluations.items()},
+            "steps": history.last.step if history.last else 0,
+            "loss": history.last.loss if history.last else None,
             "settings": resume.settings(run.config),
         }

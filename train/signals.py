@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks the run to finish its step and save, the second ends the process at once."""
+"""SIGTERM, SIGINT, SIGHUP: the first asks the run to finish its step and save, the second ends the process at once."""
 
 import ctypes
 import os
@@ -14,7 +14,8 @@ from configs.errors import say
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: the run was asked to stop, and the same command goes on with it."""
 
-ASKING = (signal.SIGTERM, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The last one comes when the terminal closes. Whoever launches with nohup wants the run to go on then."""
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h: the signal that a process gets when its parent ends."""
 TOGETHER = 1.0
@@ -42,7 +43,8 @@ class Signals:
         self._writer.setblocking(False)
         follow_launcher()
         for number in ASKING:
-            signal.signal(number, _handled_elsewhere)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _handled_elsewhere)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -66,7 +68,7 @@ class Signals:
     def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self._asked is not None:
-            if now - self._at >= TOGETHER:
+            if now - self._at >= TOGETHER and number != signal.SIGHUP:  # a terminal that closes is in no hurry
                 self._exit(128 + number, f"{signal.Signals(number).name} again: leaving at once")
             return
         self._asked, self._at = number, now

@@ -26,6 +26,7 @@ from train import checkpoint, engine
 from train.config import DeepSpeedConfig, HardwareConfig, LoggingConfig, LoraConfig, ModelConfig, TrainConfig
 from train.engine import Engine, Processes
 from train.health import Health
+from train.history import History
 from train.loop import step
 from train.loss import MixtralWithLoss
 from train.metrics import Metrics
@@ -85,7 +86,7 @@ def _measure(
     directory = RunDirectory(config, dataset, batch, processes)
     directory.create()
     metrics = Metrics(directory.path, config.logging, {}, is_main=processes.is_main)
-    saver = Saver(directory, trainer, metrics, health)
+    saver = Saver(directory, trainer, History(), metrics, health)
     trainer.train()
     taken = 0
     rows = settings.order(len(dataset.train))[: options.rows_per_step]  # the same in every step: so are the costs

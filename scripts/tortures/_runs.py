@@ -303,8 +303,16 @@ class Launch:
         if self.count == 1:
             assert self._command is not None
             return {0: self._command.pid} if self.running else {}
-        found = {process.pid: _field(process, "RANK") for process in self.left() if not _is_guardian(process)}
+        beside = (_is_guardian, _is_wandb)
+        training = [process for process in self.left() if not any(is_it(process) for is_it in beside)]
+        found = {process.pid: _field(process, "RANK") for process in training}
         return {int(rank): pid for pid, rank in found.items() if rank}
+
+    @property
+    def group(self) -> int:
+        """The process group of a launch that was typed."""
+        assert self._command is not None
+        return self._command.pid
 
     def launchers(self) -> list[int]:
         """The processes of the launcher, the outer one first."""
@@ -313,6 +321,10 @@ class Launch:
         assert self._command is not None
         inner = [process.pid for process in self.left() if "deepspeed.launcher.launch" in _words(process)]
         return [self._command.pid, *inner]
+
+    def wandb(self) -> psutil.Process | None:
+        """The process that wandb has started for itself."""
+        return next(filter(_is_wandb, self.left()), None)
 
     def wait_for_ranks(self) -> dict[int, int]:
         """The training processes by rank, when all are there, or the launch has ended."""
@@ -554,6 +566,10 @@ def _words(process: psutil.Process) -> list[str]:
 
 def _is_guardian(process: psutil.Process) -> bool:
     return any(word.endswith("guardian.py") for word in _words(process))
+
+
+def _is_wandb(process: psutil.Process) -> bool:
+    return any(word.endswith("wandb-core") for word in _words(process)[:1])
 
 
 def _state(path: Path) -> tuple[int, int] | None:

@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             _runs.attempt("result, 50%", lambda: full(place, whole, size + 0.5 * result, first=18, save_every="18")),
             _runs.attempt("read-only before the launch", lambda: read_only_before(place, whole)),
             _runs.attempt("read-only during the run", lambda: read_only_during(place, whole)),
+            _runs.attempt("full between two saves", lambda: full_between_saves(place)),
         ]
         figures = _runs.report("Disk full or read-only", trials, options.seed)
         figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
@@ -104,6 +105,31 @@ def full(place: Workplace, whole: Path, wanted: float, *, first: int, **changed:
         resumed = goes_on(place, run, whole, first, **changed)
     shutil.rmtree(run)
     return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
+
+
+def full_between_saves(place: Workplace) -> dict[str, Any]:
+    """Only metrics.jsonl is written meanwhile: its lines wait, and the run goes on to its end."""
+    settings = SETTINGS | {"save_every": "0", "global_batch": "8"}
+    whole = place.reference(1, **settings)
+    run = place.scratch / "disk"
+    with mounted(run, ENOUGH):
+        launch = place.launch(run, 1, **settings)
+        launch.until(lambda: _runs.last_step(run) >= 1)
+        ballast = run / ".ballast.tmp"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(b"." * PAGE):
+                pass
+        noticed = launch.until(lambda: "metrics.jsonl can't be written (No space left on device)" in launch.said())
+        stopped = _runs.last_step(run)
+        ballast.unlink()
+        codes = launch.wait()
+        require(noticed, f"it does not say that metrics.jsonl can't be written:\n{launch.said()}")
+        require(codes == [0], f"it ended with {codes}:\n{launch.said()}")
+        require(launch.said().count("can't be written") == 1, f"it says so more than once:\n{launch.said()}")
+        difference = _runs.difference(run, whole)
+        require(not difference, str(difference))
+    shutil.rmtree(run)
+    return {"stopped_after": stopped, "resumed_after": stopped}
 
 
 def read_only_before(place: Workplace, whole: Path) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 The steps are long enough for the skew to fall within one. After the first signal both processes must finish the same
 step, save and leave with exit code 75, and the next launch must go on to the end of the run that nothing happened to.
 A second signal must end its process at once, and `failures.grace` must bound how long a step may still take.
+
+wandb logs offline meanwhile, by a process of its own, which some of the signals end as well. Ended alone, or stopped,
+it must change nothing.
 """
 
 import argparse
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -17,9 +21,10 @@ from typing import Any
 from . import _runs
 from ._runs import Launch, Workplace, require
 
-LONG = {"max_steps": "4", "global_batch": "24", "save_every": "0", "eval_every": "2", "epochs": "20"}
+WANDB = {"logging.wandb": "offline"}
+LONG = {"max_steps": "4", "global_batch": "24", "save_every": "0", "eval_every": "2", "epochs": "20"} | WANDB
 """Steps of a second or a few."""
-LONGER = {"max_steps": "3", "global_batch": "100", "save_every": "1", "eval_every": "0", "epochs": "20"}
+LONGER = {"max_steps": "3", "global_batch": "100", "save_every": "1", "eval_every": "0", "epochs": "20"} | WANDB
 """Steps that outlive a second signal and a short grace period."""
 PREEMPTED, TERMINATED = 75, 128 + signal.SIGTERM
 
@@ -47,6 +52,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             _runs.attempt("SIGTERM twice to one", partial(twice, place, random)),
             _runs.attempt("SIGTERM to all, failures.grace=1", partial(out_of_grace, place)),
         ]
+        for name in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP):
+            trial = partial(wandb_alone, place, place.scratch / f"wandb-{name.name}", name)
+            trials.append(_runs.attempt(f"{name.name} to wandb's process", trial))
         figures = _runs.report("Signals to runs on two processes", trials, options.seed)
         place.keep = bool(figures["failed"])
     return figures
@@ -81,24 +89,30 @@ def to_inner_launcher(launch: Launch, number: int, random: Random) -> float:
     return 0.0
 
 
-def to_terminal(launch: Launch, number: int, random: Random) -> float:
-    """All at once, launchers and training processes, as a terminal does it."""
-    for pid in [*launch.launchers(), *launch.ranks().values()]:
-        _runs.kill(pid, number)
+def to_group(launch: Launch, number: int, random: Random) -> float:
+    """The process group: all at once, launchers, training processes and guardians, as a terminal does it.
+
+    DeepSpeed's launcher then ends what the training processes have started, wandb's process too.
+    """
+    os.killpg(launch.group, number)
     return 0.0
 
 
 Way = Callable[[Launch, int, Random], float]
-WAYS: dict[str, tuple[Way, dict[str, bool]]] = {
+WAYS: dict[str, tuple[Way, dict[str, Any]]] = {
     "one": (to_one, {"forked": True}),
     "one, under the launcher": (to_one, {"forked": False}),
     "all": (to_all, {"forked": True}),
     "the script": (to_script, {"forked": False, "by_script": True}),
     "the launcher of the machine": (to_inner_launcher, {"forked": False}),
-    "launcher and all": (to_terminal, {"forked": False}),
+    "the process group": (to_group, {"forked": False}),
+    "the process group of one process": (to_group, {"forked": False, "processes": 1}),
 }
 """What sends a signal and returns the skew in seconds, and how the run is launched for it."""
-ORDER = ("all", "one", "all", "one, under the launcher", "all", "the script", "one", "all", "launcher and all", "all")
+ORDER = (
+    *("all", "one", "the process group", "one, under the launcher", "all"),
+    *("the script", "one", "all", "the process group", "the process group of one process"),
+)
 """In which trials take turns; the launcher of the machine stands in for the script every other time."""
 
 
@@ -113,9 +127,11 @@ def asked_once(
 ) -> dict[str, Any]:
     """One launch that is asked to stop in the middle of the step `after` this, and one that finishes the run."""
     send, how = WAYS[way]
-    whole = place.reference(2, **settings)
+    how = {"processes": 2} | how
+    processes = how["processes"]
+    whole = place.reference(processes, **settings)
     fraction = random.random()
-    launch = place.launch(run, 2, **how, **settings)
+    launch = place.launch(run, **how, **settings)
     require(
         launch.until(lambda: launch.has_begun and _runs.last_step(run) >= after), f"it ended early:\n{launch.said()}"
     )
@@ -123,20 +139,46 @@ def asked_once(
     began = time.monotonic()
     skew = send(launch, number, random)
     codes = launch.wait()
+    through_launcher = processes > 1 and send in (to_inner_launcher, to_group)
+    launch.wait_for_none_left(30 if through_launcher else 5)  # `deepspeed` itself does not wait for them then
     took = time.monotonic() - began
-    launch.wait_for_none_left(5)
     stopped = _runs.last_checkpoint(run)
     expected = {PREEMPTED}
-    if send in (to_inner_launcher, to_terminal):
+    if through_launcher:
         expected |= {1, -number}  # DeepSpeed's own answers where it was signalled itself
     require(set(codes) <= expected, f"it ended with {codes}:\n{launch.said()}")
     require(f"Pre-empted after step {stopped}" in launch.said(), f"it does not say after which step:\n{launch.said()}")
+    if not through_launcher:  # `deepspeed` prints one of its own
+        require("Traceback" not in launch.said(), f"it prints a traceback:\n{launch.said()}")
     require(_runs.last_step(run) == stopped == _runs.check_newest(run), f"the checkpoint is that of step {stopped}")
-    resumed = place.finish(run, 2, **settings).resumed_step
+    resumed = place.finish(run, processes, **settings).resumed_step
     require(resumed == stopped, f"it went on after step {resumed}, not {stopped}")
     difference = _runs.difference(run, whole)
     require(not difference, str(difference))
     return {"skew": skew, "exit_codes": codes, "seconds": took, "stopped_after": stopped, "resumed_after": resumed}
+
+
+def wandb_alone(place: Workplace, run: Path, number: signal.Signals) -> dict[str, Any]:
+    """wandb's process gets a signal in the middle of a run, which goes on without it and ends as if it had none."""
+    settings = {"max_steps": "8", "global_batch": "24", "save_every": "4", "epochs": "20"}
+    whole = place.reference(1, **settings)
+    launch = place.launch(run, 1, **settings, **WANDB)
+    launch.until(lambda: any(run.glob("wandb/*/run-*.wandb")))
+    process, after = launch.wandb(), _runs.last_step(run)
+    require(process is not None and after < 8, f"it ended early:\n{launch.said()}")
+    assert process is not None
+    process.send_signal(number)
+    codes = launch.wait()
+    if number == signal.SIGSTOP:
+        process.kill()  # nobody else does
+    launch.wait_for_none_left(5)
+    require(codes == [0], f"it ended with {codes}:\n{launch.said()}")
+    told = [line for line in launch.said().splitlines() if "wandb" in line or "Traceback" in line]
+    once = len(told) == 1 and told[0].startswith("wandb stopped: ")
+    require(once, f"it does not say once that wandb stopped:\n{launch.said()}")
+    difference = _runs.difference(run, whole)
+    require(not difference, str(difference))
+    return {"exit_codes": codes, "stopped_after": after}
 
 
 def while_starting(place: Workplace, random: Random) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """Signals, lost peers, full disks, planted code: runs end cleanly. The long forms are `python scripts/torture.py`."""
 
+import os
+import pty
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +17,26 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("way", "number"), [("all", signal.SIGTERM), ("one", signal.SIGINT), ("one, under the launcher", signal.SIGTERM)]
+    ("way", "number"),
+    [
+        ("all", signal.SIGTERM),
+        ("one", signal.SIGINT),
+        ("one, under the launcher", signal.SIGTERM),
+        ("the process group", signal.SIGINT),
+        ("the process group of one process", signal.SIGINT),
+    ],
 )
 def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, number: signal.Signals) -> None:
     run = runs.scratch / f"asked {way}".replace(" ", "-").replace(",", "")
     brief = signals.LONG | {"max_steps": "3"}
+    if way == "the process group":  # DeepSpeed's launcher gives them 30 seconds, on a busy machine too
+        brief |= {"max_steps": "8", "global_batch": "8"}
     signals.asked_once(runs, run, way, number, _runs.generator(way), after=1, settings=brief)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
+def test_what_becomes_of_wandb_is_nothing_to_the_run(runs: Workplace, number: signal.Signals) -> None:
+    signals.wandb_alone(runs, runs.scratch / f"wandb-{number.name}", number)
 
 
 @pytest.mark.parametrize(("way", "rank", "phase"), [(signal.SIGKILL, 0, "backward"), (signal.SIGSTOP, 1, "saving")])
@@ -49,6 +67,32 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs: Workplace, offset: float) 
     whole = runs.reference(1, **disk.SETTINGS)
     size = disk.pages(checkpoint.places(whole)[0])
     disk.full(runs, whole, size + offset * size, first=6)
+
+
+@pytest.mark.usefixtures("mounts")
+def test_a_disk_that_is_full_between_two_saves_ends_no_run(runs: Workplace) -> None:
+    disk.full_between_saves(runs)
+
+
+@pytest.mark.parametrize("how", ["plain", "nohup"])
+def test_a_terminal_that_closes_costs_no_step(runs: Workplace, how: str) -> None:
+    """Its progress bar then meets errors, and SIGHUP comes, which nohup lets the run ignore."""
+    run = runs.scratch / f"closed-{how}"
+    settings = runs.settings(run, logging="default", logging__wandb="offline", max_steps="6", global_batch="24")
+    command = ["setsid", "--ctty", "env", *(["--ignore-signal=HUP"] if how == "nohup" else [])]
+    command += [sys.executable, "-m", "train", *(f"{name}={value}" for name, value in settings.items())]
+    ours, theirs = pty.openpty()
+    env = os.environ | _runs.ENVIRONMENT
+    with subprocess.Popen(command, cwd=_runs.ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        said = b""
+        while b"1/6" not in said:
+            said += os.read(ours, 4096)
+        os.close(ours)
+        code = process.wait(300)
+    assert code == (0 if how == "nohup" else 75)
+    assert _runs.check_newest(run) == _runs.last_step(run) >= 1
+    assert (_runs.last_step(run) == 6) == (how == "nohup")
 
 
 @pytest.mark.usefixtures("mounts")

@@ -99,6 +99,16 @@ def test_each_answer_is_the_one_that_the_prompt_gets_alone(tmp_path: Path, loade
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
 
+@pytest.mark.parametrize("name", ["[a]", "[/b]"])
+def test_names_that_look_like_markup_are_printed_whole(
+    tmp_path: Path, loaded: Loaded, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "in.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    batch(config(tmp_path / name))
+    assert f"{tmp_path}/{name}/out.jsonl: 1 answers" in capsys.readouterr().err
+
+
 def test_bad_rows_become_error_lines(tmp_path: Path, loaded: Loaded) -> None:
     good = json.dumps(ROWS[0])
     rows = [good, *BAD, "", good, b"\xff\xfe".decode("latin-1")]

@@ -450,3 +450,9 @@ def test_killing_it_at_every_line_leaves_a_whole_model_or_none(tmp_path: Path) -
 
 if __name__ == "__main__":
     print(every_line(Path(sys.argv[1])))
+
+
+@pytest.mark.parametrize("name", ["models/[a]", "models/[/b]"])
+def test_names_that_look_like_markup_are_printed_whole(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    merging._show(Path(name), {"merged": {"bytes": 10, "seconds": 1.0}, "verification": None})
+    assert name in capsys.readouterr().err

@@ -17,6 +17,7 @@ import pytest
 from configs import entry
 from configs.errors import UserError
 from train.guard import EXIT_PEER_LOST, Guard, Meeting
+from train.guardian import Channel
 
 HANG = 60.0
 """Seconds after which something that should have happened is taken not to happen. Nothing depends on how fast it is."""
@@ -459,3 +460,24 @@ def test_one_process_needs_no_guard() -> None:
     guard.leaving("why not", 1)
     guard.done()
     assert guard.guardian is None
+
+
+def test_a_full_socket_takes_whole_lines_or_none() -> None:
+    """Another guardian may read late. That a socket got full within a line is no reason to take it for a stranger."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+    with ours, theirs:
+        theirs.setblocking(False)
+        sending, receiving = Channel(ours.fileno(), ours.fileno()), Channel(theirs.fileno(), theirs.fileno())
+        numbers: list[int] = []
+        for number in range(20_000):
+            sending.send(number=number, filling="." * 701)
+        while not numbers or numbers[-1] != 20_000:
+            lines = receiving.receive()
+            assert lines is not None, f"after line {numbers[-1]}: not lines of JSON"
+            numbers += [line["number"] for line in lines]
+            sending.send(number=20_000)
+        assert numbers == sorted(numbers)
+        assert numbers[0] == 0
+        assert 19_999 not in numbers  # it was full

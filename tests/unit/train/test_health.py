@@ -5,7 +5,7 @@ import re
 
 from train.config import FailureConfig
 from train.health import Health
-from train.metrics import StepRecord
+from train.history import StepRecord
 
 
 def record(step: int, loss: float, *, applied: bool = True) -> StepRecord:

@@ -1,5 +1,6 @@
 """How `python -m train` ends, in processes of its own: never by taking libraries apart."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,13 @@ def test_the_exit_code_is_what_the_program_ended_with(project_root: Path, body: 
     assert (done.returncode, done.stdout) == (code, "done\n" if not code else "")
     assert done.stderr.endswith(said)
     assert ("Traceback" in done.stderr) == ("raise" in body)
+
+
+@pytest.mark.parametrize(("body", "code"), [("entry.leave('train', 'no')", 2), ("sys.exit('no')", 1), ("1 / 0", 1)])
+def test_the_exit_code_is_the_same_where_nobody_reads(project_root: Path, body: str, code: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", PROGRAM.format(body=body)]
+    done = subprocess.run(command, cwd=project_root, stdout=writing, stderr=writing, check=False)
+    os.close(writing)
+    assert done.returncode == code

@@ -1,18 +1,22 @@
 """What a run tells, and where."""
 
-import contextlib
 import json
 import math
 import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from configs.errors import UserError
 from train.config import LoggingConfig
+from train.history import History, StepRecord, finite
 from train.learning import Movement
-from train.metrics import Metrics, StepRecord, console, finite, show_movements
+from train.metrics import Metrics, show_movements
 from train.routing import Routing
 
 
@@ -54,31 +58,16 @@ def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Pat
     assert "rows" not in written[0]
 
 
-def test_numbers_that_json_does_not_know_come_back_from_a_checkpoint(tmp_path: Path) -> None:
-    config = LoggingConfig(wandb="off", progress=False)
-    metrics = Metrics(tmp_path, config, {}, is_main=True)
-    metrics.stepped(record(1, loss=math.nan, applied=False), "refused", [])
-    metrics.evaluated(1, math.inf)
-    state = json.loads(json.dumps(metrics.state(), allow_nan=False))
-    metrics.close()
-    resumed = Metrics(tmp_path, config, {}, is_main=True, resumed=state)
-    resumed.close()
+def test_numbers_that_json_does_not_know_come_back_from_a_checkpoint() -> None:
+    history = History()
+    history.last = record(1, loss=math.nan, applied=False)
+    history.evaluations[1] = math.inf
+    resumed = History(json.loads(json.dumps(history.state(), allow_nan=False)))
     assert resumed.last is not None
     assert math.isnan(resumed.last.loss)
     assert resumed.last.learning_rate == 1e-3
     assert resumed.evaluations == {1: math.inf}
     assert finite({"a": [1.0, math.nan, (math.inf,)]}) == {"a": [1.0, "nan", ["inf"]]}
-
-
-def test_a_terminal_that_is_gone_does_not_end_the_run() -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as gone:
-        broken = type(console)(file=gone)
-        broken.print("step 1")
-        broken.print("step 2")
-        with contextlib.suppress(BrokenPipeError):
-            gone.close()
 
 
 def test_the_progress_bar_shows_steps_loss_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,13 +93,6 @@ def test_other_processes_tell_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == ""
 
 
-def test_an_empty_held_out_split_is_not_an_evaluation(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
-    metrics.evaluated(0, None)
-    metrics.close()
-    assert lines(tmp_path) == []
-
-
 def test_routers_go_to_the_file_by_layer_and_movement_to_the_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,13 +114,16 @@ def test_a_run_that_goes_on_keeps_the_lines_up_to_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quiet = LoggingConfig(wandb="off", progress=False)
+    history = History()
     first = Metrics(tmp_path, quiet, {}, is_main=True)
     with first.progress(9, done=0):
         first.evaluated(0, 3.0)
         for step in (1, 2):
             first.stepped(record(step), None, [])
         first.evaluated(2, 2.5)
-        state = json.loads(json.dumps(first.state()))
+        history.evaluations |= {0: 3.0, 2: 2.5}
+        history.last = record(2)
+        state = json.loads(json.dumps(history.state() | first.state()))
         first.saved(2, 0.1, 0.2)
         first.evaluated(1, 2.7)  # after the checkpoint: it will be made again
         first.stepped(record(3), "spike", [1])
@@ -147,9 +132,9 @@ def test_a_run_that_goes_on_keeps_the_lines_up_to_its_checkpoint(
         file.write('{"step": 2, "lo')  # as a kill leaves it
 
     second = Metrics(tmp_path, quiet, {}, is_main=True, resumed=state)
-    assert second.evaluations == {0: 3.0, 2: 2.5}
-    assert second.last == record(2)
-    assert second.state() == state
+    resumed = History(state)
+    assert (resumed.evaluations, resumed.last) == ({0: 3.0, 2: 2.5}, record(2))
+    assert resumed.state() | second.state() == state
     second.stepped(record(3), None, [])
     second.close()
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 2, 2, 3]
@@ -164,6 +149,9 @@ def test_a_resumed_run_is_the_same_one_of_wandb(tmp_path: Path, monkeypatch: pyt
     state = first.state()
     first.close()
     assert state["wandb"]
+    without = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True, resumed=state)
+    assert without.state() == state  # a launch without wandb does not forget it
+    without.close()
     for resumed in (json.loads(json.dumps(state)), None):
         metrics = Metrics(tmp_path, config, {}, is_main=True, resumed=resumed)
         assert (metrics.state()["wandb"] == state["wandb"]) == (resumed is not None)
@@ -185,13 +173,15 @@ def test_routers_go_to_wandb_by_layer_with_the_numbers_of_the_file(
     logged: list[tuple[int, dict[str, float]]] = []
 
     class Run:
+        id = "1"
+
         def log(self, values: dict[str, float], step: int) -> None:
             logged.append((step, values))
 
-        def finish(self) -> None:
+        def close(self, within: float) -> None:
             pass
 
-    monkeypatch.setattr("train.metrics._wandb", lambda *_: Run())
+    monkeypatch.setattr("train.metrics.Wandb", lambda *_: Run())
     torch.manual_seed(0)
     metrics = Metrics(tmp_path, LoggingConfig(wandb="offline", progress=False), {}, is_main=True)
     logits = tuple(torch.randn(9, 4) - 99 * (torch.arange(4) == 2) for _ in range(3))  # nobody chooses expert 2
@@ -209,3 +199,64 @@ def test_routers_go_to_wandb_by_layer_with_the_numbers_of_the_file(
     }
     assert line["unused_experts"] == [[layer, 2] for layer in range(3)]
     assert (step, values) == (7, expected | {"routers/unused_experts": 3})
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Any]]:
+    """Within `disk(n)`, metrics.jsonl takes n bytes more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextmanager
+    def with_room_for(count: int) -> Iterator[None]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + count, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    yield with_room_for
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_lines_that_the_disk_has_no_room_for_come_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], disk: Callable[[int], Any]
+) -> None:
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
+    metrics.stepped(record(1), None, [])
+    with disk(20):
+        for step in (2, 3):
+            metrics.stepped(record(step), None, [])
+        metrics.routed(3, Routing.none(torch.Size((2, 4))))
+        metrics.saved(3, 0.1, 0.2)
+        metrics.sync()
+        assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[1].startswith(b'{"step": 2')  # a part of it
+    assert capsys.readouterr().err.count("metrics.jsonl can't be written (File too large)") == 1
+    metrics.stepped(record(4), None, [])
+    with disk(0):
+        metrics.evaluated(4, 2.0)
+    metrics.sync()  # and no checkpoint knows more than the lines
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 3, 3, 4, 4]
+    assert capsys.readouterr().err.count("can't be written") == 1
+    with disk(0):
+        metrics.evaluated(5, 2.0)
+        metrics.close()
+    assert len(lines(tmp_path)) == 7
+
+
+def test_only_so_many_lines_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Callable[[int], Any]) -> None:
+    monkeypatch.setattr("train.metrics.UNWRITTEN", 1000)
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
+    with disk(10):
+        for step in range(100):
+            metrics.stepped(record(step), None, [])
+    metrics.close()
+    assert 2 <= len(lines(tmp_path)) <= 5  # whole ones
+
+
+def test_what_can_not_hold_lines_is_refused_before_training(tmp_path: Path) -> None:
+    quiet = LoggingConfig(wandb="off", progress=False)
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"its metrics.jsonl is no regular file; remove it"):
+        Metrics(tmp_path, quiet, {}, is_main=True)
+    with pytest.raises(UserError, match=r"its metrics.jsonl can't be written \(No such file or directory\)"):
+        Metrics(tmp_path / "gone", quiet, {}, is_main=True)

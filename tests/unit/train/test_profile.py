@@ -1,5 +1,6 @@
-"""Which rows a profile takes."""
+"""Which rows a profile takes, and what it leaves."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from data.dataset import PreparedDataset
 from tests.unit.data.test_dataset import prepared
 from train.config import BatchArithmetic, TrainConfig
-from train.profile import rows_to_profile
+from train.profile import rows_to_profile, save
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -20,3 +21,15 @@ def test_the_rows_of_a_profile_are_the_first_that_training_would_take(tmp_path: 
         assert cut == schedule.rows_of(0)
         assert sorted(rows_to_profile(dataset, TrainConfig(seed=seed), batch)) == [0, 1, 2]
         assert len(rows_to_profile(dataset, TrainConfig(max_steps=99, seed=seed), batch)) == 3
+
+
+def test_a_picture_that_can_not_be_drawn_costs_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"expert_load": [[0.25, 0.75]]}
+    (tmp_path / "expert_load.png").mkdir()
+    save(record, tmp_path)
+    assert json.loads((tmp_path / "expert_load.json").read_text()) == record
+    assert f"{tmp_path}/expert_load.json; expert_load.png can't be drawn (" in capsys.readouterr().err
+    (tmp_path / "expert_load.png").rmdir()
+    save(record, tmp_path)
+    assert (tmp_path / "expert_load.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{tmp_path}/expert_load.json and expert_load.png\n" in capsys.readouterr().err

@@ -39,8 +39,10 @@ if sys.argv[3] == "slow":
 
 
 @contextmanager
-def started(project_root: Path, grace: float, where: str, how: str = "") -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-c", PROGRAM, str(grace), where, how]
+def started(
+    project_root: Path, grace: float, where: str, how: str = "", *launcher: str
+) -> Iterator["subprocess.Popen[str]"]:
+    command = [*launcher, sys.executable, "-c", PROGRAM, str(grace), where, how]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=project_root, **pipes) as process:  # type: ignore[call-overload]
         assert process.stdout.readline() == "ready\n"
@@ -48,7 +50,7 @@ def started(project_root: Path, grace: float, where: str, how: str = "") -> Iter
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks(project_root: Path, number: signal.Signals) -> None:
     with started(project_root, 60, "training") as process:
         process.send_signal(number)
@@ -75,6 +77,24 @@ def test_the_second_leaves_at_once_unless_it_comes_with_the_first(project_root: 
         assert process.wait(LIMIT) == 128 + signal.SIGTERM
         assert process.stderr is not None
         assert "SIGTERM again: leaving at once" in process.stderr.read()
+
+
+def test_a_terminal_that_closes_after_ctrl_c_takes_no_time_from_the_save(project_root: Path) -> None:
+    with started(project_root, 60, "training", "slow") as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(TOGETHER + 0.5)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
+
+
+def test_with_nohup_a_terminal_that_closes_is_nothing_to_the_run(project_root: Path) -> None:
+    with started(project_root, 60, "training", "", "nohup") as process:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0
 
 
 def test_grace_has_an_end_even_where_the_main_thread_never_comes_back(project_root: Path) -> None:

@@ -1,0 +1,59 @@
+"""What a run found in its steps and evaluations: the same on every process, and part of each checkpoint."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step, over all processes."""
+
+    step: int
+    loss: float
+    """Nats per supervised token."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    applied: bool
+    """False where the update was refused."""
+    router_balance: float
+    """The routers' load-balancing loss (the auxiliary loss before its weight)."""
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+
+
+class History:
+    """Decisions that all processes must take alike, such as whether a step is evaluated again, may rest on it."""
+
+    def __init__(self, resumed: dict[str, Any] | None = None):
+        """`resumed` is what `state` gave when the checkpoint was made that the run goes on from."""
+        resumed = resumed or {}
+        self.evaluations = {int(step): loss for step, loss in _floats(resumed.get("evaluations", {})).items()}
+        """Evaluation losses by step."""
+        self.last = StepRecord(**_floats(resumed["last"])) if resumed.get("last") else None
+        """The last step."""
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, fit for JSON."""
+        state = {
+            "step": self.last.step if self.last else 0,
+            "last": asdict(self.last) if self.last else None,
+            "evaluations": {str(step): loss for step, loss in self.evaluations.items()},
+        }
+        return finite(state)
+
+
+def finite(value: Any) -> Any:
+    """The same value fit for JSON, which knows no NaN: a number that is not finite, at any depth, becomes its name."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _floats(named: dict[str, Any]) -> dict[str, Any]:
+    """The numbers whose names `finite` wrote."""
+    return {name: float(value) if isinstance(value, str) else value for name, value in named.items()}
