@@ -41,6 +41,7 @@ CONVERTED = "refs/convert/parquet"
 
 README = "README.md"
 LONGEST_README = 8 << 20
+DEEPEST = 50
 MOST_PATTERNS = 10_000
 MOST_FILES = 100_000
 
@@ -203,8 +204,7 @@ def declared(readme: bytes, named: str) -> dict[str, Config]:
     try:
         if len(readme) > LONGEST_README:
             raise ValueError(f"it is longer than {LONGEST_README >> 20} MiB")
-        loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-        card = yaml.load(head, loader)
+        card = _parsed(head)
         if not isinstance(card, dict) or not isinstance(card.get("configs"), list):
             return {}
         budget = [MOST_PATTERNS]
@@ -222,6 +222,17 @@ def declared(readme: bytes, named: str) -> dict[str, Config]:
             f"and name them with files=[…]"
         ) from error
     return configs
+
+
+def _parsed(head: str) -> Any:
+    """YAML with all scalars as text."""
+    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    depth = 0
+    for event in yaml.parse(head, loader):  # first, because what is nested deeply would overflow the stack
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+    return yaml.load(head, loader)
 
 
 def _plain(value: Any, budget: list[int], depth: int = 6) -> Any:

@@ -280,8 +280,8 @@ def test_a_default_config_is_taken(hub: Hub, prepared: Callable[..., Any]) -> No
     files = {"a.jsonl": lines("a"), "b.jsonl": lines("b"), "c/train.jsonl": lines("c")}
     hub.add("datasets/user/named", {"README.md": card(a="a.jsonl", default="b.jsonl"), **files})
     assert prepared("dataset=user/named")[0] == {"b"}
-    told = b"---\nconfigs:\n- config_name: no\n  data_files: a.jsonl\n- config_name: 1.0\n  data_dir: c\n  default: true\n---\n"
-    hub.add("datasets/user/told", {"README.md": told, **files})
+    told = "configs:\n- config_name: no\n  data_files: a.jsonl\n- config_name: 1.0\n  data_dir: c\n  default: true"
+    hub.add("datasets/user/told", {"README.md": f"---\n{told}\n---\n".encode(), **files})
     assert prepared("dataset=user/told")[0] == {"c"}
     assert prepared("dataset=user/told", "dataset_config=no")[0] == {"a"}  # a name, not a truth value
 
