@@ -34,6 +34,9 @@ LONGEST_WAIT = 120
 MOST_NAMED = 5
 """Commits that a refusal names."""
 
+WORTH_A_LINE = 10_000_000
+"""Bytes of a download that is announced; terminals show its progress too."""
+
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """Answers that may be others a moment later."""
 
@@ -122,8 +125,8 @@ class Repository:
         from huggingface_hub import snapshot_download
 
         sizes = self.files()
-        if not _offline():
-            size = sum(sizes.get(name) or 0 for name in names)
+        size = sum(sizes.get(name) or 0 for name in names)
+        if size >= WORTH_A_LINE and not _offline():
             files = "1 file" if len(names) == 1 else f"{len(names):,} files"
             _note(f"downloading {files}, {size / 1e6:,.1f} MB, of {self.name} at {self.commit}")
         patterns = [glob.escape(name) for name in names]

@@ -139,7 +139,11 @@ def test_training_ends_before_processes_meet_if_the_base_can_t_be_had(
     assert not (tmp_path / "run").exists()
 
 
-FETCH = "from configs.weights import local_directory; print(local_directory('user/base', None, 'base=user/base'))"
+FETCH = """
+from configs import hub, weights
+hub.WORTH_A_LINE = 1
+weights.local_directory('user/base', None, 'base=user/base')
+"""
 
 
 @pytest.mark.parametrize("caches", [1, 2])
