@@ -86,7 +86,7 @@ class Repository:
                 return list(api.list_repo_tree(self.name, repo_type=self.kind, revision=self.commit, recursive=True))
 
             try:
-                listed = _asking(ask, self, tries=1)  # the client asks several times by itself
+                listed = _asking(ask, self, by_client=TRANSIENT)
             except UnreachableError:
                 # An index tells of a model whether all of it is there; of a dataset nothing does.
                 if self.kind != "model" or not self.folder.is_dir():
@@ -135,6 +135,7 @@ class Repository:
                 self.name, repo_type=self.kind, revision=self.commit, allow_patterns=patterns, etag_timeout=SECONDS
             ),
             self,
+            by_client=(408, 429),
         )
 
 
@@ -241,8 +242,10 @@ def _quietly() -> Iterator[None]:
                 enable_progress_bars()
 
 
-def _asking(call: Callable[[], Result], repository: Repository, *, tries: int = TRIES) -> Result:
+def _asking(call: Callable[[], Result], repository: Repository, *, by_client: tuple[int, ...] | None = None) -> Result:
     """What the hub answers; asked again if it may answer otherwise a moment later.
+
+    `by_client` are the statuses after which the client tries again by itself, as it then does if the network fails.
 
     Raises:
         UserError: it refuses, or doesn't answer.
@@ -258,25 +261,28 @@ def _asking(call: Callable[[], Result], repository: Repository, *, tries: int = 
                 get_session().timeout = httpx2.Timeout(SECONDS)  # by itself the client waits for ever in places
                 return call()
         except (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-            wait = _wait(error, tried)
-            if wait is None or wait > LONGEST_WAIT or tried == tries:
+            wait = _wait(error, tried, by_client)
+            if wait is None or wait > LONGEST_WAIT or tried == TRIES:
                 _refuse(error, repository)
         time.sleep(wait)
 
 
-def _wait(error: Exception, tried: int) -> float | None:
+def _wait(error: Exception, tried: int, by_client: tuple[int, ...] | None) -> float | None:
     """Seconds until it is worth to try again; None if it isn't, or if the client tried often enough by itself."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError):
-        if error.response.status_code not in TRANSIENT:
+        if error.response.status_code not in TRANSIENT or error.response.status_code in (by_client or ()):
             return None
         after = error.response.headers.get("retry-after", "")
         return float(after) if after.isdigit() else 2.0 ** (tried - 1)
     if isinstance(error, LocalEntryNotFoundError) or (isinstance(error, OSError) and error.errno is not None):
         return None
     if isinstance(error, httpx2.ProxyError | httpx2.UnsupportedProtocol | httpx2.InvalidURL | ValueError) or _offline():
+        return None
+    lost = httpx2.ConnectError | httpx2.TimeoutException | httpx2.RemoteProtocolError
+    if by_client is not None and isinstance(error, lost):
         return None
     return 2.0 ** (tried - 1)
 
