@@ -16,6 +16,7 @@ from pathlib import Path
 import xxhash
 
 from configs.errors import UserError, one_line
+from configs.hub import find, matching
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -128,23 +129,32 @@ def read_header(file: Path) -> list[StoredTensor]:
     return sorted(tensors, key=lambda tensor: tensor.begin)
 
 
-def local_directory(source: str, revision: str | None, named: str) -> Path:
+FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md")
+OTHER_COPIES = ("consolidated*",)
+"""What is downloaded of a model, and what of that is left: the same weights once more."""
+
+
+def local_directory(source: str, revision: str | None, named: str, only: Iterable[str] = FILES) -> Path:
     """The directory of a model: itself, or the hub's snapshot of it, downloaded where it is not here yet.
+
+    `only` are patterns of the files that are needed of a hub.
 
     Raises:
         UserError: there is no such directory, and the hub gave none.
     """
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
+    repository = find("model", source, revision, named)
+    return repository.fetch(matching(repository.files(), only, OTHER_COPIES))
 
-    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md"]
-    try:
-        return Path(
-            snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=["consolidated*"])
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{named}: no directory, and the hub gave none ({one_line(error)}); {REMEDY}") from error
+
+def pinned(source: str, revision: str | None, named: str) -> str | None:
+    """The commit that a hub's revision stands for now; of a directory the revision as it is.
+
+    Raises:
+        UserError: there is no such directory, and no such revision on the hub.
+    """
+    return revision if Path(source).is_dir() else find("model", source, revision, named).commit
 
 
 def _files(directory: Path, named: str) -> list[Path]:

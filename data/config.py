@@ -60,9 +60,12 @@ class PrepareConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Where a field of the schema, of a row or of a turn, has another name: `columns={output: answer}`."""
     dataset: str | None = None
-    """A hub dataset id, read with the library `datasets`; used where `files` is empty."""
+    """A dataset of a hub, such as `teknium/openhermes`, or a directory that is laid out as one; where `files` is empty.
+    Parquet, Arrow, JSON, JSON Lines, CSV and TSV are read."""
+    dataset_config: str | None = None
+    """The config of `dataset`, if it has several."""
     revision: str | None = None
-    """The commit, tag or branch of `dataset`. A commit makes the run reproducible."""
+    """The commit, tag or branch of `dataset` on a hub. The manifest names the commit that was read."""
     split: str = "train"
     """The split of `dataset`."""
     output: str = "prepared/dataset"

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from configs import hub
 from configs.errors import UserError, one_line
+from data.reading import RawRow
+from data.repository import Wanted, fetched
 from data.schema import Conversation
-from data.sources import commit_of, files_of, sha256
+from data.sources import files_of, sha256
 
 GRAM = 13
 """Words of a sequence that must not be shared."""
@@ -88,13 +91,13 @@ def describe_evaluations(names: list[str]) -> list[dict[str, Any]]:
     """What the manifest says of the named files and tasks: the same where their contents are.
 
     Raises:
-        UserError: a file can't be read.
+        UserError: a file can't be read, or a task's commit can't be had.
     """
     descriptions: list[dict[str, Any]] = []
     for name in names:
         if name in TASKS:
             dataset = TASKS[name].dataset
-            descriptions.append({"task": name, "dataset": dataset, "commit": commit_of(dataset, None)})
+            descriptions.append({"task": name, "dataset": dataset, "commit": _hub_of(name, None).commit})
         else:
             files = files_of("contamination", name)
             descriptions += [{"file": file, "sha256": sha256(Path(file))} for file in files]
@@ -148,17 +151,26 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(part)
 
 
-def _texts_of_task(name: str, commit: str | None) -> Iterator[str]:
-    import datasets
+def _hub_of(name: str, commit: str | None) -> hub.Repository:
+    """Where the hub keeps a task, at this commit or else at the one of now."""
+    return hub.find("dataset", TASKS[name].dataset, commit, f"contamination={name}")
 
-    task = TASKS[name]
-    try:
-        rows = datasets.load_dataset(task.dataset, task.name, split=task.split, revision=commit)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"contamination={name}: {task.dataset} can't be loaded ({one_line(error)}); check that the hub can be "
-            f"reached, or name a downloaded file"
-        ) from error
-    for row in rows:
-        for column in task.columns:
-            yield from _texts_in(row[column])
+
+def _texts_of_task(name: str, commit: str) -> Iterator[str]:
+    task, named = TASKS[name], f"contamination={name}"
+    wanted = Wanted(
+        config=task.name,
+        split=task.split,
+        named=named,
+        config_setting=f"{named}, config",
+        split_setting=f"{named}, split",
+    )
+    for file in fetched(_hub_of(name, commit), wanted):
+        for chunk in file.chunks(task.dataset, named):
+            for row in chunk.rows():
+                if not isinstance(row, RawRow) or not isinstance(row.value, dict):
+                    raise UserError(f"{named}: {file.name} has a row that can't be read; name a file of your own")
+                for column in task.columns:
+                    if column not in row.value:
+                        raise UserError(f"{named}: {file.name} has no field {column}; name a file of your own")
+                    yield from _texts_in(row.value[column])

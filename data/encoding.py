@@ -19,7 +19,7 @@ from data.duplicates import Likeness, likeness
 from data.overlong import split_turns, truncate
 from data.reading import Chunk, RawRow, Reject
 from data.schema import Conversation, TokenizedConversation
-from data.template import EOS_ID, ChatTokenizer
+from data.template import EOS_ID, ChatTokenizer, local_tokenizer
 
 AHEAD = 3
 """Chunks that are handed to each further process before it has encoded the first of them."""
@@ -120,17 +120,18 @@ class Pool:
             UserError: there is no such tokenizer.
         """
         self._others = workers - 1
+        tokenizer = local_tokenizer(config.tokenizer)  # here alone, so that all processes have the same
         self._executor: ProcessPoolExecutor | None = None
         if self._others:
             self._executor = ProcessPoolExecutor(
                 self._others,
                 mp_context=get_context("spawn"),  # forking a process that has threads, as Arrow's, can hang
                 initializer=_start,
-                initargs=(config, evaluations),
+                initargs=(config, tokenizer, evaluations),
             )
             with without_interrupts():  # a process that this starts never sees Ctrl-C
                 self._executor.submit(_ready)  # starts one, which gets ready while this one does
-        self.encoder = Encoder(config, ChatTokenizer.load(config.tokenizer), evaluations)
+        self.encoder = Encoder(config, ChatTokenizer.load(tokenizer), evaluations)
 
     def encode(self, chunks: Iterable[Chunk], schema: str) -> Iterator[EncodedChunk]:
         """The encoded chunks, in the order of the chunks.
@@ -197,12 +198,12 @@ def without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def number_of_workers(asked: int, total_bytes: int | None) -> int:
+def number_of_workers(asked: int, total_bytes: int) -> int:
     """As many as asked for; where that is left open, one a core, and fewer where `total_bytes` of rows are few."""
     if asked:
         return asked
     cores = len(os.sched_getaffinity(0))
-    return cores if total_bytes is None else min(cores, 1 + total_bytes // BYTES_PER_WORKER)
+    return min(cores, 1 + total_bytes // BYTES_PER_WORKER)
 
 
 # In the other processes
@@ -210,10 +211,10 @@ def number_of_workers(asked: int, total_bytes: int | None) -> int:
 _encoder: Encoder
 
 
-def _start(config: PrepareConfig, evaluations: Evaluations | None) -> None:
+def _start(config: PrepareConfig, tokenizer: str, evaluations: Evaluations | None) -> None:
     global _encoder  # noqa: PLW0603 - the state of a worker process
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(config, ChatTokenizer.load(config.tokenizer), evaluations)
+    _encoder = Encoder(config, ChatTokenizer.load(tokenizer), evaluations)
 
 
 def _end_with_parent() -> None:

@@ -50,8 +50,8 @@ def prepare(config: PrepareConfig) -> None:
         summarize(read_manifest(output), output)
         console.print(f"{output} is already prepared from these inputs with these settings; nothing was done")
         return
-    hub = any(source.is_hub for source in sources)
-    workers = number_of_workers(config.workers, None if hub else sum(source.description["bytes"] for source in sources))
+    sources = [source.fetched() for source in sources]  # now: what is prepared already needs no download
+    workers = number_of_workers(config.workers, sum(source.bytes for source in sources))
 
     with (
         pool(config, load_evaluations(kept_out), workers) as encoders,
@@ -101,8 +101,7 @@ def request(config: PrepareConfig, inputs: list[dict[str, Any]], kept_out: list[
 def is_prepared(output: Path, wanted: dict[str, Any]) -> bool:
     """Whether a whole prepared dataset is there that was made from the same inputs, settings and versions.
 
-    Files are compared by hash. What comes from the hub is the same where its commit is; where that can't be known, and
-    for a local directory that is read as a dataset, nothing is reused.
+    Files are compared by hash, and what comes from a hub by its commit.
     """
     if not (output / MANIFEST).is_file():
         return False
@@ -112,9 +111,7 @@ def is_prepared(output: Path, wanted: dict[str, Any]) -> bool:
     same_inputs = len(wanted["inputs"]) == len(there["inputs"]) and all(
         new.items() <= old.items() for new, old in zip(wanted["inputs"], there["inputs"], strict=True)
     )
-    from_hub = [told for told in (*wanted["inputs"], *wanted["contamination"]) if "dataset" in told]
-    known = all(told["commit"] is not None for told in from_hub)
-    return known and same_inputs and all(wanted[key] == there[key] for key in wanted.keys() - {"inputs"})
+    return same_inputs and all(wanted[key] == there[key] for key in wanted.keys() - {"inputs"})
 
 
 # Stages

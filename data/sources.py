@@ -1,40 +1,61 @@
-"""What rows are read from: files, each hashed, or a hub dataset at a commit."""
+"""What rows are read from: files and directories, hashed, or a hub's dataset at a commit."""
 
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError, one_line
+from configs import hub
+from configs.errors import UserError
 from data.config import PrepareConfig
-from data.reading import Chunk, read_arrow, read_file
+from data.reading import Chunk, read_file
+from data.repository import DataFile, Wanted, fetched, found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One file, or the hub dataset."""
+    """One file, or a dataset of a hub or in a directory."""
 
     name: str
     description: dict[str, Any]
     """What the manifest says of it; the same where the contents are the same."""
-    is_hub: bool = False
+    files: tuple[DataFile, ...] = ()
+    """Of a dataset, the files with its rows, in their order; empty before it is fetched."""
+    repository: hub.Repository | None = None
+    """Where a hub keeps it."""
     limit: int | None = None
     """Rows that are read of it; None for all."""
     weight: float = 1.0
     """How often an epoch trains on each of its conversations."""
 
+    @property
+    def bytes(self) -> int:
+        """The size of its files."""
+        return sum(Path(path).stat().st_size for path in [file.path for file in self.files] or [self.name])
+
+    def fetched(self) -> "Source":
+        """The same, with all its files on this machine.
+
+        Raises:
+            UserError: a hub doesn't give them.
+        """
+        if self.repository is None:
+            return self
+        told = self.description
+        files = fetched(self.repository, _wanted(self.name, told["config"], told["split"]), told["revision"])
+        return replace(self, files=tuple(files), description={**told, "files": [{"file": file.name} for file in files]})
+
     def chunks(self) -> Iterator[Chunk]:
         """Its rows in their order, in pieces that another process can parse.
 
         Raises:
-            UserError: the file is of no known kind or damaged, or the hub dataset can't be had.
+            UserError: a file is of no known kind or damaged.
         """
         left = self.limit
-        for chunk in _read_hub(self) if self.is_hub else read_file(self.name):
+        for chunk in self._chunks():
             if left is None:
                 yield chunk
                 continue
@@ -42,6 +63,12 @@ class Source:
             left -= len(chunk)
             if left <= 0:
                 return
+
+    def _chunks(self) -> Iterator[Chunk]:
+        if "dataset" not in self.description:
+            yield from read_file(self.name)
+        for file in self.files:
+            yield from file.chunks(self.name, f"dataset={self.name}")
 
 
 def find_sources(config: PrepareConfig) -> list[Source]:
@@ -67,16 +94,33 @@ def find_sources(config: PrepareConfig) -> list[Source]:
                 )
             )
     if config.dataset:
-        dataset = config.dataset
-        described = {
-            "dataset": dataset,
-            "revision": config.revision,
-            "commit": commit_of(dataset, config.revision),
-            "split": config.split,
-        }
-        limit, weight = config.limits.get(dataset), config.weights.get(dataset, 1.0)
-        sources.append(Source(name=dataset, description=described, is_hub=True, limit=limit, weight=weight))
+        sources.append(_dataset(config, config.dataset))
     return sources
+
+
+def _dataset(config: PrepareConfig, name: str) -> Source:
+    """A hub's dataset at the commit of its revision, or one in a directory, each file hashed."""
+    wanted = _wanted(name, config.dataset_config, config.split)
+    described = {"dataset": name, "config": config.dataset_config, "split": config.split}
+    shape: dict[str, Any] = {"name": name, "limit": config.limits.get(name), "weight": config.weights.get(name, 1.0)}
+    if Path(name).is_dir():
+        if config.revision is not None:
+            raise UserError(f"revision={config.revision}: dataset={name} is a directory, which has none; leave it out")
+        files = found(Path(name), wanted)
+        hashed = [
+            {"file": file.name, "bytes": Path(file.path).stat().st_size, "sha256": sha256(Path(file.path))}
+            for file in files
+        ]
+        return Source(description={**described, "files": hashed}, files=tuple(files), **shape)
+    if Path(name).is_file():
+        raise UserError(f"dataset={name}: it is a file; give files=[{name}]")
+    repository = hub.find("dataset", name, config.revision, wanted.named)
+    described |= {"revision": config.revision, "commit": repository.commit}
+    return Source(description=described, repository=repository, **shape)
+
+
+def _wanted(name: str, config: str | None, split: str) -> Wanted:
+    return Wanted(config=config, split=split, named=f"dataset={name}")
 
 
 def files_of(setting: str, entry: str) -> list[str]:
@@ -109,35 +153,3 @@ def sha256(path: Path) -> str:
     """The hash of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def commit_of(dataset: str, revision: str | None) -> str | None:
-    """The commit that a revision of a hub dataset stands for now; None for a local directory or without a hub."""
-    if Path(dataset).is_dir():
-        return None
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
-    except Exception:  # of whatever keeps the hub from answering; what is in the cache may still be read
-        return None
-
-
-def _read_hub(source: Source) -> Iterator[Chunk]:
-    """A dataset of the hub, or of a local directory in the same layout."""
-    import datasets
-
-    name, described = source.name, source.description
-    try:
-        rows = datasets.load_dataset(
-            name, revision=described["commit"] or described["revision"], split=described["split"]
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"dataset={name}: it can't be loaded ({one_line(error)}); check the id, revision and split, "
-            f"and that the hub can be reached, or name downloaded files with files=[…]"
-        ) from error
-    tables = rows.with_format("arrow").iter(batch_size=Chunk.ROWS)
-    yield from read_arrow(name, tables)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from configs import hub
 from configs.errors import UserError
 from data.schema import Conversation, TokenizedConversation
 
@@ -292,19 +293,21 @@ def _locate(source: str, revision: str | None, named: str) -> Path:
     remedy = "name a model directory, or a hub id such as mistralai/Mixtral-8x7B-Instruct-v0.1"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise UserError(f"{named}: there is no such directory; {remedy}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
+    repository = hub.find("model", source, revision, named)
+    held = repository.files()
     for name in TOKENIZER_FILES:
-        try:
-            return Path(hf_hub_download(source, name, revision=revision))
-        except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the hub was not reached
-            break
-        except EntryNotFoundError:
-            continue
-        except OSError:  # what the hub client raises for an unknown or closed repository
-            break
-    raise UserError(f"{named}: no such directory, and the hub gave no tokenizer of that name; {remedy}")
+        if name in held:
+            return repository.fetch([name]) / name
+    raise UserError(f"{named}: the hub has neither {' nor '.join(TOKENIZER_FILES)} of it; {remedy}")
+
+
+def local_tokenizer(source: str) -> str:
+    """The same tokenizer without a hub: a directory that holds it, or `embedded`.
+
+    Raises:
+        UserError: a hub doesn't give it.
+    """
+    return EMBEDDED if source == EMBEDDED else str(_locate(source, None, f"tokenizer={source}").parent)
 
 
 def _read_json(path: Path, named: str) -> dict[str, int]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from configs.errors import UserError, one_line
-from configs.weights import REMEDY, StoredWeights, local_directory
+from configs.weights import REMEDY, StoredWeights, local_directory, pinned
 from data.template import EMBEDDED, ChatTokenizer, has_tokenizer
 from inference.adapter import CONFIG, Adapter, read_settings
 from inference.config import InferenceConfig
@@ -28,6 +28,7 @@ class Base:
 
     source: str
     revision: str | None
+    """Of a hub's model, the commit."""
     named: str
     """How errors call it."""
     architecture: MixtralConfig
@@ -81,8 +82,11 @@ def find_base(config: InferenceConfig) -> Base:
         raise UserError(f"{named}: it is an adapter; give it as adapter={source}")
     if source.startswith(("/", ".")) and not Path(source).is_dir():
         raise UserError(f"{named}: there is no such directory; {REMEDY}")
+    revision = pinned(source, revision, named)  # so that all that is read of a hub's model is of one commit
     try:
-        architecture = AutoConfig.from_pretrained(source, revision=revision)
+        architecture = AutoConfig.from_pretrained(local_directory(source, revision, named, ["config.json"]))
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {REMEDY}") from error
     if architecture.model_type != "mixtral":
@@ -105,10 +109,10 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch finds no CUDA GPU here; use device=cpu")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    directory = local_directory(base.source, base.revision, base.named)
     try:
         model, loading = MixtralForCausalLM.from_pretrained(
-            base.source,
-            revision=base.revision,
+            directory,
             dtype=choose_dtype(config.dtype, on_cuda),
             use_safetensors=True,
             device_map=config.device_map if on_cuda else None,

@@ -5,8 +5,9 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,8 @@ from hypothesis import settings
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tests.hub import Hub
 
 PROJECT_ROOT = Path(__file__).parents[1]
 SHARED = PROJECT_ROOT.parent / "shared"
@@ -90,6 +93,24 @@ def run_program(
         return Outcome(exit_code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub of the test's own, which this process asks, with an empty cache; waits between tries take no time."""
+    from huggingface_hub import constants
+
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        server.waits = []
+        monkeypatch.setattr("configs.hub.time", SimpleNamespace(sleep=server.waits.append))
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda _: None))
+        yield server
 
 
 class Largest(TorchDispatchMode):

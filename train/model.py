@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM, PretrainedConfig
 
 from configs.errors import UserError, one_line
+from configs.weights import local_directory
 from train import adapter_files, attention, expert_lora
 from train.allocation import expert_ranks
 from train.config import LoraConfig, ModelConfig, TrainConfig
@@ -80,7 +81,8 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+        directory = local_directory(config.path, config.revision, named)
+        architecture = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if architecture.model_type != "mixtral":
             raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
         if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
@@ -97,8 +99,7 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
                     )
         with _attention_of(config):
             model, loading = MixtralForCausalLM.from_pretrained(
-                config.path,
-                revision=config.revision,
+                directory,
                 dtype=DTYPES[config.dtype],
                 attn_implementation=config.attention,
                 use_safetensors=True,

@@ -86,8 +86,12 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 def same_everywhere(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
     """What all processes of a launch must have been given alike."""
     given = {name: value for name, value in _leaves(settings(config)) if not _among(name, BY_MACHINE)}
+    path, revision = config.model.path, config.model.revision
     with _reading():
         of_lora = _of_lora(config)
+        if path is not None:  # a hub's branch may have moved between two downloads, and copies may differ
+            named = f"model.path={path}"
+            given["model.path (its weights)"] = StoredWeights(local_directory(path, revision, named), named).fingerprint
         return given | {
             "dataset (its manifest.json)": sha256(dataset.directory / MANIFEST),
             "lora.load (its content)": of_lora["load"],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from configs import entry
 from configs.errors import UserError
+from configs.weights import local_directory, pinned
 from data.dataset import PreparedDataset
 from data.template import ChatTokenizer, has_tokenizer
 from train import engine
@@ -41,6 +42,7 @@ def run(config: TrainConfig) -> None:
         return
     signals = Signals(config.failures.grace)
     dataset = PreparedDataset(config.dataset)
+    fetch_base(config.model)
     check_vocabulary(config.model, dataset)
     processes = engine.start(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
     timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
@@ -108,6 +110,18 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
         raise
     metrics.close()
     return preempted
+
+
+def fetch_base(base: ModelConfig) -> None:
+    """Downloads a hub's base, and pins its revision to the commit; before processes wait for each other with a bound.
+
+    Raises:
+        UserError: the hub doesn't give it.
+    """
+    if base.path is not None:
+        named = f"model.path={base.path}"
+        base.revision = pinned(base.path, base.revision, named)
+        local_directory(base.path, base.revision, named)
 
 
 def check_vocabulary(base: ModelConfig, dataset: PreparedDataset) -> None:

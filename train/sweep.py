@@ -16,7 +16,8 @@ from configs.errors import UserError
 from configs.multirun import Job
 from configs.secrets import redact
 from train.config import TrainConfig
-from train.metrics import METRICS, console
+from train.metrics import METRICS
+from train.screen import console
 from train.signals import ASKING, EXIT_PREEMPTED, PR_SET_PDEATHSIG
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.contamination import GRAM, describe_evaluations, load_evaluations, words_of
+from data.contamination import GRAM, words_of
 from data.dataset import PreparedDataset
 from data.duplicates import Seen, likeness
 from data.intake import copies_of
@@ -189,28 +189,6 @@ def test_changed_evaluation_data_is_noticed(
     outcome = run_program("data", *arguments)
     assert outcome.exit_code == 2
     assert "contaminated 20×" in outcome.stderr
-
-
-def test_a_leaderboard_task_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no hub can be reached, `datasets` is stood in for; that the names are right only the hub can tell."""
-    import datasets
-
-    asked = []
-
-    def load_dataset(path: str, name: str | None, split: str, revision: str | None) -> Any:
-        asked.append((path, name, split, revision))
-        return datasets.Dataset.from_list([{"question": QUESTION, "choices": ["two", "three"], "subject": "trains"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("data.contamination.commit_of", lambda dataset, revision: f"commit of {dataset}")
-    described = describe_evaluations(["mmlu"])
-    evaluations = load_evaluations(described)
-    assert described == [{"task": "mmlu", "dataset": "cais/mmlu", "commit": "commit of cais/mmlu"}]
-    assert asked == [("cais/mmlu", "all", "test", "commit of cais/mmlu")]
-    assert evaluations is not None
-    assert len(evaluations.grams) == len(words_of(QUESTION)) - GRAM + 1
-    assert evaluations.shared_with(conversation(QUESTION)) is not None
-    assert evaluations.shared_with(conversation("two three trains")) is None
 
 
 # Limits and weights

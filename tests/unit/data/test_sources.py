@@ -1,8 +1,6 @@
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -153,64 +151,17 @@ def test_files_are_read_in_the_order_named(tmp_path: Path) -> None:
     assert [row.value["output"] for row in rows if isinstance(row, RawRow)] == ["second", "first"]
 
 
-def test_a_hub_revision_is_resolved_to_its_commit(
-    run_program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The hub is stood in for: what is loaded is the commit that the manifest names, and the same commit is reused."""
-    import datasets
-    import huggingface_hub
-
-    commit = "a" * 40
-    loaded = []
-
-    class Api:
-        def dataset_info(self, name: str, revision: str | None, timeout: float) -> Any:
-            if commit == "gone":
-                raise huggingface_hub.errors.OfflineModeIsEnabled("no hub")
-            return SimpleNamespace(sha=commit)
-
-    def load_dataset(name: str, revision: str | None, split: str) -> Any:
-        loaded.append(revision)
-        return datasets.Dataset.from_list([GOOD] * 20)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-
-    def prepare(*settings: str) -> Any:
-        outcome = run_program("data", "dataset=some/rows", "output=out", *settings)
-        assert outcome.exit_code == 0
-        return json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"][0]
-
-    assert prepare("revision=main")["commit"] == commit
-    prepare("revision=main")
-    assert loaded == [commit]
-    commit = "b" * 40  # the branch moves on
-    assert prepare("revision=main")["commit"] == commit
-    assert prepare(f"revision={'c' * 40}")["commit"] == "c" * 40  # named: not asked for
-    commit = "gone"
-    for _ in range(2):  # what the branch is can't be known, so nothing is reused
-        assert prepare("revision=main")["commit"] is None
-    assert loaded == ["a" * 40, "b" * 40, "c" * 40, "main", "main"]
-
-
 def test_local_dataset_directory_is_read(tmp_path: Path) -> None:
-    """The hub's loading code, on a directory in the hub's layout."""
-    import datasets
-
+    """A directory in a hub's layout; rows say which of its files they come from."""
     directory = tmp_path / "dataset"
     directory.mkdir()
     (directory / "train.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"output": "three"}) + "\n")
-    cache = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
-    try:
-        rows = list(read_rows(PrepareConfig(dataset=str(directory))))
-    finally:
-        datasets.config.HF_DATASETS_CACHE = cache
+    rows = list(read_rows(PrepareConfig(dataset=str(directory))))
     assert all(isinstance(row, RawRow) for row in rows)
     assert [texts(convert(row.value))[1] for row in rows if isinstance(row, RawRow)] == ["3", "three"]
     assert [(row.file, row.unit, row.number) for row in rows if isinstance(row, RawRow)] == [
-        (str(directory), "row", 0),
-        (str(directory), "row", 1),
+        (f"{directory}/train.jsonl", "line", 1),
+        (f"{directory}/train.jsonl", "line", 2),
     ]
 
 
