@@ -28,11 +28,12 @@ from configs.receipt import machine, provenance
 from configs.weights import INDEX, SINGLE, StoredWeights, header, local_directory
 from data.template import BOS, EOS, UNK
 from data.writing import staging, take_place
-from inference.adapter import BLOCK, Adapter, read_json
+from inference.adapter import BLOCK, Adapter
 from inference.card import write_card
 from inference.checkpoint import Piece, pieces
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, load_tokenizer
+from inference.plain import read_json
 from inference.verify import verify
 
 RECEIPT = "merge.json"

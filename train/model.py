@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from configs.architecture import read_architecture
 from configs.errors import UserError, one_line
+from configs.weights import weight_files
 from train import adapter_files, attention, expert_lora
 from train.allocation import expert_ranks
 from train.config import LoraConfig, ModelConfig, TrainConfig
@@ -80,9 +82,9 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
-        if architecture.model_type != "mixtral":
-            raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
+        architecture = read_architecture(config.path, config.revision, named)
+        if Path(config.path).is_dir():
+            weight_files(Path(config.path), named)  # transformers would follow an index out of the directory
         if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
             raise UserError(f"{named}: its experts use {architecture.hidden_act}, Mixtral's use silu; {remedy}")
         if config.attention == attention.IMPLEMENTATION:
@@ -98,7 +100,9 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
         with _attention_of(config):
             model, loading = MixtralForCausalLM.from_pretrained(
                 config.path,
+                config=architecture,
                 revision=config.revision,
+                trust_remote_code=False,
                 dtype=DTYPES[config.dtype],
                 attn_implementation=config.attention,
                 use_safetensors=True,

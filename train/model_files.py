@@ -63,6 +63,7 @@ class ModelFiles:
             index = {"metadata": {"total_size": total}, "weight_map": names}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         architecture = copy.deepcopy(model.config)
+        architecture.use_cache = True  # only training computes without it
         architecture.architectures, architecture.dtype = [type(model).__name__], str(self._dtype).removeprefix("torch.")
         architecture.save_pretrained(self._directory)
         if model.generation_config is not None:

@@ -12,9 +12,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from configs.adapter_settings import CONFIG
 from configs.errors import UserError
 from configs.weights import StoredWeights
-from inference.adapter import CONFIG, Adapter
+from inference.adapter import Adapter
 from inference.load import fold
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
