@@ -28,7 +28,7 @@ from configs.adapter_settings import CONFIG, UNDERSTOOD, check_settings
 from configs.architecture import UNREADABLE
 from configs.errors import UserError, one_line
 from configs.weights import StoredWeights
-from inference.plain import read_json
+from inference.plain import is_shallow, read_json
 
 WEIGHTS, RECEIPT = "adapter_model.safetensors", "receipt.json"
 
@@ -247,8 +247,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
             raise UserError(f"adapter={directory}: it is no adapter directory, {name} is missing; {remedy}")
     try:
         settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        if not is_shallow(settings):
+            raise ValueError("it is nested too deeply")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"adapter={directory}: its {CONFIG} is not JSON ({one_line(error)}); {remedy}") from error
+        raise UserError(f"adapter={directory}: its {CONFIG} can't be read ({one_line(error)}); {remedy}") from error
     return check_settings(settings, f"adapter={directory}")
 
 

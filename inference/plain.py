@@ -29,19 +29,24 @@ def read_json(path: Path, sha256: str | None = None) -> dict[str, Any]:
         value = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) and _is_shallow(value) else {}
+    return value if isinstance(value, dict) and is_shallow(value) else {}
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes | None:
     """The content of a regular file of at most that size; else None."""
+    content = read_start(path, largest + 1)
+    return content if content is not None and len(content) <= largest else None
+
+
+def read_start(path: Path, size: int) -> bytes | None:
+    """The first bytes of a regular file; None where there is none, or it can't be read."""
     try:
         if not path.is_file():
             return None
         with path.open("rb") as file:
-            content = file.read(largest + 1)
+            return file.read(size)
     except (OSError, ValueError):  # ValueError: a path with a NUL
         return None
-    return content if len(content) <= largest else None
 
 
 def parse_yaml(text: str) -> dict[str, Any] | None:
@@ -77,7 +82,8 @@ def member(value: object, name: str) -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
-def _is_shallow(value: object) -> bool:
+def is_shallow(value: object) -> bool:
+    """Whether JSON is nested at most `DEEPEST` deep, so that whoever writes it again can."""
     level = [value]
     for _ in range(DEEPEST):
         inner = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]  # type: ignore[attr-defined]
