@@ -3,8 +3,9 @@
 {output}.part     while it runs: what the run is, then each answer as it comes. Only ever appended to.
 {output}          when all is answered: the lines sorted, errors among them
 
-An answer line has `line` (of the input, from 1; `row`, from 0, where the input is a list), `id` (the row's, or null), `answer`, `finish_reason`, `prompt_tokens`
-and `tokens`; the line of a row that can't be answered has `line`, `id` and `error` (a reason code and a sentence).
+An answer line has `line` (of the input, from 1; of a list `row`, from 0), `id` (the row's, or null), `answer`,
+`finish_reason`, `prompt_tokens` and `tokens`; the line of a row that can't be answered has `line` or `row`, `id` and
+`error` (a reason code and a sentence).
 """
 
 import fcntl

@@ -108,8 +108,9 @@ def _with_prompt(value: Any) -> Any:
     if not isinstance(value, dict) or detect_schema(value, {}) is not None:
         return value
     prompt = value.get("prompt")
-    name = {str: "instruction", list: "messages"}.get(type(prompt))
-    return value if name is None else {**value, name: prompt}
+    if isinstance(prompt, str):
+        return {**value, "instruction": prompt}
+    return {**value, "messages": prompt} if isinstance(prompt, list) else value
 
 
 def _identity(value: Any) -> Any:
