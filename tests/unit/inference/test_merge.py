@@ -78,6 +78,7 @@ def test_the_merged_model_is_the_folded_one_bit_for_bit(tmp_path: Path, kind: st
         "merge.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
     }
     assert json.loads((tmp_path / "out" / "merge.json").read_text()) == receipt
