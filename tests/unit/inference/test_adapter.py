@@ -363,7 +363,7 @@ def test_a_value_that_peft_cannot_compute_with_is_refused(tmp_path: Path, change
     base = make_base()
     make_adapter(tmp_path, base, target_modules=["q_proj"])
     edit_config(tmp_path, **changes)
-    with pytest.raises(UserError, match="^adapter=") as refused:
+    with pytest.raises(UserError, match="adapter=") as refused:
         Adapter(tmp_path, base.config)
     assert needed in str(refused.value)
 
