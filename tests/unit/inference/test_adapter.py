@@ -67,7 +67,8 @@ def make_base(dtype: torch.dtype = torch.float32, **sizes: int) -> MixtralForCau
 
 def make_adapter(directory: Path, base: MixtralForCausalLM, **kind: Any) -> PeftModel:
     """Stock PEFT's own adapter with factors that are not zero, saved by stock PEFT; the model that it belongs to."""
-    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=12, **kind), autocast_adapter_dtype=False)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 12, **kind})
+    adapted = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)

@@ -175,13 +175,12 @@ def test_json_is_read_within_bounds(tmp_path: Path) -> None:
         ([], None),
         ("", None),
         ("x" * 301, None),
-        (10**5000, None),
-        ("\ud800", "?"),
     ],
 )
 def test_what_is_plain(value: Any, text: str | None) -> None:
     assert plain(value) == text
     assert plain("\ud800") == "?"
+    assert plain(10**5000) is None
 
 
 def test_a_name_that_is_no_text_is_written_all_the_same(tmp_path: Path) -> None:
