@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from configs import entry
+from configs.architecture import read_architecture
 from configs.errors import UserError
 from data.dataset import PreparedDataset
 from data.template import ChatTokenizer, has_tokenizer
@@ -39,6 +40,8 @@ def run(config: TrainConfig) -> None:
     signals = Signals(config.failures.grace)
     dataset = PreparedDataset(config.dataset)
     check_vocabulary(config.model, dataset)
+    if (path := config.model.path) is not None:  # before any of its weights is hashed or loaded
+        read_architecture(path, config.model.revision, f"model.path={path}")
     processes = engine.start(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
     timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
     guard = Guard(processes.rank, processes.count, **timeouts)

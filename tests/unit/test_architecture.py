@@ -72,6 +72,17 @@ def test_a_quantised_base_is_refused_before_its_weights(
     assert "bfloat16, float16 and float32" in told
 
 
+def test_training_says_so_before_it_hashes_a_weight(base: Path, run_program: Any, project_root: Path) -> None:
+    """The weights aren't even there, and no process has met another."""
+    rows = project_root / "data" / "sample" / "identity.jsonl"
+    assert run_program("data", f"files=[{rows}]", "output=prepared", "seq_len=256", "workers=1").exit_code == 0
+    say(base, quantization_config=METHODS["awq"])
+    (base / SINGLE).unlink()
+    outcome = run_program("train", "run_dir=run", f"model.path={base}", "dataset=prepared", "hardware=cpu")
+    assert outcome.exit_code == 2
+    assert f"model.path={base}: it is quantised (awq" in outcome.stderr
+
+
 def test_an_empty_quantisation_is_none(base: Path) -> None:
     say(base, quantization_config=None)
     load(base)
