@@ -55,7 +55,7 @@ class StoredWeights:
         """
         self.directory = directory
         self.tensors: dict[str, StoredTensor] = {}
-        for file in _files(directory, named):
+        for file in weight_files(directory, named):
             try:
                 self.tensors |= {tensor.name: tensor for tensor in read_header(file)}
             except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
@@ -157,15 +157,24 @@ def pinned(source: str, revision: str | None, named: str) -> str | None:
     return revision if Path(source).is_dir() else find("model", source, revision, named).commit
 
 
-def _files(directory: Path, named: str) -> list[Path]:
+def weight_files(directory: Path, named: str) -> list[Path]:
+    """The safetensors of a model directory, all of them in it: an index that names others is refused.
+
+    Raises:
+        UserError: one is missing, or the index is none.
+    """
     if (directory / INDEX).is_file():
         try:
             names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("a name of a file is no text")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{named}: its {INDEX} is none ({one_line(error)}); {REMEDY}") from error
     else:
         names = [SINGLE]
     for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
+        if Path(name).name != name:
+            raise UserError(f"{named}: its {INDEX} names {name}, which is not in the directory; {REMEDY}")
+        if not (directory / name).is_file():
             raise UserError(f"{named}: its {name} is missing; {REMEDY}")
     return [directory / name for name in names]

@@ -34,7 +34,12 @@ SPACE = "▁"
 MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 """The template's own words. They are plain text to the vocabulary, so only a policy keeps them out of contents."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+SENTENCEPIECE = "tokenizer.model"
+
+LARGEST_MODEL = 16 << 20
+"""Bytes of the largest SentencePiece model that is read; Mixtral's has half a megabyte."""
+
+TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE)
 """The files that hold a vocabulary, the preferred first."""
 
 FIRST_PIECE = 259
@@ -208,8 +213,14 @@ class ChatTokenizer:
         pieces = sorted(self._vocabulary.items(), key=lambda item: item[1])
         return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
 
-    def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, with the chat template, for stock transformers."""
+    def save(self, directory: Path, base: Path | None = None) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, with the chat template, for stock transformers, and
+        `tokenizer.model`, from which other programs take the pieces' scores.
+
+        The model is that of the directory `base` where it has one that says the same as the embedded one, which is
+        taken else.
+        """
+        (directory / SENTENCEPIECE).write_bytes(_sentencepiece(base))
         stock = _merges_only(self._vocabulary)
         stock.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
         unescape = [normalizers.Replace(BREAK, ""), normalizers.Replace(ESCAPED, ESCAPE)]
@@ -273,6 +284,30 @@ def _merges_only(vocabulary: dict[str, int]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
+
+
+def _sentencepiece(base: Path | None) -> bytes:
+    """Mixtral's SentencePiece model: the base's own, or the embedded one where that has other ids, or there is none."""
+    embedded = _locate(EMBEDDED, None, "tokenizer").read_bytes()
+    own = None if base is None else base / SENTENCEPIECE
+    if own is None or not own.is_file() or own.stat().st_size > LARGEST_MODEL:
+        return embedded
+    try:
+        content = own.read_bytes()
+        return content if _meaning(content) == _meaning(embedded) else embedded
+    except Exception:  # it is damaged; protobuf's DecodeError lives in a different place in each of its implementations
+        return embedded
+
+
+def _meaning(content: bytes) -> tuple[object, ...]:
+    """What decides the ids in a SentencePiece model: pieces with scores and kinds, and what is done to the text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(content)
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    trained = model.trainer_spec
+    return pieces, model.normalizer_spec.SerializeToString(), trained.model_type, trained.byte_fallback
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -9,41 +9,34 @@ PEFT's files hold the factors of all experts in two matrices: A [E·r, in] with 
 the expert fastest.
 """
 
-import hashlib
 import json
 import math
 import re
 import warnings
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from configs.adapter_settings import CONFIG, UNDERSTOOD, check_settings
+from configs.architecture import UNREADABLE
 from configs.errors import UserError, one_line
 from configs.weights import StoredWeights
+from inference.plain import is_shallow, read_json
 
-CONFIG, WEIGHTS, RECEIPT = "adapter_config.json", "adapter_model.safetensors", "receipt.json"
+WEIGHTS, RECEIPT = "adapter_model.safetensors", "receipt.json"
 
-UNDERSTOOD = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    "modules_to_save",
-}
-"""Settings that decide what an adapter adds, all of which PEFT's layers show."""
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base's modules."""
 
-IRRELEVANT = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-}
-"""Settings that only training or other settings look at."""
-
-INITS_THAT_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights`; the others train against a changed base, which is not the one that is here."""
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+"""The parameters that PEFT stores whole beside an adapter that targets them, and loads from there."""
 
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
 """Elements of a weight that are summed at a time: float32 copies that stay in a core's cache, or in a GPU's memory."""
@@ -58,6 +51,15 @@ class LowRank:
     scaling: float
     experts: int | None
     """Their number where the parameter is [E, out, in]; None for a matrix."""
+    transposed: bool = False
+    """Whether the file holds the factors of the transpose, as PEFT does for embeddings."""
+    base: str | None = None
+    """The tensor of the file that W is, where PEFT stored the layer beside its factors."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The tensors of the file that it uses."""
+        return (self.A, self.B) if self.base is None else (self.A, self.B, self.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,11 @@ class Whole:
     """W becomes the stored tensor."""
 
     key: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The tensors of the file that it uses."""
+        return (self.key,)
 
 
 class Adapter:
@@ -79,7 +86,22 @@ class Adapter:
         """
         self.directory = directory
         self.settings = read_settings(directory)
-        self.updates, expected = _updates(directory, self.settings, architecture)
+        layers = Layers(directory, self.settings, architecture)
+        self.keys = self._read_keys(layers.expected, layers.beside)
+        self.updates = layers.updates
+        for key in self.keys & layers.beside.keys():
+            parameter = layers.beside[key][0]
+            update = self.updates.get(parameter)
+            self.updates[parameter] = replace(update, base=key) if isinstance(update, LowRank) else Whole(key)
+        self._shared = layers.shared
+        self._obstacle = layers.obstacle
+        self._cached = lru_cache(maxsize=16)(self.tensor)  # experts of a layer come one after the other
+
+    def _read_keys(
+        self, expected: dict[str, tuple[int, ...]], beside: dict[str, tuple[str, tuple[int, ...]]]
+    ) -> set[str]:
+        """The file's keys, which are those that are expected, and maybe those of embeddings beside them."""
+        directory = self.directory
         try:
             with safe_open(directory / WEIGHTS, "pt") as stored:
                 found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 - it is no dict
@@ -87,18 +109,19 @@ class Adapter:
             raise UserError(
                 f"adapter={directory}: its {WEIGHTS} is damaged ({one_line(error)}); give the adapter as it was written"
             ) from error
+        known = expected | {key: shape for key, (_, shape) in beside.items()}
         remedy = "give the base it was trained on, and the adapter as it was written"
         for key in sorted(expected | found, key=lambda key: (key in found, key)):
             if key not in found:
                 raise UserError(f"adapter={directory}: its tensor {key} is missing; {remedy}")
-            if key not in expected:
+            if key not in known:
                 raise UserError(f"adapter={directory}: its tensor {key} is unknown; {remedy}")
-            if found[key] != expected[key]:
+            if found[key] != known[key]:
                 raise UserError(
                     f"adapter={directory}: its tensor {key} is {list(found[key])}, and this base takes "
-                    f"{list(expected[key])}; {remedy}"
+                    f"{list(known[key])}; {remedy}"
                 )
-        self._cached = lru_cache(maxsize=16)(self.tensor)  # experts of a layer come one after the other
+        return set(found)
 
     @property
     def receipt(self) -> dict[str, Any]:
@@ -122,15 +145,51 @@ class Adapter:
                 f"check_base=false to use these all the same"
             )
 
+    def check_numbers(self) -> None:
+        """Raises `UserError` where a number of the adapter is not finite, as of a training that diverged."""
+        for key in sorted(self.keys):
+            if not is_finite(self.tensor(key)):
+                raise UserError(
+                    f"adapter={self.directory}: its tensor {key} holds numbers that are not finite, as of a training "
+                    f"that diverged; give an earlier checkpoint, or train again"
+                )
+
+    def check_foldable(self) -> None:
+        """Raises `UserError` unless each update changes one parameter of the base, that parameter alone, and no other
+        update changes it: else folding would lose an update, or change more than was trained."""
+        obstacle = self._obstacle
+        for parameter, names in self._shared.items():
+            if parameter in self.updates:
+                obstacle = f"it changes {parameter}, which is one tensor with {' and '.join(names)} in this base"
+        uses = Counter(key for update in self.updates.values() for key in update.keys)
+        if obstacle is None and (unused := sorted(key for key in self.keys if uses[key] != 1)):
+            obstacle = f"its tensor {unused[0]} changes no single parameter"
+        if obstacle is not None:
+            raise UserError(
+                f"adapter={self.directory}: {obstacle}, so it can't be folded or merged; give fold=false, which leaves "
+                f"it to stock PEFT, or use PEFT itself to merge it, and give the result as base="
+            )
+
     def factors(self, parameter: str, expert: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A [r, in] and B [out, r] as stored, and the scaling, of a parameter or of one of its experts."""
         update = self.updates[parameter]
         assert isinstance(update, LowRank)
         A, B = self._cached(update.A), self._cached(update.B)
+        if update.transposed:
+            A, B = B.T, A.T
         if update.experts is not None:
             A = A.unflatten(0, (update.experts, -1))[expert]
             B = B.unflatten(1, (-1, update.experts))[:, :, expert]
         return A, B, update.scaling
+
+    def stored(self, parameter: str, expert: int | None, rows: slice) -> torch.Tensor | None:
+        """What W is there by the file, before factors are added; None where the base has it."""
+        update = self.updates[parameter]
+        key = update.key if isinstance(update, Whole) else update.base
+        if key is None:
+            return None
+        whole = self._cached(key)
+        return (whole if expert is None else whole[expert])[rows]
 
     def changes(self, parameter: str, expert: int | None, rows: slice = slice(None)) -> bool:
         """Whether the factors add anything there: those of experts that were not trained are zeros."""
@@ -143,8 +202,9 @@ class Adapter:
         The sum is made in float32 and rounded to the weight's dtype once.
         """
         update = self.updates[parameter]
+        if (stored := self.stored(parameter, expert, rows)) is not None:
+            weight.copy_(stored)
         if isinstance(update, Whole):
-            weight.copy_(self._cached(update.key)[rows])
             return
         if update.experts is not None and expert is None:
             for number, matrix in enumerate(weight):
@@ -168,16 +228,9 @@ def add_product(weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, scaling:
     weight.copy_(torch.addmm(weight.to(A.dtype), B, A, alpha=scaling))
 
 
-def read_json(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none, or something else, or of another hash than is asked for."""
-    try:
-        content = path.read_bytes()
-        value = json.loads(content)
-    except (OSError, ValueError):
-        return {}
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        return {}
-    return value if isinstance(value, dict) else {}
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all its numbers are; without a copy of them."""
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -194,69 +247,95 @@ def read_settings(directory: Path) -> dict[str, Any]:
             raise UserError(f"adapter={directory}: it is no adapter directory, {name} is missing; {remedy}")
     try:
         settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"adapter={directory}: its {CONFIG} is not JSON ({error}); {remedy}") from error
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind != "LORA":
-        raise UserError(f"adapter={directory}: its {CONFIG} says peft_type {kind}, not LORA; {remedy}")
-    odd = [name for name, value in settings.items() if name not in UNDERSTOOD | IRRELEVANT and value not in _NOTHING]
-    if settings.get("init_lora_weights") not in INITS_THAT_LEAVE_THE_BASE:
-        odd.append("init_lora_weights")
-    if odd:
-        value = settings[odd[0]]
-        raise UserError(
-            f"adapter={directory}: its {CONFIG} says {odd[0]}={value}, which is not known here; "
-            f"use PEFT itself to merge it, and give the result as base="
-        )
-    return settings
+        if not is_shallow(settings):
+            raise ValueError("it is nested too deeply")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"adapter={directory}: its {CONFIG} can't be read ({one_line(error)}); {remedy}") from error
+    return check_settings(settings, f"adapter={directory}")
 
 
-_NOTHING: tuple[object, ...] = (None, False, "none", {}, [])
+class Layers:
+    """What stock PEFT makes of a configuration on a base without weights."""
 
+    def __init__(self, directory: Path, settings: dict[str, Any], architecture: MixtralConfig):
+        """Applies it, and reads names, shapes and scalings off the layers.
 
-def _updates(
-    directory: Path, settings: dict[str, Any], architecture: MixtralConfig
-) -> tuple[dict[str, LowRank | Whole], dict[str, tuple[int, ...]]]:
-    """The updates by parameter, and the keys and shapes that PEFT expects in the file."""
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-    from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
-    from peft.utils import ModulesToSaveWrapper
+        Raises:
+            UserError: PEFT refuses the configuration on this base.
+        """
+        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-    known = {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT warns of is refused by the comparison of keys and shapes
-            bare = MixtralForCausalLM(architecture)
-            adapted = get_peft_model(bare, LoraConfig(**known), low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
-        raise UserError(
-            f"adapter={directory}: its {CONFIG} does not fit this base ({one_line(error)}); "
-            f"give the base it was trained on"
-        ) from error
-    updates: dict[str, LowRank | Whole] = {}
-    for name, module in adapted.named_modules():
-        place = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        self._directory = directory
+        self.updates: dict[str, LowRank | Whole] = {}
+        """By the parameter's name in transformers' model."""
+        self.obstacle: str | None = None
+        """Why these updates can't be added to the parameters; None where they can."""
+
+        known = {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what PEFT warns of is refused by the comparison of keys and shapes
+                bare = MixtralForCausalLM(architecture)
+                parameters = dict(bare.named_parameters(remove_duplicate=False))
+                adapted = get_peft_model(bare, LoraConfig(**known), low_cpu_mem_usage=True)
+        except (*UNREADABLE, RuntimeError, re.error) as error:
+            raise UserError(
+                f"adapter={directory}: its {CONFIG} does not fit this base ({one_line(error)}); "
+                f"give the base it was trained on"
+            ) from error
+        self.shared = {
+            name: others
+            for name, parameter in parameters.items()
+            if (others := [o for o, other in parameters.items() if other is parameter and o != name])
+        }
+        """The parameters that are one tensor with others, and those others."""
+        for name, module in adapted.named_modules():
+            self._read(name, module)
+        for parameter in self.updates:
+            if parameter not in parameters:
+                self._hinder(f"it changes {parameter}, which the base holds under no such name")
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        self.expected = {key: tuple(tensor.shape) for key, tensor in expected.items()}
+        """The keys of the file, and the shapes of their tensors."""
+        self.beside = {
+            key: (place, tuple(tensor.shape))
+            for key, tensor in adapted.state_dict().items()
+            if (place := key.removeprefix(PREFIX).replace(".base_layer", "")) in EMBEDDINGS
+        }
+        """The keys of embeddings that may be there too, with their parameters and shapes."""
+
+    def _read(self, name: str, module: nn.Module) -> None:
+        """Notes what a module of PEFT's model changes."""
+        from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
+        from peft.utils import ModulesToSaveWrapper
+
+        place = name.removeprefix(PREFIX).replace(".base_layer", "")
         if isinstance(module, ModulesToSaveWrapper):
             for parameter, _ in module.original_module.named_parameters():
-                updates[f"{place}.{parameter}"] = Whole(f"{name}.{parameter}")
-        elif isinstance(module, LoraLayer):
-            if not isinstance(module, (Linear, ParamWrapper)):
-                raise UserError(
-                    f"adapter={directory}: its {CONFIG} targets {place}, a {type(module).__name__}, which is not known "
-                    f"here; use PEFT itself to merge it, and give the result as base="
-                )
-            parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-            if not math.isfinite(module.scaling["default"]):
-                raise UserError(
-                    f"adapter={directory}: its {CONFIG} gives {place} the scale {module.scaling['default']}; give the "
-                    f"adapter as it was written"
-                )
-            several = isinstance(module, ParamWrapper) and module.get_param().dim() == 3
-            updates[f"{place}.{parameter}"] = LowRank(
-                f"{name}.lora_A.weight",
-                f"{name}.lora_B.weight",
-                module.scaling["default"],
-                module.num_experts if several else None,
+                self._note(f"{place}.{parameter}", Whole(f"{name}.{parameter}"))
+            return
+        if not isinstance(module, LoraLayer):
+            return
+        if not isinstance(module, (Embedding, Linear, ParamWrapper)):
+            self._hinder(f"its {CONFIG} targets {place}, a {type(module).__name__}, which is not known here")
+            return
+        parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+        scaling = module.scaling["default"]
+        if not math.isfinite(scaling):
+            raise UserError(
+                f"adapter={self._directory}: its {CONFIG} gives {place} the scale {scaling}; give the adapter as it "
+                f"was written"
             )
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    return updates, {key: tuple(tensor.shape) for key, tensor in expected.items()}
+        several = isinstance(module, ParamWrapper) and module.get_param().dim() == 3
+        of_embedding = isinstance(module, Embedding)
+        A, B = (f"{name}.lora_embedding_{x}" if of_embedding else f"{name}.lora_{x}.weight" for x in "AB")
+        update = LowRank(A, B, scaling, module.num_experts if several else None, transposed=of_embedding)
+        self._note(f"{place}.{parameter}", update)
+
+    def _note(self, parameter: str, update: LowRank | Whole) -> None:
+        if parameter in self.updates:
+            self._hinder(f"it changes {parameter} in two ways")
+        self.updates[parameter] = update
+
+    def _hinder(self, obstacle: str) -> None:
+        self.obstacle = self.obstacle or obstacle

@@ -3,8 +3,9 @@
 {output}.part     while it runs: what the run is, then each answer as it comes. Only ever appended to.
 {output}          when all is answered: the lines sorted, errors among them
 
-An answer line has `line` (of the input, from 1), `id` (the row's, or null), `answer`, `finish_reason`, `prompt_tokens`
-and `tokens`; the line of a row that can't be answered has `line`, `id` and `error` (a reason code and a sentence).
+An answer line has `line` (of the input, from 1; of a list `row`, from 0), `id` (the row's, or null), `answer`,
+`finish_reason`, `prompt_tokens` and `tokens`; the line of a row that can't be answered has `line` or `row`, `id` and
+`error` (a reason code and a sentence).
 """
 
 import fcntl
@@ -12,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.errors import UserError
-from data.conversion import detect_schema, to_conversation
-from data.reading import RawRow
-from data.schema import Conversation, Message
 from data.sources import sha256
-from data.template import ChatTokenizer
 from inference.adapter import WEIGHTS
 from inference.config import InferenceConfig
 from inference.generate import Answer, Ending, context, generate_rows, sampling
 from inference.load import Loaded, load
+from inference.rows import Prompt, encoded, read_prompts, read_rows
 
 SETTINGS = (
     *("adapter", "base", "revision", "fold", "dtype", "system", "markers", "max_new_tokens", "stop"),
@@ -42,15 +39,6 @@ FIRST_BYTES = b'{"input": "'
 console = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A row that can be answered: its line in the input, its id, and the token ids that generation starts from."""
-
-    line: int
-    id: Any
-    ids: list[int]
-
-
 def batch(config: InferenceConfig) -> dict[str, int]:
     """Answers every row of `input` to `output`; returns how many rows were answered, failed, and taken from before.
 
@@ -58,14 +46,14 @@ def batch(config: InferenceConfig) -> dict[str, int]:
         UserError: the input can't be read, the output is there, or the run that it would continue was another.
     """
     source, output = Path(str(config.input)), Path(str(config.output))
-    lines = _lines(source)
+    rows = read_rows(source, config)
     if output.exists() and not config.overwrite:
         raise UserError(f"output={output}: it is there already; name another file, or give overwrite=true")
     if output.resolve() == source.resolve() or output.is_dir():
         raise UserError(f"output={output}: that is no file to write answers to; name another")
     with _journal(output.with_name(f"{output.name}.part"), _identity(config, source)) as journal:
         loaded = load(config)
-        prompts, errors = read_prompts(lines, loaded.tokenizer, config, context(loaded))
+        prompts, errors = read_prompts(rows, loaded.tokenizer, config, context(loaded))
         units = plan(prompts, 1 if config.batching == "continuous" else config.batch_size)
         done = journal.keep([[prompt.line for prompt in unit] for unit in units])
         left = [unit for unit in units if unit[0].line not in done]
@@ -84,67 +72,13 @@ def batch(config: InferenceConfig) -> dict[str, int]:
     return summary
 
 
-# Rows
-
-
-def _lines(source: Path) -> list[bytes]:
-    try:
-        return source.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"input={source}: it can't be read ({error.strerror}); give a file of JSON Lines") from error
-
-
-def read_prompts(
-    lines: list[bytes], tokenizer: ChatTokenizer, config: InferenceConfig, room: int
-) -> tuple[list[Prompt], list[dict[str, Any]]]:
-    """The rows that can be answered, and the answer lines of those that can't; blank lines are no rows."""
-    prompts: list[Prompt] = []
-    errors: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        identity, outcome = _read(line, config)
-        if isinstance(outcome, Conversation):
-            ids = tokenizer.encode_prompt(outcome)
-            if len(ids) < room:
-                prompts.append(Prompt(number, identity, ids))
-                continue
-            reason, detail = "too_long", f"the prompt takes {len(ids)} tokens, and the model's context is {room}"
-        else:
-            reason, detail = outcome
-        errors.append({"line": number, "id": identity, "error": {"reason": reason, "detail": detail}})
-    return prompts, errors
-
-
-def _read(line: bytes, config: InferenceConfig) -> tuple[Any, Conversation | tuple[str, str]]:
-    """The row's id, and its conversation, or reason and detail; `system` speaks where the row has no such message."""
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return None, ("invalid_utf8", "the line is not UTF-8 text")
-    except (ValueError, RecursionError) as error:
-        return None, ("invalid_json", f"the line is not JSON ({error})")
-    identity = value.get("id") if isinstance(value, dict) else None
-    schema = detect_schema(value, {})
-    if schema is None:
-        return identity, ("unknown_schema", "it has none of the fields messages, conversations, instruction")
-    keep = config.markers == "keep"
-    row = RawRow(value, str(config.input), "line", 0)
-    outcome = to_conversation(row, schema, keep_markers=keep, reply_needed=False)
-    if not isinstance(outcome, Conversation):
-        return identity, (outcome.reason, outcome.detail)
-    if config.system and outcome.system is None:
-        outcome = Conversation((Message("system", config.system), *outcome.messages))
-    return identity, outcome
+# Answers
 
 
 def plan(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
     """Prompts of like length together, the longest first, so that too little memory shows at once."""
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.line))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
-# Answers
 
 
 def answer_padded(loaded: Loaded, config: InferenceConfig, units: list[list[Prompt]]) -> Iterator[list[dict[str, Any]]]:
@@ -200,7 +134,7 @@ def answer_continuously(
 def record(prompt: Prompt, answer: Answer) -> dict[str, Any]:
     """The answer line of a prompt."""
     return {
-        "line": prompt.line,
+        prompt.unit: prompt.line,
         "id": prompt.id,
         "answer": answer.text,
         "finish_reason": answer.finish_reason,
@@ -245,8 +179,7 @@ class Journal:
 
     def append(self, answers: list[dict[str, Any]]) -> None:
         """Adds a unit, in one write, and waits until the disk has it."""
-        text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        view = memoryview(text.encode())
+        view = memoryview(b"".join(map(encoded, answers)))
         while view:
             view = view[os.write(self._descriptor, view) :]
         os.fsync(self._descriptor)
@@ -295,11 +228,16 @@ def _begins_as_ours(content: bytes) -> bool:
 
 
 def _line_of(answer: bytes) -> int:
-    """The line that an answer is to; 0, which no row has, where a torn write or a damaged disk left something else."""
+    """The line that an answer is to; -1, which no row has, where a torn write or a damaged disk left something else."""
     try:
-        return int(json.loads(answer)["line"])
+        return _place(json.loads(answer))
     except (ValueError, TypeError, KeyError):
-        return 0
+        return -1
+
+
+def _place(answer: dict[str, Any]) -> int:
+    """The line, or the row, that an answer is to."""
+    return int(answer["line"] if "line" in answer else answer["row"])
 
 
 def _locked(path: Path) -> int:
@@ -330,9 +268,9 @@ def _identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
 def _finish(output: Path, answers: list[dict[str, Any]]) -> None:
     """Writes all lines in the input's order, and lets them appear at once."""
     temporary = output.with_name(f".{output.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for answer in sorted(answers, key=lambda answer: int(answer["line"])):
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    with temporary.open("wb") as file:
+        for answer in sorted(answers, key=_place):
+            file.write(encoded(answer))
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(output)

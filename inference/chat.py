@@ -130,8 +130,8 @@ def fit(tokenizer: ChatTokenizer, system: str | None, turns: list[Message], room
 
 
 def _piped() -> Iterator[str]:
-    for line in sys.stdin:
-        yield line.rstrip("\n")
+    for number, line in enumerate(sys.stdin):
+        yield (line.removeprefix("\ufeff") if number == 0 else line).rstrip("\n")
 
 
 def _typed() -> Iterator[str]:

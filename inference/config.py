@@ -75,7 +75,8 @@ class InferenceConfig:
     # Files
 
     input: str | None = None
-    """For `batch`: JSON Lines, each a row of one of the schemas of `python -m data`, with an `id` if it has one."""
+    """For `batch`: a file as `python -m data` takes it (JSON Lines, a JSON array, Parquet; .gz, .zst), each row in one
+    of its schemas or with a `prompt`, and with an `id` if it has one."""
     output: str | None = None
     """For `batch` the file of answers, for `merge` the directory of the model."""
     overwrite: bool = False

@@ -5,18 +5,20 @@ The adapter directory is all that training hands over: PEFT's two files, and the
 
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from configs.adapter_settings import CONFIG
+from configs.architecture import read_architecture
 from configs.errors import UserError, one_line
-from configs.weights import REMEDY, StoredWeights, local_directory, pinned
+from configs.weights import REMEDY, StoredWeights, local_directory, pinned, weight_files
 from data.template import EMBEDDED, ChatTokenizer, has_tokenizer
-from inference.adapter import CONFIG, Adapter, read_settings
+from inference.adapter import Adapter, is_finite, read_settings
 from inference.config import InferenceConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,7 +70,7 @@ def find_base(config: InferenceConfig) -> Base:
     """The base that the configuration names, or else the adapter.
 
     Raises:
-        UserError: nothing names one, or it is no Mixtral.
+        UserError: nothing names one, it is no Mixtral, or a quantised one.
     """
     adapter = None if config.adapter is None else Path(config.adapter)
     settings = {} if adapter is None else read_settings(adapter)
@@ -83,21 +85,16 @@ def find_base(config: InferenceConfig) -> Base:
     if source.startswith(("/", ".")) and not Path(source).is_dir():
         raise UserError(f"{named}: there is no such directory; {REMEDY}")
     revision = pinned(source, revision, named)  # so that all that is read of a hub's model is of one commit
-    try:
-        architecture = AutoConfig.from_pretrained(local_directory(source, revision, named, ["config.json"]))
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {REMEDY}") from error
-    if architecture.model_type != "mixtral":
-        raise UserError(f"{named}: it is a {architecture.model_type} model; {REMEDY}")
-    return Base(source, revision, named, architecture)
+    return Base(source, revision, named, read_architecture(source, revision, named))
 
 
 def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
-    """The adapter, checked against the base: key set, shapes, and the fingerprint in its receipt."""
+    """The adapter, checked against the base: keys, shapes, numbers, and the fingerprint in its receipt."""
     assert config.adapter is not None
     adapter = Adapter(Path(config.adapter), base.architecture)
+    if config.fold or config.task == "merge":
+        adapter.check_foldable()
+    adapter.check_numbers()
     if config.check_base and adapter.trained_on is not None:
         directory = local_directory(base.source, base.revision, base.named)
         adapter.check_base(StoredWeights(directory, base.named), base.named)
@@ -110,15 +107,18 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
         raise UserError("device=cuda: torch finds no CUDA GPU here; use device=cpu")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
     directory = local_directory(base.source, base.revision, base.named)
+    weight_files(directory, base.named)  # transformers would follow an index out of the directory
     try:
         model, loading = MixtralForCausalLM.from_pretrained(
             directory,
+            config=base.architecture,
+            trust_remote_code=False,
             dtype=choose_dtype(config.dtype, on_cuda),
             use_safetensors=True,
             device_map=config.device_map if on_cuda else None,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"{base.named}: no model can be loaded from there ({one_line(error)}); {REMEDY}") from error
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(loading["missing_keys"]):
@@ -142,18 +142,36 @@ def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
     """Adds the adapter to the model's own weights, block by block.
 
     Raises:
-        UserError: part of the model was left on disk, where there is nothing to add to.
+        UserError: the adapter can't be added to single parameters, or to one that is shared or was left on disk, or
+            what it makes of one is not finite.
     """
-    for name, parameter in model.named_parameters():
-        if name not in adapter.updates:
-            continue
+    adapter.check_foldable()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    holders = Counter(map(_storage, parameters.values()))
+    for name in adapter.updates:
+        parameter = parameters[name]
         if parameter.is_meta:
             raise UserError(
                 f"adapter={adapter.directory}: the base does not fit into this machine's memory, so the adapter can't "
                 f"be folded into it; merge first, with task=merge output=…, and give the result as base="
             )
+        if holders[_storage(parameter)] > 1:
+            raise UserError(
+                f"adapter={adapter.directory}: it changes {name}, which shares its memory with another parameter of "
+                f"this base; give fold=false, which leaves it to stock PEFT"
+            )
         adapter.fold(name, parameter.data)
+        if not is_finite(parameter.data):
+            raise UserError(
+                f"adapter={adapter.directory}: what it makes of {name} is not finite in {parameter.dtype}, as of a "
+                f"training that diverged; give an earlier checkpoint, or train again"
+            )
     return model
+
+
+def _storage(parameter: torch.Tensor) -> tuple[torch.device, int]:
+    """What two parameters have in common that are one tensor."""
+    return parameter.device, id(parameter) if parameter.is_meta else parameter.data_ptr()
 
 
 def keep_apart(model: MixtralForCausalLM, adapter: Adapter) -> PreTrainedModel:

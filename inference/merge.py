@@ -23,16 +23,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 from transformers import GenerationConfig
 
+from configs.architecture import exported
 from configs.errors import UserError, one_line
 from configs.receipt import machine, provenance
 from configs.weights import INDEX, SINGLE, StoredWeights, header, local_directory
 from data.template import BOS, EOS, UNK
 from data.writing import staging, take_place
-from inference.adapter import BLOCK, Adapter, read_json
-from inference.card import write_card
+from inference.adapter import BLOCK, Adapter
+from inference.card import read_story, write_card
 from inference.checkpoint import Piece, pieces
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, load_tokenizer
+from inference.plain import read_json
 from inference.verify import verify
 
 RECEIPT = "merge.json"
@@ -60,6 +62,11 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
     source = local_directory(base.source, base.revision, base.named)
     weights = StoredWeights(source, base.named)
     parts = pieces(weights, base.architecture, base.named)
+    training = adapter.receipt
+    story = read_story(source, adapter.directory, adapter.settings, training)
+    settings = exported(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    for sentence in story.left_out:
+        console.print(sentence, markup=False, soft_wrap=True)
 
     output, size = Path(str(config.output)), sum(piece.size for piece in parts)
     _check_output(output, config.overwrite, source, adapter.directory)
@@ -68,19 +75,19 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
         directory = temporary / "model"
         directory.mkdir()
         seconds = write_weights(directory, parts, adapter)
-        shutil.copyfile(source / "config.json", directory / "config.json")
+        (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=UNK).save_pretrained(directory)
-        tokenizer.save(directory)
+        tokenizer.save(directory, source)
         receipt = {
             "started": started,
             **provenance(PACKAGES),
             "hardware": machine(),
             "base": {"path": base.source, "revision": base.revision, "fingerprint": weights.fingerprint},
-            "adapter": {"path": str(adapter.directory), "settings": adapter.settings, "receipt": adapter.receipt},
+            "adapter": {"path": str(adapter.directory), "settings": adapter.settings, "receipt": training},
             "merged": {"bytes": size, "seconds": seconds},
             "verification": verify(directory, parts, adapter, tokenizer) if config.verify else None,
         }
-        write_card(directory, output.name, source, receipt, config.licence)
+        write_card(directory, output.name, story, receipt, config.licence)
         receipt["files"] = sorted([RECEIPT, *(path.name for path in directory.iterdir())])
         (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
         _check_output(output, config.overwrite, source, adapter.directory)  # another process may have been faster
@@ -179,6 +186,7 @@ def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) ->
     if not overwrite:
         raise UserError(f"output={output}: a merged model is there; name another, or give overwrite=true")
     ours = read_json(output / RECEIPT).get("files", [])
+    ours = ours if isinstance(ours, list) else []
     if foreign := sorted(path.name for path in output.iterdir() if path.name not in ours):
         raise UserError(f"output={output}: {foreign[0]} is in it, which no merge wrote; move it elsewhere")
 

@@ -21,9 +21,9 @@ def ask(config: InferenceConfig) -> Conversation:
     try:
         if config.prompt_file is not None:
             name = "prompt_file"
-            text = Path(config.prompt_file).read_text(encoding="utf-8")
+            text = Path(config.prompt_file).read_text(encoding="utf-8-sig")
         elif text == STDIN:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}={config.prompt_file or STDIN}: it is not UTF-8 text ({error}); give a text") from error
     if not text.strip():

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from configs.architecture import read_architecture
 from configs.errors import UserError
 from configs.weights import StoredWeights
 from data.schema import Conversation, Message
 from data.template import UNK, ChatTokenizer
-from inference.adapter import Adapter, Whole
+from inference.adapter import PREFIX, Adapter, LowRank, Whole
 from inference.checkpoint import Piece, pieces
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
@@ -64,11 +65,13 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
                 f"adapter={adapter.directory}: what it makes of {name} is not finite, as of a training that diverged; "
                 f"give an earlier checkpoint, or train again"
             )
-        if isinstance(update, Whole):
-            if not torch.equal(after, adapter.tensor(update.key).to(after.dtype)):
+        adds = isinstance(update, LowRank) and adapter.changes(piece.parameter, piece.expert, piece.rows)
+        stored_there = None if update is None else adapter.stored(piece.parameter, piece.expert, piece.rows)
+        if stored_there is not None and not adds:
+            if not torch.equal(after, stored_there.to(after.dtype)):
                 raise VerificationError(f"{name} is not the tensor that the adapter holds")
             changed += 1
-        elif update is not None and adapter.changes(piece.parameter, piece.expert, piece.rows):
+        elif adds:
             if different == 0:
                 raise UserError(
                     f"adapter={adapter.directory}: what it adds to {name} is lost in rounding to {before.dtype}, so a "
@@ -92,7 +95,7 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
     """
     dtype = max(parts, key=lambda piece: piece.size).dtype
     wider = torch.float64 if dtype == torch.float32 else torch.float32
-    architecture = AutoConfig.from_pretrained(directory)
+    architecture = read_architecture(str(directory), None, "merged")
     conversations = sample_conversations()
 
     def computed(parts: list[Piece], dtype: torch.dtype, adapter: Adapter | None = None) -> torch.Tensor:
@@ -160,8 +163,8 @@ def streamed(
         for name, parameter in list(unit.named_parameters()):
             place = f"{prefix}.{name}"
             stored = place.replace(".base_layer", "").replace(".original_module", "")
-            if adapter is not None and (".lora_" in place or ".modules_to_save." in place):
-                key = f"base_model.model.{place.replace('.modules_to_save', '').replace('.default', '')}"
+            key = f"{PREFIX}{place.replace('.modules_to_save', '').replace('.default', '')}"
+            if adapter is not None and key in adapter.keys and ".original_module." not in place:
                 # PEFT computes with float32 factors beside a 16-bit base.
                 to = torch.promote_types(dtype, torch.float32) if ".lora_" in place else dtype
                 _assign(unit, name, adapter.tensor(key).to(to))
@@ -178,6 +181,8 @@ def streamed(
         unit.register_forward_pre_hook(lambda unit, _, prefix=prefix: fill(prefix, unit))
         unit.register_forward_hook(empty)
     for prefix in layers:
+        if adapter is not None and isinstance(adapter.updates.get(f"{prefix}.mlp.experts.gate_up_proj"), Whole):
+            continue  # the adapter holds them all
         _one_by_one(model.get_submodule(f"{prefix}.mlp.experts"), f"{prefix}.mlp.experts", of)
     return whole
 

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from configs.adapter_settings import CONFIG, check_settings
 from configs.errors import UserError, one_line
 from train.config import LoraConfig, ModelConfig
 from train.expert_lora import Adapter, Scaling
 from train.tensor_file import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 Adapters = dict[str, dict[str, Adapter]]
 """By the name of the `MixtralExperts`, then by projection, as `expert_lora.adapters` gives them."""
@@ -197,10 +197,11 @@ def read(
         stored = load_file(directory / WEIGHTS)
         if not isinstance(settings, dict):
             raise ValueError(f"{CONFIG} holds no settings")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"{named}: it is no adapter directory ({one_line(error)}); name one that training wrote"
         ) from error
+    settings = check_settings(settings, named)
     largest = _largest(adapters) or lora.rank
     asked = {"r": largest, "lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised}
     for name, value in asked.items():
@@ -212,6 +213,12 @@ def read(
             f"{named}: its alpha_pattern is {scales}, and training knows one alpha for all; give an adapter without it"
         )
     check_keys(named, stored, {key: tuple(t.shape) for key, t in to_peft(lora, wanted, adapters).items()})
+    for key, tensor in stored.items():
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            raise UserError(
+                f"{named}: its tensor {key} holds numbers that are not finite, as of a training that diverged; give an "
+                f"earlier checkpoint"
+            )
     found = {name: stored[_plain_key(name)] for name in wanted if not _block_of(name, adapters)}
     adapted = [adapter for of_block in adapters.values() for adapter in of_block.values()]
     for block, of_block in adapters.items():

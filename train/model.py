@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM, PretrainedConfig
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from configs.architecture import read_architecture
 from configs.errors import UserError, one_line
-from configs.weights import local_directory
+from configs.weights import local_directory, weight_files
 from train import adapter_files, attention, expert_lora
 from train.allocation import expert_ranks
-from train.config import LoraConfig, ModelConfig, TrainConfig
+from train.config import VOCABULARY, LoraConfig, ModelConfig, TrainConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -81,10 +82,9 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
+        architecture = read_architecture(config.path, config.revision, named)
         directory = local_directory(config.path, config.revision, named)
-        architecture = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if architecture.model_type != "mixtral":
-            raise UserError(f"{named}: it is a {architecture.model_type} model; {remedy}")
+        weight_files(directory, named)  # transformers would follow an index out of the directory
         if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
             raise UserError(f"{named}: its experts use {architecture.hidden_act}, Mixtral's use silu; {remedy}")
         if config.attention == attention.IMPLEMENTATION:
@@ -100,6 +100,8 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
         with _attention_of(config):
             model, loading = MixtralForCausalLM.from_pretrained(
                 directory,
+                config=architecture,
+                trust_remote_code=False,
                 dtype=DTYPES[config.dtype],
                 attn_implementation=config.attention,
                 use_safetensors=True,
@@ -115,19 +117,12 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
     return model
 
 
-def check_embeddings(config: ModelConfig, ids: int) -> None:
-    """Raises `UserError` if the base at `model.path` has fewer embeddings than there are ids.
-
-    It reads config.json alone, before anything slow; a base that has none, or no such number, is told of when it loads.
-    """
-    try:
-        size = PretrainedConfig.get_config_dict(config.path, revision=config.revision)[0]["vocab_size"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return
-    if isinstance(size, int) and size < ids:
+def check_embeddings(architecture: MixtralConfig, named: str) -> None:
+    """Raises `UserError` if a base has fewer embeddings than a dataset has ids; it is called as in `named`."""
+    if architecture.vocab_size < VOCABULARY:
         raise UserError(
-            f"model.path={config.path}: its vocabulary has {size:,} pieces, and the dataset's has {ids:,}; name a base "
-            f"with the vocabulary of Mixtral-8x7B"
+            f"{named}: its vocabulary has {architecture.vocab_size:,} pieces, and the dataset's has {VOCABULARY:,}; "
+            f"name a base with the vocabulary of Mixtral-8x7B"
         )
 
 

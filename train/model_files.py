@@ -54,8 +54,11 @@ class ModelFiles:
         for stored, part in stored_parts(name, tensor.to(self._dtype)):
             self._open.write(stored, part)
 
-    def finish(self, model: MixtralForCausalLM) -> None:
-        """Ends the last file; writes the index where there are several, the configuration and the tokenizer."""
+    def finish(self, model: MixtralForCausalLM, base: str | None = None) -> None:
+        """Ends the last file; writes the index where there are several, the configuration and the tokenizer.
+
+        `base` is what the weights began as; the tokenizer's SentencePiece model is its own where it is a directory.
+        """
         self._close()
         if len(self._files) > 1:
             total = sum(math.prod(shape) * self._dtype.itemsize for shape in self._shapes.values())
@@ -63,11 +66,12 @@ class ModelFiles:
             index = {"metadata": {"total_size": total}, "weight_map": names}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         architecture = copy.deepcopy(model.config)
+        architecture.use_cache = True  # only training computes without it
         architecture.architectures, architecture.dtype = [type(model).__name__], str(self._dtype).removeprefix("torch.")
         architecture.save_pretrained(self._directory)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(self._directory)
-        ChatTokenizer.load().save(self._directory)
+        ChatTokenizer.load().save(self._directory, Path(base) if base and Path(base).is_dir() else None)
 
     def _name(self, number: int) -> str:
         count = len(self._files)

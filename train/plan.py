@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
+from configs.architecture import read_architecture
 from configs.errors import UserError
 from train import model
 from train.config import ModelConfig, TrainConfig
@@ -48,7 +49,9 @@ def _planned_base(config: ModelConfig) -> MixtralForCausalLM:
     if config.path is None or not Path(config.path).is_dir():
         return model.base(config)
     try:
-        architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
+        architecture = read_architecture(config.path, None, f"model.path={config.path}")
         return MixtralForCausalLM._from_config(architecture, dtype=model.DTYPES[config.dtype])
+    except UserError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"model.path={config.path}: it is no Mixtral's directory; name one with config.json") from error

@@ -68,7 +68,7 @@ class Result:
 
     def _finish(self, receipt: dict[str, Any], settings: str) -> None:
         if self._files is not None:
-            self._files.finish(self._model)
+            self._files.finish(self._model, self._config.model.path)
         else:
             adapters = expert_lora.adapters(self._model)
             content = (self._config.model, self._config.lora, self._tensors, adapters)

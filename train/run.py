@@ -4,12 +4,13 @@ import sys
 from pathlib import Path
 
 from configs import entry
+from configs.architecture import read_architecture
 from configs.errors import UserError
 from configs.weights import local_directory, pinned
 from data.dataset import PreparedDataset
 from data.template import ChatTokenizer, has_tokenizer
 from train import engine
-from train.config import VOCABULARY, LoraConfig, ModelConfig, TrainConfig
+from train.config import LoraConfig, ModelConfig, TrainConfig
 from train.engine import Engine, Processes
 from train.failures import told
 from train.guard import Guard
@@ -116,19 +117,17 @@ def fetch_base(base: ModelConfig) -> None:
     """Downloads a hub's base, and pins its revision to the commit; before processes wait for each other with a bound.
 
     Raises:
-        UserError: the hub doesn't give it.
+        UserError: the hub doesn't give it, or its config.json says that it can't be trained here.
     """
     if base.path is not None:
         named = f"model.path={base.path}"
         base.revision = pinned(base.path, base.revision, named)
+        check_embeddings(read_architecture(base.path, base.revision, named), named)  # before any weight is downloaded
         local_directory(base.path, base.revision, named)
 
 
 def check_vocabulary(base: ModelConfig, dataset: PreparedDataset) -> None:
-    """Raises `UserError` where the base has too few embeddings for the dataset's ids, or brings a tokenizer that is not
-    the one which made them."""
-    if base.path is not None:
-        check_embeddings(base, VOCABULARY)
+    """Raises `UserError` if the base brings a tokenizer that is not the one which made the dataset's ids."""
     if base.path is None or (Path(base.path).is_dir() and not has_tokenizer(Path(base.path))):
         return
     tokenizer = ChatTokenizer.load(base.path, revision=base.revision, setting="model.path")

@@ -208,7 +208,9 @@ def trl(settings: Settings) -> None:
             "seq_lengths": [row.lengths for row in rows],
         }
     )
-    model = MixtralForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype)).to(settings.device)
+    model = MixtralForCausalLM.from_pretrained(
+        settings.model, dtype=getattr(torch, settings.dtype), trust_remote_code=False
+    ).to(settings.device)
     model.config.use_cache = False
     memory = Memory(model, settings.device)
     turns = Turns(memory)

@@ -100,9 +100,13 @@ def _prepare(top: Path, options: argparse.Namespace) -> tuple[dict[str, Any], li
             output = model.generate(input_ids=ids, attention_mask=mask, **how)
         return int(output[:, longest:].numel())
 
-    base = MixtralForCausalLM.from_pretrained(top / "base", dtype=torch.bfloat16).to(device)
+    base = MixtralForCausalLM.from_pretrained(top / "base", dtype=torch.bfloat16, trust_remote_code=False).to(device)
     unmerged = PeftModel.from_pretrained(base, str(top / "adapter")).eval()
-    merged = AutoModelForCausalLM.from_pretrained(top / "merged", dtype=torch.bfloat16).to(device).eval()
+    merged = (
+        AutoModelForCausalLM.from_pretrained(top / "merged", dtype=torch.bfloat16, trust_remote_code=False)
+        .to(device)
+        .eval()
+    )
     contenders = {
         "ours": (loaded.model, ours),
         "transformers, merged": (merged, stock),

@@ -129,7 +129,7 @@ def _contend(name: str, top: Path) -> dict[str, float]:
         from inference.merge import write_weights
 
         before, started = _peak(), time.perf_counter()
-        architecture = AutoConfig.from_pretrained(top / "base")
+        architecture = AutoConfig.from_pretrained(top / "base", trust_remote_code=False)
         parts = pieces(StoredWeights(top / "base", "base"), architecture, "base")
         write_weights(target, parts, Adapter(top / "adapter", architecture))
     else:
@@ -138,7 +138,7 @@ def _contend(name: str, top: Path) -> dict[str, float]:
         from transformers import MixtralForCausalLM
 
         before, started = _peak(), time.perf_counter()
-        base = MixtralForCausalLM.from_pretrained(top / "base", dtype=torch.bfloat16)
+        base = MixtralForCausalLM.from_pretrained(top / "base", dtype=torch.bfloat16, trust_remote_code=False)
         merged = PeftModel.from_pretrained(base, str(top / "adapter")).merge_and_unload()
         merged.save_pretrained(target, max_shard_size="300MB")
     _sync(target)

@@ -225,6 +225,42 @@ def test_sentencepiece_model_is_the_same_tokenizer(tmp_path: Path) -> None:
     assert ChatTokenizer.load(str(tmp_path)).fingerprint == chat().fingerprint
 
 
+TEXTS = [row.values[0]["text"] for row in GOLDEN if row.values[0]] + [
+    "  \n\n x   y\t🧿",
+    "[INST] Größe [/INST]",
+    "aaaaaaaaa",
+]
+
+
+@pytest.mark.parametrize("own", ["none", "same", "other trainer", "equal scores", "damaged", "another"])
+def test_the_saved_sentencepiece_model_gives_our_ids(tmp_path: Path, own: str) -> None:
+    """It is the base's own to the last byte, where SentencePiece makes the same of it; else the embedded one."""
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    model = sentencepiece_model_pb2.ModelProto()
+    embedded = SENTENCEPIECE_MODEL.read_bytes()
+    model.ParseFromString(embedded)
+    if own == "other trainer":
+        model.trainer_spec.num_threads = 7
+    elif own == "equal scores":  # as a converter writes that knew none
+        for piece in model.pieces:
+            piece.score = 0.0
+    elif own == "another":
+        del model.pieces[-1]
+    if own != "none":
+        content = b"\xff" * 100 if own == "damaged" else model.SerializeToString()
+        (base / "tokenizer.model").write_bytes(content)
+    chat().save(out, base)
+    taken = own in ("same", "other trainer")
+    assert (out / "tokenizer.model").read_bytes() == ((base / "tokenizer.model").read_bytes() if taken else embedded)
+    saved = SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    for text in TEXTS:
+        assert saved.encode(text) == memoryview(chat()._ids_of.text(f" {text}")).cast("H").tolist()
+
+
 def shuffle_ids(model: dict[str, Any]) -> None:
     pieces = list(model["vocab"])
     random.Random(0).shuffle(pieces)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from data.reading import RawRow
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
 from inference import batch as module
@@ -63,6 +64,10 @@ def config(top: Path, **changes: Any) -> InferenceConfig:
     return InferenceConfig(
         task="batch", base="base", input=str(top / "in.jsonl"), output=str(top / "out.jsonl"), **settings
     )
+
+
+def raw(value: Any, line: int = 1) -> RawRow:
+    return RawRow(value, "in.jsonl", "line", line)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -128,7 +133,7 @@ def test_markers_are_kept_where_told(tmp_path: Path, loaded: Loaded) -> None:
 
 def test_the_setting_system_speaks_where_the_row_has_none(tmp_path: Path) -> None:
     chat = ChatTokenizer.load()
-    rows = [json.dumps(ROWS[place]).encode() for place in (0, 3)]
+    rows = [raw(ROWS[place]) for place in (0, 3)]
     prompts, _ = read_prompts(rows, chat, config(tmp_path, system="Rhyme."), 4096)
     texts = [chat.decode(prompt.ids) for prompt in prompts]
     assert "Rhyme." in texts[0]
@@ -137,7 +142,7 @@ def test_the_setting_system_speaks_where_the_row_has_none(tmp_path: Path) -> Non
 
 def test_batches_hold_like_lengths_and_every_prompt_once(tmp_path: Path) -> None:
     chat = ChatTokenizer.load()
-    rows = [json.dumps({"instruction": "word " * (place % 7 + 1)}).encode() for place in range(20)]
+    rows = [raw({"instruction": "word " * (place % 7 + 1)}, place + 1) for place in range(20)]
     prompts, _ = read_prompts(rows, chat, config(tmp_path), 4096)
     units = plan(prompts, 4)
     assert sorted(prompt.line for unit in units for prompt in unit) == list(range(1, 21))

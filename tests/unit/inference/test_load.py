@@ -85,7 +85,7 @@ def test_another_kind_of_model_is_refused(saved: tuple[Path, Path, torch.Tensor]
 def test_a_base_without_weights_is_refused(saved: tuple[Path, Path, torch.Tensor]) -> None:
     base, adapter, _ = saved
     (base / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=f"base={base}: no model can be loaded"):
+    with pytest.raises(UserError, match=f"base={base}: its model.safetensors is missing"):
         load(asked(base, adapter))
 
 

@@ -272,6 +272,33 @@ def test_experts_and_ranks_are_compared(
         model.add_adapters(base, other.lora)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lora_alpha": None}, "says lora_alpha=null, and PEFT needs a number"),
+        ({"init_lora_weights": "pissa"}, "says init_lora_weights=pissa, which is not known here"),
+        ({"alora_invocation_tokens": [1]}, r"says alora_invocation_tokens=\[1\], which is not known here"),
+        ("nan", "lora_A.weight holds numbers that are not finite"),
+    ],
+    ids=["alpha", "base", "kind", "nan"],
+)
+def test_a_start_that_says_something_else_than_its_numbers_is_refused(tmp_path: Path, change: Any, told: str) -> None:
+    """Keys and shapes are the same, and training would begin from something else than the adapter was."""
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    save(tmp_path, config, adapted)
+    if change == "nan":
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        stored[next(key for key in stored if "lora_A" in key)][0, 0] = math.nan
+        save_file(stored, tmp_path / "adapter_model.safetensors")
+    else:
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    config.lora.start = str(tmp_path)
+    with pytest.raises(UserError, match=rf"lora\.start={tmp_path}: .*{told}"):
+        model.add_adapters(base, config.lora)
+
+
 def test_movement_is_the_norm_of_what_an_adapter_adds() -> None:
     config = nano_config(expert_ranks=[1, 6, 0, 3], rank_stabilised=True)
     _, adapted = trained_nano(config)

@@ -36,7 +36,9 @@ def test_names_and_bits_are_those_of_save_pretrained(
     files = ModelFiles(tmp_path / "ours", {name: tuple(p.shape) for name, p in parameters.items()}, torch.bfloat16)
     for name, parameter in parameters.items():
         files.write(name, parameter.detach().float())
+    built.config.use_cache = False  # as in training
     files.finish(built)
+    built.config.use_cache = True
 
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     ours = {
@@ -53,6 +55,8 @@ def test_names_and_bits_are_those_of_save_pretrained(
 
     configs = [json.loads((tmp_path / which / "config.json").read_text()) for which in ("ours", "theirs")]
     assert configs[0] == configs[1]
+    assert configs[0]["use_cache"] is True
+    assert (tmp_path / "ours" / "tokenizer.model").is_file()
     loaded, info = MixtralForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

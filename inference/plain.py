@@ -1,0 +1,93 @@
+"""Text files that others wrote, beside a base or an adapter: read within bounds and as plain values, or not at all.
+
+They tell a story and decide no number, so what is odd in them is left out and never ends a program.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LARGEST = 16 << 20
+"""Bytes of the largest file that is read; the receipt of a long run has kilobytes."""
+
+DEEPEST = 40
+"""Levels of nesting that are read; our own files have five."""
+
+LONGEST_TEXT = 300
+"""Characters of the longest text that is taken over."""
+
+
+def read_json(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none, or something else, or of another hash than is asked for."""
+    content = read_bytes(path)
+    if content is None or (sha256 is not None and hashlib.sha256(content).hexdigest() != sha256):
+        return {}
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) and is_shallow(value) else {}
+
+
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes | None:
+    """The content of a regular file of at most that size; else None."""
+    content = read_start(path, largest + 1)
+    return content if content is not None and len(content) <= largest else None
+
+
+def read_start(path: Path, size: int) -> bytes | None:
+    """The first bytes of a regular file; None where there is none, or it can't be read."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return file.read(size)
+    except (OSError, ValueError):  # ValueError: a path with a NUL
+        return None
+
+
+def parse_yaml(text: str) -> dict[str, Any] | None:
+    """A YAML mapping with every scalar as the text that it is written in; None for anything else, and where there are
+    aliases, by which a few lines can stand for any amount of memory."""
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.BaseLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                return None
+        value = yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def plain(value: object) -> str | None:
+    """A text or a number as a line of text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # a whole number of thousands of digits
+        return None
+    text = text.encode("utf-8", "replace").decode()
+    return text if 0 < len(text) <= LONGEST_TEXT else None
+
+
+def member(value: object, name: str) -> dict[str, Any]:
+    """The object that an object holds under a name; empty where either is something else."""
+    held = value.get(name) if isinstance(value, dict) else None
+    return held if isinstance(held, dict) else {}
+
+
+def is_shallow(value: object) -> bool:
+    """Whether JSON is nested at most `DEEPEST` deep, so that whoever writes it again can."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]  # type: ignore[attr-defined]
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return True
+    return False
