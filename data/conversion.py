@@ -88,8 +88,8 @@ def _from_instruction(value: dict[str, Any], reply_needed: bool) -> list[Message
     reply_field = next((name for name in REPLY_FIELDS if value.get(name) is not None), REPLY_FIELDS[0])
     reply = _text(value, reply_field, required=reply_needed)
     # A blank line between the two: ours, as the datasets do not say how they belong together.
-    user = f"{instruction}\n\n{context}" if context else instruction
-    return [Message("user", user), *([Message("assistant", reply)] if reply else [])]
+    user = f"{instruction.strip()}\n\n{context.strip()}" if context else instruction.strip()
+    return [Message("user", user), *([Message("assistant", reply.strip())] if reply else [])]
 
 
 def _from_sharegpt(value: dict[str, Any], _: bool) -> list[Message]:
@@ -142,12 +142,24 @@ SCHEMAS: dict[str, Callable[[dict[str, Any], bool], list[Message]]] = {
 
 def _in_order(messages: list[Message], reply_needed: bool) -> Conversation:
     try:
-        conversation = Conversation(tuple(messages))
+        conversation = Conversation(tuple(map(_stripped, messages, (None, *messages))))
     except ValueError as error:
         raise UnusableError("turns_out_of_order", str(error)) from error
     if reply_needed and conversation.is_prompt:
         raise UnusableError("no_reply", "the last message is the user's, and nothing answers it")
     return conversation
+
+
+def _stripped(message: Message, before: Message | None) -> Message:
+    """The message without the edges that the template takes off, so that what is rendered alike is equal.
+
+    Those of a system message stay, and so does the beginning of the text after it.
+    """
+    if message.role == "system":
+        return message
+    text = message.content
+    after_system = before is not None and before.role == "system"
+    return Message(message.role, text.rstrip() if after_system else text.strip())
 
 
 def _refuse_markers(messages: list[Message]) -> None:
@@ -164,7 +176,7 @@ def _readable(value: Any, field: str) -> Any:
 
 
 def _text(value: dict[str, Any], name: str, *, required: bool = True, where: str = "") -> str:
-    """The stripped text of a field, fit to be encoded."""
+    """The text of a field as it stands, fit to be encoded; empty if it is blank and not required."""
     field = f"{where}.{name}" if where else name
     text = _readable(value.get(name), field)
     if text is None or (isinstance(text, str) and not text.strip()):
@@ -181,4 +193,4 @@ def _text(value: dict[str, Any], name: str, *, required: bool = True, where: str
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UnusableError("lone_surrogate", f"the field {field} holds half of a surrogate pair") from None
-    return text.strip()
+    return text

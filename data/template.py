@@ -1,8 +1,9 @@
 """The only place where text becomes ids, and the only place that decides which tokens are trained.
 
-The text of a turn is `<s>[INST] {user} [/INST] {assistant} </s>`. `<s>` and `</s>` are placed as ids; all other text
-goes through the vocabulary's merges alone, in which no control token takes part. So nothing that a message says can
-become a control token, however it is spelled.
+The text of a turn is `<s>[INST] {user} [/INST] {assistant} </s>`; a system message is joined with the first user text,
+and then the whole is stripped, so that the edges between the two stay as they were written. `<s>` and `</s>` are placed
+as ids; all other text goes through the vocabulary's merges alone, in which no control token takes part. So nothing that
+a message says can become a control token, however it is spelled.
 """
 
 import hashlib
@@ -144,11 +145,11 @@ class ChatTokenizer:
         turns = conversation.turns
         texts: list[tuple[str, str | None]] = []
         for place in range(0, len(turns), 2):
-            user = turns[place].content.strip()
+            user = turns[place].content
             if place == 0 and conversation.system is not None:
-                user = f"<<SYS>>\n{conversation.system.content.strip()}\n<</SYS>>\n\n{user}"
+                user = f"<<SYS>>\n{conversation.system.content}\n<</SYS>>\n\n{user}"
             reply = f" {turns[place + 1].content.strip()} " if place + 1 < len(turns) else None
-            texts.append((f"[INST] {user} [/INST]", reply))
+            texts.append((f"[INST] {user.strip()} [/INST]", reply))
         return texts
 
     # Ids
@@ -245,7 +246,7 @@ def _escapes() -> str:
 
 
 CHAT_TEMPLATE = (
-    "{%- macro plain(text) -%}{{ text | trim" + _escapes() + " }}{%- endmacro -%}"
+    "{%- macro plain(text) -%}{{ text" + _escapes() + " }}{%- endmacro -%}"
     "{%- set system = plain(messages[0]['content']) if messages[0]['role'] == 'system' else none -%}"
     "{%- set turns = messages[1:] if system is not none else messages -%}"
     "{%- for message in turns -%}"
@@ -254,10 +255,10 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{%- if message['role'] == 'user' -%}"
     "{{ '<s>[INST] ' }}"
-    "{%- if loop.first and system is not none -%}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{%- endif -%}"
-    "{{ plain(message['content']) + ' [/INST]' }}"
+    "{%- set opening = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system is not none else '' -%}"
+    "{{ (opening + plain(message['content'])) | trim + ' [/INST]' }}"
     "{%- else -%}"
-    "{{ ' ' + plain(message['content']) + ' </s>' }}"
+    "{{ ' ' + plain(message['content']) | trim + ' </s>' }}"
     "{%- endif -%}"
     "{%- endfor -%}"
 )

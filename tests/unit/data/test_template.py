@@ -120,14 +120,13 @@ def expected_turns(conversation: Conversation) -> list[tuple[str, str | None]]:
     pairs: list[tuple[str, str | None]] = []
     opening = ""
     for message in conversation.messages:
-        text = message.content.strip()
         if message.role == "system":
-            opening = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
+            opening = f"<<SYS>>\n{message.content}\n<</SYS>>\n\n"
         elif message.role == "user":
-            pairs.append((f"[INST] {opening}{text} [/INST]", None))
+            pairs.append((f"[INST] {(opening + message.content).strip()} [/INST]", None))
             opening = ""
         else:
-            pairs[-1] = (pairs[-1][0], f" {text} ")
+            pairs[-1] = (pairs[-1][0], f" {message.content.strip()} ")
     return pairs
 
 
