@@ -114,6 +114,8 @@ def test_manifest_tells_the_truth(prepare: Callable[..., Any], out: Path, files:
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "schema": "instruction",
             "rows": rows,
+            "unread_fields": {},
+            "harmless_fields": {},
         }
         for path, rows in zip(files, (15, 25), strict=True)
     ]

@@ -150,6 +150,21 @@ def test_ids_and_mask_are_sentencepieces(conversation: Conversation) -> None:
     assert tokenized.labels == labels
 
 
+@given(conversations(), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_masked_replies_change_the_mask_alone(conversation: Conversation, masks: list[bool]) -> None:
+    turns = conversation.turns
+    head = conversation.messages[: len(conversation.messages) - len(turns)]
+    mixed = [Message(m.role, m.content, m.role == "assistant" and masks[i // 2]) for i, m in enumerate(turns)]
+    plain, masked = chat().encode(conversation), chat().encode(Conversation((*head, *mixed)))
+    assert masked.ids == plain.ids
+    expected = plain.labels
+    ends = [place + 1 for place, i in enumerate(plain.ids) if i == 2]
+    for turn, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if masks[turn]:
+            expected[begin:end] = [IGNORE_INDEX] * (end - begin)
+    assert masked.labels == expected
+
+
 @given(conversations())
 def test_text_never_becomes_a_control_token(conversation: Conversation) -> None:
     turns = expected_turns(conversation)
