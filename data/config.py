@@ -4,14 +4,12 @@ import math
 from dataclasses import dataclass, field
 
 from configs.errors import UserError
+from data.columns import ROW_FIELDS, fields_of
 from data.template import EMBEDDED
 
 AUTO = "auto"
 """The schema is found by looking at the rows."""
-SCHEMAS = ("instruction", "sharegpt", "messages")
-FIELDS = ("instruction", "input", "output", "response", "conversations", "system_prompt", "messages")
-TURN_FIELDS = ("from", "value", "role", "content")
-"""The fields of the schemas, of a row and of a turn: what `columns` can rename."""
+SCHEMAS = tuple(ROW_FIELDS)
 OVERLONG = ("drop", "truncate", "split_turns")
 
 CHOICES = {
@@ -19,6 +17,7 @@ CHOICES = {
     "schema": (AUTO, *SCHEMAS),
     "overlong": OVERLONG,
     "markers": ("reject", "keep"),
+    "unread": ("tell", "reject"),
     "duplicates": ("keep", "drop", "drop_near"),
 }
 """Settings with a fixed choice of values."""
@@ -58,7 +57,8 @@ class PrepareConfig:
     """How often an epoch trains on each conversation of a source: 2 is twice, 0.5 a seeded half of them. Called as in
     `limits`. What is held out is held out once."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Where a field of the schema, of a row or of a turn, has another name: `columns={output: answer}`."""
+    """For a field of the schema, of a row or of a turn, that has another name in the rows, that name:
+    `columns={output: answer}`. What is read as one field is not read as another too."""
     dataset: str | None = None
     """A dataset of a hub, such as `teknium/openhermes`, or a directory that is laid out as one; where `files` is empty.
     Parquet, Arrow, JSON, JSON Lines, CSV and TSV are read."""
@@ -86,6 +86,9 @@ class PrepareConfig:
     """Decides which conversations are held out, and the order in which they are packed."""
     markers: str = "reject"
     """What to do with a row whose text holds the template's own markers, such as `[INST]`: `reject` or `keep`."""
+    unread: str = "tell"
+    """What to do with fields that no schema reads, such as `tools`: `tell` names them and counts the rows that have
+    them, `reject` rejects these rows. Fields that only describe a row, such as `id` and `source`, don't count."""
     max_reject_fraction: float = 0.1
     """Rejecting more than this share of the rows as unusable stops the run."""
     duplicates: str = "keep"
@@ -119,10 +122,12 @@ class PrepareConfig:
             raise UserError("files: nothing to prepare; name files, as in files=[rows.jsonl], or a dataset on the hub")
         if self.files and self.dataset:
             raise UserError(f"dataset={self.dataset}: files are named too; keep one of the two")
+        schemas = SCHEMAS if self.schema == AUTO else (self.schema,)
+        known = dict.fromkeys(field for schema in schemas for field in fields_of(schema))
         for name in self.columns:
-            if name not in (*FIELDS, *TURN_FIELDS):
-                known = ", ".join((*FIELDS, *TURN_FIELDS))
-                raise UserError(f"columns.{name}: no schema has such a field; it is one of {known}")
+            if name not in known:
+                who = "no schema has" if self.schema == AUTO else f"schema={self.schema} does not have"
+                raise UserError(f"columns.{name}: {who} such a field; it is one of {', '.join(known)}")
         self._check_sources()
 
     def _check_sources(self) -> None:

@@ -133,13 +133,13 @@ class PreparedDataset:
             try:
                 tables = [] if wrong else self._open()
             except (OSError, pa.ArrowInvalid) as error:
-                wrong = one_line(error)
+                wrong = f"it is not whole ({one_line(error)})"
             now = read_manifest(self.directory)
             if now == self.manifest:
                 break
             self.manifest = now
         if wrong:
-            raise UserError(f"dataset={directory}: it is not whole ({wrong}); prepare it again")
+            raise UserError(f"dataset={directory}: {wrong}; prepare it again")
         self.seq_len: int = self.manifest["seq_len"]
         self.packing: bool = self.manifest["packing"]
         self.train, self.eval = tables

@@ -35,7 +35,7 @@ class Likeness:
     """What a conversation is compared by."""
 
     digest: bytes
-    """Equal exactly for conversations with the same messages."""
+    """Equal exactly for conversations with the same messages of which the same are trained."""
     signature: np.ndarray | None
     """[PERMUTATIONS] uint32; None where only the digest counts, as for a text without words."""
 
@@ -44,7 +44,7 @@ def likeness(conversation: Conversation, *, near: bool) -> Likeness:
     """What a conversation is compared by; with `near`, also by what its turns say, system message aside."""
     exact = hashlib.blake2b(digest_size=16)
     for message in conversation.messages:
-        exact.update(f"{message.role}\0{message.content}\0".encode())
+        exact.update(f"{message.role}\0{message.content}\0{message.masked:d}\0".encode())
     if not near:
         return Likeness(exact.digest(), None)
     words = WORD.findall(" ".join(message.content for message in conversation.turns).lower())

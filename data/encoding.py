@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
 
 from configs.errors import UserError
+from data.columns import Names
 from data.config import PrepareConfig
 from data.contamination import Evaluations
-from data.conversion import to_conversation
+from data.conversion import Converter
 from data.duplicates import Likeness, likeness
 from data.overlong import split_turns, truncate
 from data.reading import Chunk, RawRow, Reject
@@ -61,6 +62,10 @@ class EncodedChunk:
     """Place of a row that can't be used, and why."""
     shortened: dict[int, Shortened] = field(default_factory=dict)
     """Places of kept rows that lost something."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Fields that are not read, and in how many rows."""
+    seen: set[str] = field(default_factory=set)
+    """Those names in `columns` that a row has."""
 
 
 class Encoder:
@@ -72,9 +77,15 @@ class Encoder:
     def encode(self, chunk: Chunk, schema: str) -> EncodedChunk:
         """What became of each row."""
         config = self.config
-        encoded = EncodedChunk(chunk.file, chunk.unit, chunk.numbers)
+        names = Names.of(schema, config.columns)
+        converter = Converter(
+            names,
+            keep_markers=config.markers == "keep",
+            refuse_unread=config.unread == "reject",
+        )
+        encoded = EncodedChunk(chunk.file, chunk.unit, chunk.numbers, unread=converter.unread)
         for place, row in enumerate(chunk.rows()):
-            outcome = row if isinstance(row, Reject) else self._conversation(row, schema)
+            outcome = row if isinstance(row, Reject) else self._conversation(row, converter)
             if isinstance(outcome, Conversation) and isinstance(row, RawRow):
                 tokenized = self.tokenizer.encode(outcome)
                 if parts := self._fit(outcome, tokenized):
@@ -84,16 +95,18 @@ class Encoder:
                     if config.duplicates != "keep":
                         encoded.likenesses.append(likeness(outcome, near=config.duplicates == "drop_near"))
                     continue
-                what = "the conversation" if config.overlong == "drop" else "no prompt fits: the conversation"
+                what = "the conversation"
+                if config.overlong != "drop":
+                    what = "no prompt fits with something to train after it: the conversation"
                 detail = f"{what} has {len(tokenized)} tokens, and a row holds {config.seq_len}"
                 outcome = Reject.of(row, "too_long", detail)
             assert isinstance(outcome, Reject)
             encoded.rejects.append((place, outcome))
+        encoded.seen = names.renamed - converter.unseen
         return encoded
 
-    def _conversation(self, row: RawRow, schema: str) -> Conversation | Reject:
-        config = self.config
-        outcome = to_conversation(row, schema, columns=config.columns, keep_markers=config.markers == "keep")
+    def _conversation(self, row: RawRow, converter: Converter) -> Conversation | Reject:
+        outcome = converter.convert(row)
         if isinstance(outcome, Reject) or self.evaluations is None:
             return outcome
         shared = self.evaluations.shared_with(outcome)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, TextIO
 
+from configs.errors import UserError
+from data.columns import fields_of, harmless
 from data.config import AUTO, PrepareConfig
 from data.conversion import detect_schema
 from data.duplicates import Seen
@@ -42,20 +44,36 @@ class Intake:
         """For each conversation in the store, how often an epoch trains on it."""
         self.inputs: list[dict[str, Any]] = []
         """What the manifest says of each source."""
+        self.unseen = {name for field, name in config.columns.items() if name != field}
+        """Names in `columns` that no row so far has."""
 
         self._config, self._store, self._rejects = config, store, rejects
         near_threshold = config.near_threshold if config.duplicates == "drop_near" else None
         self._seen = None if config.duplicates == "keep" else Seen(near_threshold=near_threshold)
         self._places = Places()
+        self._useless = set(config.columns)  # that no source so far has a use for
 
-    def read(self, source: Source, pool: Pool) -> Iterator[int]:
-        """Takes in the rows of a source; yields how many rows were read so far, over all sources."""
+    def read(self, source: Source, pool: Pool, *, is_last: bool) -> Iterator[int]:
+        """Takes in the rows of a source; yields how many rows were read so far, over all sources.
+
+        Raises:
+            UserError: after the last source is known, `columns` names a field that none of their schemas has.
+        """
         first = self.rows
         schema, chunks = _with_schema(source, self._config)
+        self._useless -= set(fields_of(schema))
+        if is_last and self._useless:
+            raise UserError(
+                f"columns.{min(self._useless)}: the rows are read as {schema}, which has no such field; it is one of "
+                f"{', '.join(fields_of(schema))}; or give schema=… if they are of another"
+            )
+        unread: Counter[str] = Counter()
         for encoded in pool.encode(chunks, schema):
             self._take(encoded, source)
+            unread.update(encoded.unread)
+            self.unseen -= encoded.seen
             yield self.rows
-        self.inputs.append({**source.description, "schema": schema, "rows": self.rows - first})
+        self.inputs.append({**source.description, "schema": schema, "rows": self.rows - first, **_told(unread)})
 
     @property
     def unusable(self) -> int:
@@ -128,6 +146,16 @@ class Places:
         """File, and line or row."""
         file, unit = self._files[bisect_right(self._firsts, row) - 1]
         return {"file": file, unit: self._numbers[row]}
+
+
+def _told(unread: Counter[str]) -> dict[str, dict[str, int]]:
+    """What the manifest says of the fields that were not read, the commonest first: in how many rows each is."""
+    describing = harmless(unread)
+    ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "unread_fields": {field: rows for field, rows in ordered if field not in describing},
+        "harmless_fields": {field: rows for field, rows in ordered if field in describing},
+    }
 
 
 def copies_of(row: int, weight: float, seed: int) -> int:

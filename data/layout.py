@@ -20,8 +20,8 @@ MANIFEST_KIND = "openhermes-mixtral prepared dataset"
 """What a manifest says that it is, so that no other file of that name is taken for one."""
 SPLITS = ("train", "eval")
 
-LAYOUT = 2
-"""Counts up when what a prepared dataset holds is stored differently."""
+LAYOUT = 3
+"""Counts up when what a prepared dataset holds is stored, rendered or masked differently."""
 
 ROW_SCHEMA = pa.schema(
     [
@@ -61,7 +61,7 @@ def open_whole(directory: Path, setting: str = "dataset") -> dict[str, Any]:
     """
     manifest = read_manifest(directory, setting)
     if wrong := damage(directory, manifest):
-        raise UserError(f"{setting}={directory}: it is not whole ({wrong}); prepare it again")
+        raise UserError(f"{setting}={directory}: {wrong}; prepare it again")
     return manifest
 
 
@@ -75,13 +75,13 @@ def open_split(directory: Path, split: str) -> pa.Table:
 
 
 def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
-    """What is not as the manifest says, by the files' names and sizes; None where all is."""
+    """Why a prepared dataset can't be used, by its version and by the files' names and sizes; None if it can."""
     if manifest.get("layout") != LAYOUT or "files" not in manifest:
-        return "another version of this program made it"
+        return "another version of this program made it, whose layout or chat template is not today's"
     for name, told in manifest["files"].items():
         path = directory / name
         if not path.is_file():
-            return f"{name} is missing"
+            return f"it is not whole ({name} is missing)"
         if path.stat().st_size != told["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {told['bytes']}"
+            return f"it is not whole ({name} has {path.stat().st_size} bytes, not {told['bytes']})"
     return None

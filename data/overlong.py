@@ -7,6 +7,8 @@ a conversation of three turns and a row that ends in the second reply
 drop         nothing is kept
 truncate     prompt 1, reply 1, prompt 2, and reply 2 up to the end of the row
 split_turns  turn 1 alone, turn 2 alone, turn 3 alone, or as many in a row as fit
+
+A masked reply is context: a turn at the end whose reply is masked is not kept for itself, nor is it ever cut.
 """
 
 from data.schema import Conversation, TokenizedConversation
@@ -14,7 +16,7 @@ from data.template import ChatTokenizer
 
 
 def truncate(tokenized: TokenizedConversation, seq_len: int) -> TokenizedConversation | None:
-    """The beginning of a conversation, at most `seq_len` tokens, or None where not even the first prompt fits.
+    """The beginning of a conversation, at most `seq_len` tokens, or None where nothing in it would be trained.
 
     Whole last turns are dropped, and the end of the last reply is cut; a prompt is never cut, since nothing would be
     trained after it. A cut reply keeps its first trained token at least, and loses its `</s>`: the model must not learn
@@ -22,22 +24,25 @@ def truncate(tokenized: TokenizedConversation, seq_len: int) -> TokenizedConvers
     """
     if len(tokenized) <= seq_len:
         return tokenized
-    kept = 0
-    spans: tuple[int, ...] = ()
+    end = 0
+    spans: list[int] = []
     for prompt, reply in zip(tokenized.spans[::2], tokenized.spans[1::2], strict=True):
-        room = seq_len - kept - prompt
+        room = seq_len - end - prompt
         if room <= 0:
             break
-        kept += prompt + min(reply, room)
         spans += (prompt, min(reply, room))
-    return TokenizedConversation(tokenized.packed_ids[: 2 * kept], spans) if spans else None
+        end += prompt + min(reply, room)
+    while spans and not spans[-1]:  # a masked reply with nothing trained after it
+        del spans[-2:]
+    return TokenizedConversation(tokenized.packed_ids[: 2 * sum(spans)], tuple(spans)) if spans else None
 
 
 def split_turns(conversation: Conversation, tokenizer: ChatTokenizer, seq_len: int) -> list[TokenizedConversation]:
     """The turns in several conversations of at most `seq_len` tokens, each with as many as fit, in their order.
 
-    Each begins with the system message, if there is one. A turn that is too long alone is truncated, and left out where
-    its prompt does not fit; the list is empty where no turn's prompt fits.
+    Each begins with the system message, if there is one. A turn that is too long alone is truncated, and left out if
+    its prompt does not fit, as are turns that fit a conversation of which nothing is trained; the list is empty if
+    nothing is left.
     """
     system = () if conversation.system is None else (conversation.system,)
     turns = conversation.turns
@@ -52,7 +57,7 @@ def split_turns(conversation: Conversation, tokenizer: ChatTokenizer, seq_len: i
             part, last = truncate(longer, seq_len), end
             if len(longer) > seq_len:
                 break
-        if part is not None:
+        if part is not None and part.supervised:
             parts.append(part)
         first = last
     return parts

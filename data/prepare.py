@@ -32,6 +32,9 @@ from data.writing import publish, refuse_foreign, staging, write_rows
 PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash")
 """Those whose version can change what is written; Python's can too, by the Unicode tables that tell what a word is."""
 
+SOME = 5
+"""Names that a sentence lists at most."""
+
 console = Console(stderr=True, markup=False)
 
 
@@ -63,6 +66,7 @@ def prepare(config: PrepareConfig) -> None:
         with (dataset / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
             intake = take_in(sources, encoders, Intake(config, store, rejects))
         refuse_too_many(intake, config.max_reject_fraction)
+        refuse_unseen(intake, config.columns)
         index = store.index()
         manifest = {
             "kind": MANIFEST_KIND,
@@ -121,8 +125,8 @@ def take_in(sources: list[Source], encoders: Pool, intake: Intake) -> Intake:
     """Encodes every row of every source into the intake's store, or writes why not to its rejects."""
     with _progress() as progress:
         task = progress.add_task("Encoding conversations", total=None)
-        for source in sources:
-            for rows in intake.read(source, encoders):
+        for place, source in enumerate(sources, start=1):
+            for rows in intake.read(source, encoders, is_last=place == len(sources)):
                 progress.update(task, completed=rows)
     assert intake.rows == intake.kept + sum(intake.rejected.values())
     return intake
@@ -145,6 +149,15 @@ def refuse_too_many(intake: Intake, allowed: float) -> None:
         f"max_reject_fraction={allowed}: {intake.unusable} of {intake.rows} rows can't be used ({reasons}; the first: "
         f"{intake.first_unusable}); mend the rows, or allow more where at least one can be used"
     )
+
+
+def refuse_unseen(intake: Intake, columns: dict[str, str]) -> None:
+    """Raises `UserError` if `columns` names something that no row has: an optional field would be lost in silence."""
+    for field, name in columns.items():
+        if name in intake.unseen:
+            others = sorted({other for source in intake.inputs for other in source["unread_fields"]})
+            there = f" (not read are {', '.join(others[:SOME])})" if others else ""
+            raise UserError(f"columns.{field}={name}: no row has such a field{there}; correct the name, or take it off")
 
 
 def choose(index: Index, intake: Intake, config: PrepareConfig) -> dict[str, list[int]]:
@@ -217,11 +230,26 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
     reasons = ", ".join(f"{reason} {number}" for reason, number in rows["rejected_by_reason"].items()) or "none"
     console.print(table)
     console.print(f"{rows['in']:,} rows in = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({reasons})")
+    if told := unread_line(manifest["inputs"]):
+        console.print(told, soft_wrap=True)
     if (shortened := manifest["shortened"])["rows"]:
         console.print(
             f"{shortened['rows']:,} of the kept rows were longer than a row may be and lost "
             f"{shortened['turns_left_out']:,} turns; {shortened['replies_cut']:,} of their replies are cut"
         )
+
+
+def unread_line(inputs: list[dict[str, Any]]) -> str:
+    """Which fields of which source were not read, and in how many rows; empty if there are none."""
+    told = []
+    for source in inputs:
+        fields = [f"{field} {rows:,}×" for field, rows in source["unread_fields"].items()]
+        if source["harmless_fields"]:
+            fields.append(f"describing the rows {', '.join(source['harmless_fields'])}")
+        if fields:
+            told.append(f"{source.get('file') or source.get('dataset')}: {', '.join(fields)}")
+    more = f"; {len(told) - SOME} more sources in {MANIFEST}" if len(told) > SOME else ""
+    return f"Fields that were not read: {'; '.join(told[:SOME])}{more}" if told else ""
 
 
 class RowsPerSecond(ProgressColumn):

@@ -4,7 +4,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +148,12 @@ def _example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
     spans = iter(row.spans)
     place = 0
     for number, length in zip(row.rows, row.lengths, strict=True):
-        segments, end, trained = [], place + length, False
-        for span in iter(partial(next, spans), None):
-            segments.append(Segment(tokenizer.spell(row.ids[place : place + span]), trained))
-            place, trained = place + span, not trained
-            if place == end:
-                break
+        segments, end = [], place + length
+        while place < end:
+            for trained in (False, True):
+                span = next(spans)
+                if span:  # a masked reply leaves its turn nothing that is trained
+                    segments.append(Segment(tokenizer.spell(row.ids[place : place + span]), trained))
+                place += span
         conversations.append({"row": number, "tokens": length, "segments": segments})
     return conversations

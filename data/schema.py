@@ -21,6 +21,8 @@ class Message:
 
     role: Role
     content: str
+    masked: bool = False
+    """Of a reply: it is context, and not trained. What others say never is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +69,25 @@ class TokenizedConversation:
     ids     | <s> [INST] … [/INST] | ▁reply ▁ </s> | <s> [INST] … [/INST] | ▁reply ▁ </s> |
     spans   | 7                    | 3             | 9                    | 3             |
     trained | no                   | yes           | no                   | yes           |
+
+    A masked reply belongs to what is not trained, and the second span of its turn is empty: 10, 0.
     """
 
     packed_ids: bytes
     """The ids, two bytes each: native uint16, as the vocabulary has fewer than 65,536 pieces."""
     spans: tuple[int, ...]
-    """Tokens of each prompt and each reply in turn; they sum to the number of ids."""
+    """For each turn its tokens that are not trained and those that are; they sum to the number of ids. A prompt without
+    a reply has the first alone."""
 
     @property
     def ids(self) -> list[int]:
         """The token ids."""
         return memoryview(self.packed_ids).cast("H").tolist()
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are trained."""
+        return sum(self.spans[1::2])
 
     @property
     def labels(self) -> list[int]:
@@ -101,7 +111,7 @@ class PackedRow:
 
     ids: list[int]
     spans: list[int]
-    """Tokens not trained and trained in turn, over all the conversations; they sum to `len(ids)`."""
+    """Tokens not trained and trained in turn, two for each turn of each conversation; they sum to `len(ids)`."""
     lengths: list[int]
     """Tokens of each conversation; they sum to `len(ids)`."""
     rows: list[int]

@@ -42,7 +42,7 @@ class ConversationStore:
         self._spans.write(array("i", tokenized.spans))
         self._rows.append(row)
         self._lengths.append(len(tokenized))
-        self._supervised.append(sum(tokenized.spans[1::2]))
+        self._supervised.append(tokenized.supervised)
         self._span_counts.append(len(tokenized.spans))
 
     def __len__(self) -> int:

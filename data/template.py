@@ -1,8 +1,9 @@
 """The only place where text becomes ids, and the only place that decides which tokens are trained.
 
-The text of a turn is `<s>[INST] {user} [/INST] {assistant} </s>`. `<s>` and `</s>` are placed as ids; all other text
-goes through the vocabulary's merges alone, in which no control token takes part. So nothing that a message says can
-become a control token, however it is spelled.
+The text of a turn is `<s>[INST] {user} [/INST] {assistant} </s>`; a system message is joined with the first user text,
+and then the whole is stripped, so that the edges between the two stay as they were written. `<s>` and `</s>` are placed
+as ids; all other text goes through the vocabulary's merges alone, in which no control token takes part. So nothing that
+a message says can become a control token, however it is spelled.
 """
 
 import hashlib
@@ -141,37 +142,43 @@ class ChatTokenizer:
         """The exact text of a conversation, control tokens spelled out."""
         return "".join(
             f"<s>{prompt}" if reply is None else f"<s>{prompt}{reply}</s>"
-            for prompt, reply in self._turn_texts(conversation)
+            for prompt, reply, _ in self._turn_texts(conversation)
         )
 
     @staticmethod
-    def _turn_texts(conversation: Conversation) -> list[tuple[str, str | None]]:
-        """For each turn the text up to `[/INST]`, and the reply with its spaces, or None where none is given."""
+    def _turn_texts(conversation: Conversation) -> list[tuple[str, str | None, bool]]:
+        """For each turn the text up to `[/INST]`, the reply with its spaces, or None, and whether that is masked."""
         turns = conversation.turns
-        texts: list[tuple[str, str | None]] = []
+        texts: list[tuple[str, str | None, bool]] = []
         for place in range(0, len(turns), 2):
-            user = turns[place].content.strip()
+            user = turns[place].content
             if place == 0 and conversation.system is not None:
-                user = f"<<SYS>>\n{conversation.system.content.strip()}\n<</SYS>>\n\n{user}"
-            reply = f" {turns[place + 1].content.strip()} " if place + 1 < len(turns) else None
-            texts.append((f"[INST] {user} [/INST]", reply))
+                user = f"<<SYS>>\n{conversation.system.content}\n<</SYS>>\n\n{user}"
+            prompt = f"[INST] {user.strip()} [/INST]"
+            reply = turns[place + 1] if place + 1 < len(turns) else None
+            texts.append(
+                (prompt, None, False) if reply is None else (prompt, f" {reply.content.strip()} ", reply.masked)
+            )
         return texts
 
     # Ids
 
     def encode(self, conversation: Conversation) -> TokenizedConversation:
-        """Ids, and which are trained: each reply, the space after it, and `</s>`."""
+        """Ids, and which are trained: each reply that is not masked, the space after it, and `</s>`."""
         pieces: list[bytes] = []
         spans: list[int] = []
-        for prompt, reply in self._turn_texts(conversation):
+        for prompt, reply, masked in self._turn_texts(conversation):
             # The leading space is SentencePiece's. The text of a turn may be cut before the reply, as at any space.
             prompt_ids = self._ids_of.text(f" {prompt}")
             pieces += (BOS_ID, prompt_ids)
-            spans.append(1 + len(prompt_ids) // 2)
-            if reply is not None:
-                reply_ids = self._ids_of.text(reply)
-                pieces += (reply_ids, EOS_ID)
-                spans.append(len(reply_ids) // 2 + 1)
+            prompt_length = 1 + len(prompt_ids) // 2
+            if reply is None:
+                spans.append(prompt_length)
+                continue
+            reply_ids = self._ids_of.text(reply)
+            pieces += (reply_ids, EOS_ID)
+            reply_length = len(reply_ids) // 2 + 1
+            spans += (prompt_length + reply_length, 0) if masked else (prompt_length, reply_length)
         return TokenizedConversation(b"".join(pieces), tuple(spans))
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
@@ -257,7 +264,7 @@ def _escapes() -> str:
 
 
 CHAT_TEMPLATE = (
-    "{%- macro plain(text) -%}{{ text | trim" + _escapes() + " }}{%- endmacro -%}"
+    "{%- macro plain(text) -%}{{ text" + _escapes() + " }}{%- endmacro -%}"
     "{%- set system = plain(messages[0]['content']) if messages[0]['role'] == 'system' else none -%}"
     "{%- set turns = messages[1:] if system is not none else messages -%}"
     "{%- for message in turns -%}"
@@ -266,10 +273,10 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{%- if message['role'] == 'user' -%}"
     "{{ '<s>[INST] ' }}"
-    "{%- if loop.first and system is not none -%}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{%- endif -%}"
-    "{{ plain(message['content']) + ' [/INST]' }}"
+    "{%- set opening = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system is not none else '' -%}"
+    "{{ (opening + plain(message['content'])) | trim + ' [/INST]' }}"
     "{%- else -%}"
-    "{{ ' ' + plain(message['content']) + ' </s>' }}"
+    "{{ ' ' + plain(message['content']) | trim + ' </s>' }}"
     "{%- endif -%}"
     "{%- endfor -%}"
 )

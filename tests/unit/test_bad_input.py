@@ -84,7 +84,10 @@ CASES = {
     "data files=[good.jsonl] task=delete": ["task=delete", "preview"],
     "data files=[good.jsonl] overlong=cut": ["overlong=cut", "split_turns"],
     "data files=[good.jsonl] columns=3": ["columns", "columns={name: value}"],
-    "data files=[good.jsonl] columns={output:answer}": ["max_reject_fraction=0.1", "no field output"],
+    "data files=[good.jsonl] columns={output:answer}": [
+        "max_reject_fraction=0.1",
+        "no field answer, which columns.output names",
+    ],
     "data files=[good.jsonl] columns={inptu:context}": ["columns.inptu", "input"],
     "data files=[good.jsonl,good.jsonl]": ["files=good.jsonl", "named twice", "weights"],
     "data files=[good.jsonl] seq_len=2000000000": ["seq_len=2000000000", "at most a million"],

@@ -43,6 +43,18 @@ def test_the_system_prompt_of_openhermes_25_stands_in_a_column() -> None:
         assert said(row | {"system_prompt": empty}, "sharegpt")[0] == ("user", "Hi")
 
 
+def test_edges_stay_between_a_system_message_and_the_text_after_it() -> None:
+    """As in Meta's template, which strips the two joined; all other edges go."""
+    system, user = {"from": "system", "value": "\n  Indent.\n"}, {"from": "human", "value": "\n    def f(x):\n"}
+    kept = [("system", "\n  Indent.\n"), ("user", "\n    def f(x):")]
+    after = [("assistant", "Hello."), ("user", "def f(x):"), ("assistant", "Hello.")]
+    assert said({"conversations": [system, user, GPT, user, GPT]}, "sharegpt") == kept + after
+    assert said({"conversations": [user, GPT, user, GPT], "system_prompt": "\n  Indent.\n"}, "sharegpt") == kept + after
+    assert said({"conversations": [user, GPT]}, "sharegpt")[0] == ("user", "def f(x):")
+    row = {"instruction": "\n  Do it.\n", "input": "\n  x\n", "output": " y "}
+    assert said(row, "instruction") == [("user", "Do it.\n\nx"), ("assistant", "y")]
+
+
 def test_messages() -> None:
     system = {"role": "system", "content": ""}  # an empty one is none
     row = {"messages": [system, USER, ASSISTANT, USER, ASSISTANT]}

@@ -1,5 +1,6 @@
 """`task=preview` and `task=report`: what they show is what is in the dataset."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -99,6 +100,35 @@ def test_preview_in_colour_needs_no_marks(
 
 
 # Report
+
+
+def test_masked_replies_are_shown_as_not_trained(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    """By preview, report and the counts, also if nothing is trained at the end of a conversation."""
+    replies = [
+        {"role": "assistant", "content": text, "weight": weight} for text, weight in (("Wrong.", 0), ("Right.", 1))
+    ]
+    asked = {"role": "user", "content": "Go on."}
+    orders = ((0, 1), (1, 0), (1, 1), (0, 1, 0))
+    rows = [{"messages": [message for n in order for message in (asked, replies[n])]} for order in orders]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert run_program("data", "files=[rows.json]", "output=out", "eval_fraction=0").exit_code == 0
+    trained = [TOKENIZER.encode(Conversation((Message("user", "Go on."), Message("assistant", "Right."))))] * 5
+    assert PreparedDataset(tmp_path / "out").manifest["train"]["supervised_tokens"] == sum(
+        t.supervised for t in trained
+    )
+
+    shown = run_program("data", "task=preview", "output=out", "rows=1").stdout.splitlines()
+    marked = []
+    for line, below in itertools.pairwise(shown):
+        if re.fullmatch(r"[ ^]*\^[ ^]*", below):
+            marked.append("".join(a for a, b in zip(line, below.ljust(len(line)), strict=False) if b == "^"))
+    assert "".join(marked) == "▁Right.▁</s>" * 5
+
+    assert run_program("data", "task=report", "output=out", "rows=1").exit_code == 0
+    page = Page((tmp_path / "out-report.html").read_text(encoding="utf-8"))
+    _, *shown_as_trained = [data for tag, data in page.texts if tag == "mark"]  # the first says what a mark means
+    assert shown_as_trained == [" Right. </s>"] * 5
+    assert "".join(data for tag, data in page.texts if tag == "pre").count("Wrong. </s>") == 4
 
 
 class Page(HTMLParser):

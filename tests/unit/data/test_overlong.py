@@ -145,3 +145,42 @@ def test_what_was_lost_is_counted_at_every_length() -> None:
         parts = split_turns(PLAIN, TOKENIZER, seq_len)
         turns = sum(part.ids.count(BOS) for part in parts)
         assert Shortened.of(whole, parts) == Shortened(3 - turns, sum(part.ids[-1] != EOS for part in parts))
+
+
+def masked(*replies: int) -> Conversation:
+    """PLAIN with the replies of these turns, from 0, masked."""
+    return Conversation(
+        tuple(
+            Message(m.role, m.content, place // 2 in replies and m.role == "assistant") for place, m in enumerate(TURNS)
+        )
+    )
+
+
+@pytest.mark.parametrize("replies", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+def test_truncation_keeps_masked_replies_only_before_trained_ones(replies: tuple[int, ...]) -> None:
+    conversation = masked(*replies)
+    whole, prompts, turns = TOKENIZER.encode(conversation), prompt_lengths(PLAIN), turn_lengths(PLAIN)
+    assert whole.ids == TOKENIZER.encode(PLAIN).ids
+    for seq_len in range(1, len(whole)):
+        begun = [turn for turn in range(3) if turn not in replies and prompts[turn] < seq_len]
+        kept = truncate(whole, seq_len)
+        if not begun:
+            assert kept is None
+            continue
+        assert kept is not None
+        assert len(kept) == min(seq_len, turns[begun[-1]])
+        assert kept.ids == whole.ids[: len(kept)]
+        assert kept.labels == whole.labels[: len(kept)]
+        assert kept.labels[-1] != IGNORE_INDEX
+
+
+@pytest.mark.parametrize("replies", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+def test_splitting_keeps_every_trained_reply_and_no_part_without_one(replies: tuple[int, ...]) -> None:
+    conversation = masked(*replies)
+    whole = TOKENIZER.encode(conversation)
+    longest = max(len(TOKENIZER.encode(Conversation(TURNS[place : place + 2]))) for place in (0, 2, 4))
+    for seq_len in range(longest, len(whole)):
+        parts = split_turns(conversation, TOKENIZER, seq_len)
+        assert all(part.supervised and len(part) <= seq_len for part in parts)
+        trained = [label for part in parts for label in part.labels if label != IGNORE_INDEX]
+        assert trained == [label for label in whole.labels if label != IGNORE_INDEX]

@@ -114,6 +114,8 @@ def test_manifest_tells_the_truth(prepare: Callable[..., Any], out: Path, files:
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "schema": "instruction",
             "rows": rows,
+            "unread_fields": {},
+            "harmless_fields": {},
         }
         for path, rows in zip(files, (15, 25), strict=True)
     ]
@@ -395,6 +397,41 @@ def test_what_is_already_prepared_is_not_prepared_again(
         file.write(b"x")
     assert prepare_again()
     assert not prepare_again()
+
+
+@pytest.mark.parametrize("task", ["preview", "report"])
+def test_a_dataset_of_an_earlier_template_is_refused_and_prepared_anew(
+    prepare: Callable[..., Any], run_program: Callable[..., Any], out: Path, task: str
+) -> None:
+    prepare()
+    earlier = {**manifest(out), "layout": 2}  # the last whose template stripped system and user text by themselves
+    (out / "manifest.json").write_text(json.dumps(earlier))
+    refused = run_program("data", f"task={task}", "output=out")
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines() == [
+        "data: output=out: another version of this program made it, whose layout or chat template is not today's; "
+        "prepare it again"
+    ]
+    again = prepare()
+    assert again.exit_code == 0
+    assert "already prepared" not in again.stderr
+    assert run_program("data", f"task={task}", "output=out").exit_code == 0
+
+
+def test_a_first_question_after_a_system_message_keeps_its_indentation(
+    run_program: Callable[..., Any], tmp_path: Path, out: Path
+) -> None:
+    messages = [
+        {"role": "system", "content": "\n  You indent by two spaces.\n"},
+        {"role": "user", "content": "    def f(x):\n        return x\nWhat does f do?"},
+        {"role": "assistant", "content": "It gives back what it gets."},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
+    assert run_program("data", "files=[rows.jsonl]", "output=out", "eval_fraction=0").exit_code == 0
+    assert ChatTokenizer.load().spell(arrow(out, "train")[0]["ids"]) == (
+        "<s>[INST] <<SYS>>\n\n  You indent by two spaces.\n\n<</SYS>>\n\n    def f(x):\n        return x\n"
+        "What does f do? [/INST] It gives back what it gets. </s>"
+    )
 
 
 def test_asking_for_what_is_prepared_imports_no_torch() -> None:

@@ -62,3 +62,9 @@ def test_length_is_tokens() -> None:
     assert len(tokenized) == 6
     assert tokenized.ids == [1, 5, 2, 1, 7, 2]
     assert tokenized.labels == [-100, 5, 2, -100, -100, 2]
+
+
+def test_a_turn_may_have_nothing_that_is_trained() -> None:
+    tokenized = TokenizedConversation(array("H", [1, 5, 2, 1, 7, 2]).tobytes(), (3, 0, 2, 1))
+    assert tokenized.labels == [-100, -100, -100, -100, -100, 2]
+    assert tokenized.supervised == 1

@@ -120,14 +120,13 @@ def expected_turns(conversation: Conversation) -> list[tuple[str, str | None]]:
     pairs: list[tuple[str, str | None]] = []
     opening = ""
     for message in conversation.messages:
-        text = message.content.strip()
         if message.role == "system":
-            opening = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
+            opening = f"<<SYS>>\n{message.content}\n<</SYS>>\n\n"
         elif message.role == "user":
-            pairs.append((f"[INST] {opening}{text} [/INST]", None))
+            pairs.append((f"[INST] {(opening + message.content).strip()} [/INST]", None))
             opening = ""
         else:
-            pairs[-1] = (pairs[-1][0], f" {text} ")
+            pairs[-1] = (pairs[-1][0], f" {message.content.strip()} ")
     return pairs
 
 
@@ -149,6 +148,21 @@ def test_ids_and_mask_are_sentencepieces(conversation: Conversation) -> None:
     tokenized = chat().encode(conversation)
     assert tokenized.ids == ids
     assert tokenized.labels == labels
+
+
+@given(conversations(), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_masked_replies_change_the_mask_alone(conversation: Conversation, masks: list[bool]) -> None:
+    turns = conversation.turns
+    head = conversation.messages[: len(conversation.messages) - len(turns)]
+    mixed = [Message(m.role, m.content, m.role == "assistant" and masks[i // 2]) for i, m in enumerate(turns)]
+    plain, masked = chat().encode(conversation), chat().encode(Conversation((*head, *mixed)))
+    assert masked.ids == plain.ids
+    expected = plain.labels
+    ends = [place + 1 for place, i in enumerate(plain.ids) if i == 2]
+    for turn, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if masks[turn]:
+            expected[begin:end] = [IGNORE_INDEX] * (end - begin)
+    assert masked.labels == expected
 
 
 @given(conversations())
