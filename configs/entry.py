@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import UserError
+from configs.launch import local_rank
 from configs.secrets import redact
 
 CONFIG_DIR = Path(__file__).parent
@@ -115,10 +116,9 @@ def _names_one_of(argument: str, settings: tuple[str, ...]) -> bool:
 
 def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    if local_rank == "0":
+    if local_rank() == 0:
         print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
-    elif local_rank != os.environ.get("SLURM_LOCALID"):  # srun lets the others be when one task ends
+    elif str(local_rank()) != os.environ.get("SLURM_LOCALID"):  # srun lets the others be when one task ends
         # The launcher ends all processes when the first one ends: leave that to the one that has the sentence, and
         # have nothing to say about being ended.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
