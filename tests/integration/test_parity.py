@@ -189,4 +189,7 @@ def test_the_full_recipe_is_planned_without_weights() -> None:
     assert f"experts            {experts:,}" in shown
     settings = json.loads(shown[shown.index("{") :])
     assert settings["zero_optimization"]["stage"] == 3
+    assert settings["zero_optimization"]["stage3_param_persistence_threshold"] == 20_000_000
+    assert settings["zero_optimization"]["stage3_max_live_parameters"] == 4_000_000_000
+    assert settings["zero_optimization"]["overlap_comm"]  # as on the GPUs that it is for
     assert settings["train_batch_size"] == 32
