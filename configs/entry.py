@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs import multirun
 from configs.errors import UserError, one_line
+from configs.launch import local_rank
 from configs.multirun import Job
 from configs.secrets import redact
 
@@ -192,11 +193,10 @@ def _names_one_of(argument: str, settings: tuple[str, ...]) -> bool:
 
 def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    if local_rank == "0":
+    if local_rank() == 0:
         with contextlib.suppress(OSError):  # nobody may be reading any more
             print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
-    elif local_rank != os.environ.get("SLURM_LOCALID"):  # srun lets the others be when one task ends
+    elif str(local_rank()) != os.environ.get("SLURM_LOCALID"):  # srun lets the others be when one task ends
         # The launcher ends all processes when the first one ends: leave that to the one that has the sentence, and
         # have nothing to say about being ended.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -24,7 +24,7 @@ from data.sources import sha256
 from inference.adapter import WEIGHTS
 from inference.config import InferenceConfig
 from inference.generate import Answer, Ending, context, generate_rows, sampling
-from inference.load import Loaded, load
+from inference.load import Loaded, is_spread, load
 from inference.rows import Prompt, encoded, read_prompts, read_rows
 
 SETTINGS = (
@@ -57,8 +57,16 @@ def batch(config: InferenceConfig) -> dict[str, int]:
         units = plan(prompts, 1 if config.batching == "continuous" else config.batch_size)
         done = journal.keep([[prompt.line for prompt in unit] for unit in units])
         left = [unit for unit in units if unit[0].line not in done]
+        answering = answer_continuously if config.batching == "continuous" else answer_padded
+        if config.batching == "continuous" and is_spread(loaded.model):
+            console.print(
+                "batching=continuous: the model is spread over several devices, for which transformers has padded "
+                "batches alone; they are used",
+                soft_wrap=True,
+            )
+            # what an interrupted run has answered one by one stays
+            answering, left = answer_padded, plan([prompt for unit in left for prompt in unit], config.batch_size)
         with _progress(len(prompts), len(done)) as advance:
-            answering = answer_continuously if config.batching == "continuous" else answer_padded
             for answers in answering(loaded, config, left):
                 journal.append(answers)
                 advance(len(answers))

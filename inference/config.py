@@ -43,7 +43,8 @@ class InferenceConfig:
     device: str = "auto"
     """`auto` takes CUDA where there is a GPU; `cuda`, `cpu`."""
     device_map: str = "auto"
-    """How layers are spread over several GPUs, in accelerate's words: `auto`, `balanced`, `sequential`, `cuda:0`."""
+    """How layers are spread over several GPUs, in accelerate's words: `auto` (one GPU if the model fits), `balanced`,
+    `sequential`, `cuda:0`."""
 
     # What is asked
 

@@ -8,11 +8,13 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from configs import gpus
 from configs.adapter_settings import CONFIG
 from configs.architecture import read_architecture
 from configs.errors import UserError, one_line
@@ -103,19 +105,22 @@ def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
 
 def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
     """The base's weights from safetensors; on CUDA spread over the GPUs where one is too small."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch finds no CUDA GPU here; use device=cpu")
+    gpus.check(config.device, "device")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
     directory = local_directory(base.source, base.revision, base.named)
     weight_files(directory, base.named)  # transformers would follow an index out of the directory
+    device_map: Any = config.device_map if on_cuda else None
+    dtype = choose_dtype(config.dtype, on_cuda)
+    if device_map == "auto" and (gpu := one_gpu(_bytes(base.architecture, dtype), _free_bytes())) is not None:
+        device_map = {"": gpu}
     try:
         model, loading = MixtralForCausalLM.from_pretrained(
             directory,
             config=base.architecture,
             trust_remote_code=False,
-            dtype=choose_dtype(config.dtype, on_cuda),
+            dtype=dtype,
             use_safetensors=True,
-            device_map=config.device_map if on_cuda else None,
+            device_map=device_map,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
@@ -126,6 +131,34 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
     # What is asked for decides alone: settings that the base recommends would be mixed into it.
     model.generation_config = GenerationConfig()
     return model
+
+
+def one_gpu(needed: int, free: list[int]) -> int | None:
+    """The GPU with the most free memory, if the whole model fits there and leaves a fifth for its work; else None.
+
+    Spread, each token would go through the GPUs one after another, and `batching=continuous` knows one device.
+
+    Args:
+        needed: bytes of the weights.
+        free: of each GPU, in bytes.
+    """
+    best = max(range(len(free)), key=free.__getitem__)
+    return best if needed <= 0.8 * free[best] else None
+
+
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether the layers lie on more than one device."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+def _bytes(architecture: MixtralConfig, dtype: torch.dtype) -> int:
+    with torch.device("meta"):
+        model = MixtralForCausalLM(architecture)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def _free_bytes() -> list[int]:
+    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
 
 
 def choose_dtype(asked: str, on_cuda: bool) -> torch.dtype:

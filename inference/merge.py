@@ -6,6 +6,7 @@ output, which takes its name when it is whole and verified.
 """
 
 import datetime
+import errno
 import json
 import os
 import shutil
@@ -41,6 +42,11 @@ RECEIPT = "merge.json"
 """Written last into the output: what was merged, from what, by what, and what the verification measured."""
 
 PACKAGES = ("openhermes-mixtral", "torch", "transformers", "peft", "safetensors", "tokenizers")
+
+NOT_BY_THE_KERNEL = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""What copy_file_range says between some file systems, on some of them, and where a kernel or sandbox lacks it."""
+COPIED_AT_ONCE = 4 << 20
+"""Bytes."""
 
 MOST_THREADS = 8
 """More would only wait for the disk."""
@@ -136,10 +142,7 @@ def write_piece(piece: Piece, adapter: Adapter, file: BinaryIO, at: int) -> int:
     """
     with piece.stored.file.open("rb", buffering=0) as source:
         if piece.parameter not in adapter.updates:
-            done = 0
-            while done < piece.size:  # by the kernel, without bringing the bytes into this process
-                begin, left = piece.stored.begin + done, piece.size - done
-                done += os.copy_file_range(source.fileno(), file.fileno(), left, begin, at + done)
+            copy(source.fileno(), piece.stored.begin, file.fileno(), at, piece.size)
             return piece.size
         height = piece.stored.shape[0]
         row_bytes = piece.size // height
@@ -153,6 +156,34 @@ def write_piece(piece: Piece, adapter: Adapter, file: BinaryIO, at: int) -> int:
             adapter.fold(piece.parameter, block, piece.expert, slice(first + row, first + row + len(block)))
             _exactly(os.pwrite(file.fileno(), view, at + row * row_bytes), view)
     return piece.size
+
+
+def copy(source: int, begin: int, target: int, at: int, size: int) -> None:
+    """Copies bytes between places of two open files: by the kernel, without bringing them into this process, if it
+    can. Between file systems it may not be able to, and some answer that they have copied nothing.
+
+    Raises:
+        OSError: the source ends too early, or what is written finds no room.
+    """
+    end = begin + size
+    while begin < end:
+        try:
+            count = os.copy_file_range(source, target, end - begin, begin, at)
+        except OSError as error:
+            if error.errno not in NOT_BY_THE_KERNEL:
+                raise
+            count = 0
+        if count == 0:
+            break
+        begin, at = begin + count, at + count
+    buffer = memoryview(bytearray(min(COPIED_AT_ONCE, end - begin)))
+    while begin < end:
+        block = buffer[: min(len(buffer), end - begin)]
+        count = os.preadv(source, [block], begin)
+        if count == 0:
+            raise OSError(f"the file ends {end - begin} bytes too early")
+        _exactly(os.pwrite(target, block[:count], at), block[:count])
+        begin, at = begin + count, at + count
 
 
 def _exactly(count: int, view: memoryview) -> None:

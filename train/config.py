@@ -265,8 +265,17 @@ class DeepSpeedConfig:
     """`none` or `cpu`: where the sharded parameters live between uses (stage 3)."""
     bucket_size: int = 50_000_000
     """Elements that are reduced or gathered at once: more speeds up the network and costs memory."""
+    prefetch_bucket_size: int = 0
+    """Elements that are gathered ahead of their use at once (stage 3): no more parameters are begun beyond so many. 0
+    takes `bucket_size`."""
     persistence_threshold: int = 10_000
     """Parameters with fewer elements than this stay whole on every process (stage 3)."""
+    max_live_parameters: int = 1_000_000_000
+    """Gathered elements beyond which nothing more is gathered ahead (stage 3). With fewer than a MoE block has, the
+    next block is asked for only when it is needed."""
+    node_copy: bool = False
+    """Whether each node keeps a copy of the shards, so that gathers stay inside it (stage 3; ZeRO++'s hpZ): for several
+    nodes with a slow network between them. It costs each process the model's share of its node in memory."""
 
     def check(self) -> None:
         if self.stage not in (0, 1, 2, 3):
@@ -274,6 +283,9 @@ class DeepSpeedConfig:
         _choice("deepspeed.offload_optimizer", self.offload_optimizer, "none", "cpu")
         _choice("deepspeed.offload_param", self.offload_param, "none", "cpu")
         _positive("deepspeed.bucket_size", self.bucket_size, "deepspeed.bucket_size=50000000")
+        _positive("deepspeed.max_live_parameters", self.max_live_parameters, "deepspeed.max_live_parameters=1000000000")
+        for name in ("prefetch_bucket_size", "persistence_threshold"):
+            _not_negative(f"deepspeed.{name}", getattr(self, name))
         if self.offload_optimizer == "cpu" and self.stage == 0:
             raise UserError(
                 "deepspeed.offload_optimizer=cpu: it takes effect from stage 1 on; set deepspeed.stage=2 or 3 as well"
@@ -281,6 +293,11 @@ class DeepSpeedConfig:
         if self.offload_param == "cpu" and self.stage != 3:
             raise UserError(
                 "deepspeed.offload_param=cpu: only stage 3 shards parameters; set deepspeed.stage=3 as well"
+            )
+        if self.node_copy and (self.stage != 3 or self.offload_param == "cpu"):
+            raise UserError(
+                "deepspeed.node_copy=true: it is for parameters that stage 3 shards over GPUs of several nodes; use "
+                "deepspeed=zero3 as well, or leave it out"
             )
 
 
@@ -391,8 +408,10 @@ class TrainConfig:
     """Packed rows of one forward and backward on one process."""
     router_aux_loss: float = 0.02
     """Weight of the router's load-balancing loss (Mixtral's own default); 0 leaves it out."""
-    activation_checkpointing: bool = False
-    """Keeps only each layer's input for the backward and computes the rest again: less memory, a third more work."""
+    activation_checkpointing: str = "none"
+    """What the backward computes again instead of keeping it: `full`, each layer from its input, least memory and a
+    third more work; `attention`, each layer up to its experts, whose half is never computed again; `none`. `true` and
+    `false` mean `full` and `none`."""
     eval_every: int = 0
     """Steps between evaluations on the held-out split; 0 evaluates before the first step and after the last."""
     save_every: int = 0
@@ -424,9 +443,15 @@ class TrainConfig:
     failures: FailureConfig = field(default_factory=FailureConfig)
     """What it bears."""
 
+    def __post_init__(self) -> None:
+        # It was true or false once, and OmegaConf makes strings of those.
+        once, given = {"true": "full", "false": "none"}, self.activation_checkpointing
+        self.activation_checkpointing = once.get(str(given).lower(), given)
+
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
         _choice("task", self.task, "train", "profile")
+        _choice("activation_checkpointing", self.activation_checkpointing, "none", "attention", "full")
         _choice("resume", self.resume, "auto", "never")
         for name in ("epochs", "global_batch", "micro_batch", "keep_last"):
             _positive(name, getattr(self, name), f"{name}=1")

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from configs.errors import UserError
+from configs import gpus
+from configs.errors import UserError, say
+from configs.launch import local_processes, local_rank
 from data.dataset import Batch
 from train import compiling
 from train.config import BatchArithmetic, HardwareConfig, TrainConfig
@@ -55,25 +57,25 @@ def start(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
     Raises:
         UserError: CUDA is asked for and there is none, or the port where the processes meet is taken.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("hardware.device=cuda: torch finds no CUDA GPU here; use hardware.device=cpu")
+    gpus.check(config.device, "hardware.device")
     on_cuda = _on_cuda(config)
     _check_launch()
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if config.device == "auto" and local_rank() == 0 and (why := gpus.unusable()):
+        say("train", f"hardware.device=auto: on the CPU, because {why}")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if not on_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # The processes of a machine share its cores; left alone, each would start a thread for every one of them.
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (local_processes() or 1)))
         keep_freed_memory()
+    else:
+        torch.cuda.set_device(gpus.take_device())  # before deepspeed is imported, which may touch the current device
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated, at every gather.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     import deepspeed
     from deepspeed.comm.torch import build_shm_op
 
-    if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.redirect_stdout(io.StringIO()):  # every process would print that an op was built
         if not on_cuda:
             with compiling.alone() as lock:
@@ -90,6 +92,13 @@ def start(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
             raise UserError(
                 f"MASTER_PORT={os.environ['MASTER_PORT']}: another program listens there, perhaps another run; name a "
                 f"port that is free on the first machine (deepspeed --master_port)"
+            ) from error
+        except torch.distributed.DistBackendError as error:
+            if "Duplicate GPU" not in str(error):
+                raise
+            raise UserError(
+                f"LOCAL_RANK={local_rank()}: another process uses the same GPU; start as many processes as there "
+                f"are GPUs, or have the scheduler bind another to each"
             ) from error
     if not on_cuda:
         forget_shared_memory()
@@ -121,7 +130,13 @@ def _check_launch() -> None:
 
 
 def _on_cuda(config: HardwareConfig) -> bool:
-    return config.device != "cpu" and torch.cuda.is_available()
+    """Whether it will be, where a run is planned on another machine."""
+    return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+
+
+def nodes(config: TrainConfig) -> dict[str, Any]:
+    """What must be the same on all nodes."""
+    return {"LOCAL_WORLD_SIZE": local_processes()} if config.deepspeed.node_copy else {}
 
 
 def _free_port() -> str:
@@ -207,17 +222,20 @@ def settings(config: TrainConfig, batch: BatchArithmetic) -> dict[str, Any]:
     if config.deepspeed.stage == 3:
         # The MoE block is gathered as one leaf by DeepSpeed's default list: naming leaves here would replace that list.
         zero |= {
-            "stage3_prefetch_bucket_size": size,
+            "stage3_prefetch_bucket_size": config.deepspeed.prefetch_bucket_size or size,
             "stage3_param_persistence_threshold": config.deepspeed.persistence_threshold,
+            "stage3_max_live_parameters": config.deepspeed.max_live_parameters,
         }
+        if config.deepspeed.node_copy and (of_node := _processes_of_a_node(batch.processes)) < batch.processes:
+            zero["zero_hpz_partition_size"] = of_node
     for name in ("offload_optimizer", "offload_param"):
         if getattr(config.deepspeed, name) != "none":
             zero[name] = {"device": getattr(config.deepspeed, name), "pin_memory": _on_cuda(config.hardware)}
-    accumulation: dict[str, Any] = {}
-    if config.deepspeed.stage > 1:
-        # Sums of many micro-batches' gradients lose bits in bfloat16; only the shards of what trains pay for this.
-        accumulation = {"data_types": {"grad_accum_dtype": "fp32"}}
-    return accumulation | {
+    # Sums of many micro-batches' gradients lose bits in bfloat16; only the shards of what trains pay for this.
+    sums: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if config.deepspeed.stage > 1 else {}
+    if config.deepspeed.stage == 0:
+        sums = {"communication_data_type": "fp32"}  # DeepSpeed would round them to bfloat16; `Engine` makes them
+    return sums | {
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
         "train_batch_size": batch.rows,
@@ -228,6 +246,21 @@ def settings(config: TrainConfig, batch: BatchArithmetic) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # GuardedAdamW is an AdamW, which DeepSpeed knows by its exact type
         "steps_per_print": 2**31,
     }
+
+
+def _processes_of_a_node(count: int) -> int:
+    """Of `count` processes those on each node, for `deepspeed.node_copy`; all, where no launcher says.
+
+    Raises:
+        UserError: nodes differ, or have one each.
+    """
+    of_node = local_processes() or count
+    if count % of_node or of_node == 1 < count:
+        raise UserError(
+            f"deepspeed.node_copy=true: a node has {of_node} of the {count} processes; it takes nodes with two or more "
+            f"each and the same number on all; leave it out"
+        )
+    return of_node
 
 
 @contextlib.contextmanager
@@ -338,6 +371,9 @@ class Engine:
             for state in self._adamw.state.values():
                 for value in state.values():
                     value.zero_()
+            for parameter in named:
+                parameter.grad = None
+                parameter.grad_dtype = torch.float32
         self.module: MixtralWithLoss = self._engine.module
         self._masters: dict[str, torch.Tensor] = {}
         """Where nothing is sharded: what AdamW updates, by name. There DeepSpeed's access functions know nothing."""

@@ -68,7 +68,7 @@ def split_lora_forward(
             if adapter.dropout and experts.training:
                 tensors[-1] = draw_keep(top_k_index.numel(), weight.shape[-1], adapter.dropout, weight.device)
     together = in_one_product(hidden_states, (experts.hidden_dim, experts.intermediate_dim))
-    routed = _Routed(top_k_index, experts.num_experts, together, row_multiple(hidden_states))
+    routed = _Routed.found(top_k_index, experts.num_experts, together, row_multiple(hidden_states))
     return _SplitExperts.apply(hidden_states, top_k_weights, *tensors, routed, adapters)
 
 
@@ -101,35 +101,56 @@ def row_multiple(x: torch.Tensor) -> int:
     return ROW_MULTIPLE if x.device.type == "cpu" and x.dtype.itemsize == 2 else 1
 
 
+@dataclass(frozen=True, slots=True)
 class _Routed:
     """Where each token-expert pair stands when the pairs are sorted by expert: found once per block.
 
     top_k_index   | 1 0 | 0 2 |             tokens 0 and 1 of E = 3 experts; here filled up to multiples of 2 rows
-    token_P       | 0 1 | 0 - | 1 - |       the token of each row, expert by expert; - is filling
+    pair_P        | 1 2 | 0 - | 3 - |       the pair of each row, expert by expert; - is filling
+    token_P       | 0 1 | 0 - | 1 - |       its token
     row_of_Tk     | 2 0 | 1 4 |
+
+    The shapes are those of any routing of so many tokens. Where activations are computed again, a token that stands
+    between two experts may fall to another one than before; the backward must then see that routing and no other, so
+    what it needs comes from `tensors`, saved with the activations that belong to it.
     """
 
-    def __init__(self, top_k_index: torch.Tensor, experts: int, in_one_product: bool, multiple: int):
-        device = top_k_index.device
-        self.shape = tuple(top_k_index.shape)
-        self.in_one_product = in_one_product
+    row_of_Tk: torch.Tensor
+    pair_P: torch.Tensor
+    """With room for as many filling rows as there can be."""
+    ends_E: torch.Tensor
+    """Where the rows of each expert end, filling included."""
+    in_one_product: bool
+    token_P: torch.Tensor
 
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], in_one_product: bool) -> "_Routed":
+        """Of what `tensors` gave."""
+        row_of_Tk, pair_P, ends_E = tensors
+        return cls(row_of_Tk, pair_P, ends_E, in_one_product, pair_P // row_of_Tk.shape[1])
+
+    @classmethod
+    def found(cls, top_k_index: torch.Tensor, experts: int, in_one_product: bool, multiple: int) -> "_Routed":
+        """Of the routers' choices, each expert's rows filled up to a multiple."""
+        device = top_k_index.device
         expert_S, order_S = top_k_index.flatten().sort(stable=True)
         # not bincount, which makes a CUDA device tell the host the largest expert first
         stops_E = torch.searchsorted(expert_S, torch.arange(experts, device=device), right=True)
         counts_E = stops_E.diff(prepend=stops_E.new_zeros(1))
         room_E = (counts_E + multiple - 1) // multiple * multiple
-        self.ends_E = room_E.cumsum(0)
         spare_E = room_E - counts_E
         row_S = torch.arange(len(order_S), device=device) + (spare_E.cumsum(0) - spare_E)[expert_S]
-        self.row_of_Tk = torch.empty_like(order_S)
-        self.row_of_Tk[order_S] = row_S
+        row_of_Tk = torch.empty_like(order_S)
+        row_of_Tk[order_S] = row_S
         # Filling rows repeat the first pair: numbers like any other, which nothing reads and whose gradient is 0.
-        rows = len(order_S) if multiple == 1 else int(self.ends_E[-1])
-        self._room = len(order_S) + experts * (multiple - 1)
-        self.pair_P = order_S.new_zeros(rows)
-        self.pair_P[row_S] = order_S
-        self.token_P = self.pair_P // self.shape[1]
+        pair_P = order_S.new_zeros(len(order_S) + experts * (multiple - 1))
+        pair_P[row_S] = order_S
+        return cls.of((row_of_Tk.view(top_k_index.shape), pair_P, room_E.cumsum(0)), in_one_product)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that the backward needs to know of the routing."""
+        return self.row_of_Tk, self.pair_P, self.ends_E
 
     def groups(self) -> Iterator["_Group"]:
         """All rows as one group, or those of each expert that has any."""
@@ -146,13 +167,13 @@ class _Routed:
     def room(self, like: torch.Tensor, size: int) -> torch.Tensor:
         """Uninitialised rows of that size, as many as any routing of so many tokens fills: tensors of other sizes in
         every step would break glibc's heap into pieces."""
-        return like.new_empty(0 if self.in_one_product else self._room, size)
+        return like.new_empty(0 if self.in_one_product else len(self.pair_P), size)
 
     def choices(self, y_PH: torch.Tensor) -> Iterator[torch.Tensor]:
         """[T, H], the rows of the tokens' first choices, then of the second, …: they are added in this order, so
         every run gives the same bits; scattering with atomic additions would not on CUDA."""
         # index_select copies whole rows, where y[rows] goes element by element, slower on the CPU
-        return (y_PH.index_select(0, row_T) for row_T in self.row_of_Tk.view(self.shape).unbind(1))
+        return (y_PH.index_select(0, row_T) for row_T in self.row_of_Tk.unbind(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +190,15 @@ class _Group:
 
     def times(self, x: torch.Tensor, weight: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
         """x W, [rows, out]. `weight` is [in, out] of the expert, or [E, in, out]; one expert's product is written into
-        its rows of `room`, where that is given."""
+        its part of `room`, where that is given."""
         if self.ends_E is not None:
             return F.grouped_mm(x, weight, offs=self.ends_E)
-        return x @ weight if room is None else torch.mm(x, weight, out=room[self.rows])
+        return x @ weight if room is None else torch.mm(x, weight, out=self.part(room, weight.shape[-1]))
+
+    def part(self, room: torch.Tensor, width: int) -> torch.Tensor:
+        """[rows, width], contiguous, of a room for the rows of all experts that is at least as wide."""
+        rows = room[self.rows]
+        return rows if rows.shape[1] == width else rows.flatten()[: len(rows) * width].view(-1, width)
 
     def outer(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """yᵀ x, [out, in] or [E, out, in]: the gradient of a weight, zeros for experts without rows.
@@ -244,14 +270,20 @@ class _Projection:
         assert self.adapter is not None
         return (x * self.keep[self.routed.pair_P[group.rows]]).mul_(1 / (1 - self.adapter.dropout))
 
-    def forward(self, group: _Group, x: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def low_room(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Room for s·A m(x) of all rows, at the largest rank."""
+        return None if self.adapter is None else self.routed.room(like, max(self.adapter.ranks))
+
+    def forward(
+        self, group: _Group, x: torch.Tensor, room: torch.Tensor, low_room: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output [rows, out], and s·A m(x) [rows, r], which the backward needs."""
         y = group.times(x, self.weight[group.expert].mT, room)
         factors = self._factors(group)
         if factors is None:
             return y, None
         scale, A, B = factors
-        h = group.times(self._dropped(group, x), A.mT).mul_(scale)  # scaling the [rows, r] middle costs least
+        h = group.times(self._dropped(group, x), A.mT, low_room).mul_(scale)  # scaling the [rows, r] middle costs least
         group.add(y, h, B)
         return y, h
 
@@ -260,19 +292,21 @@ class _Projection:
         group: _Group,
         dy: torch.Tensor,
         x: torch.Tensor,
-        h: torch.Tensor | None,
+        low: torch.Tensor | None,
         into: "_Gradients",
         room: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """The gradient of x, [rows, in], where there is room for it; those of what trains go `into` their places."""
+        """The gradient of x, [rows, in], where there is room for it; those of what trains go `into` their places.
+        `low` is s·A m(x) of all rows."""
         if into.weight is not None:
             into.weight[group.expert] = group.outer(dy, x)
         gradient = None if room is None else group.times(dy, self.weight[group.expert], room)
         factors = self._factors(group)
         if factors is None:
             return gradient
-        assert h is not None
+        assert low is not None
         scale, A, B = factors
+        h = group.part(low, A.shape[-2])
         dh = group.times(dy, B.mT).mul_(scale)
         into.put(group, self, group.outer(dh, self._dropped(group, x)), group.outer(h, dy))
         if gradient is not None and self.keep is None:
@@ -321,7 +355,8 @@ class _Gradients:
 class _SplitExperts(torch.autograd.Function):
     """The experts of one block. Its own backward, so that frozen weights cost their input gradient and nothing else,
     and so that what is kept for it holds no view of a weight: under ZeRO-3 a view would keep the gathered block
-    alive."""
+    alive. All tensors that the backward uses are saved ones, of shapes that don't follow the routing: where activations
+    are computed again, all of them are those of the second forward."""
 
     @staticmethod
     def forward(
@@ -333,17 +368,17 @@ class _SplitExperts(torch.autograd.Function):
         *tensors, routed, adapters = rest
         gate_up, down = _projections(tensors, routed, adapters)
         gate_up_P2I = routed.room(x_TH, gate_up.weight.shape[1])
-        y_PH, lows = routed.room(x_TH, x_TH.shape[1]), []
+        y_PH = routed.room(x_TH, x_TH.shape[1])
+        lows = gate_up.low_room(x_TH), down.low_room(x_TH)
         for group in routed.groups():
             x = x_TH.index_select(0, routed.token_P[group.rows])
-            both, low_gate_up = gate_up.forward(group, x, gate_up_P2I)
+            both, low_gate_up = gate_up.forward(group, x, gate_up_P2I, lows[0])
             gate, up = both.chunk(2, dim=-1)
-            y, low_down = down.forward(group, F.silu(gate).mul_(up), y_PH)
-            lows += [low_gate_up, low_down]
+            y, low_down = down.forward(group, F.silu(gate).mul_(up), y_PH, lows[1])
             if routed.in_one_product:
-                gate_up_P2I, y_PH = both, y
-        ctx.save_for_backward(x_TH, weights_Tk, gate_up_P2I, y_PH, *tensors, *lows)
-        ctx.routed, ctx.adapters = routed, adapters
+                gate_up_P2I, y_PH, lows = both, y, (low_gate_up, low_down)
+        ctx.save_for_backward(x_TH, weights_Tk, gate_up_P2I, y_PH, *tensors, *lows, *routed.tensors)
+        ctx.in_one_product, ctx.adapters = routed.in_one_product, adapters
         weights = weights_Tk.unsqueeze(-1).unbind(1)
         weighted = (y_TH * weight for y_TH, weight in zip(routed.choices(y_PH), weights, strict=True))
         return functools.reduce(torch.add, weighted).to(x_TH.dtype)
@@ -352,8 +387,8 @@ class _SplitExperts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TH, weights_Tk, gate_up_P2I, y_PH, *rest = ctx.saved_tensors
-        tensors, lows = rest[:8], iter(rest[8:])
-        routed: _Routed = ctx.routed
+        tensors, (low_gate_up, low_down) = rest[:8], rest[8:10]
+        routed = _Routed.of(rest[10:], ctx.in_one_product)
         gate_up, down = _projections(tensors, routed, ctx.adapters)
         needs = ctx.needs_input_grad
         for_gate_up, for_down = _Gradients(gate_up, needs[2:5]), _Gradients(down, needs[6:9])
@@ -362,12 +397,12 @@ class _SplitExperts(torch.autograd.Function):
         d_wide_TH = d_TH.to(wide)
         d_weights_Tk = torch.stack([(d_wide_TH * y_TH).sum(dim=-1) for y_TH in routed.choices(y_PH)], dim=1)
         weight_P = weights_Tk.new_zeros(len(routed.pair_P))
-        weight_P[routed.row_of_Tk] = weights_Tk.flatten()
+        weight_P[routed.row_of_Tk] = weights_Tk
         d_PH = (d_TH.index_select(0, routed.token_P) * weight_P.unsqueeze(-1)).to(x_TH.dtype)
         dx_PH: Any = routed.room(x_TH, x_TH.shape[1]) if needs[0] else None
         d_PI = routed.room(x_TH, down.weight.shape[2])
         for group in routed.groups():
-            both, low_gate_up, low_down = gate_up_P2I[group.rows], next(lows), next(lows)
+            both = gate_up_P2I[group.rows]
             gate, up = both.chunk(2, dim=-1)
             activated = F.silu(gate)
             d = down.backward(group, d_PH[group.rows], activated * up, low_down, for_down, d_PI)

@@ -13,7 +13,7 @@ from train.config import TrainConfig
 from train.guard import Guard
 
 KNOBS = (
-    "a smaller micro_batch (global_batch keeps the step the same), activation_checkpointing=true, rows of fewer tokens "
+    "a smaller micro_batch (global_batch keeps the step the same), activation_checkpointing=full, rows of fewer tokens "
     "(seq_len of `python -m data`), or deepspeed=zero3_offload"
 )
 """What makes a step smaller."""

@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 from configs.errors import UserError, one_line, say
+from configs.launch import local_rank
 from configs.secrets import redact
 from train.guardian import JOIN_TIMEOUT, PAUSE, PLACE, Channel, beat_interval
 
@@ -134,7 +135,7 @@ class Guard:
         self._channel.send(
             rank=self._rank,
             count=self._count,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_rank=local_rank(),
             host=os.uname().nodename,
             site=f"{os.uname().nodename} {os.environ.get('LAUNCHER_PID', os.getppid())}",
             pid=os.getpid(),

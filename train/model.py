@@ -14,34 +14,32 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from configs.architecture import read_architecture
 from configs.errors import UserError, one_line
 from configs.weights import local_directory, weight_files
-from train import adapter_files, attention, expert_lora
+from train import adapter_files, attention, expert_lora, recomputation
 from train.allocation import expert_ranks
 from train.config import VOCABULARY, LoraConfig, ModelConfig, TrainConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def build(config: TrainConfig) -> MixtralForCausalLM:
+def build(config: TrainConfig, device: torch.device | None = None) -> MixtralForCausalLM:
     """The base model with adapters attached and everything else frozen, or with everything trainable.
 
-    The caller decides where weights go, by the context in which it calls: `engine.partitioned_loading` for ZeRO-3, the
-    meta device for a plan. The seed decides random bases and initial adapters, the same on every process.
+    The caller decides where weights go: onto `device` straight from their files, or by the context in which it calls,
+    `engine.partitioned_loading` for ZeRO-3, the meta device for a plan. The seed decides random bases and initial
+    adapters, the same on every process.
 
     Raises:
         UserError: there is no Mixtral at `model.path`.
     """
     torch.manual_seed(config.seed)
-    model = base(config.model) if config.model.path is None else pretrained(config.model)
+    model = base(config.model) if config.model.path is None else pretrained(config.model, device)
     model.config.use_cache = False
     if config.lora.method == "none":
         model.set_experts_implementation(expert_lora.IMPLEMENTATION)  # the plain grouped products, without adapters
     else:
         torch.manual_seed(config.seed)  # again: how many numbers loading draws depends on the ZeRO stage
         add_adapters(model, config.lora)
-    if config.activation_checkpointing:
-        # Non-reentrant: the reentrant form runs the first forward without a graph, and the router logits recorded in
-        # it would lose their gradient.
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    recomputation.enable(model, config.activation_checkpointing, dropout=config.lora.dropout)
     return model
 
 
@@ -70,8 +68,8 @@ def _attention_of(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def pretrained(config: ModelConfig) -> MixtralForCausalLM:
-    """The Mixtral at `model.path`, a directory or a hub id."""
+def pretrained(config: ModelConfig, device: torch.device | None = None) -> MixtralForCausalLM:
+    """The Mixtral at `model.path`, a directory or a hub id; on that device, where one is given."""
     from transformers.utils import logging
 
     assert config.path is not None
@@ -105,6 +103,7 @@ def pretrained(config: ModelConfig) -> MixtralForCausalLM:
                 dtype=DTYPES[config.dtype],
                 attn_implementation=config.attention,
                 use_safetensors=True,
+                device_map=None if device is None else {"": device},
                 output_loading_info=True,
             )
     except UserError:

@@ -31,6 +31,12 @@ FREE = (
     "dataset",
     "model.path",
     "model.revision",
+    "activation_checkpointing",
+    "deepspeed.bucket_size",
+    "deepspeed.prefetch_bucket_size",
+    "deepspeed.persistence_threshold",
+    "deepspeed.max_live_parameters",
+    "deepspeed.node_copy",
 )
 """Settings and groups that may change under a run: they decide no number (hardware decides rounding alone), or what
 they name is compared instead."""

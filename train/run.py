@@ -60,7 +60,7 @@ def run(config: TrainConfig) -> None:
 
 def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, guard: Guard, signals: Signals) -> bool:
     """Does the task on the processes of the launch; whether it was pre-empted."""
-    engine.check_same(same_everywhere(config, dataset))
+    engine.check_same(same_everywhere(config, dataset) | engine.nodes(config))
     batch = config.batch(processes.count)
     directory = RunDirectory(config, dataset, batch, processes)
     if directory.finished:
@@ -72,7 +72,9 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
         # The engine asks for something that trains; fresh adapters change nothing that the routers see.
         config.lora = LoraConfig(attention=[], rank=8)
     with engine.partitioned_loading(config, batch):
-        model = build(config)
+        # Sharded, weights come by way of the CPU, a layer at a time; else they would all stand there in every process.
+        straight_to = processes.device if processes.device.type == "cuda" and config.deepspeed.stage < 3 else None
+        model = build(config, straight_to)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     trainer = Engine(module, config, batch, processes, guard)
     checkpoint = directory.find_checkpoint(trainer.shapes)

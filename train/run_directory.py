@@ -24,6 +24,7 @@ import torch
 from omegaconf import OmegaConf
 
 from configs.errors import UserError, one_line
+from configs.launch import local_rank
 from configs.receipt import machine, provenance
 from data.dataset import PreparedDataset
 from data.writing import sync
@@ -120,7 +121,7 @@ class RunDirectory:
         conversations.
         """
         problem = None
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if local_rank() == 0:
             try:
                 resume.check_rows(self.dataset)
             except UserError as error:

@@ -130,7 +130,7 @@ def ours(settings: Settings) -> None:
         global_batch=settings.rows_per_step,
         micro_batch=settings.rows_per_step,
         router_aux_loss=ROUTER_AUX_LOSS,
-        activation_checkpointing=settings.checkpointing,
+        activation_checkpointing="full" if settings.checkpointing else "none",
         model=ModelConfig(path=settings.model, dtype=settings.dtype),
         lora=LoraConfig(rank=settings.lora_rank, alpha=2 * settings.lora_rank),
         deepspeed=DeepSpeedConfig(stage=settings.stage),

@@ -70,7 +70,7 @@ def _measure(
         run_dir=str(scratch / "run"),
         global_batch=options.rows_per_step,
         micro_batch=options.rows_per_step,
-        activation_checkpointing=options.checkpointing,
+        activation_checkpointing="full" if options.checkpointing else "none",
         keep_last=1,
         model=ModelConfig(path=settings.model, dtype=options.dtype),
         lora=lora,

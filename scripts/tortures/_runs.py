@@ -233,7 +233,9 @@ class Workplace:
 class Launch:
     """One launch of a run."""
 
-    def __init__(self, run: Path, arguments: list[str], processes: int, *, forked: bool, by_script: bool = False):
+    def __init__(
+        self, run: Path, arguments: list[str], processes: int, *, forked: bool, by_script: bool = False, nodes: int = 1
+    ):
         """Starts it.
 
         Args:
@@ -242,6 +244,7 @@ class Launch:
             processes: 1 or more, on this machine.
             forked: from the server, without a launcher, or as a user types it.
             by_script: typed with scripts/launch/per_node.sh in the place of `deepspeed`.
+            nodes: how many the forked processes take themselves to be on.
         """
         self.run, self.count, self.forked = run, processes, forked
         self.log = run.with_name(f"{run.name}.{time.monotonic_ns()}.log")
@@ -262,8 +265,9 @@ class Launch:
             for rank in range(processes):
                 own = environment.copy()
                 if processes > 1:
-                    own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-                    own |= {"LOCAL_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                    of_node = processes // nodes
+                    own |= {"RANK": str(rank), "LOCAL_RANK": str(rank % of_node), "WORLD_SIZE": str(processes)}
+                    own |= {"LOCAL_SIZE": str(of_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 child = context.Process(target=_trainer, args=(arguments, own, str(self.log)))
                 child.start()
                 self._children.append(child)

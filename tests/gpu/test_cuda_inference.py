@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from data.schema import Conversation, Message
-from data.template import ChatTokenizer
 from inference.adapter import Adapter
 from inference.config import InferenceConfig
 from inference.generate import generate
-from inference.load import Loaded, fold, load
+from inference.load import fold, load
 from tests.unit.inference.test_adapter import KINDS, make_adapter, make_base
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -38,5 +37,6 @@ def test_a_model_is_spread_and_answers(tmp_path: Path) -> None:
     asked = Conversation((Message("user", "Hello"),))
     on_gpu = generate(loaded, config, asked, lambda _: None)
     assert len(on_gpu.ids) == 8
-    on_cpu = generate(Loaded(loaded.model.cpu().float(), ChatTokenizer.load()), config, asked, lambda _: None)
+    config.device, config.dtype = "cpu", "float32"
+    on_cpu = generate(load(config), config, asked, lambda _: None)
     assert on_cpu.ids[0] == on_gpu.ids[0]

@@ -42,11 +42,11 @@ def typed(processes: int, *overrides: str, **options: int) -> subprocess.Complet
     return launch(processes, "train", *quiet, **options)
 
 
-def train(processes: int, *overrides: str, expect: int = 0) -> str:
+def train(processes: int, *overrides: str, expect: int = 0, nodes: int = 1) -> str:
     """The same without the time that starting Python takes, by forked processes (scripts/tortures/_runs.py); what they
     print. Fails with it where the exit codes are not the expected ones."""
     (run_dir,) = (Path(setting.removeprefix("run_dir=")) for setting in overrides if setting.startswith("run_dir="))
-    forked = Launch(run_dir, ["hardware=cpu", "logging=quiet", *overrides], processes, forked=True)
+    forked = Launch(run_dir, ["hardware=cpu", "logging=quiet", *overrides], processes, forked=True, nodes=nodes)
     try:
         codes = forked.wait(500)
     finally:

@@ -57,10 +57,27 @@ def test_processes_micro_batches_and_zero_stages_do_not_change_the_losses(
     for name in ("two", "one", "without"):
         assert all(step["gradient_norm"] > 0 for step in steps(tmp_path / name))
     if recipe == "quickstart":
-        more = {"checkpointed": "activation_checkpointing=true"}
-        more |= {stage: f"deepspeed={stage}" for stage in ("zero3_offload", "zero2", "none")}
+        more = {what: [f"activation_checkpointing={what}"] for what in ("attention", "full")}
+        more |= {stage: [f"deepspeed={stage}"] for stage in ("zero3_offload", "zero2", "none")}
+        # Attention, adapters and routers whole everywhere, as in the full recipe; a block ahead; little at once.
+        more["persistent"] = ["deepspeed.persistence_threshold=30000", "activation_checkpointing=full"]
+        more["ahead"] = ["deepspeed.max_live_parameters=4000000000", "deepspeed.prefetch_bucket_size=1000"]
         for name, how in more.items():
-            assert run(name, 2, how) == pytest.approx(two, rel=1e-5)
+            assert run(name, 2, *how) == pytest.approx(two, rel=1e-5)
+
+
+def test_a_copy_of_the_shards_on_each_node_changes_no_loss(quickstart: Quickstart, tmp_path: Path) -> None:
+    """Four processes that take themselves to be on two nodes; also when the run goes on, with a copy and without."""
+    start = (f"model.path={quickstart.base_run}/model", f"dataset={quickstart.sample}", "recipe=quickstart")
+    how = (*start, "model.dtype=float32", "global_batch=4", "optim.lr=1e-3", "eval_every=2", "max_steps=4")
+    recipe = ("deepspeed.persistence_threshold=30000", "activation_checkpointing=attention")
+    train(4, *how, f"run_dir={tmp_path}/plain")
+    train(4, *how, *recipe, "deepspeed.node_copy=true", f"run_dir={tmp_path}/copied", nodes=2)
+    plain, copied = ([step["loss"] for step in steps(tmp_path / name)] for name in ("plain", "copied"))
+    assert len(plain) == 4
+    assert copied == pytest.approx(plain, rel=1e-6)
+    held_out = [evaluations(tmp_path / name) for name in ("plain", "copied")]
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-6)
 
 
 def test_in_bfloat16_the_first_steps_without_zero_are_those_of_zero3(quickstart: Quickstart, tmp_path: Path) -> None:
@@ -172,4 +189,7 @@ def test_the_full_recipe_is_planned_without_weights() -> None:
     assert f"experts            {experts:,}" in shown
     settings = json.loads(shown[shown.index("{") :])
     assert settings["zero_optimization"]["stage"] == 3
+    assert settings["zero_optimization"]["stage3_param_persistence_threshold"] == 20_000_000
+    assert settings["zero_optimization"]["stage3_max_live_parameters"] == 4_000_000_000
+    assert settings["zero_optimization"]["overlap_comm"]  # as on the GPUs that it is for
     assert settings["train_batch_size"] == 32

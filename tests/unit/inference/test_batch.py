@@ -114,6 +114,35 @@ def test_names_that_look_like_markup_are_printed_whole(
     assert f"{tmp_path}/{name}/out.jsonl: 1 answers" in capsys.readouterr().err
 
 
+def test_a_model_that_is_spread_over_devices_answers_in_padded_batches(
+    tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also what a run that was interrupted, with answers one by one, has left."""
+    batch(config(tmp_path))
+    expected = (tmp_path / "out.jsonl").read_text()
+    asked = config(tmp_path, batching="continuous", overwrite=True)
+    taken = []
+
+    def interrupted(*given: Any) -> Any:
+        for answers in answer_continuously(*given):
+            taken.append(answers)
+            yield answers
+            if len(taken) == 2:
+                raise KeyboardInterrupt
+
+    answer_continuously = module.answer_continuously
+    monkeypatch.setattr(module, "answer_continuously", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batch(asked)
+    capsys.readouterr()
+    loaded.model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    assert batch(asked) == {"answered": 5, "failed": 0, "from_before": 2}
+    assert (tmp_path / "out.jsonl").read_text() == expected
+    said = capsys.readouterr().err
+    assert said.count("batching=continuous: the model is spread over several devices") == 1
+    assert len(taken) == 2
+
+
 def test_bad_rows_become_error_lines(tmp_path: Path, loaded: Loaded) -> None:
     good = json.dumps(ROWS[0])
     rows = [good, *BAD, "", good, b"\xff\xfe".decode("latin-1")]

@@ -12,7 +12,7 @@ from transformers import MixtralForCausalLM
 from configs.errors import UserError
 from inference.adapter import Adapter
 from inference.config import InferenceConfig
-from inference.load import choose_dtype, fold, load
+from inference.load import choose_dtype, fold, is_spread, load, one_gpu
 from tests.unit.train.test_expert_lora import nano_config, save, trained_nano
 
 
@@ -48,6 +48,27 @@ def test_the_folded_model_is_the_trained_one(saved: tuple[Path, Path, torch.Tens
     assert not any("lora" in name for name, _ in loaded.model.named_parameters())
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(prompt()).logits.double(), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("free", "gpu"),
+    [([141, 141], 0), ([60, 141, 120], 1), ([80, 80, 80], None), ([110, 100], None), ([120], 0)],
+)
+def test_a_model_goes_onto_one_gpu_where_it_fits(free: list[int], gpu: int | None) -> None:
+    """Mixtral's 93 GB, with room to work; else it is spread."""
+    assert one_gpu(93 * 10**9, [gigabytes * 10**9 for gigabytes in free]) == gpu
+
+
+def test_a_model_is_spread_where_its_layers_lie_on_several_devices(saved: tuple[Path, Path, torch.Tensor]) -> None:
+    base, adapter, _ = saved
+    model = load(asked(base, adapter)).model
+    for places, spread in (
+        ({"": 0}, False),
+        ({"model": 0, "lm_head": 1}, True),
+        ({"model": 0, "lm_head": "cpu"}, True),
+    ):
+        model.hf_device_map = places
+        assert is_spread(model) == spread
 
 
 def test_a_missing_tensor_is_named(saved: tuple[Path, Path, torch.Tensor]) -> None:

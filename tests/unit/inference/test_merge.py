@@ -1,5 +1,7 @@
 """A merged checkpoint is base + adapter, whole, or not there."""
 
+import errno
+import itertools
 import json
 import os
 import resource
@@ -7,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -215,6 +219,71 @@ def test_a_failed_verification_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=r"q_proj.weight is lost in rounding"):
         merge(config)
     assert files(tmp_path) == {"base", "adapter"}
+
+
+def refusing(number: int) -> Callable[..., int]:
+    """A copy_file_range that does nothing: it answers 0, or with that error."""
+
+    def answer(*_: Any) -> int:
+        if number:
+            raise OSError(number, os.strerror(number))
+        return 0
+
+    return answer
+
+
+@pytest.mark.parametrize("number", [0, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+@pytest.mark.parametrize("at_first", [0, 3])
+def test_where_the_kernel_copies_nothing_the_bytes_are_read_and_written(
+    tmp_path: Path, number: int, at_first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the start, or after a few bytes; in blocks that are no divisor of what is copied."""
+    (tmp_path / "from").write_bytes(bytes(range(256)) * 40)
+    by_kernel = os.copy_file_range
+    answers = itertools.chain([at_first] if at_first else [], itertools.repeat(0))
+
+    def some(source: int, target: int, size: int, begin: int, at: int) -> int:
+        if few := next(answers):
+            return by_kernel(source, target, few, begin, at)
+        return refusing(number)()
+
+    monkeypatch.setattr(os, "copy_file_range", some)
+    monkeypatch.setattr(merging, "COPIED_AT_ONCE", 1000)
+    with (tmp_path / "from").open("rb") as source, (tmp_path / "to").open("wb", buffering=0) as target:
+        target.write(b"head")
+        merging.copy(source.fileno(), 7, target.fileno(), 4, 10_200)
+    assert (tmp_path / "to").read_bytes() == b"head" + (tmp_path / "from").read_bytes()[7:10_207]
+
+
+def test_another_error_of_the_kernels_copy_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "copy_file_range", refusing(errno.EIO))
+    with pytest.raises(UserError, match=rf"output={tmp_path}/out: it can't be written"):
+        merge(make(tmp_path))
+    assert files(tmp_path) == {"base", "adapter"}
+
+
+def test_a_file_that_ends_too_early_is_an_error_and_no_loop(tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(b"x" * 10)
+    with (
+        (tmp_path / "short").open("rb") as source,
+        (tmp_path / "to").open("wb", buffering=0) as target,
+        pytest.raises(OSError, match="ends 90 bytes too early"),
+    ):
+        merging.copy(source.fileno(), 0, target.fileno(), 0, 100)
+
+
+def test_base_and_output_on_different_file_systems_are_merged(tmp_path: Path) -> None:
+    """For real: a disk, and memory."""
+    if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("/dev/shm is no file system of its own")
+    config = make(tmp_path)
+    merge(config)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        config.output = f"{elsewhere}/out"
+        merge(config)
+        there, here = tensors(Path(elsewhere) / "out"), tensors(tmp_path / "out")
+        assert there.keys() == here.keys()
+        assert all(torch.equal(there[name], here[name]) for name in here)
 
 
 def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path: Path) -> None:

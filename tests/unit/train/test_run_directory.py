@@ -176,8 +176,28 @@ def test_what_decides_no_number_may_change(
         "eval_every": 5,
         "logging": LoggingConfig(every=9),
         "failures": FailureConfig(grace=1),
+        "activation_checkpointing": "attention",
+        "deepspeed": DeepSpeedConfig(persistence_threshold=0, max_live_parameters=5, node_copy=True, bucket_size=7),
     }
     assert directory(dataset, processes, interrupted.path, **changed)._resumes
+
+
+@pytest.mark.parametrize("what", ["none", "attention", "full", True])
+def test_a_run_that_knew_checkpointing_as_true_or_false_goes_on(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path, what: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_once(config: TrainConfig) -> dict[str, Any]:
+        stored = settings(config) | {"activation_checkpointing": True}
+        for name in ("prefetch_bucket_size", "max_live_parameters", "node_copy"):
+            del stored["deepspeed"][name]
+        return stored
+
+    settings = resume.settings
+    run = directory(dataset, processes, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "settings", as_once)
+        checkpointed(run, 7)
+    assert directory(dataset, processes, run.path, activation_checkpointing=what)._resumes
 
 
 @pytest.mark.parametrize(
