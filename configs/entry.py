@@ -25,6 +25,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.arguments import readable
 from configs.errors import UserError
 from configs.secrets import redact
 
@@ -48,6 +49,8 @@ def run(
     `texts` names settings that hold a person's words: their values are taken from the command line as they stand, where
     Hydra would read commas, brackets and `${…}` as grammar.
 
+    All other texts are read as `configs/arguments.py` says.
+
     Exits 2 with one sentence where Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
     error: what is not the user's to mend propagates.
     """
@@ -59,18 +62,24 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
     words = dict(argument.split("=", 1) for argument in sys.argv[1:] if _names_one_of(argument, texts))
+    try:
+        arguments, entries = readable(
+            (argument for argument in sys.argv[1:] if not _names_one_of(argument, texts)), schema
+        )
+    except UserError as error:
+        leave(program, str(error))
     # Hydra lets no one give a new key to a dictionary, such as `columns`, unless a plus says so.
     open_to_keys = _dictionaries(OmegaConf.structured(schema))
-    sys.argv[1:] = [
-        f"+{argument}" if _names_one_of(argument, open_to_keys) else argument
-        for argument in sys.argv[1:]
-        if not _names_one_of(argument, texts)
-    ]
+    sys.argv[1:] = [f"+{argument}" if _names_one_of(argument, open_to_keys) else argument for argument in arguments]
 
     def typed(composed: Any) -> None:
         try:  # `+key=value` adds what the dataclass lacks; only a merge onto the bare dataclass notices
             config = OmegaConf.to_object(
-                OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
+                OmegaConf.merge(
+                    OmegaConf.structured(schema),
+                    OmegaConf.to_container(composed, resolve=True),
+                    *map(_nested, entries.items()),
+                )
             )
         except OmegaConfBaseException as error:
             leave(program, explain(error, program, config_name, schema))
@@ -107,6 +116,14 @@ def _traceback_of_thread(told: threading.ExceptHookArgs) -> None:
         assert told.exc_value is not None
         print(f"Exception in thread {told.thread.name if told.thread else 'unknown'}:", file=sys.stderr)
         _traceback(told.exc_type, told.exc_value, told.exc_traceback)
+
+
+def _nested(named: tuple[str, Any]) -> dict[str, Any]:
+    """{"a.b": value} → {"a": {"b": value}}, of one name."""
+    name, value = named
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
 
 
 def _names_one_of(argument: str, settings: tuple[str, ...]) -> bool:
@@ -146,7 +163,7 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
         return f"{name}: there is no such setting; {guess}`python -m {program} --cfg job` lists them all"
 
     if wrong := re.search(r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)", text):
-        where = re.search(r"full_key: (\S+)", text)
+        where = re.search(r"full_key: (.+)", text)
         field = where.group(1) if where else "a setting"
         return f"{field}={wrong.group(1)}: that is not of type {wrong.group(2)}; give a value of that type"
 
