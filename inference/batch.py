@@ -25,6 +25,7 @@ from data.reading import RawRow
 from data.schema import Conversation, Message
 from data.sources import sha256
 from data.template import ChatTokenizer
+from data.writing import sync
 from inference.adapter import WEIGHTS
 from inference.config import InferenceConfig
 from inference.generate import Answer, Ending, context, generate_rows, sampling
@@ -336,6 +337,7 @@ def _finish(output: Path, answers: list[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(output)
+    sync(output.parent)
 
 
 @contextmanager

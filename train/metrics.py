@@ -269,6 +269,7 @@ def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
     temporary.write_bytes(b"".join(kept))
     sync(temporary)
     temporary.rename(path)
+    sync(path.parent)
 
 
 def _wandb(directory: Path, config: LoggingConfig, settings: dict[str, Any], resumed: str | None) -> Any:

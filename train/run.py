@@ -1,6 +1,7 @@
 """`python -m train`: configuration → objects, each named once, in order → train()."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from configs import entry
@@ -61,13 +62,14 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
         if processes.is_main:
             console.print(f"{directory.path}: the run is finished; give overwrite=true to do it again")
         return False
+    built = config
     if config.task == "profile":
         # The engine asks for something that trains; fresh adapters change nothing that the routers see.
-        config.lora = LoraConfig(attention=[], rank=8)
-    with engine.partitioned_loading(config, batch):
-        model = build(config)
+        built = replace(config, lora=LoraConfig(attention=[], rank=8))
+    with engine.partitioned_loading(built, batch):
+        model = build(built)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
-    trainer = Engine(module, config, batch, processes, guard)
+    trainer = Engine(module, built, batch, processes, guard)
     checkpoint = directory.find_checkpoint(trainer.shapes)
     directory.create()
     if config.task == "profile":

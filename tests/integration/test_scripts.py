@@ -1,5 +1,5 @@
-"""Every benchmark that trains, and every torture, runs once at its smallest; what they find at full size is measured and
-kept in scripts/benchmarks/results and scripts/tortures/results."""
+"""Every benchmark that trains, and every torture, runs once at its smallest; what they find at full size is kept in
+scripts/benchmarks/results and scripts/tortures/results."""
 
 import argparse
 import importlib

@@ -12,7 +12,7 @@ import torch
 
 from train.config import LoggingConfig
 from train.learning import Movement
-from train.metrics import Metrics, StepRecord, console, finite, show_movements
+from train.metrics import Metrics, StepRecord, _keep_lines, console, finite, show_movements
 from train.routing import Routing
 
 
@@ -209,3 +209,11 @@ def test_routers_go_to_wandb_by_layer_with_the_numbers_of_the_file(
     }
     assert line["unused_experts"] == [[layer, 2] for layer in range(3)]
     assert (step, values) == (7, expected | {"routers/unused_experts": 3})
+
+
+def test_the_disk_is_asked_to_keep_the_lines_and_their_name(
+    tmp_path: Path, on_disk: list[tuple[Path, set[str]]]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n')
+    _keep_lines(tmp_path / "metrics.jsonl", 1, {})
+    assert on_disk == [(tmp_path / ".metrics.jsonl.tmp", set()), (tmp_path, {"metrics.jsonl"})]
