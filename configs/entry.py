@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import multirun
+from configs.arguments import readable
 from configs.errors import UserError, one_line
 from configs.launch import local_rank
 from configs.multirun import Job
@@ -61,6 +62,8 @@ def run(
     Hydra would read commas, brackets and `${…}` as grammar. `sweep` does the jobs of `--multirun` and gives the exit
     code; without it the program refuses that.
 
+    All other texts are read as `configs/arguments.py` says.
+
     Exits 2 with one sentence where Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
     error: what is not the user's to mend propagates.
     """
@@ -70,14 +73,14 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
     words = dict(argument.split("=", 1) for argument in sys.argv[1:] if _names_one_of(argument, texts))
-    arguments = [argument for argument in sys.argv[1:] if not _names_one_of(argument, texts)]
     # Hydra lets no one give a new key to a dictionary, such as `columns`, unless a plus says so.
     open_to_keys = _dictionaries(OmegaConf.structured(schema))
 
     def typed(composed: Any) -> Config:
         # `+key=value` adds what the dataclass lacks; only a merge onto the bare dataclass notices
         plain = OmegaConf.to_container(composed, resolve=True)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), plain, *map(_nested, entries.items()))
+        config = OmegaConf.to_object(merged)
         assert isinstance(config, schema)
         for name, text in words.items():
             setattr(config, name, text)
@@ -90,6 +93,8 @@ def run(
 
     try:
         with _explained(program, config_name, schema):
+            typed_in = [argument for argument in sys.argv[1:] if not _names_one_of(argument, texts)]
+            arguments, entries = readable(typed_in, schema)
             asked = _flags(program, arguments)
             arguments = _without_null_groups(arguments, schema)
             sys.argv[1:] = [f"+{given}" if _names_one_of(given, open_to_keys) else given for given in arguments]
@@ -187,6 +192,14 @@ def _traceback_of_thread(told: threading.ExceptHookArgs) -> None:
         _traceback(told.exc_type, told.exc_value, told.exc_traceback)
 
 
+def _nested(named: tuple[str, Any]) -> dict[str, Any]:
+    """{"a.b": value} → {"a": {"b": value}}, of one name."""
+    name, value = named
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
 def _names_one_of(argument: str, settings: tuple[str, ...]) -> bool:
     return "=" in argument and argument.partition("=")[0] in settings
 
@@ -224,7 +237,7 @@ def explain(error: Exception, program: str, config_name: str, schema: type) -> s
         return f"{name}: there is no such setting; {guess}`python -m {program} --cfg job` lists them all"
 
     if wrong := re.search(r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)", text):
-        where = re.search(r"full_key: (\S+)", text)
+        where = re.search(r"full_key: (.+)", text)
         field = where.group(1) if where else "a setting"
         return f"{field}={wrong.group(1)}: that is not of type {wrong.group(2)}; give a value of that type"
 

@@ -58,7 +58,7 @@ def prepare(config: PrepareConfig) -> None:
 
     with (
         pool(config, load_evaluations(kept_out), workers) as encoders,
-        staging(output) as temporary,
+        staging(output, setting="output") as temporary,
         conversation_store(temporary / "encoded") as store,
     ):
         dataset = temporary / "dataset"

@@ -133,7 +133,8 @@ def files_of(setting: str, entry: str) -> list[str]:
     is_pattern = glob.has_magic(entry) and not Path(entry).is_file()
     names = sorted(glob.glob(entry, recursive=True)) if is_pattern else [entry]  # noqa: PTH207
     if not names:
-        raise UserError(f"{setting}={entry}: no file matches; check the pattern, relative to {Path.cwd()}")
+        brackets = " (a [ of the name itself is written [[])" if "[" in entry else ""
+        raise UserError(f"{setting}={entry}: no file matches; check the pattern{brackets}, relative to {Path.cwd()}")
     for name in names:
         path = Path(name)
         try:

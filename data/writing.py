@@ -51,11 +51,11 @@ def refuse_foreign(output: Path, files: list[str]) -> None:
 
 
 @contextmanager
-def staging(output: Path) -> Iterator[Path]:
+def staging(output: Path, *, setting: str) -> Iterator[Path]:
     """A directory beside the target, gone in the end; what killed processes left there goes too.
 
     Raises:
-        UserError: it can't be written, now or later.
+        UserError: it can't be written, now or later; the text begins with `setting`, which names the target.
     """
     place = output.resolve()  # where a link points, so that the link stays
     temporary = place.parent / f".{place.name}.{os.getpid()}.tmp"
@@ -77,7 +77,7 @@ def staging(output: Path) -> Iterator[Path]:
                 os.close(lock)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"output={output}: it can't be written ({reason}); choose a writable place") from error
+        raise UserError(f"{setting}={output}: it can't be written ({reason}); choose a writable place") from error
 
 
 def _lock(directory: Path) -> int | None:
@@ -140,7 +140,7 @@ def publish(dataset: Path, output: Path, manifest: dict[str, Any]) -> None:
 
 
 def take_place(directory: Path, output: Path) -> None:
-    """Puts a directory that is in `staging(output)` in the place of what was there, in one step.
+    """Puts a directory that is in `staging(output, …)` in the place of what was there, in one step.
 
     What was there goes with the staging.
     """

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.errors import UserError
 from data.sources import sha256
+from data.writing import sync
 from inference.adapter import WEIGHTS
 from inference.config import InferenceConfig
 from inference.generate import Answer, Ending, context, generate_rows, sampling
@@ -282,6 +283,7 @@ def _finish(output: Path, answers: list[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(output)
+    sync(output.parent)
 
 
 @contextmanager

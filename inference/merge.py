@@ -76,7 +76,7 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
 
     output, size = Path(str(config.output)), sum(piece.size for piece in parts)
     _check_output(output, config.overwrite, source, adapter.directory)
-    with staging(output) as temporary:
+    with staging(output, setting="output") as temporary:
         _check_room(output, temporary, size)  # now that what killed runs left is gone
         directory = temporary / "model"
         directory.mkdir()

@@ -27,7 +27,8 @@ def main(kind: str, folder: str, description: str, packages: tuple[str, ...]) ->
     parser = argparse.ArgumentParser(description=description)
     choices = parser.add_subparsers(dest="chosen", required=True, metavar="NAME")
     names = sorted(path.stem for path in (Path(__file__).parent / folder).glob("[a-z]*.py"))
-    modules = {name: importlib.import_module(f"{folder}.{name}") for name in names}
+    wanted = [name for name in names if name in sys.argv[1:2]] or names  # the others' libraries take seconds to import
+    modules = {name: importlib.import_module(f"{folder}.{name}") for name in wanted}
     for name, module in modules.items():
         choice = choices.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         choice.add_argument("--json", type=Path, metavar="FILE", help="write the figures and their receipt there too")

@@ -21,7 +21,12 @@ find_python() { # the first Python that is new enough
 }
 
 install() { # install EXTRA: the packages of pyproject.toml with that extra ("" for none), at the versions of constraints.txt
-    local extra="$1" python wanted
+    local extra="$1" python wanted refused=$'[[:space:]:;&|<>()$`"\'\\\\]'
+    # In such a path pip writes scripts (.venv/bin/deepspeed) whose first line no system can read, and torch compiles
+    # DeepSpeed's operator by commands that a shell takes apart.
+    [[ "$PWD" != *$refused* ]] ||
+        die "$PWD: its name holds a space or a sign that shells read, and what pip and torch build in it wouldn't run;" \
+            "move the checkout to a path without, for example to $HOME/openhermes-mixtral"
     command -v g++ >/dev/null ||
         die "g++ is needed to compile DeepSpeed's shared-memory op and is not on the PATH; install it, for example with: apt install g++"
     python="$(find_python)"

@@ -113,6 +113,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield server
 
 
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, set[str]]]:
+    """What the disk is asked to keep, in its order: the path of a file or directory, and of a directory the names in it
+    at that moment."""
+    asked: list[tuple[Path, set[str]]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        asked.append((path, {name.name for name in path.iterdir()} if path.is_dir() else set()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return asked
+
+
 class Largest(TorchDispatchMode):
     """Notes the size of the largest tensor that any operation makes."""
 

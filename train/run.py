@@ -1,6 +1,7 @@
 """`python -m train`: configuration → objects, each named once, in order → train()."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from configs import entry
@@ -68,15 +69,16 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
             told = f"{directory.path}: the run is finished; give overwrite=true to do it again"
             console.print(told, soft_wrap=True)
         return False
+    built = config
     if config.task == "profile":
         # The engine asks for something that trains; fresh adapters change nothing that the routers see.
-        config.lora = LoraConfig(attention=[], rank=8)
-    with engine.partitioned_loading(config, batch):
+        built = replace(config, lora=LoraConfig(attention=[], rank=8))
+    with engine.partitioned_loading(built, batch):
         # Sharded, weights come by way of the CPU, a layer at a time; else they would all stand there in every process.
         straight_to = processes.device if processes.device.type == "cuda" and config.deepspeed.stage < 3 else None
-        model = build(config, straight_to)
+        model = build(built, straight_to)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
-    trainer = Engine(module, config, batch, processes, guard)
+    trainer = Engine(module, built, batch, processes, guard)
     checkpoint = directory.find_checkpoint(trainer.shapes)
     directory.create()
     if config.task == "profile":

@@ -42,7 +42,9 @@ console = Console()
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `benchmark.py data`."""
     parser.add_argument("--files", type=Path, nargs="+", help=f"rows in any schema (default: {REAL.name}/*.json)")
-    parser.add_argument("--rows", type=int, default=50_000, help="how many, by repeating them (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=50_000, help="by repeating them; 0 for the distinct ones alone (%(default)s)"
+    )
     parser.add_argument("--growth", type=int, nargs="*", default=[10_000, 50_000, 200_000], help="ours alone, so many")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of ours and of TRL's")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts")
@@ -62,6 +64,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"files": [path.name for path in files], "seq_len": SEQ_LEN, "workers": options.workers}
     with tempfile.TemporaryDirectory() as scratch:
         for name, rows in (("distinct", len(conversations)), ("repeated", options.rows)):
+            if rows == 0:
+                continue
             directory = Path(scratch) / name
             figures[name] = compare(directory, conversations, rows, options)
         figures["growth"] = [grow(Path(scratch) / str(rows), conversations, rows, options) for rows in options.growth]

@@ -56,7 +56,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for size, new_tokens in NEW_TOKENS.items():
             figures[f"streams_{size}"] = _streams(contenders, prompts[:size], new_tokens, options)
         if options.prompts:
-            figures["batches"] = _batches(contenders["ours"][0], prompts, targets, max(2, options.rounds // 2))
+            some = slice(options.prompts)
+            rounds = max(1, options.rounds // 2)
+            figures["batches"] = _batches(contenders["ours"][0], prompts[some], targets[some], rounds)
     return figures
 
 

@@ -75,8 +75,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _child(name: str, top: Path, options: argparse.Namespace) -> dict[str, float]:
     """Runs a contender in a process of its own; what it printed last."""
     sizes = {key: getattr(options, key) for key in ("hidden", "intermediate", "layers", "rank", "shard")}
-    command = [sys.executable, __file__, name, str(top), json.dumps(sizes)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+    # As a module of its package, and without the working directory on the path (-P): this file's folder has a data.py,
+    # which would hide the package of that name.
+    command = [sys.executable, "-P", "-m", "benchmarks.merge", name, str(top), json.dumps(sizes)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    env = os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

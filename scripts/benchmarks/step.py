@@ -221,7 +221,7 @@ class Trainer:
     """A process of `_trainers`."""
 
     def __init__(self, name: str, settings: Settings):
-        command = [sys.executable, "-m", "benchmarks._trainers", name, json.dumps(asdict(settings))]
+        command = [sys.executable, "-P", "-m", "benchmarks._trainers", name, json.dumps(asdict(settings))]
         path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
         environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         if settings.device == "cpu":

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from configs.errors import UserError
 from train import checkpoint
 from train.checkpoint import Checkpoint, DamagedError
 from train.guardian import PLACE
@@ -87,6 +88,20 @@ def require(holds: object, told: str) -> None:
         raise FailedError(told)
 
 
+def attempts(
+    options: argparse.Namespace, trials: Iterable[tuple[str, Callable[[], dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """What the trials found whose names `--only` matches.
+
+    Raises:
+        UserError: it matches none.
+    """
+    found = [attempt(name, trial) for name, trial in trials if re.search(options.only, name)]
+    if not found:
+        raise UserError(f"--only={options.only}: no trial is called so; leave it out to see all of their names")
+    return found
+
+
 def attempt(name: str, trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a trial found, with its name, and why it `failed`, or None."""
     try:
@@ -115,9 +130,12 @@ def _shown(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all have."""
+def arguments(parser: argparse.ArgumentParser, *, trials: bool = True) -> None:
+    """The options that all have, and `--only` of those that have trials."""
     parser.add_argument("--seed", type=int, default=0, help="decides all that is drawn (0)")
+    if trials:
+        parser.add_argument("--only", default="", metavar="PATTERN", help="only the trials whose names it matches")
+    parser.add_argument("--forked", action="store_true", help="fork the runs to compare with too, which is faster")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where the runs lie (default: a temporary place)")
 
 
@@ -126,7 +144,7 @@ def workplace(options: argparse.Namespace) -> Iterator["Workplace"]:
     """A place for runs; it is removed unless something failed there, or the user named it."""
     scratch = options.scratch or Path(tempfile.mkdtemp(prefix="torture-"))
     scratch.mkdir(parents=True, exist_ok=True)
-    place = Workplace(scratch.resolve())
+    place = Workplace(scratch.resolve(), typed=not options.forked)
     place.prepare()
     try:
         yield place

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ]
         figures = {"seed": options.seed, "files": sorted(_names(newest))}
         figures["looked_at"] = _runs.report("Noticed", by_kind, options.seed)
-        resumed = resume_each(place, stopped, everything, random)
+        resumed = _runs.attempts(options, resume_each(place, stopped, everything, random))
         figures["resumed"] = _runs.report("Resumed from the one before", resumed, options.seed)
         figures["failed"] = figures["looked_at"]["failed"] + figures["resumed"]["failed"]
         place.keep = bool(figures["failed"])
@@ -131,7 +131,7 @@ def noticed(newest: Path, copy: Path, damage: Damage) -> dict[str, Any]:
 
 def resume_each(
     place: Workplace, stopped: Path, everything: list[tuple[str, str, Damage]], random: Random
-) -> list[dict[str, Any]]:
+) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """A launch for each file and each kind of tensor damage, one where two checkpoints are damaged, one for all."""
     whole = place.reference(1)
     by_subject: dict[str, list[tuple[str, str, Damage]]] = {}
@@ -139,16 +139,13 @@ def resume_each(
         subject = what.split(" bit ")[0] if not kind.startswith("tensor") else kind
         by_subject.setdefault(subject, []).append((kind, what, damage))
     chosen = [random.choice(ways) for ways in by_subject.values()]
-    trials = [
-        _runs.attempt(
-            f"{kind}: {what}",
-            lambda number=number, way=damage: resumed(place, stopped, whole, f"damaged-{number}", [way]),
-        )
+    trials: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        (f"{kind}: {what}", partial(resumed, place, stopped, whole, f"damaged-{number}", [damage]))
         for number, (kind, what, damage) in enumerate(chosen)
     ]
     ways = [damage for _, _, damage in random.sample(chosen, 2)]
-    trials.append(_runs.attempt("the newest two", partial(resumed, place, stopped, whole, "damaged-two", ways)))
-    trials.append(_runs.attempt("all", partial(refused, place, stopped, [chosen[0][2]] * 3)))
+    trials.append(("the newest two", partial(resumed, place, stopped, whole, "damaged-two", ways)))
+    trials.append(("all", partial(refused, place, stopped, [chosen[0][2]] * 3)))
     return trials
 
 

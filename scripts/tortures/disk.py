@@ -10,7 +10,8 @@ import argparse
 import contextlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +43,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         whole = place.reference(1, **SETTINGS)
         size, result = pages(checkpoint.places(whole)[0]), pages(whole / "adapter")
         offsets = [(number + 0.5) / options.offsets for number in range(options.offsets)]
-        trials = [
-            _runs.attempt(
-                f"second checkpoint, {offset:.0%}",
-                lambda offset=offset: full(place, whole, size + offset * size, first=6),
-            )
+        trials: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            (f"second checkpoint, {offset:.0%}", partial(full, place, whole, size + offset * size, first=6))
             for offset in offsets
         ]
         trials += [
-            _runs.attempt("first checkpoint, 50%", lambda: full(place, whole, 0.5 * size, first=0)),
-            _runs.attempt("result, 50%", lambda: full(place, whole, size + 0.5 * result, first=18, save_every="18")),
-            _runs.attempt("read-only before the launch", lambda: read_only_before(place, whole)),
-            _runs.attempt("read-only during the run", lambda: read_only_during(place, whole)),
-            _runs.attempt("full between two saves", lambda: full_between_saves(place)),
+            ("first checkpoint, 50%", partial(full, place, whole, 0.5 * size, first=0)),
+            ("result, 50%", partial(full, place, whole, size + 0.5 * result, first=18, save_every="18")),
+            ("read-only before the launch", partial(read_only_before, place, whole)),
+            ("read-only during the run", partial(read_only_during, place, whole)),
+            ("full between two saves", partial(full_between_saves, place)),
         ]
-        figures = _runs.report("Disk full or read-only", trials, options.seed)
+        figures = _runs.report("Disk full or read-only", _runs.attempts(options, trials), options.seed)
         figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
         place.keep = bool(figures["failed"])
     return figures

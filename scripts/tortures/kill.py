@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", choices=("1", "2", "both"), default="both", help="of a run; both shares the kills"
     )
-    _runs.arguments(parser)
+    _runs.arguments(parser, trials=False)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             figures["failed"] += failed
             show(processes, points, runs, failed)
         inside = sum(figures[f"processes_{processes}"]["inside_a_save"] for processes in shares)
-        if inside < LEAST_INSIDE * options.points:
+        if inside < int(LEAST_INSIDE * options.points):
             figures["failed"].append(f"only {inside} of {options.points} points lay inside a save")
         place.keep = bool(figures["failed"])
     for failed in figures["failed"]:

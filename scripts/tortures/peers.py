@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             rank, after = random.randrange(2), random.randint(1, 6)
             run_dir = place.scratch / f"peers-{number}"
             trial = partial(lost, place, run_dir, way, rank, phase, after)
-            trials.append(_runs.attempt(f"{way.name} to {rank} in {phase}", trial))
-        figures = _runs.report("Processes that are killed or stopped", trials, options.seed)
+            trials.append((f"{way.name} to {rank} in {phase}", trial))
+        figures = _runs.report("Processes that are killed or stopped", _runs.attempts(options, trials), options.seed)
         place.keep = bool(figures["failed"])
     return figures
 

@@ -64,7 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Plants, runs the programs, prints, and returns what they said."""
     with _runs.workplace(options) as place:
-        trials = [_runs.attempt(name, trial) for name, trial in everything(place).items()]
+        trials = _runs.attempts(options, everything(place).items())
         figures = _runs.report("Planted code", trials, options.seed)
         place.keep = bool(figures["failed"])
     return figures

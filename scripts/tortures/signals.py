@@ -12,7 +12,7 @@ import argparse
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -38,26 +38,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Sends signals, resumes, compares, prints, and returns what happened."""
     with _runs.workplace(options) as place:
-        random = _runs.generator("signals", options.seed)
-        trials = []
-        for number in range(options.trials):
-            way, name = ORDER[number % len(ORDER)], signal.SIGTERM if random.random() < 0.6 else signal.SIGINT
-            if way == "the script" and number // len(ORDER) % 2:
-                way = "the launcher of the machine"
-            run_dir, after = place.scratch / f"asked-{number}", random.randint(1, 2)
-            trial = partial(asked_once, place, run_dir, way, name, random, after)
-            trials.append(_runs.attempt(f"{name.name} to {way}", trial))
-        trials += [
-            _runs.attempt("SIGTERM while starting", partial(while_starting, place, random)),
-            _runs.attempt("SIGTERM twice to one", partial(twice, place, random)),
-            _runs.attempt("SIGTERM to all, failures.grace=1", partial(out_of_grace, place)),
-        ]
-        for name in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP):
-            trial = partial(wandb_alone, place, place.scratch / f"wandb-{name.name}", name)
-            trials.append(_runs.attempt(f"{name.name} to wandb's process", trial))
-        figures = _runs.report("Signals to runs on two processes", trials, options.seed)
+        figures = _runs.report(
+            "Signals to runs on two processes", _runs.attempts(options, everything(options, place)), options.seed
+        )
         place.keep = bool(figures["failed"])
     return figures
+
+
+def everything(options: argparse.Namespace, place: Workplace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """All trials with their names, each drawn when the one before is over."""
+    random = _runs.generator("signals", options.seed)
+    for number in range(options.trials):
+        way, name = ORDER[number % len(ORDER)], signal.SIGTERM if random.random() < 0.6 else signal.SIGINT
+        if way == "the script" and number // len(ORDER) % 2:
+            way = "the launcher of the machine"
+        run_dir, after = place.scratch / f"asked-{number}", random.randint(1, 2)
+        yield f"{name.name} to {way}", partial(asked_once, place, run_dir, way, name, random, after)
+    yield "SIGTERM while starting", partial(while_starting, place, random)
+    yield "SIGTERM twice to one", partial(twice, place, random)
+    yield "SIGTERM to all, failures.grace=1", partial(out_of_grace, place)
+    for name in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP):
+        run_dir = place.scratch / f"wandb-{name.name}"
+        yield f"{name.name} to wandb's process", partial(wandb_alone, place, run_dir, name)
 
 
 def to_one(launch: Launch, number: int, random: Random) -> float:

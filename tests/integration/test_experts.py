@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -123,7 +124,9 @@ def test_a_run_under_zero3_starts_from_an_adapter(
 
 def test_profile_then_ranks_by_load(start: tuple[str, ...], tmp_path: Path) -> None:
     for processes in (1, 2):
-        train(processes, *start, "task=profile", f"run_dir={tmp_path}/{processes}")
+        train(processes, *start, "task=profile", f"run_dir={tmp_path}/{processes}", "lora.rank=6")
+        said = OmegaConf.load(tmp_path / str(processes) / "config.yaml").lora
+        assert (said.rank, said.attention) == (6, ["q_proj", "k_proj", "v_proj", "o_proj"])
     alone, measured = (json.loads((tmp_path / name / "expert_load.json").read_text()) for name in "12")
     # The same rows give the same choices; a token between two experts may fall to either side by rounding.
     assert [measured[name] for name in ("rows", "tokens")] == [alone[name] for name in ("rows", "tokens")]

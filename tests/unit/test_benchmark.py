@@ -1,9 +1,12 @@
 """What scripts/benchmark.py counts as work that must be done, against what torch counts in our step; what it calls
-failed."""
+failed; and that each benchmark runs, at its smallest (those that train are in tests/integration)."""
 
 import argparse
+import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +87,48 @@ def test_curves_tell_what_failed_and_leave_a_given_models_sizes(
     assert here["failed"] == ["a sentence"]
     step._draw(curves, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").is_file()
+
+
+def measured(tmp_path: Path, name: str, *options: str) -> dict[str, Any]:
+    """The figures of `python scripts/benchmark.py NAME …`, typed in another folder."""
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), name, *options, "--json", str(figures)]
+    # In its own folder a module of the benchmarks would hide the package of the same name.
+    done = subprocess.run(command, cwd=SCRIPTS / "benchmarks", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(figures.read_text())
+    assert record["benchmark"] == name
+    return dict(record["figures"])
+
+
+SAMPLE = ("--files", str(SCRIPTS.parent / "data" / "sample" / "identity.jsonl"))
+SMALL = ("--hidden", "64", "--intermediate", "96", "--layers", "1", "--rank", "2", "--rounds", "1")
+
+
+def test_merge_measures_every_contender(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "merge", *SMALL, "--shard", "3MB")
+    assert all(figures[name]["gigabytes_per_second"] > 0 for name in ("copy", "ours", "peft"))
+
+
+def test_generate_measures_every_contender(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "generate", *SMALL, "--peft-rounds", "1", "--prompts", "2", "--device", "cpu")
+    contenders = {"ours", "transformers, merged", "PEFT, unmerged"}
+    assert figures["streams_1"].keys() == figures["streams_16"].keys() == contenders
+    assert figures["batches"].keys() == {"padded", "continuous"}
+
+
+def test_experts_measures_every_kind(tmp_path: Path) -> None:
+    sizes = ("--hidden", "64", "--intermediate", "64", "--tokens", "64", "--lora-rank", "2", "--device", "cpu")
+    figures = measured(tmp_path, "experts", *sizes, "--steps", "1", "--warmup", "0")
+    assert figures["median_ms"].keys() == {"ours", "frozen", "peft"}
+
+
+def test_data_measures_every_side(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "data", *SAMPLE, "--rows", "0", "--growth", "--workers", "1", "--repeats", "1")
+    assert figures["distinct"]["seconds"].keys() == {"ours", "floor", "trl"}
+    assert figures["distinct"]["rows"] == 12
+
+
+def test_data_memory_measures(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "data_memory", "--rows", "20", "--workers", "1")
+    assert figures["rows"] == 20

@@ -32,10 +32,12 @@ def stand_in(machine: Path, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
-def start(machine: Path, script: str) -> subprocess.CompletedProcess[str]:
+def start(machine: Path, script: str, *, checkout: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": str(machine / "bin"), "HOME": os.environ["HOME"]}
     command = [str(machine / "bin" / "bash"), f"scripts/{script}"]
-    return subprocess.run(command, cwd=machine, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=checkout or machine, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def said_one_sentence(done: subprocess.CompletedProcess[str], script: str, *words: str) -> bool:
@@ -46,6 +48,20 @@ def said_one_sentence(done: subprocess.CompletedProcess[str], script: str, *word
         and lines[0].startswith(f"{script}: ")
         and all(word in lines[0] for word in words)
     )
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("name", ["two words", "a\tb", "a:b", "it's", "a(1)", "a&b", "$a", 'a"b', "a\\b", "a;b"])
+def test_in_a_path_that_pip_and_torch_cannot_quote(machine: Path, script: str, name: str) -> None:
+    """Everything else is there; nothing is installed."""
+    stand_in(machine, "g++", "exit 0")
+    stand_in(machine, "python3", f'exec "{sys.executable}" "$@"')
+    checkout = machine / name
+    checkout.mkdir()
+    for part in ("scripts", "pyproject.toml", "constraints.txt"):
+        (machine / part).rename(checkout / part)
+    assert said_one_sentence(start(machine, script, checkout=checkout), script, str(checkout), "move the checkout")
+    assert not (checkout / ".venv").exists()
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])

@@ -100,7 +100,7 @@ def publish_until_line(last: int, place: Path, number: int) -> None:
         return trace
 
     sys.settrace(trace)
-    with staging(place) as temporary:
+    with staging(place, setting="output") as temporary:
         publish(dataset(temporary / "dataset", number), place, manifest(number))
     os._exit(0)
 
@@ -108,7 +108,7 @@ def publish_until_line(last: int, place: Path, number: int) -> None:
 def every_line(directory: Path) -> int:
     """Publishes over and over, killed one line later each time; returns how many lines there were."""
     place = directory / "out"
-    with staging(place) as temporary:
+    with staging(place, setting="output") as temporary:
         publish(dataset(temporary / "dataset", 0), place, manifest(0))
     for number in range(1, 1000):
         child = os.fork()
@@ -144,7 +144,7 @@ def test_a_file_system_that_cannot_exchange_gets_two_renames(tmp_path: Path, mon
     monkeypatch.setattr("ctypes.CDLL", Libc)
     place = tmp_path / "out"
     for number in (1, 2):
-        with staging(place) as temporary:
+        with staging(place, setting="output") as temporary:
             publish(dataset(temporary / "dataset", number), place, manifest(number))
     assert manifest_of(place)["number"] == 2
     assert as_told(place)
@@ -171,17 +171,17 @@ def test_what_another_process_is_making_is_left_alone(tmp_path: Path) -> None:
         directory.mkdir()
     lock = os.open(alive, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with staging(place):
+    with staging(place, setting="output"):
         assert alive.is_dir()
         assert not dead.exists()
     os.close(lock)
-    with staging(place):
+    with staging(place, setting="output"):
         assert not alive.exists()
 
 
 def test_a_full_disk_leaves_the_old_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "out"
-    with staging(place) as temporary:
+    with staging(place, setting="output") as temporary:
         publish(dataset(temporary / "dataset", 1), place, manifest(1))
 
     def full(_: int) -> None:
@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_the_old_dataset(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", full)
     told = r"output=.*: it can't be written \(No space left on device\)"
-    with pytest.raises(UserError, match=told), staging(place) as temporary:
+    with pytest.raises(UserError, match=told), staging(place, setting="output") as temporary:
         publish(dataset(temporary / "dataset", 2), place, manifest(2))
     assert manifest_of(place)["number"] == 1
     assert as_told(place)
@@ -200,3 +200,9 @@ if __name__ == "__main__":
     top = Path(sys.argv[1])
     print(every_line(top))
     shutil.rmtree(top / "out")
+
+
+def test_what_cannot_be_written_is_told_by_the_callers_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^run_dir="), staging(tmp_path / "file" / "x", setting="run_dir"):
+        pass

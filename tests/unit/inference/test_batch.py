@@ -332,3 +332,10 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path, loaded: Loaded) -
         module._journal(tmp_path / "out.jsonl.part", identity),
     ):
         pass
+
+
+def test_the_disk_is_asked_to_keep_the_answers_and_their_name(
+    tmp_path: Path, on_disk: list[tuple[Path, set[str]]]
+) -> None:
+    module._finish(tmp_path / "out.jsonl", [{"line": 1, "answer": "a"}])
+    assert on_disk == [(tmp_path / ".out.jsonl.tmp", set()), (tmp_path, {"out.jsonl"})]

@@ -16,7 +16,7 @@ from configs.errors import UserError
 from train.config import LoggingConfig
 from train.history import History, StepRecord, finite
 from train.learning import Movement
-from train.metrics import Metrics, show_movements
+from train.metrics import Metrics, _keep_lines, show_movements
 from train.routing import Routing
 
 
@@ -260,3 +260,11 @@ def test_what_can_not_hold_lines_is_refused_before_training(tmp_path: Path) -> N
         Metrics(tmp_path, quiet, {}, is_main=True)
     with pytest.raises(UserError, match=r"its metrics.jsonl can't be written \(No such file or directory\)"):
         Metrics(tmp_path / "gone", quiet, {}, is_main=True)
+
+
+def test_the_disk_is_asked_to_keep_the_lines_and_their_name(
+    tmp_path: Path, on_disk: list[tuple[Path, set[str]]]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n')
+    _keep_lines(tmp_path / "metrics.jsonl", 1, {})
+    assert on_disk == [(tmp_path / ".metrics.jsonl.tmp", set()), (tmp_path, {"metrics.jsonl"})]

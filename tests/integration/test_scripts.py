@@ -1,0 +1,74 @@
+"""Every benchmark that trains, and every torture, runs once at its smallest; what they find at full size is kept in
+scripts/benchmarks/results and scripts/tortures/results."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.tortures import disk
+from scripts.tortures._runs import Workplace
+
+from .conftest import ROOT, run
+
+SMALL = ("--hidden", "64", "--intermediate", "96", "--layers", "1", "--heads", "4", "--lora-rank", "2", "--row", "128")
+SAMPLE = ("--data", str(ROOT / "data" / "sample" / "identity.jsonl"))
+
+pytestmark = pytest.mark.slow
+
+
+def measured(tmp_path: Path, name: str, *options: str) -> dict[str, Any]:
+    """The figures of `python scripts/benchmark.py NAME …`."""
+    figures = tmp_path / "figures.json"
+    once = ("--steps", "1", "--warmup", "1", "--device", "cpu", "--json", str(figures))
+    run(sys.executable, "scripts/benchmark.py", name, *SAMPLE, *SMALL, *once, *options)
+    return dict(json.loads(figures.read_text())["figures"])
+
+
+def test_step_compares_both_trainers(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "step")
+    assert figures["failed"] == []
+    assert figures["tokens_per_second"].keys() == figures["losses"].keys() == {"ours", "trl"}
+
+
+def test_save_compares_both_ways(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "save", "--rounds", "1")
+    for of in ("adapters", "whole_model"):
+        assert figures[of]["bytes"].keys() == figures[of]["paused"].keys() == {"ours", "deepspeed"}
+
+
+def test_compiled_compares_both(tmp_path: Path) -> None:
+    assert measured(tmp_path, "compiled")["median_seconds"].keys() == {"plain", "compiled"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("damage", ("--flips", "1", "--only", "newest two")),
+        ("disk", ("--offsets", "0", "--only", "result")),
+        ("kill", ("--points", "1", "--processes", "1")),
+        ("peers", ("--only", "SIGKILL to . in forward")),
+        ("planted", ("--only", "a careless program: tag|a recipe with a tag")),
+        ("signals", ("--trials", "1", "--only", "to all$|starting")),
+    ],
+)
+def test_torture(runs: Workplace, name: str, options: tuple[str, ...]) -> None:
+    """On the base, rows and fork server of the other tests; `scripts/torture.py NAME` is this and a receipt."""
+    if name == "disk" and (reason := disk.why_not()):
+        pytest.skip(reason)
+    torture = importlib.import_module(f"scripts.tortures.{name}")
+    parser = argparse.ArgumentParser()
+    torture.arguments(parser)
+    figures = torture.run(parser.parse_args([*options, "--forked", "--scratch", str(runs.scratch)]))
+    assert figures["failed"] == []
+
+
+def test_torture_is_a_program_too(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    only = ("--only", "a careless program: pickle", "--json", str(figures))
+    run(sys.executable, "scripts/torture.py", "planted", *only, "--scratch", str(tmp_path / "runs"))
+    assert [trial["failed"] for trial in json.loads(figures.read_text())["figures"]["trials"]] == [None]
