@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from configs.errors import UserError
-from data.columns import ROW_FIELDS, fields_of
+from configs.program.errors import UserError
+from data.rows.columns import ROW_FIELDS, fields_of
 from data.template import EMBEDDED
 
 AUTO = "auto"

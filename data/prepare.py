@@ -18,16 +18,17 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 from data.config import SHAPELESS, PrepareConfig
-from data.contamination import describe_evaluations, load_evaluations
-from data.encoding import Pool, number_of_workers, pool
-from data.intake import CLEANED, Intake
-from data.layout import LAYOUT, MANIFEST, MANIFEST_KIND, SPLITS, damage, read_manifest
-from data.packing import pack
-from data.sources import Source, find_sources
-from data.store import Index, conversation_store
-from data.writing import publish, refuse_foreign, staging, write_rows
+from data.disk.files import staging
+from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, SPLITS, damage, read_manifest
+from data.rows.sources import Source, find_sources
+from data.stages.contamination import describe_evaluations, load_evaluations
+from data.stages.encoding import Pool, number_of_workers, pool
+from data.stages.intake import CLEANED, Intake
+from data.stages.packing import pack
+from data.stages.store import Index, conversation_store
+from data.stages.writing import publish, refuse_foreign, write_rows
 
 PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash")
 """Those whose version can change what is written; Python's can too, by the Unicode tables that tell what a word is."""

@@ -1,10 +1,10 @@
 """`python -m data`: prepares a dataset, or shows what is in a prepared one."""
 
-from configs import entry
+from configs.program import entry
 from data.config import PrepareConfig
 from data.prepare import prepare
-from data.preview import preview
-from data.report import report
+from data.prepared.preview import preview
+from data.prepared.report import report
 
 TASKS = {"prepare": prepare, "preview": preview, "report": report}
 

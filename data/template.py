@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from configs import hub
-from configs.errors import UserError
+from configs.program.errors import UserError
+from data.disk import hub
 from data.schema import Conversation, TokenizedConversation
 
 EMBEDDED = "embedded"

@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from configs.adapter_settings import CONFIG, UNDERSTOOD, check_settings
-from configs.architecture import UNREADABLE
-from configs.errors import UserError, one_line
-from configs.weights import StoredWeights
-from inference.plain import is_shallow, read_json
+from configs.program.errors import UserError, one_line
+from data.disk.adapter_directory import CONFIG, UNDERSTOOD, check_settings
+from data.disk.architecture import UNREADABLE
+from data.disk.plain_text import is_shallow, read_json
+from data.disk.weights import StoredWeights
 
 WEIGHTS, RECEIPT = "adapter_model.safetensors", "receipt.json"
 

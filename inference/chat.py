@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
 from inference.config import InferenceConfig

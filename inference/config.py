@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 
 TASKS = ("generate", "chat", "batch", "merge")
 

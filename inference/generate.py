@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 from data.schema import Conversation
 from data.template import EOS, MARKERS, UNK, ChatTokenizer
 from inference.config import InferenceConfig

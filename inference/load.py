@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from configs import gpus
-from configs.adapter_settings import CONFIG
-from configs.architecture import read_architecture
-from configs.errors import UserError, one_line
-from configs.weights import REMEDY, StoredWeights, local_directory, pinned, weight_files
+from configs.program import gpus
+from configs.program.errors import UserError, one_line
+from data.disk.adapter_directory import CONFIG
+from data.disk.architecture import read_architecture
+from data.disk.weights import REMEDY, StoredWeights, local_directory, pinned, weight_files
 from data.template import EMBEDDED, ChatTokenizer, has_tokenizer
 from inference.adapter import Adapter, is_finite, read_settings
 from inference.config import InferenceConfig

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 from data.schema import Conversation, Message
 from data.template import MARKERS
 from inference.config import InferenceConfig, check_utf8

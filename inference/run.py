@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from configs import entry
+from configs.program import entry
 from inference.config import InferenceConfig
 
 EXIT_BROKEN_PIPE = 141
@@ -53,14 +53,14 @@ def chat(config: InferenceConfig) -> None:
 
 def batch(config: InferenceConfig) -> None:
     """Answers the rows of `input` to `output`."""
-    from inference.batch import batch
+    from inference.batch.batch import batch
 
     batch(config)
 
 
 def merge(config: InferenceConfig) -> None:
     """Writes base and adapter as one checkpoint to `output`."""
-    from inference.merge import merge
+    from inference.merging.merge import merge
 
     merge(config)
 

@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from configs.errors import UserError
-from configs.receipt import machine, provenance
+from configs.program.errors import UserError
+from configs.program.provenance import machine, provenance
 
 
 def main(kind: str, folder: str, description: str, packages: tuple[str, ...]) -> int:

@@ -107,7 +107,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         server.waits = []
-        monkeypatch.setattr("configs.hub.time", SimpleNamespace(sleep=server.waits.append))
+        monkeypatch.setattr("data.disk.hub.time", SimpleNamespace(sleep=server.waits.append))
         for module in ("utils._http", "file_download"):
             monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda _: None))
         yield server

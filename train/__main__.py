@@ -2,7 +2,7 @@ import contextlib
 import os
 import sys
 
-from train import signals
+from train.failures import signals
 
 signals.follow_launcher()
 

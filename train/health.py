@@ -4,7 +4,7 @@ import statistics
 from collections import deque
 from typing import Any
 
-from train.config import FailureConfig
+from train.config.train import FailureConfig
 from train.history import StepRecord
 
 

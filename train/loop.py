@@ -4,16 +4,18 @@ import math
 import time
 from dataclasses import dataclass
 
-from configs.errors import UserError
-from data.dataset import Batch, PackedTable, PreparedDataset, share
-from train.config import BatchArithmetic, OptimConfig, TrainConfig
-from train.engine import Engine, Update, seed
+from configs.program.errors import UserError
+from data.prepared.dataset import Batch, PackedTable, PreparedDataset, share
+from train.config.engine import OptimConfig
+from train.config.train import BatchArithmetic, TrainConfig
+from train.engine.engine import Engine, Update
+from train.engine.processes import seed
+from train.failures.signals import Signals
 from train.health import Health
 from train.history import History, StepRecord
-from train.learning import FirstGradients
-from train.metrics import Metrics
-from train.saver import Saver
-from train.signals import Signals
+from train.lora.proof import FirstGradients
+from train.reporting.metrics import Metrics
+from train.saving.saver import Saver
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@ import torch
 from rich.console import Console
 from transformers import MixtralForCausalLM
 
-from configs.architecture import read_architecture
-from configs.errors import UserError
-from train import model
-from train.config import ModelConfig, TrainConfig
-from train.engine import settings
+from configs.program.errors import UserError
+from data.disk.architecture import read_architecture
+from train.config.model import ModelConfig
+from train.config.train import TrainConfig
+from train.engine.zero import deepspeed_config
+from train.lora import attach
+from train.model import mixtral
 
 
 def show_plan(config: TrainConfig) -> None:
@@ -30,10 +32,10 @@ def show_plan(config: TrainConfig) -> None:
         planned = _planned_base(config.model)
         total = sum(parameter.numel() for parameter in planned.parameters())
         if config.lora.method != "none":
-            model.add_adapters(planned, config.lora)
+            attach.add_adapters(planned, config.lora)
     kinds: Counter[str] = Counter()
-    for name, parameter in model.trainable(planned):
-        kinds[model.kind(name)] += parameter.numel()
+    for name, parameter in attach.trainable(planned):
+        kinds[attach.kind(name)] += parameter.numel()
 
     console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
     console.print(f"base                 {config.model.path or 'random weights'}")
@@ -42,15 +44,15 @@ def show_plan(config: TrainConfig) -> None:
     for name, number in sorted(kinds.items()):
         console.print(f"  {name:<18} {number:,}")
     console.print(f"batch                {batch}")
-    console.print("DeepSpeed            " + json.dumps(settings(config, batch), indent=2))
+    console.print("DeepSpeed            " + json.dumps(deepspeed_config(config, batch), indent=2))
 
 
 def _planned_base(config: ModelConfig) -> MixtralForCausalLM:
     if config.path is None or not Path(config.path).is_dir():
-        return model.base(config)
+        return mixtral.base(config)
     try:
         architecture = read_architecture(config.path, None, f"model.path={config.path}")
-        return MixtralForCausalLM._from_config(architecture, dtype=model.DTYPES[config.dtype])
+        return MixtralForCausalLM._from_config(architecture, dtype=mixtral.DTYPES[config.dtype])
     except UserError:
         raise
     except (OSError, ValueError, AttributeError) as error:

@@ -4,30 +4,33 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from configs import entry
-from configs.architecture import read_architecture
-from configs.errors import UserError
-from configs.weights import local_directory, pinned
-from data.dataset import PreparedDataset
+from configs.program import entry
+from configs.program.console import console
+from configs.program.errors import UserError
+from data.disk.architecture import read_architecture
+from data.disk.weights import local_directory, pinned
+from data.prepared.dataset import PreparedDataset
 from data.template import ChatTokenizer, has_tokenizer
-from train import engine
-from train.config import LoraConfig, ModelConfig, TrainConfig
-from train.engine import Engine, Processes
-from train.failures import told
-from train.guard import Guard
+from train.config.lora import LoraConfig
+from train.config.model import ModelConfig
+from train.config.train import TrainConfig
+from train.engine.engine import Engine
+from train.engine.processes import Processes, agree, check_same, join_processes, leave_processes, node_sizes
+from train.engine.zero import partitioned_loading
+from train.expert_load import profile
+from train.failures.errors import told
+from train.failures.guard import Guard
+from train.failures.signals import EXIT_PREEMPTED, Signals
 from train.health import Health
 from train.history import History
 from train.loop import Preempted, train
-from train.loss import MixtralWithLoss
-from train.metrics import Metrics
-from train.model import build, check_embeddings
+from train.model.loss import MixtralWithLoss
+from train.model.mixtral import build, check_embeddings
 from train.plan import show_plan
-from train.profile import profile
-from train.resume import same_everywhere, settings
-from train.run_directory import RunDirectory
-from train.saver import Saver
-from train.screen import console
-from train.signals import EXIT_PREEMPTED, Signals
+from train.reporting.metrics import Metrics
+from train.saving.identity import same_everywhere, stored_settings
+from train.saving.run_directory import RunDirectory
+from train.saving.saver import Saver
 from train.sweep import sweep
 
 
@@ -46,22 +49,22 @@ def run(config: TrainConfig) -> None:
     dataset = PreparedDataset(config.dataset)
     fetch_base(config.model)
     check_vocabulary(config.model, dataset)
-    processes = engine.start(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
+    processes = join_processes(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
     timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
     guard = Guard(processes.rank, processes.count, **timeouts)
-    guard.join(engine.agree(guard.listen()))
+    guard.join(agree(guard.listen()))
     signals.on_leaving = guard.leaving
     with told(guard, config, processes.rank):
         preempted = run_on(config, dataset, processes, guard, signals)
         guard.done()
-        engine.finish()
+        leave_processes()
     if preempted:
         sys.exit(EXIT_PREEMPTED)
 
 
 def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, guard: Guard, signals: Signals) -> bool:
     """Does the task on the processes of the launch; whether it was pre-empted."""
-    engine.check_same(same_everywhere(config, dataset) | engine.nodes(config))
+    check_same(same_everywhere(config, dataset) | node_sizes(config))
     batch = config.batch(processes.count)
     directory = RunDirectory(config, dataset, batch, processes)
     if directory.finished:
@@ -73,7 +76,7 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     if config.task == "profile":
         # The engine asks for something that trains; fresh adapters change nothing that the routers see.
         built = replace(config, lora=LoraConfig(attention=[], rank=8))
-    with engine.partitioned_loading(built, batch):
+    with partitioned_loading(built, batch):
         # Sharded, weights come by way of the CPU, a layer at a time; else they would all stand there in every process.
         straight_to = processes.device if processes.device.type == "cuda" and config.deepspeed.stage < 3 else None
         model = build(built, straight_to)
@@ -87,7 +90,9 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     health = Health(config.failures)
     resumed = directory.restore(trainer, checkpoint, health)
     history = History(resumed)
-    metrics = Metrics(directory.path, config.logging, settings(config), is_main=processes.is_main, resumed=resumed)
+    metrics = Metrics(
+        directory.path, config.logging, stored_settings(config), is_main=processes.is_main, resumed=resumed
+    )
     saver = Saver(directory, trainer, history, metrics, health)
     signals.begin_training()
     preempted = False

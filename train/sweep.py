@@ -12,13 +12,13 @@ from typing import Any
 
 from rich.table import Table
 
-from configs.errors import UserError
-from configs.multirun import Job
-from configs.secrets import redact
-from train.config import TrainConfig
-from train.metrics import METRICS
-from train.screen import console
-from train.signals import ASKING, EXIT_PREEMPTED, PR_SET_PDEATHSIG
+from configs.program.console import console
+from configs.program.errors import UserError
+from configs.program.multirun import Job
+from configs.program.secrets import redact
+from train.config.train import TrainConfig
+from train.failures.signals import ASKING, EXIT_PREEMPTED, PR_SET_PDEATHSIG
+from train.reporting.metrics import METRICS
 
 
 def sweep(jobs: list[Job[TrainConfig]]) -> int:

@@ -118,12 +118,17 @@ def ours(settings: Settings) -> None:
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralRotaryEmbedding
 
     from benchmarks._peak import wait
-    from data.dataset import PreparedDataset
-    from train import engine
-    from train.config import DeepSpeedConfig, HardwareConfig, LoraConfig, ModelConfig, TrainConfig
+    from data.prepared.dataset import PreparedDataset
+    from train.config.engine import DeepSpeedConfig, HardwareConfig
+    from train.config.lora import LoraConfig
+    from train.config.model import ModelConfig
+    from train.config.train import TrainConfig
+    from train.engine import engine
+    from train.engine.processes import join_processes
+    from train.engine.zero import partitioned_loading
     from train.loop import step
-    from train.loss import MixtralWithLoss
-    from train.model import build
+    from train.model.loss import MixtralWithLoss
+    from train.model.mixtral import build
 
     config = TrainConfig(
         dataset=settings.dataset,
@@ -138,9 +143,9 @@ def ours(settings: Settings) -> None:
     )
     config.check()
     table = PreparedDataset(settings.dataset).train
-    processes = engine.start(config.hardware)
+    processes = join_processes(config.hardware)
     batch = config.batch(processes.count)
-    with engine.partitioned_loading(config, batch):
+    with partitioned_loading(config, batch):
         model = build(config)
     if settings.device == "cuda":
         model.to("cuda")
@@ -170,7 +175,7 @@ def watching_seconds(trainer: Any, table: Any, batch: Any) -> float:
     """What it takes to note the routers of one step: the median of many times."""
     import torch
 
-    from train.routing import Routing
+    from train.model.routing import Routing
 
     config = trainer.module.causal_lm.config
     first = table.batch(list(range(batch.micro_batch))).to(trainer.device)
@@ -195,8 +200,8 @@ def trl(settings: Settings) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from benchmarks._peak import wait
-    from data.dataset import PreparedDataset
-    from train.config import ATTENTION_TARGETS, EXPERT_TARGETS
+    from data.prepared.dataset import PreparedDataset
+    from train.config.lora import ATTENTION_TARGETS, EXPERT_TARGETS
 
     torch.set_num_threads(settings.threads)
     table = PreparedDataset(settings.dataset).train

@@ -26,9 +26,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from configs.errors import UserError
-from data.conversion import detect_schema, to_conversation
-from data.reading import RawRow, Reject, read_file
+from configs.program.errors import UserError
+from data.rows.conversion import detect_schema, to_conversation
+from data.rows.reading import RawRow, Reject, read_file
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
 
@@ -169,8 +169,8 @@ def measure(side: str, directory: Path, workers: int) -> dict[str, Any]:
 def ours(directory: Path, workers: int) -> dict[str, Any]:
     """What `python -m data` does."""
     from data.config import PrepareConfig
-    from data.layout import read_manifest
     from data.prepare import prepare
+    from data.prepared.layout import read_manifest
 
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         output = Path(scratch) / "out"

@@ -20,8 +20,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from configs.errors import UserError
-from data.layout import read_manifest
+from configs.program.errors import UserError
+from data.prepared.layout import read_manifest
 
 ROOT = Path(__file__).parents[2]
 MEAN_TEXT = 1588

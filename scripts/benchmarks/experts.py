@@ -21,9 +21,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from benchmarks._peak import peak_flops, wait
-from train import expert_lora
-from train.config import EXPERT_TARGETS
-from train.engine import keep_freed_memory
+from train.config.lora import EXPERT_TARGETS
+from train.engine.cpu import keep_freed_memory
+from train.lora import factors, split_experts
 
 console = Console(width=120)
 
@@ -93,10 +93,10 @@ def _blocks(options: argparse.Namespace) -> dict[str, nn.Module]:
     ours, frozen = copy.deepcopy(stock), copy.deepcopy(stock)
     for block in (ours, frozen):
         block.experts.config = copy.deepcopy(config)
-        block.experts.config._experts_implementation = expert_lora.IMPLEMENTATION
+        block.experts.config._experts_implementation = split_experts.IMPLEMENTATION
     ranks = [[options.lora_rank] * options.experts]
-    scaling = expert_lora.Scaling(2 * options.lora_rank)
-    expert_lora.attach(ours, ranks=ranks, projections=EXPERT_TARGETS, scaling=scaling)
+    scaling = factors.Scaling(2 * options.lora_rank)
+    factors.attach(ours, ranks=ranks, projections=EXPERT_TARGETS, scaling=scaling)
     lora = LoraConfig(
         r=options.lora_rank,
         lora_alpha=2 * options.lora_rank,

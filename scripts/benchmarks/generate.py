@@ -76,7 +76,7 @@ def _prepare(top: Path, options: argparse.Namespace) -> tuple[dict[str, Any], li
     from inference.config import InferenceConfig
     from inference.generate import Ending, generate_rows
     from inference.load import load
-    from inference.merge import merge
+    from inference.merging.merge import merge
 
     sizes = {name: getattr(options, name) for name in ("hidden", "intermediate", "layers", "rank")}
     make(top, **sizes, shard="1GB")

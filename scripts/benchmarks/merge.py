@@ -126,10 +126,10 @@ def _contend(name: str, top: Path) -> dict[str, float]:
         import peft  # noqa: F401 - the other contender has loaded its libraries too when the clock starts
         from transformers import AutoConfig
 
-        from configs.weights import StoredWeights
+        from data.disk.mixtral_files import pieces
+        from data.disk.weights import StoredWeights
         from inference.adapter import Adapter
-        from inference.checkpoint import pieces
-        from inference.merge import write_weights
+        from inference.merging.merge import write_weights
 
         before, started = _peak(), time.perf_counter()
         architecture = AutoConfig.from_pretrained(top / "base", trust_remote_code=False)

@@ -21,18 +21,23 @@ from rich.table import Table
 
 from benchmarks import step as step_benchmark
 from benchmarks._trainers import Settings
-from data.dataset import PreparedDataset
-from train import checkpoint, engine
-from train.config import DeepSpeedConfig, HardwareConfig, LoggingConfig, LoraConfig, ModelConfig, TrainConfig
-from train.engine import Engine, Processes
+from data.prepared.dataset import PreparedDataset
+from train.config.engine import DeepSpeedConfig, HardwareConfig
+from train.config.lora import LoraConfig
+from train.config.model import ModelConfig
+from train.config.train import LoggingConfig, TrainConfig
+from train.engine.engine import Engine
+from train.engine.processes import Processes, join_processes, leave_processes
+from train.engine.zero import partitioned_loading
 from train.health import Health
 from train.history import History
 from train.loop import step
-from train.loss import MixtralWithLoss
-from train.metrics import Metrics
-from train.model import build
-from train.run_directory import RunDirectory
-from train.saver import Saver
+from train.model.loss import MixtralWithLoss
+from train.model.mixtral import build
+from train.reporting.metrics import Metrics
+from train.saving import checkpoint
+from train.saving.run_directory import RunDirectory
+from train.saving.saver import Saver
 
 RATE = 1e-4
 console = Console(width=120)
@@ -49,7 +54,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints, and returns the figures."""
     with tempfile.TemporaryDirectory() as scratch:
         settings, _ = step_benchmark.prepare(options, Path(scratch))
-        processes = engine.start(HardwareConfig(device=options.device, threads=options.threads))
+        processes = join_processes(HardwareConfig(device=options.device, threads=options.threads))
         figures: dict[str, Any] = {"settings": step_benchmark.shown(options)}
         for name, lora in {
             "adapters": LoraConfig(rank=options.lora_rank, alpha=2 * options.lora_rank),
@@ -57,7 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         }.items():
             figures[name] = _measure(options, settings, lora, processes, Path(scratch) / name)
             _print(name, figures[name])
-        engine.finish()
+        leave_processes()
     return figures
 
 
@@ -80,7 +85,7 @@ def _measure(
     )
     config.check()
     dataset, batch, health = PreparedDataset(config.dataset), config.batch(processes.count), Health(config.failures)
-    with engine.partitioned_loading(config, batch):
+    with partitioned_loading(config, batch):
         model = build(config)
     trainer = Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     directory = RunDirectory(config, dataset, batch, processes)

@@ -22,11 +22,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks._peak import peak_flops
 from benchmarks._trainers import Settings
-from configs.errors import UserError
-from data.dataset import PreparedDataset
+from configs.program.errors import UserError
+from data.prepared.dataset import PreparedDataset
 from data.schema import IGNORE_INDEX
-from train import model
-from train.config import ArchitectureConfig, LoggingConfig, ModelConfig
+from train.config.model import ArchitectureConfig, ModelConfig
+from train.config.train import LoggingConfig
+from train.model import mixtral
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -153,7 +154,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> tuple[Settings, list[
         }
         config = ModelConfig(architecture=ArchitectureConfig(**sizes), dtype=options.dtype)
         disable_progress_bar()
-        model.base(config).save_pretrained(path)
+        mixtral.base(config).save_pretrained(path)
     settings = Settings(
         model=str(path),
         dataset=str(dataset),

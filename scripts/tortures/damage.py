@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.weights import file_hash
-from train import checkpoint
-from train.checkpoint import Checkpoint, DamagedError
+from data.disk.files import file_hash
+from train.saving import checkpoint
+from train.saving.checkpoint import Checkpoint, DamagedError
 
-from . import _runs
-from ._runs import Workplace, require
+from .harness.launch import attempts
+from .harness.outcome import first_difference, stored_shapes
+from .harness.trials import attempt, common_arguments, generator, report, require
+from .harness.workplace import Workplace, workplace
 
 STOPPED = 13
 """The step after which the run is stopped whose checkpoints are damaged."""
@@ -34,18 +36,18 @@ Damage = Callable[[Path], str]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torture.py damage`."""
     parser.add_argument("--flips", type=int, default=20, help="bits that are flipped in each file, in turn (20)")
-    _runs.arguments(parser)
+    common_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Damages, looks, resumes, prints, and returns what was found."""
-    with _runs.workplace(options) as place:
+    with workplace(options) as place:
         stopped = place.interrupted("stopped", STOPPED, keep_last="3")
         newest = checkpoint.places(stopped)[0]
-        random = _runs.generator("damage", options.seed)
+        random = generator("damage", options.seed)
         everything = [*of_files(newest, options.flips, random), *of_tensors(newest)]
         trials = [
-            _runs.attempt(f"{kind}: {what}", partial(noticed, newest, place.scratch / "damaged", damage))
+            attempt(f"{kind}: {what}", partial(noticed, newest, place.scratch / "damaged", damage))
             for kind, what, damage in everything
         ]
         kinds = {kind: [trial for trial in trials if trial["trial"].startswith(kind)] for kind, _, _ in everything}
@@ -59,9 +61,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for kind, of_kind in kinds.items()
         ]
         figures = {"seed": options.seed, "files": sorted(_names(newest))}
-        figures["looked_at"] = _runs.report("Noticed", by_kind, options.seed)
-        resumed = _runs.attempts(options, resume_each(place, stopped, everything, random))
-        figures["resumed"] = _runs.report("Resumed from the one before", resumed, options.seed)
+        figures["looked_at"] = report("Noticed", by_kind, options.seed)
+        resumed = attempts(options, resume_each(place, stopped, everything, random))
+        figures["resumed"] = report("Resumed from the one before", resumed, options.seed)
         figures["failed"] = figures["looked_at"]["failed"] + figures["resumed"]["failed"]
         place.keep = bool(figures["failed"])
     return figures
@@ -116,7 +118,7 @@ def of_tensors(newest: Path) -> Iterator[tuple[str, str, Damage]]:
 
 def noticed(newest: Path, copy: Path, damage: Damage) -> dict[str, Any]:
     """Damages a copy of a checkpoint, and requires that it is refused by the name of what was damaged."""
-    shapes = _runs.shapes(newest)
+    shapes = stored_shapes(newest)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(newest, copy)
     named = damage(copy)
@@ -160,7 +162,7 @@ def resumed(place: Workplace, stopped: Path, whole: Path, name: str, damages: li
         require(what in told, f"the log does not say that {what} of {newest.name} is damaged:\n{launch.said()}")
     before = checkpoint.number(there[len(damages)])
     require(launch.resumed_step == before, f"it went on after step {launch.resumed_step}, not {before}")
-    difference = _runs.difference(run, whole)
+    difference = first_difference(run, whole)
     require(not difference, str(difference))
     shutil.rmtree(run)
     return {"newest": checkpoint.number(there[0]), "resumed_after": before}

@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
-from train import checkpoint
+from configs.program.errors import UserError
+from train.saving import checkpoint
 
-from . import _runs
-from ._runs import Launch, Workplace, require
+from .harness.launch import Launch, attempts
+from .harness.outcome import check_newest, first_difference, last_checkpoint, last_step
+from .harness.trials import common_arguments, report, require
+from .harness.workplace import Workplace, workplace
 
 PAGE = 4096
 ENOUGH = 64 << 20
@@ -32,14 +34,14 @@ OTHERS = 3
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torture.py disk`."""
     parser.add_argument("--offsets", type=int, default=10, help="at which the disk is full, over a checkpoint (10)")
-    _runs.arguments(parser)
+    common_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Fills disks, prints, and returns what became of the runs."""
     if reason := why_not():
         raise UserError(f"disk: {reason}; run it as root, outside of a container or in one that may mount")
-    with _runs.workplace(options) as place:
+    with workplace(options) as place:
         whole = place.reference(1, **SETTINGS)
         size, result = pages(checkpoint.places(whole)[0]), pages(whole / "adapter")
         offsets = [(number + 0.5) / options.offsets for number in range(options.offsets)]
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             ("read-only during the run", partial(read_only_during, place, whole)),
             ("full between two saves", partial(full_between_saves, place)),
         ]
-        figures = _runs.report("Disk full or read-only", _runs.attempts(options, trials), options.seed)
+        figures = report("Disk full or read-only", attempts(options, trials), options.seed)
         figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
         place.keep = bool(figures["failed"])
     return figures
@@ -96,9 +98,9 @@ def full(place: Workplace, whole: Path, wanted: float, *, first: int, **changed:
         sentence = refused(launch)
         require("free space" in sentence, f"it does not say to free space: {sentence}")
         require(f"step-{first:06d}" in sentence or "no checkpoint yet" in sentence or "untouched" in sentence, sentence)
-        left, loads = _runs.last_checkpoint(run), first and _runs.check_newest(run)
+        left, loads = last_checkpoint(run), first and check_newest(run)
         require(left == loads == first, f"the last checkpoint is that of step {left}, not {first}:\n{launch.said()}")
-        stopped = _runs.last_step(run)
+        stopped = last_step(run)
         _mount("-o", f"remount,size={ENOUGH}", str(run))
         resumed = goes_on(place, run, whole, first, **changed)
     shutil.rmtree(run)
@@ -112,19 +114,19 @@ def full_between_saves(place: Workplace) -> dict[str, Any]:
     run = place.scratch / "disk"
     with mounted(run, ENOUGH):
         launch = place.launch(run, 1, **settings)
-        launch.until(lambda: _runs.last_step(run) >= 1)
+        launch.until(lambda: last_step(run) >= 1)
         ballast = run / ".ballast.tmp"
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
             while file.write(b"." * PAGE):
                 pass
         noticed = launch.until(lambda: "metrics.jsonl can't be written (No space left on device)" in launch.said())
-        stopped = _runs.last_step(run)
+        stopped = last_step(run)
         ballast.unlink()
         codes = launch.wait()
         require(noticed, f"it does not say that metrics.jsonl can't be written:\n{launch.said()}")
         require(codes == [0], f"it ended with {codes}:\n{launch.said()}")
         require(launch.said().count("can't be written") == 1, f"it says so more than once:\n{launch.said()}")
-        difference = _runs.difference(run, whole)
+        difference = first_difference(run, whole)
         require(not difference, str(difference))
     shutil.rmtree(run)
     return {"stopped_after": stopped, "resumed_after": stopped}
@@ -136,11 +138,11 @@ def read_only_before(place: Workplace, whole: Path) -> dict[str, Any]:
     stopped = place.interrupted("stopped-for-disk", 8, **SETTINGS)
     with mounted(run, ENOUGH):
         shutil.copytree(stopped, run, dirs_exist_ok=True)
-        last = _runs.last_checkpoint(run)
+        last = last_checkpoint(run)
         _mount("-o", "remount,ro", str(run))
         sentence = refused(place.launch(run, 1, **SETTINGS))
         require("writable" in sentence, f"it does not say to make it writable: {sentence}")
-        require(_runs.check_newest(run) == last, "the last checkpoint is another one")
+        require(check_newest(run) == last, "the last checkpoint is another one")
         _mount("-o", "remount,rw", str(run))
         resumed = goes_on(place, run, whole, last)
     shutil.rmtree(run)
@@ -152,14 +154,14 @@ def read_only_during(place: Workplace, whole: Path) -> dict[str, Any]:
     run = place.scratch / "disk"
     with mounted(run, ENOUGH):
         launch = place.launch(run, 1, **SETTINGS)
-        launch.until(lambda: _runs.last_checkpoint(run) == 6)
+        launch.until(lambda: last_checkpoint(run) == 6)
         folder = str(run / checkpoint.FOLDER)
         _mount("--bind", folder, folder)
         try:
             _mount("-o", "remount,bind,ro", folder)
             sentence = refused(launch)
             require("make it writable" in sentence, f"it does not say to make it writable: {sentence}")
-            last, stopped = _runs.check_newest(run), _runs.last_step(run)
+            last, stopped = check_newest(run), last_step(run)
         finally:
             subprocess.run(["umount", "-l", folder], check=True, capture_output=True)
         resumed = goes_on(place, run, whole, last)
@@ -180,7 +182,7 @@ def goes_on(place: Workplace, run: Path, whole: Path, after: int, **changed: str
     """The same command again, to the end; the step after which it resumed."""
     launch = place.finish(run, 1, **SETTINGS | changed)
     require(launch.resumed_step == after, f"it went on after step {launch.resumed_step}, not {after}")
-    difference = _runs.difference(run, whole)
+    difference = first_difference(run, whole)
     require(not difference, str(difference))
     return after
 

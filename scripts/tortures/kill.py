@@ -21,8 +21,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import _runs
-from ._runs import FailedError, Launch, Workplace
+from .harness.launch import Launch, kill
+from .harness.outcome import first_difference, last_checkpoint, last_step, last_written, of_a_save
+from .harness.trials import FailedError, common_arguments, generator
+from .harness.workplace import Workplace, workplace
 
 LEAST_INSIDE = 0.3
 """The share of points that must lie inside a save."""
@@ -41,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", choices=("1", "2", "both"), default="both", help="of a run; both shares the kills"
     )
-    _runs.arguments(parser, trials=False)
+    common_arguments(parser, trials=False)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.processes, {1: options.points - options.points // 2, 2: options.points // 2}
     )
     figures: dict[str, Any] = {"seed": options.seed, "failed": []}
-    with _runs.workplace(options) as place:
+    with workplace(options) as place:
         for processes, count in shares.items():
             points, runs, failed = torment(place, processes, count, options.seed)
             figures[f"processes_{processes}"] = summary(points, runs) | {"points": [asdict(point) for point in points]}
@@ -105,7 +107,7 @@ def torment(place: Workplace, processes: int, count: int, seed: int) -> tuple[li
     """So many points; the runs that came to their end, and what failed."""
     whole = place.reference(processes)
     times = Times.of(whole)
-    random = _runs.generator("kill", seed, processes)
+    random = generator("kill", seed, processes)
     points: list[Point] = []
     failed: list[str] = []
     finished = 0
@@ -116,7 +118,7 @@ def torment(place: Workplace, processes: int, count: int, seed: int) -> tuple[li
             while one := _launch(place, directory, processes, random, times, own, last=len(points) + len(own) >= count):
                 own.append(one)
             finished += 1
-            if told := _runs.difference(directory, whole):
+            if told := first_difference(directory, whole):
                 failed.append(told)
         except (FailedError, OSError, ValueError) as error:
             failed.append(f"{directory} after {len(own)} kills: {type(error).__name__}: {error}")
@@ -165,7 +167,7 @@ def _launch(
 ) -> Point | None:
     """One launch, which is killed unless it is the `last` or ends before; None where the run is finished."""
     aim = draw(random, processes)
-    before = _runs.last_checkpoint(run)
+    before = last_checkpoint(run)
     launch = place.launch(run, processes, forked=last or aim.forked)
     struck = None if last else strike(launch, aim, times)
     codes = launch.wait() if struck is None else launch.wait(ENDING)
@@ -192,7 +194,7 @@ def strike(launch: Launch, aim: Aim, times: Times) -> tuple[float, set[str], str
             return None
         times.start = time.monotonic() - launch.started
     readers = {rank: launch.place_of(rank) for rank in range(launch.count)}
-    first = _runs.last_checkpoint(launch.run)
+    first = last_checkpoint(launch.run)
     seen: set[tuple[str, int]] = set()
 
     def saves() -> int:
@@ -204,7 +206,7 @@ def strike(launch: Launch, aim: Aim, times: Times) -> tuple[float, set[str], str
 
     reached, span = {
         "start": (lambda: True, times.start),
-        "step": (lambda: _runs.last_step(launch.run) >= first + aim.number, times.step),
+        "step": (lambda: last_step(launch.run) >= first + aim.number, times.step),
         "save": (lambda: saves() >= aim.number, times.save),
         "result": (result, times.save),
     }[aim.moment]
@@ -224,13 +226,13 @@ def strike(launch: Launch, aim: Aim, times: Times) -> tuple[float, set[str], str
     phase = {str(rank): read()[1] for rank, read in readers.items() if read}
     began = time.monotonic()
     for pid in targets:
-        _runs.kill(pid)
-    writes = _runs.of_a_save(launch.writes())
+        kill(pid)
+    writes = of_a_save(launch.writes())
     if aim.target == "all":
         launch.wait(ENDING)
-        writes = _runs.of_a_save(launch.writes())  # nothing moves any more
-    file = _runs.last_written(launch.run, min(writes)) if writes else None
-    return began, writes, file, phase, _runs.last_step(launch.run)
+        writes = of_a_save(launch.writes())  # nothing moves any more
+    file = last_written(launch.run, min(writes)) if writes else None
+    return began, writes, file, phase, last_step(launch.run)
 
 
 def check(launch: Launch, aim: Aim, codes: list[int], before: int) -> None:
@@ -243,7 +245,7 @@ def check(launch: Launch, aim: Aim, codes: list[int], before: int) -> None:
     finished = (launch.run / "receipt.json").exists()  # then the others may have ended before
     if expected and codes not in expected and not finished:
         raise FailedError(f"{aim}: the processes ended with {codes}, not {expected[0]}:\n{launch.said()}")
-    if _runs.last_checkpoint(launch.run) < before:
+    if last_checkpoint(launch.run) < before:
         raise FailedError(f"{aim}: the checkpoint of step {before} is gone")
 
 

@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.guardian import KILL_AFTER
+from train.failures.guardian.guardian import KILL_AFTER
 
-from . import _runs
-from ._runs import Workplace, require
+from .harness.launch import attempts, kill
+from .harness.outcome import first_difference, last_checkpoint
+from .harness.trials import common_arguments, generator, report, require
+from .harness.workplace import Workplace, workplace
 
 PHASES = ("forward", "backward", "update", "saving", "evaluating", "reading rows")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
@@ -31,13 +33,13 @@ SAID = re.compile(r"train: process (\d) (?:died in|has .* was last in) step (\d+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torture.py peers`."""
     parser.add_argument("--rounds", type=int, default=1, help="of every phase, killed and stopped (1)")
-    _runs.arguments(parser)
+    common_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Kills and stops, resumes, compares, prints, and returns what happened."""
-    with _runs.workplace(options) as place:
-        random = _runs.generator("peers", options.seed)
+    with workplace(options) as place:
+        random = generator("peers", options.seed)
         trials = []
         for number in range(options.rounds * len(PHASES) * len(SIGNALS)):
             way, phase = SIGNALS[number % 2], PHASES[number // 2 % len(PHASES)]
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             run_dir = place.scratch / f"peers-{number}"
             trial = partial(lost, place, run_dir, way, rank, phase, after)
             trials.append((f"{way.name} to {rank} in {phase}", trial))
-        figures = _runs.report("Processes that are killed or stopped", _runs.attempts(options, trials), options.seed)
+        figures = report("Processes that are killed or stopped", attempts(options, trials), options.seed)
         place.keep = bool(figures["failed"])
     return figures
 
@@ -64,7 +66,7 @@ def lost(place: Workplace, run: Path, way: signal.Signals, rank: int, phase: str
     pids = launch.ranks()
     require(len(pids) == 2, f"it ended early:\n{launch.said()}")
     began = time.monotonic()
-    _runs.kill(pids[rank], way)
+    kill(pids[rank], way)
     where = read()
     other = 1 - rank
     while other in launch.ranks() and time.monotonic() - began < PEER_TIMEOUT + MARGIN + 10:
@@ -80,10 +82,10 @@ def lost(place: Workplace, run: Path, way: signal.Signals, rank: int, phase: str
     # The page is read a moment after the signal is sent; a process that was killed did not move on.
     told = (str(rank), str(where[0]), where[1])
     require(said == [told], f"it says {said}, and was in {told}:\n{launch.said()}")
-    last = _runs.last_checkpoint(run)
+    last = last_checkpoint(run)
     resumed = place.finish(run, 2, **SETTINGS).resumed_step
     require(resumed == last, f"it went on after step {resumed}, not {last}")
-    difference = _runs.difference(run, whole)
+    difference = first_difference(run, whole)
     require(not difference, str(difference))
     return {
         "step": where[0],

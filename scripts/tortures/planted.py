@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
-from train import checkpoint
+from train.saving import checkpoint
 
-from . import _runs
-from ._runs import ROOT, Workplace, require
 from .damage import seal
+from .harness.launch import ENVIRONMENT, PATIENCE, ROOT, attempts
+from .harness.outcome import record
+from .harness.trials import common_arguments, report, require
+from .harness.workplace import Workplace, workplace
 
 PICKLES = (
     "pytorch_model.bin",
@@ -58,14 +60,14 @@ CARELESS = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torture.py planted`."""
-    _runs.arguments(parser)
+    common_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Plants, runs the programs, prints, and returns what they said."""
-    with _runs.workplace(options) as place:
-        trials = _runs.attempts(options, everything(place).items())
-        figures = _runs.report("Planted code", trials, options.seed)
+    with workplace(options) as place:
+        trials = attempts(options, everything(place).items())
+        figures = report("Planted code", trials, options.seed)
         place.keep = bool(figures["failed"])
     return figures
 
@@ -174,7 +176,7 @@ class Garden:
         """Runs a program as a user does, with `planted_module` on the path; what it said at last."""
         modules = self.top / "modules"
         self.module(modules / f"{MODULE}.py")
-        environment = os.environ | _runs.ENVIRONMENT | {"PYTHONPATH": str(modules)}
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(modules)}
         done = subprocess.run(
             [sys.executable, "-m", program, *arguments],
             cwd=ROOT,
@@ -182,7 +184,7 @@ class Garden:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_runs.PATIENCE,
+            timeout=PATIENCE,
             check=False,
         )
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -224,7 +226,7 @@ def resuming_beside_everything(garden: Garden) -> dict[str, Any]:
     garden.train(run, expect=2, base=base, rows=rows)  # the base's config.json has changed
     said = garden.train(run, "resume_despite=[model.path]", expect=0, base=base, rows=rows)
     whole = garden.place.reference(1, max_steps="10")
-    require(_runs.record(run) == _runs.record(whole), f"{run} went on otherwise than {whole}")
+    require(record(run) == record(whole), f"{run} went on otherwise than {whole}")
     return said
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from . import _runs
-from ._runs import Launch, Workplace, require
+from .harness.launch import Launch, attempts, kill
+from .harness.outcome import check_newest, first_difference, last_checkpoint, last_step
+from .harness.trials import common_arguments, generator, report, require
+from .harness.workplace import Workplace, workplace
 
 WANDB = {"logging.wandb": "offline"}
 LONG = {"max_steps": "4", "global_batch": "24", "save_every": "0", "eval_every": "2", "epochs": "20"} | WANDB
@@ -32,14 +34,14 @@ PREEMPTED, TERMINATED = 75, 128 + signal.SIGTERM
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torture.py signals`."""
     parser.add_argument("--trials", type=int, default=20, help="of signals that ask once (20)")
-    _runs.arguments(parser)
+    common_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Sends signals, resumes, compares, prints, and returns what happened."""
-    with _runs.workplace(options) as place:
-        figures = _runs.report(
-            "Signals to runs on two processes", _runs.attempts(options, everything(options, place)), options.seed
+    with workplace(options) as place:
+        figures = report(
+            "Signals to runs on two processes", attempts(options, everything(options, place)), options.seed
         )
         place.keep = bool(figures["failed"])
     return figures
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def everything(options: argparse.Namespace, place: Workplace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """All trials with their names, each drawn when the one before is over."""
-    random = _runs.generator("signals", options.seed)
+    random = generator("signals", options.seed)
     for number in range(options.trials):
         way, name = ORDER[number % len(ORDER)], signal.SIGTERM if random.random() < 0.6 else signal.SIGINT
         if way == "the script" and number // len(ORDER) % 2:
@@ -64,7 +66,7 @@ def everything(options: argparse.Namespace, place: Workplace) -> Iterator[tuple[
 
 def to_one(launch: Launch, number: int, random: Random) -> float:
     """One of the two processes."""
-    _runs.kill(launch.ranks()[random.randrange(2)], number)
+    kill(launch.ranks()[random.randrange(2)], number)
     return 0.0
 
 
@@ -72,22 +74,22 @@ def to_all(launch: Launch, number: int, random: Random) -> float:
     """Both processes, one after the other."""
     first = random.randrange(2)
     ranks, skew = launch.ranks(), random.uniform(0.0, 3.0)
-    _runs.kill(ranks[first], number)
+    kill(ranks[first], number)
     time.sleep(skew)
     if 1 - first in launch.ranks():
-        _runs.kill(ranks[1 - first], number)
+        kill(ranks[1 - first], number)
     return skew
 
 
 def to_script(launch: Launch, number: int, random: Random) -> float:
     """scripts/launch/per_node.sh, which passes it on; `deepspeed` itself does not."""
-    _runs.kill(launch.launchers()[0], number)
+    kill(launch.launchers()[0], number)
     return 0.0
 
 
 def to_inner_launcher(launch: Launch, number: int, random: Random) -> float:
     """The process that `deepspeed` starts on every machine, and that starts the training processes."""
-    _runs.kill(launch.launchers()[1], number)
+    kill(launch.launchers()[1], number)
     return 0.0
 
 
@@ -134,9 +136,7 @@ def asked_once(
     whole = place.reference(processes, **settings)
     fraction = random.random()
     launch = place.launch(run, **how, **settings)
-    require(
-        launch.until(lambda: launch.has_begun and _runs.last_step(run) >= after), f"it ended early:\n{launch.said()}"
-    )
+    require(launch.until(lambda: launch.has_begun and last_step(run) >= after), f"it ended early:\n{launch.said()}")
     launch.until(_after(fraction * 1.5))
     began = time.monotonic()
     skew = send(launch, number, random)
@@ -144,7 +144,7 @@ def asked_once(
     through_launcher = processes > 1 and send in (to_inner_launcher, to_group)
     launch.wait_for_none_left(30 if through_launcher else 5)  # `deepspeed` itself does not wait for them then
     took = time.monotonic() - began
-    stopped = _runs.last_checkpoint(run)
+    stopped = last_checkpoint(run)
     expected = {PREEMPTED}
     if through_launcher:
         expected |= {1, -number}  # DeepSpeed's own answers where it was signalled itself
@@ -152,10 +152,10 @@ def asked_once(
     require(f"Pre-empted after step {stopped}" in launch.said(), f"it does not say after which step:\n{launch.said()}")
     if not through_launcher:  # `deepspeed` prints one of its own
         require("Traceback" not in launch.said(), f"it prints a traceback:\n{launch.said()}")
-    require(_runs.last_step(run) == stopped == _runs.check_newest(run), f"the checkpoint is that of step {stopped}")
+    require(last_step(run) == stopped == check_newest(run), f"the checkpoint is that of step {stopped}")
     resumed = place.finish(run, processes, **settings).resumed_step
     require(resumed == stopped, f"it went on after step {resumed}, not {stopped}")
-    difference = _runs.difference(run, whole)
+    difference = first_difference(run, whole)
     require(not difference, str(difference))
     return {"skew": skew, "exit_codes": codes, "seconds": took, "stopped_after": stopped, "resumed_after": resumed}
 
@@ -166,7 +166,7 @@ def wandb_alone(place: Workplace, run: Path, number: signal.Signals) -> dict[str
     whole = place.reference(1, **settings)
     launch = place.launch(run, 1, **settings, **WANDB)
     launch.until(lambda: any(run.glob("wandb/*/run-*.wandb")))
-    process, after = launch.wandb(), _runs.last_step(run)
+    process, after = launch.wandb(), last_step(run)
     require(process is not None and after < 8, f"it ended early:\n{launch.said()}")
     assert process is not None
     process.send_signal(number)
@@ -178,7 +178,7 @@ def wandb_alone(place: Workplace, run: Path, number: signal.Signals) -> dict[str
     told = [line for line in launch.said().splitlines() if "wandb" in line or "Traceback" in line]
     once = len(told) == 1 and told[0].startswith("wandb stopped: ")
     require(once, f"it does not say once that wandb stopped:\n{launch.said()}")
-    difference = _runs.difference(run, whole)
+    difference = first_difference(run, whole)
     require(not difference, str(difference))
     return {"exit_codes": codes, "stopped_after": after}
 
@@ -190,7 +190,7 @@ def while_starting(place: Workplace, random: Random) -> dict[str, Any]:
     launch.until(_after(random.uniform(0.5, 2.0)))
     began = time.monotonic()
     for pid in launch.ranks().values():
-        _runs.kill(pid, signal.SIGTERM)
+        kill(pid, signal.SIGTERM)
     codes = launch.wait()
     launch.wait_for_none_left(5)
     early = set(codes) <= {PREEMPTED, -signal.SIGTERM}  # the latter before the program listens
@@ -202,14 +202,14 @@ def twice(place: Workplace, random: Random) -> dict[str, Any]:
     """A second signal within a long step: the process leaves at once, and the other because of it, with its code."""
     run, rank = place.scratch / "twice", random.randrange(2)
     launch = place.launch(run, 2, **LONGER)
-    launch.until(lambda: launch.has_begun and _runs.last_step(run) >= 1)
+    launch.until(lambda: launch.has_begun and last_step(run) >= 1)
     launch.until(_after(0.3))
     pid = launch.ranks()[rank]
-    _runs.kill(pid, signal.SIGTERM)
+    kill(pid, signal.SIGTERM)
     launch.until(_after(1.5))  # signals within a second count as one
     require(launch.running, f"the step was over before the second signal:\n{launch.said()}")
     began = time.monotonic()
-    _runs.kill(pid, signal.SIGTERM)
+    kill(pid, signal.SIGTERM)
     codes = launch.wait()
     took = time.monotonic() - began
     launch.wait_for_none_left(5)
@@ -221,11 +221,11 @@ def out_of_grace(place: Workplace) -> dict[str, Any]:
     """A step that takes longer than the grace period is given up."""
     run = place.scratch / "grace"
     launch = place.launch(run, 2, failures__grace="1", **LONGER)
-    launch.until(lambda: launch.has_begun and _runs.last_step(run) >= 1)
+    launch.until(lambda: launch.has_begun and last_step(run) >= 1)
     launch.until(_after(0.3))
     began = time.monotonic()
     for pid in launch.ranks().values():
-        _runs.kill(pid, signal.SIGTERM)
+        kill(pid, signal.SIGTERM)
     codes = launch.wait()
     took = time.monotonic() - began
     launch.wait_for_none_left(5)
@@ -236,10 +236,10 @@ def out_of_grace(place: Workplace) -> dict[str, Any]:
 
 def _goes_on(place: Workplace, run: Path) -> dict[str, Any]:
     """The run to its end, from the checkpoint before the step that was given up."""
-    whole, last = place.reference(2, **LONGER), _runs.last_checkpoint(run)
+    whole, last = place.reference(2, **LONGER), last_checkpoint(run)
     resumed = place.finish(run, 2, **LONGER).resumed_step
     require(resumed == last, f"it went on after step {resumed}, not {last}")
-    difference = _runs.difference(run, whole)
+    difference = first_difference(run, whole)
     require(not difference, str(difference))
     return {"resumed_after": resumed}
 

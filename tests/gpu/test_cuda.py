@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from tests.unit.train.test_attention import masked, positions_of
-from tests.unit.train.test_expert_lora import forward_and_gradients, make_experts, masks, nano_config, reference
-from tests.unit.train.test_head import chunked, whole
-from train import expert_lora, model
-from train.attention import packed_attention
-from train.config import EXPERT_TARGETS
+from tests.unit.train.lora.test_split_experts import forward_and_gradients, make_experts, masks, nano_config, reference
+from tests.unit.train.model.test_attention import masked, positions_of
+from tests.unit.train.model.test_head import chunked, whole
+from train.config.lora import EXPERT_TARGETS
+from train.lora import dispatch, split_experts
+from train.model import mixtral
+from train.model.attention import packed_attention
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -49,7 +50,7 @@ def test_the_split_forward_on_cuda_equals_the_reference(
     del used
     torch.manual_seed(1)
     on_gpu = experts.to("cuda")
-    ours = forward_and_gradients(expert_lora.split_lora_forward, on_gpu, x.cuda(), index.cuda(), weights.cuda())
+    ours = forward_and_gradients(split_experts.split_lora_forward, on_gpu, x.cuda(), index.cuda(), weights.cuda())
     for a, b in zip(ours, theirs, strict=True):
         assert (a.cpu().double() - b).norm() <= TOLERANCES[dtype] * b.norm()
 
@@ -65,7 +66,7 @@ def test_a_step_of_a_block_takes_less_memory_than_its_frozen_weights() -> None:
     for _ in range(2):  # the first also makes what libraries keep
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        expert_lora.split_lora_forward(experts, x, index, weights).sum().backward()
+        split_experts.split_lora_forward(experts, x, index, weights).sum().backward()
     assert torch.cuda.max_memory_allocated() - before < frozen / 4
 
 
@@ -115,12 +116,12 @@ def test_at_mixtrals_size_the_grouped_product_equals_the_loop(monkeypatch: pytes
         experts = make_experts(**sizes, dtype=torch.bfloat16, targets=EXPERT_TARGETS)
         x, weights = torch.randn(4096, 4096, dtype=torch.bfloat16), torch.rand(4096, 2, dtype=torch.bfloat16)
         index = torch.rand(4096, 8).topk(2).indices
-    if not expert_lora.in_one_product(x, (4096, 14336)):
+    if not dispatch.in_one_product(x, (4096, 14336)):
         pytest.skip("this GPU has no kernel for the grouped product")
     results = []
     for together in (True, False):
-        monkeypatch.setattr(expert_lora, "in_one_product", lambda x, sizes, together=together: together)
-        results.append(forward_and_gradients(expert_lora.split_lora_forward, experts, x, index, weights))
+        monkeypatch.setattr(dispatch, "in_one_product", lambda x, sizes, together=together: together)
+        results.append(forward_and_gradients(split_experts.split_lora_forward, experts, x, index, weights))
     for a, b in zip(*results, strict=True):
         assert (a.float() - b.float()).norm() <= 2**-6 * b.float().norm()
 
@@ -131,7 +132,7 @@ def test_the_routers_choose_the_same_when_activations_are_computed_again(what: s
     would still be right; that it happens is worth knowing."""
     config = nano_config()
     config.model.dtype, config.activation_checkpointing = "bfloat16", what
-    adapted = model.build(config).cuda().train()
+    adapted = mixtral.build(config).cuda().train()
     chosen: dict[str, list[torch.Tensor]] = {}
     for name, module in adapted.named_modules():
         if isinstance(module, MixtralTopKRouter):

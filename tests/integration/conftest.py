@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.tortures._runs import Launch, Workplace
+from scripts.tortures.harness.launch import Launch
+from scripts.tortures.harness.workplace import Workplace
 
 ROOT = Path(__file__).parents[2]
 

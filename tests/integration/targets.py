@@ -13,21 +13,18 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from data.dataset import Batch
+from data.prepared.dataset import Batch
 from data.schema import IGNORE_INDEX
-from train import engine, model
-from train.config import (
-    ArchitectureConfig,
-    BatchArithmetic,
-    DeepSpeedConfig,
-    HardwareConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from train.config.engine import DeepSpeedConfig, HardwareConfig, OptimConfig
+from train.config.lora import LoraConfig
+from train.config.model import ArchitectureConfig, ModelConfig
+from train.config.train import BatchArithmetic, TrainConfig
+from train.engine import engine
+from train.engine.processes import Processes, join_processes, leave_processes
+from train.engine.zero import partitioned_loading
 from train.loop import step
-from train.loss import MixtralWithLoss
+from train.model import mixtral
+from train.model.loss import MixtralWithLoss
 
 ATTENTION, EXPERTS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_up_proj", "down_proj"]
 TARGETS: dict[str, dict[str, Any]] = {
@@ -103,11 +100,11 @@ def rows(number: int, rank: int) -> list[Batch]:
     return made
 
 
-def trained(config: TrainConfig, processes: engine.Processes) -> dict[str, Any]:
+def trained(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     """Losses, gradient norms and the sum over each trained parameter after STEPS steps."""
     batch = BatchArithmetic(1, ACCUMULATION, processes.count)
-    with engine.partitioned_loading(config, batch):
-        built = model.build(config)
+    with partitioned_loading(config, batch):
+        built = mixtral.build(config)
     trainer = engine.Engine(MixtralWithLoss(built, with_router_loss=True), config, batch, processes)
     trainer.train()
     results = [step(trainer, rows(number, processes.rank), number, LEARNING_RATE, config) for number in (1, 2)]
@@ -125,10 +122,10 @@ def trained(config: TrainConfig, processes: engine.Processes) -> dict[str, Any]:
 
 def main(directory: Path) -> None:
     """Trains them all."""
-    processes = engine.start(HardwareConfig(device="cpu"))
+    processes = join_processes(HardwareConfig(device="cpu"))
     if processes.is_main:
         torch.manual_seed(0)
-        model.base(ModelConfig(architecture=ARCHITECTURE, dtype="float32")).save_pretrained(directory / "base")
+        mixtral.base(ModelConfig(architecture=ARCHITECTURE, dtype="float32")).save_pretrained(directory / "base")
         (directory / "load.json").write_text(json.dumps({"tokens_per_expert": [[1] * 4, [9] * 4]}))
     torch.distributed.barrier()
     for target in TARGETS:
@@ -140,7 +137,7 @@ def main(directory: Path) -> None:
                     found = {"error": f"{type(error).__name__}: {error}"}
                 if processes.is_main:
                     (directory / f"{case(target, division, checkpointing)}.json").write_text(json.dumps(found))
-    engine.finish()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import MixtralForCausalLM
 
-from data.dataset import PreparedDataset, Schedule
+from data.prepared.dataset import PreparedDataset, Schedule
 from data.schema import IGNORE_INDEX
 from tests.integration.conftest import Quickstart, launch, steps, train
-from train.config import OptimConfig
+from train.config.engine import OptimConfig
 from train.loop import learning_rate
 
 pytestmark = pytest.mark.slow

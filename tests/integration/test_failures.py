@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts.tortures import _runs, disk, peers, planted, signals
-from scripts.tortures._runs import Workplace
-from train import checkpoint
+from scripts.tortures import disk, peers, planted, signals
+from scripts.tortures.harness.launch import ENVIRONMENT, ROOT, kill
+from scripts.tortures.harness.outcome import check_newest, last_step
+from scripts.tortures.harness.trials import generator
+from scripts.tortures.harness.workplace import Workplace
+from train.saving import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +34,7 @@ def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, numbe
     brief = signals.LONG | {"max_steps": "3"}
     if way == "the process group":  # DeepSpeed's launcher gives them 30 seconds, on a busy machine too
         brief |= {"max_steps": "8", "global_batch": "8"}
-    signals.asked_once(runs, run, way, number, _runs.generator(way), after=1, settings=brief)
+    signals.asked_once(runs, run, way, number, generator(way), after=1, settings=brief)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
@@ -50,7 +53,7 @@ def test_a_run_that_is_killed_leaves_no_shared_memory(runs: Workplace) -> None:
     launch = runs.launch(runs.scratch / "killed", 2)
     assert launch.until(lambda: launch.has_begun), launch.said()
     for pid in launch.ranks().values():
-        _runs.kill(pid)
+        kill(pid)
     launch.wait()
     assert not list(Path("/dev/shm").glob(f"*_{launch.port}_*"))
 
@@ -82,8 +85,8 @@ def test_a_terminal_that_closes_costs_no_step(runs: Workplace, how: str) -> None
     command = ["setsid", "--ctty", "env", *(["--ignore-signal=HUP"] if how == "nohup" else [])]
     command += [sys.executable, "-m", "train", *(f"{name}={value}" for name, value in settings.items())]
     ours, theirs = pty.openpty()
-    env = os.environ | _runs.ENVIRONMENT
-    with subprocess.Popen(command, cwd=_runs.ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+    env = os.environ | ENVIRONMENT
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         said = b""
         while b"1/6" not in said:
@@ -91,8 +94,8 @@ def test_a_terminal_that_closes_costs_no_step(runs: Workplace, how: str) -> None
         os.close(ours)
         code = process.wait(300)
     assert code == (0 if how == "nohup" else 75)
-    assert _runs.check_newest(run) == _runs.last_step(run) >= 1
-    assert (_runs.last_step(run) == 6) == (how == "nohup")
+    assert check_newest(run) == last_step(run) >= 1
+    assert (last_step(run) == 6) == (how == "nohup")
 
 
 @pytest.mark.usefixtures("mounts")

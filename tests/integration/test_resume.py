@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from scripts.tortures import _runs, damage, kill
-from scripts.tortures._runs import Workplace
-from train import checkpoint
+from scripts.tortures import damage, kill
+from scripts.tortures.harness.outcome import first_difference
+from scripts.tortures.harness.trials import generator
+from scripts.tortures.harness.workplace import Workplace
+from train.saving import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +34,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(runs: Workplace, processe
 
 def test_whatever_is_damaged_is_noticed_by_name(runs: Workplace, stopped: Path) -> None:
     newest = checkpoint.places(stopped)[0]
-    damages = [*damage.of_files(newest, 2, _runs.generator("test")), *damage.of_tensors(newest)]
+    damages = [*damage.of_files(newest, 2, generator("test")), *damage.of_tensors(newest)]
     assert len({what for kind, what, _ in damages if kind == "deleted"}) == 9
     for _, _, way in damages:
         damage.noticed(newest, runs.scratch / "damaged", way)
@@ -41,7 +43,7 @@ def test_whatever_is_damaged_is_noticed_by_name(runs: Workplace, stopped: Path) 
 @pytest.mark.parametrize("kind", ["one byte short", "tensor renamed"])
 def test_the_checkpoint_before_a_damaged_one_is_used(runs: Workplace, stopped: Path, kind: str) -> None:
     newest = checkpoint.places(stopped)[0]
-    every = [*damage.of_files(newest, 0, _runs.generator("test")), *damage.of_tensors(newest)]
+    every = [*damage.of_files(newest, 0, generator("test")), *damage.of_tensors(newest)]
     way = next(way for of_kind, what, way in every if of_kind == kind and what == "exp_avg_sq.safetensors")
     damage.resumed(runs, stopped, runs.reference(1), f"damaged {kind}".replace(" ", "-"), [way])
 
@@ -58,7 +60,7 @@ def test_training_in_full_resumes_exactly(runs: Workplace) -> None:
     full = {"lora": "none", "max_steps": "6", "lora.dropout": "0"}
     run = runs.interrupted("stopped-in-full", 3, 2, **full)
     runs.finish(run, 2, **full)
-    assert _runs.difference(run, runs.reference(2, **full)) is None
+    assert first_difference(run, runs.reference(2, **full)) is None
 
 
 def test_a_finished_run_is_left_alone(runs: Workplace) -> None:

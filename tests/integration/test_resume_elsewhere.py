@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import ROOT, Quickstart, evaluations, steps, train, typed
-from train.signals import EXIT_PREEMPTED
+from train.failures.signals import EXIT_PREEMPTED
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scripts.tortures import disk
-from scripts.tortures._runs import Workplace
+from scripts.tortures.harness.workplace import Workplace
 
 from .conftest import ROOT, run
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.tortures._runs import Workplace, last_step
+from scripts.tortures.harness.outcome import last_step
+from scripts.tortures.harness.workplace import Workplace
 from tests.integration.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from configs.errors import UserError
-from train.config import TrainConfig
+from configs.program.errors import UserError
+from train.config.train import TrainConfig
 
 GOOD = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
 

@@ -8,11 +8,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from configs import multirun
-from configs.entry import CONFIG_DIR, register
+from configs.program import multirun
+from configs.program.entry import CONFIG_DIR, register
 from data.config import PrepareConfig
 from inference.config import InferenceConfig
-from train.config import TrainConfig
+from train.config.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {

@@ -139,8 +139,8 @@ def test_manifest_tells_the_truth(prepare: Callable[..., Any], out: Path, files:
 
 
 def test_rows_hold_the_conversations_they_name(prepare: Callable[..., Any], out: Path) -> None:
-    from data.conversion import to_conversation
-    from data.reading import RawRow
+    from data.rows.conversion import to_conversation
+    from data.rows.reading import RawRow
 
     prepare()
     chat = ChatTokenizer.load()

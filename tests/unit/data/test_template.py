@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 from data.schema import IGNORE_INDEX, Conversation, Message
 from data.template import BREAK, FIRST_PIECE, ChatTokenizer
 from tests.conftest import golden

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from configs.adapter_settings import CONFIG
-from configs.errors import UserError
-from configs.weights import StoredWeights
+from configs.program.errors import UserError
+from data.disk.adapter_directory import CONFIG
+from data.disk.weights import StoredWeights
 from inference.adapter import WEIGHTS, Adapter
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, fold

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 from inference.config import InferenceConfig
 from inference.load import find_base, load, load_base, load_tokenizer
 from tests.hub import FIRST, SECOND, Hub
 from tests.unit.inference.test_adapter import make_base
-from train import model
-from train.config import ModelConfig
+from train.config.model import ModelConfig
+from train.model import mixtral
 from train.run import fetch_base
 
 
@@ -115,7 +115,7 @@ def test_training_pins_the_commit_and_has_all_before_processes_meet(
     held.commits[SECOND] = versions[1]
     hub.requests.clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing is left to ask for
-    found, wanted = model.pretrained(config).state_dict(), make_base_of(tmp_path / "base1")
+    found, wanted = mixtral.pretrained(config).state_dict(), make_base_of(tmp_path / "base1")
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     assert hub.requests == []
 

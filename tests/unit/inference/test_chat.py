@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import UserError
-from data.conversion import to_conversation
-from data.reading import RawRow
+from configs.program.errors import UserError
+from data.rows.conversion import to_conversation
+from data.rows.reading import RawRow
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
 from inference import chat as module

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 from data.schema import Conversation, Message
 from data.template import EOS, ChatTokenizer
 from inference.config import SMALLEST_TEMPERATURE, InferenceConfig

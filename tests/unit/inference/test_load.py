@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
-from configs.errors import UserError
+from configs.program.errors import UserError
 from inference.adapter import Adapter
 from inference.config import InferenceConfig
 from inference.load import choose_dtype, fold, is_spread, load, one_gpu
-from tests.unit.train.test_expert_lora import nano_config, save, trained_nano
+from tests.unit.train.lora.test_split_experts import nano_config, save, trained_nano
 
 
 @pytest.fixture

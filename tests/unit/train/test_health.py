@@ -3,7 +3,7 @@
 import math
 import re
 
-from train.config import FailureConfig
+from train.config.train import FailureConfig
 from train.health import Health
 from train.history import StepRecord
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from configs.errors import UserError
-from train.config import OptimConfig, TrainConfig
+from configs.program.errors import UserError
+from train.config.engine import OptimConfig
+from train.config.train import TrainConfig
 from train.loop import learning_rate
 
 

@@ -10,23 +10,18 @@ import torch
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from data.dataset import Batch
-from tests.unit.train.test_loss import LENGTHS, losses, nano, packed
-from train import engine, model
-from train.config import (
-    BatchArithmetic,
-    DeepSpeedConfig,
-    HardwareConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
-from train.engine import Engine
-from train.learning import FirstGradients
+from data.prepared.dataset import Batch
+from tests.unit.train.model.test_loss import LENGTHS, losses, nano, packed
+from train.config.engine import DeepSpeedConfig, HardwareConfig, OptimConfig
+from train.config.model import ModelConfig
+from train.config.train import BatchArithmetic, LoggingConfig, TrainConfig
+from train.engine.engine import Engine
+from train.engine.processes import join_processes
 from train.loop import step, watched_step
-from train.loss import MixtralWithLoss
-from train.metrics import Metrics
+from train.lora import attach
+from train.lora.proof import FirstGradients
+from train.model.loss import MixtralWithLoss
+from train.reporting.metrics import Metrics
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
@@ -44,7 +39,7 @@ def test_the_router_loss_weighs_the_same_however_many_micro_batches_there_are(we
         cross_entropy / supervised + weight * batch.tokens / tokens * balance for batch, cross_entropy, balance in parts
     )
     total.backward()
-    norm = math.sqrt(sum(float(factor.grad.double().square().sum()) for _, factor in model.trainable(by_hand)))
+    norm = math.sqrt(sum(float(factor.grad.double().square().sum()) for _, factor in attach.trainable(by_hand)))
 
     config = TrainConfig(
         model=ModelConfig(dtype="float32"),
@@ -52,7 +47,7 @@ def test_the_router_loss_weighs_the_same_however_many_micro_batches_there_are(we
         optim=OptimConfig(clip=1e9),
         router_aux_loss=weight,
     )
-    processes = engine.start(HardwareConfig(device="cpu"))
+    processes = join_processes(HardwareConfig(device="cpu"))
     trainer = Engine(module, config, BatchArithmetic(1, 2, processes.count), processes)
     trainer.train()
     result = step(trainer, [long, short], 1, 1e-3, config)
@@ -64,33 +59,33 @@ def test_the_router_loss_weighs_the_same_however_many_micro_batches_there_are(we
 def test_a_norm_beyond_float32_is_refused_though_each_gradient_is_finite() -> None:
     """Clipped by such a norm the gradients are zero, and Adam would move on by its moments."""
     config = TrainConfig(model=ModelConfig(dtype="float32"), deepspeed=DeepSpeedConfig(stage=0), router_aux_loss=0)
-    processes = engine.start(HardwareConfig(device="cpu"))
+    processes = join_processes(HardwareConfig(device="cpu"))
     module = MixtralWithLoss(nano("float32").train(), with_router_loss=False)
     trainer = Engine(module, config, BatchArithmetic(1, 1, processes.count), processes)
     trainer.train()
     batch = packed(torch.randint(3, 400, (sum(LENGTHS),)))
     assert step(trainer, [batch], 1, 1e-3, config).update.applied
-    before = [factor.detach().clone() for _, factor in model.trainable(module)]
+    before = [factor.detach().clone() for _, factor in attach.trainable(module)]
     loss, _ = trainer.forward(batch)
     trainer.backward(loss * 1e25)
-    assert all(bool(factor.grad.isfinite().all()) for _, factor in model.trainable(module))
+    assert all(bool(factor.grad.isfinite().all()) for _, factor in attach.trainable(module))
     update = trainer.step(1e-3)
     assert math.isinf(update.gradient_norm)
     assert not update.applied
-    assert all(torch.equal(old, factor) for old, (_, factor) in zip(before, model.trainable(module), strict=True))
+    assert all(torch.equal(old, factor) for old, (_, factor) in zip(before, attach.trainable(module), strict=True))
     assert step(trainer, [batch], 2, 1e-3, config).update.applied
 
 
 def test_gradients_of_micro_batches_are_summed_in_float32() -> None:
     """Without ZeRO too; in bfloat16 the sum would be off by a thousandth."""
-    processes = engine.start(HardwareConfig(device="cpu"))
+    processes = join_processes(HardwareConfig(device="cpu"))
     module = MixtralWithLoss(nano("bfloat16").train(), with_router_loss=False)
     batches = [packed(torch.randint(3, 400, (sum(LENGTHS),))) for _ in range(4)]
     by_hand = copy.deepcopy(module)
     sums: dict[str, torch.Tensor] = {}
     for batch in batches:
         losses(by_hand, batch)[0].backward()
-        for name, factor in model.trainable(by_hand):
+        for name, factor in attach.trainable(by_hand):
             sums[name] = sums.get(name, 0) + factor.grad.double()
             factor.grad = None
     config = TrainConfig(deepspeed=DeepSpeedConfig(stage=0))
@@ -100,10 +95,10 @@ def test_gradients_of_micro_batches_are_summed_in_float32() -> None:
         trainer.backward(trainer.forward(batch)[0])
         if batch is not batches[-1]:
             trainer.micro_step_done()
-    for name, factor in model.trainable(module):
+    for name, factor in attach.trainable(module):
         assert (factor.grad - sums[name]).norm() <= 1e-6 * sums[name].norm(), name
     assert trainer.step(1e-3).applied
-    assert all(factor.dtype == torch.bfloat16 for _, factor in model.trainable(module))
+    assert all(factor.dtype == torch.bfloat16 for _, factor in attach.trainable(module))
 
 
 @pytest.mark.filterwarnings(
@@ -125,7 +120,7 @@ def test_under_zero3_a_moe_block_is_gathered_whole_once_a_pass(
         deepspeed=DeepSpeedConfig(stage=3, persistence_threshold=0),
         router_aux_loss=0,
     )
-    processes = engine.start(HardwareConfig(device="cpu"))
+    processes = join_processes(HardwareConfig(device="cpu"))
     trainer = Engine(
         MixtralWithLoss(causal_lm, with_router_loss=False), config, BatchArithmetic(1, 1, processes.count), processes
     )
@@ -157,7 +152,7 @@ def test_what_the_routers_do_is_noted_as_often_as_asked(
         deepspeed=DeepSpeedConfig(stage=0),
         logging=LoggingConfig(routing_every=every, wandb="off", progress=False),
     )
-    processes = engine.start(HardwareConfig(device="cpu"))
+    processes = join_processes(HardwareConfig(device="cpu"))
     module = MixtralWithLoss(nano("float32").train(), with_router_loss=True)
     trainer = Engine(module, config, BatchArithmetic(1, 1, processes.count), processes)
     trainer.train()

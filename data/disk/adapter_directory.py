@@ -1,0 +1,121 @@
+"""adapter_config.json: which of PEFT's settings are understood here, and of which kind their values have to be.
+
+PEFT takes most of them unchecked, and fails on them late, or computes with another value than the file says.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from configs.program.errors import UserError
+
+CONFIG = "adapter_config.json"
+
+UNDERSTOOD = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "modules_to_save",
+}
+"""Settings that decide what an adapter adds, all of which PEFT's layers show."""
+
+IRRELEVANT = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+"""Settings that only training or other settings look at."""
+
+INITS_THAT_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights`; the others train against a changed base, which is not the one that is here."""
+
+NOTHING: tuple[object, ...] = (None, False, "none", {}, [])
+
+LONGEST_NAME = 1024
+"""Characters of the longest path or hub id that a base is named by."""
+
+LONGEST_QUOTE = 100
+"""Characters of a value that a sentence quotes."""
+
+
+def check_settings(settings: object, named: str) -> dict[str, Any]:
+    """The settings of an adapter_config.json, as it was parsed; errors begin with `named`.
+
+    Raises:
+        UserError: it is none of a LoRA adapter, or a setting is not understood here, or of a kind that PEFT can't use.
+    """
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA" or not isinstance(settings, dict):
+        raise UserError(
+            f"{named}: its {CONFIG} says peft_type {kind}, not LORA; give the directory adapter/ of a training run"
+        )
+    odd = [name for name, value in settings.items() if name not in UNDERSTOOD | IRRELEVANT and value not in NOTHING]
+    if settings.get("init_lora_weights") not in INITS_THAT_LEAVE_THE_BASE:
+        odd.append("init_lora_weights")
+    if odd:
+        raise UserError(
+            f"{named}: its {CONFIG} says {odd[0]}={_quoted(settings[odd[0]])}, which is not known here; use PEFT "
+            f"itself to merge it, and name the result as the base"
+        )
+    for name, (fits, what) in KINDS.items():
+        if name in settings and not fits(settings[name]):
+            raise UserError(
+                f"{named}: its {CONFIG} says {name}={_quoted(settings[name])}, and PEFT needs {what} there; give the "
+                f"adapter as it was written"
+            )
+    return settings
+
+
+def _quoted(value: object) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}…"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _map_of(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    """Whether a value is null, or an object whose values fit."""
+    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+def _list_of(fits: Callable[[object], bool], *, or_one: bool) -> Callable[[object], bool]:
+    """Whether a value is null, or a list whose items fit, or one that fits by itself."""
+    return lambda value: (
+        value is None or (isinstance(value, list) and all(map(fits, value))) or (or_one and fits(value))
+    )
+
+
+_TEXTS = _list_of(_is_text, or_one=False), "a list of names"
+_PATTERN = _list_of(_is_text, or_one=True), "a list of names, or a pattern"
+
+KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "r": (_is_rank, "a whole number above 0"),
+    "lora_alpha": (_is_number, "a number"),
+    "use_rslora": (lambda value: value is None or isinstance(value, bool), "true or false"),
+    "rank_pattern": (_map_of(_is_rank), "names with whole numbers above 0"),
+    "alpha_pattern": (_map_of(_is_number), "names with numbers"),
+    "target_modules": _PATTERN,
+    "exclude_modules": _PATTERN,
+    "target_parameters": _TEXTS,
+    "modules_to_save": _TEXTS,
+    "layers_pattern": _PATTERN,
+    "layers_to_transform": (_list_of(_is_layer, or_one=True), "whole numbers"),
+    "base_model_name_or_path": (
+        lambda value: value is None or (isinstance(value, str) and len(value) <= LONGEST_NAME),
+        f"a path or hub id of at most {LONGEST_NAME} characters",
+    ),
+    "revision": (lambda value: value is None or isinstance(value, str), "a text"),
+}
+"""What the value of a setting has to be, and in which words that is said."""

@@ -1,0 +1,97 @@
+"""Safetensors on disk: their headers, and files that are written one tensor after the other.
+
+What is written never has to be in memory together.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""What safetensors calls the dtypes that are stored; the last is the tests'."""
+
+
+class TensorFile:
+    """A file whose tensors are known by name, dtype and shape before the first of them is written."""
+
+    def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]):
+        """Writes the head; the tensors follow in this order.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        sizes = [(name, dtype, shape, math.prod(shape) * dtype.itemsize) for name, dtype, shape in tensors]
+        self._path, self._hash = path, xxhash.xxh3_128()
+        self._left: Iterator[tuple[str, torch.dtype, tuple[int, ...], int]] = iter(sizes)
+        head = header((name, NAMES[dtype], shape, size) for name, dtype, shape, size in sizes)
+        self._file = path.open("wb", buffering=0)
+        self._put(memoryview(head))
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes the next tensor, on the CPU."""
+        expected, dtype, shape, _ = next(self._left)
+        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, shape)
+        self._put(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def close(self) -> str:
+        """Ends the file, which is complete then; returns the hash of its bytes, that of `data.disk.files.file_hash`."""
+        assert next(self._left, None) is None, self._path
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def _put(self, view: memoryview) -> None:
+        self._hash.update(view)
+        try:
+            while len(view):
+                view = view[self._file.write(view) :]
+        except OSError:
+            self._file.close()
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file: dtype as safetensors writes it (`BF16`), shape, and where its bytes lie in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+
+def header(tensors: Iterable[tuple[str, str, Iterable[int], int]]) -> bytes:
+    """The head of a safetensors file that holds these in this order: name, dtype (`BF16`), shape, bytes of each."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        begin, end = end, end + size
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors begin at multiples of eight bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one file in the order of their bytes."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:
+            raise ValueError("it is no safetensors file, or cut short")
+        header = json.loads(stream.read(length))
+    start = 8 + length
+    tensors = [
+        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, *(start + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    if tensors and max(tensor.end for tensor in tensors) != file.stat().st_size:
+        raise ValueError("it is cut short")
+    return sorted(tensors, key=lambda tensor: tensor.begin)

@@ -1,0 +1,126 @@
+"""A model's safetensors: which files they are, what they hold, and what tells one model's weights from another's.
+
+Light: reading or making a header needs no torch. The format is an 8-byte little-endian length, a JSON header that gives
+each tensor's dtype, shape and byte range, and the bytes (github.com/huggingface/safetensors).
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+from configs.program.errors import UserError, one_line
+from data.disk.files import file_hash
+from data.disk.hub import find, matching
+from data.disk.tensor_file import StoredTensor, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+SAMPLES, SAMPLE_BYTES = 4, 1024
+"""How much of each tensor its fingerprint reads: this many blocks of this size, evenly spread."""
+
+READERS = 4
+"""Files that are hashed at once."""
+
+REMEDY = "name a Mixtral's directory with config.json and safetensors, or a hub id that can be reached"
+
+
+class StoredWeights:
+    """The weights of a model directory, known by their headers alone."""
+
+    def __init__(self, directory: Path, named: str):
+        """Reads the headers; errors begin with `named`.
+
+        Raises:
+            UserError: the directory holds no weights in safetensors, or not all that its index names.
+        """
+        self.directory = directory
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in weight_files(directory, named):
+            try:
+                self.tensors |= {tensor.name: tensor for tensor in read_header(file)}
+            except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+                raise UserError(f"{named}: its {file.name} can't be read ({one_line(error)}); {REMEDY}") from error
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, in the order of their names."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and evenly spread samples of every tensor.
+
+        The same for a model that was only dealt out to other files. Reads kilobytes of each tensor and not all of
+        it, so that it takes no minutes on 93 GB: it tells a model from any other training of it, where every tensor
+        differs all over; it is no proof against a forger.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+            size = tensor.end - tensor.begin
+            with tensor.file.open("rb") as file:
+                for sample in range(SAMPLES):
+                    file.seek(tensor.begin + max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    digest.update(file.read(min(SAMPLE_BYTES, size)))
+        return digest.hexdigest()
+
+    def contents(self) -> dict[str, str]:
+        """The hash of every file by its name: all bytes, where the fingerprint reads samples."""
+        with ThreadPoolExecutor(READERS) as threads:
+            return dict(zip((file.name for file in self.files), threads.map(file_hash, self.files), strict=True))
+
+
+FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md")
+OTHER_COPIES = ("consolidated*",)
+"""What is downloaded of a model, and what of that is left: the same weights once more."""
+
+
+def local_directory(source: str, revision: str | None, named: str, only: Iterable[str] = FILES) -> Path:
+    """The directory of a model: itself, or the hub's snapshot of it, downloaded where it is not here yet.
+
+    `only` are patterns of the files that are needed of a hub.
+
+    Raises:
+        UserError: there is no such directory, and the hub gave none.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    repository = find("model", source, revision, named)
+    return repository.fetch(matching(repository.files(), only, OTHER_COPIES))
+
+
+def pinned(source: str, revision: str | None, named: str) -> str | None:
+    """The commit that a hub's revision stands for now; of a directory the revision as it is.
+
+    Raises:
+        UserError: there is no such directory, and no such revision on the hub.
+    """
+    return revision if Path(source).is_dir() else find("model", source, revision, named).commit
+
+
+def weight_files(directory: Path, named: str) -> list[Path]:
+    """The safetensors of a model directory, all of them in it: an index that names others is refused.
+
+    Raises:
+        UserError: one is missing, or the index is none.
+    """
+    if (directory / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("a name of a file is no text")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{named}: its {INDEX} is none ({one_line(error)}); {REMEDY}") from error
+    else:
+        names = [SINGLE]
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{named}: its {INDEX} names {name}, which is not in the directory; {REMEDY}")
+        if not (directory / name).is_file():
+            raise UserError(f"{named}: its {name} is missing; {REMEDY}")
+    return [directory / name for name in names]

@@ -1,0 +1,159 @@
+"""`task=report`: one self-contained HTML page about a prepared dataset."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+
+from configs.program.errors import UserError
+from data.config import PrepareConfig
+from data.prepared.layout import SPLITS, open_split, open_whole
+from data.schema import PackedRow
+from data.template import BOS, ChatTokenizer
+
+BARS = 48
+"""Bars of a histogram, fewer where there are fewer values."""
+
+EXAMPLES_OF_A_REASON = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Values from `first` to `last`, how many, and the share of the highest bar."""
+
+    first: int
+    last: int
+    count: int
+    height: float
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How often each value occurs."""
+
+    counts: np.ndarray
+    """[greatest value + 1]"""
+
+    @property
+    def bars(self) -> list[Bar]:
+        """Bars of equal width from the least value to the greatest."""
+        values = np.flatnonzero(self.counts)
+        if not len(values):
+            return []
+        least, greatest = int(values[0]), int(values[-1])
+        width = -(-(greatest - least + 1) // BARS)
+        starts = range(least, greatest + 1, width)
+        counts = [int(self.counts[start : start + width].sum()) for start in starts]
+        highest = max(counts)
+        return [
+            Bar(start, min(start + width - 1, greatest), count, count / highest)
+            for start, count in zip(starts, counts, strict=True)
+        ]
+
+    def quantile(self, share: float) -> int:
+        """The value that this share of all does not exceed."""
+        return int(np.searchsorted(np.cumsum(self.counts), share * self.counts.sum()))
+
+    @property
+    def mean(self) -> float:
+        """The mean of all values."""
+        return float(np.average(np.arange(len(self.counts)), weights=self.counts))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a conversation's text that is trained, or is not."""
+
+    text: str
+    trained: bool
+
+
+def report(config: PrepareConfig) -> None:
+    """Writes the page beside the prepared dataset in `output`."""
+    directory = Path(config.output)
+    manifest = open_whole(directory, "output")
+    tokenizer = ChatTokenizer.load(config.tokenizer)
+    lengths, turns, used = _histograms(directory, manifest["seq_len"])
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("report.html.j2").render(
+        name=directory.name,
+        manifest=manifest,
+        splits=SPLITS,
+        histograms=[
+            ("Length of conversations", "tokens", lengths),
+            ("Turns of conversations", "turns", turns),
+            ("Tokens in rows", f"tokens of {manifest['seq_len']:,}", used),
+        ],
+        rejects=_rejects(directory),
+        examples=[_example(row, tokenizer) for row in _some_rows(directory, config.rows)],
+    )
+    path = directory.with_name(f"{directory.name}-report.html")
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output={directory}: {path} can't be written ({error.strerror}); make it writable") from error
+    Console(stderr=True).print(f"Wrote {path}", soft_wrap=True, markup=False)
+
+
+def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
+    """Tokens and turns of each conversation, tokens of each row; both splits, a batch in memory at a time."""
+    of_lengths, of_turns, of_used = (np.zeros(seq_len + 1, np.int64) for _ in range(3))
+    for batch in _batches(directory):
+        ids, lengths = batch["ids"].flatten().to_numpy(), batch["lengths"].flatten().to_numpy()
+        starts = np.cumsum(lengths) - lengths
+        turns = np.add.reduceat(ids == BOS, starts, dtype=np.int64)
+        used = np.diff(batch["ids"].offsets.to_numpy())
+        of_lengths += np.bincount(lengths, minlength=seq_len + 1)
+        of_turns += np.bincount(turns, minlength=seq_len + 1)
+        of_used += np.bincount(used, minlength=seq_len + 1)
+    return Histogram(of_lengths), Histogram(of_turns), Histogram(of_used)
+
+
+def _batches(directory: Path) -> Iterator[pa.RecordBatch]:
+    for split in SPLITS:
+        yield from open_split(directory, split).to_batches()
+
+
+def _rejects(directory: Path) -> list[dict[str, Any]]:
+    """Each reason with its number and its first examples, the commonest first."""
+    numbers: Counter[str] = Counter()
+    examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    with (directory / "rejects.jsonl").open(encoding="utf-8") as file:
+        for reject in map(json.loads, file):
+            numbers[reject["reason"]] += 1
+            if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
+                examples[reject["reason"]].append(reject)
+    return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
+
+
+def _some_rows(directory: Path, number: int) -> list[PackedRow]:
+    """Rows from all over the training split."""
+    table = open_split(directory, "train")
+    places = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
+    return [PackedRow(**table.slice(int(place), 1).to_pylist()[0]) for place in places]
+
+
+def _example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+    """The conversations of a row, each in segments."""
+    conversations = []
+    spans = iter(row.spans)
+    place = 0
+    for number, length in zip(row.rows, row.lengths, strict=True):
+        segments, end = [], place + length
+        while place < end:
+            for trained in (False, True):
+                span = next(spans)
+                if span:  # a masked reply leaves its turn nothing that is trained
+                    segments.append(Segment(tokenizer.spell(row.ids[place : place + span]), trained))
+                place += span
+        conversations.append({"row": number, "tokens": length, "segments": segments})
+    return conversations

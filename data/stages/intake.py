@@ -1,0 +1,181 @@
+"""Encoded chunks, in the order of the rows → kept conversations in the store, or a line in the file of rejects.
+
+What depends on the rows before (duplicates) or on the number of a row (weights) is decided here, by one process.
+"""
+
+import hashlib
+import json
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, TextIO
+
+from configs.program.errors import UserError
+from data.config import AUTO, PrepareConfig
+from data.rows.columns import fields_of, harmless
+from data.rows.conversion import detect_schema
+from data.rows.reading import Chunk, RawRow, Reject
+from data.rows.sources import Source
+from data.stages.duplicates import Seen
+from data.stages.encoding import EncodedChunk, Pool
+from data.stages.store import ConversationStore
+
+CLEANED = ("contaminated", "duplicate", "near_duplicate", "left_out")
+"""Reasons of rejects that were asked for, and say nothing against the data."""
+
+
+class Intake:
+    """Takes in the rows of all sources and keeps the count: rows = kept + rejected, always."""
+
+    def __init__(self, config: PrepareConfig, store: ConversationStore, rejects: TextIO):
+        """Kept conversations go to `store`, a line for each of the other rows to `rejects`."""
+        self.rows = 0
+        """Rows read."""
+        self.kept = 0
+        """Rows of which something is in the store."""
+        self.rejected: Counter[str] = Counter()
+        """The others, by reason."""
+        self.first_unusable: Reject | None = None
+        self.shortened: Counter[str] = Counter()
+        """Kept rows that were longer than allowed, and what they lost."""
+        self.copies = array("i")
+        """For each conversation in the store, how often an epoch trains on it."""
+        self.inputs: list[dict[str, Any]] = []
+        """What the manifest says of each source."""
+        self.unseen = {name for field, name in config.columns.items() if name != field}
+        """Names in `columns` that no row so far has."""
+
+        self._config, self._store, self._rejects = config, store, rejects
+        near_threshold = config.near_threshold if config.duplicates == "drop_near" else None
+        self._seen = None if config.duplicates == "keep" else Seen(near_threshold=near_threshold)
+        self._places = Places()
+        self._useless = set(config.columns)  # that no source so far has a use for
+
+    def read(self, source: Source, pool: Pool, *, is_last: bool) -> Iterator[int]:
+        """Takes in the rows of a source; yields how many rows were read so far, over all sources.
+
+        Raises:
+            UserError: after the last source is known, `columns` names a field that none of their schemas has.
+        """
+        first = self.rows
+        schema, chunks = _with_schema(source, self._config)
+        self._useless -= set(fields_of(schema))
+        if is_last and self._useless:
+            raise UserError(
+                f"columns.{min(self._useless)}: the rows are read as {schema}, which has no such field; it is one of "
+                f"{', '.join(fields_of(schema))}; or give schema=… if they are of another"
+            )
+        unread: Counter[str] = Counter()
+        for encoded in pool.encode(chunks, schema):
+            self._take(encoded, source)
+            unread.update(encoded.unread)
+            self.unseen -= encoded.seen
+            yield self.rows
+        self.inputs.append({**source.description, "schema": schema, "rows": self.rows - first, **_told(unread)})
+
+    @property
+    def unusable(self) -> int:
+        """Rows that were rejected for what they are."""
+        return sum(number for reason, number in self.rejected.items() if reason not in CLEANED)
+
+    def _take(self, encoded: EncodedChunk, source: Source) -> None:
+        rejects = dict(encoded.rejects)
+        if self._seen is not None:
+            self._places.add(self.rows, encoded)
+        for position, (place, parts) in enumerate(encoded.kept):
+            row = self.rows + place
+            copies = copies_of(row, source.weight, self._config.seed)
+            reject = None
+            if copies == 0:
+                detail = f"the weight {source.weight} of its source leaves it out"
+                reject = Reject(encoded.file, encoded.unit, encoded.numbers[place], "left_out", detail)
+            elif self._seen is not None:
+                reject = self._duplicate(encoded, position, row)
+            if reject is not None:
+                rejects[place] = reject
+                continue
+            self.kept += 1
+            if lost := encoded.shortened.get(place):
+                self.shortened.update(rows=1, turns_left_out=lost.turns_left_out, replies_cut=lost.replies_cut)
+            for part in parts:
+                self._store.append(row, part)
+                self.copies.append(copies)
+        for _, reject in sorted(rejects.items()):
+            self.rejected[reject.reason] += 1
+            if self.first_unusable is None and reject.reason not in CLEANED:
+                self.first_unusable = reject
+            self._rejects.write(json.dumps(reject.record(), ensure_ascii=False) + "\n")
+        self.rows += len(encoded.numbers)
+
+    def _duplicate(self, encoded: EncodedChunk, position: int, row: int) -> Reject | None:
+        assert self._seen is not None
+        earlier = self._seen.earlier(row, encoded.likenesses[position])
+        if earlier is None:
+            return None
+        other, similarity = earlier
+        number = encoded.numbers[encoded.kept[position][0]]
+        kept = self._places.of(other)
+        if similarity is None:
+            detail, reason = "the same conversation was there before", "duplicate"
+        else:
+            detail, reason = (
+                f"a conversation that is alike was there before (similarity {similarity:.2f})",
+                "near_duplicate",
+            )
+        return Reject(encoded.file, encoded.unit, number, reason, detail, kept)
+
+
+class Places:
+    """Where each row stands in its file, by its number over all sources: eight bytes a row."""
+
+    def __init__(self) -> None:
+        self._numbers = array("q")
+        self._firsts: list[int] = []
+        self._files: list[tuple[str, str]] = []
+
+    def add(self, first: int, encoded: EncodedChunk) -> None:
+        """The rows of a chunk, the next ones."""
+        if not self._files or self._files[-1] != (encoded.file, encoded.unit):
+            self._firsts.append(first)
+            self._files.append((encoded.file, encoded.unit))
+        self._numbers.extend(encoded.numbers)
+
+    def of(self, row: int) -> dict[str, Any]:
+        """File, and line or row."""
+        file, unit = self._files[bisect_right(self._firsts, row) - 1]
+        return {"file": file, unit: self._numbers[row]}
+
+
+def _told(unread: Counter[str]) -> dict[str, dict[str, int]]:
+    """What the manifest says of the fields that were not read, the commonest first: in how many rows each is."""
+    describing = harmless(unread)
+    ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "unread_fields": {field: rows for field, rows in ordered if field not in describing},
+        "harmless_fields": {field: rows for field, rows in ordered if field in describing},
+    }
+
+
+def copies_of(row: int, weight: float, seed: int) -> int:
+    """How often an epoch trains on a row of a source of that weight: 1.5 is once, and for a seeded half once more."""
+    whole, share = divmod(weight, 1)
+    if share == 0:
+        return int(whole)
+    draw = int.from_bytes(hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest())
+    return int(whole) + (draw < share * 2**64)
+
+
+def _with_schema(source: Source, config: PrepareConfig) -> tuple[str, Iterator[Chunk]]:
+    """The schema of a source's rows, found by its first ones where it is not given, and all its chunks."""
+    chunks = source.chunks()
+    if config.schema != AUTO:
+        return config.schema, chunks
+    # Where none fits, the plainest: its rejects say what is missing.
+    first = next(chunks, None)
+    if first is None:
+        return "instruction", iter(())
+    found = (detect_schema(row.value, config.columns) for row in first.rows() if isinstance(row, RawRow))
+    schema = next((schema for schema in found if schema is not None), "instruction")
+    return schema, chain([first], chunks)

@@ -1,0 +1,89 @@
+"""A prepared dataset on its way to the disk: whole or not there, whenever the process is killed.
+
+.{name}.{process}.tmp/   beside the target, locked while its process lives
+  encoded/               conversations between encoding and packing
+  dataset/               the new dataset; changes places with the old one when it is whole
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from configs.program.errors import UserError, one_line
+from data.disk.files import take_place
+from data.prepared.layout import MANIFEST, ROW_SCHEMA, SPLITS, read_manifest
+from data.stages.store import ConversationStore, Index
+
+ROWS_PER_BATCH = 256
+"""Packed rows that are put together in memory at a time."""
+
+
+def refuse_foreign(output: Path, files: list[str]) -> None:
+    """Raises `UserError` rather than replace what is not a prepared dataset, or what the rows are read from."""
+    try:
+        place = output.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"output={output}: it is no place ({one_line(error)}); choose another directory") from error
+    if place.is_dir() and any(Path(path).resolve().is_relative_to(place) for path in [str(Path.cwd()), *files]):
+        raise UserError(f"output={output}: it holds the working directory or an input; choose a directory of its own")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        manifest = read_manifest(output)
+    except UserError as error:
+        raise UserError(
+            f"output={output}: something else is there, not a prepared dataset; choose another directory"
+        ) from error
+    ours = {MANIFEST, "rejects.jsonl", *(f"{split}/rows.arrow" for split in SPLITS), *manifest.get("files", {})}
+    there = (str(path.relative_to(output)) for path in sorted(output.rglob("*")) if not path.is_dir())
+    if foreign := [name for name in there if name not in ours]:
+        raise UserError(f"output={output}: {foreign[0]} is in it, which is not part of a dataset; move it elsewhere")
+
+
+def write_rows(path: Path, plan: list[list[int]], store: ConversationStore, index: Index) -> None:
+    """Writes one split.
+
+    Args:
+        path: the Arrow file.
+        plan: for each packed row, the conversations in it, by their places in `index`.
+        store: has their tokens.
+        index: has their lengths.
+    """
+    path.parent.mkdir(parents=True)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as arrow:
+        for first in range(0, len(plan), ROWS_PER_BATCH):
+            block = plan[first : first + ROWS_PER_BATCH]
+            members = [member for row in block for member in row]
+            last = np.cumsum([len(row) for row in block])
+            ids, spans = store.read(members)
+            lengths = index.lengths[members]
+            each = np.ones_like(lengths)
+            columns = [
+                _lists(ids, lengths, last),
+                _lists(spans, index.spans[members], last),
+                _lists(lengths, each, last),
+                _lists(index.rows[members], each, last),
+            ]
+            arrow.write_batch(pa.RecordBatch.from_arrays(columns, schema=ROW_SCHEMA))
+
+
+def _lists(values: np.ndarray, sizes: np.ndarray, last: np.ndarray) -> pa.ListArray:
+    """Lists, one a packed row, of values of which each member has `sizes`; row i ends with member `last[i]`, from 1."""
+    ends = np.cumsum(sizes, dtype=np.int32)[last - 1]
+    return pa.ListArray.from_arrays(np.concatenate([np.zeros(1, np.int32), ends]), pa.array(values))
+
+
+def publish(dataset: Path, output: Path, manifest: dict[str, Any]) -> None:
+    """Completes the dataset with its manifest and puts it in the place of what was there, in one step."""
+    files = {}
+    for path in sorted(path for path in dataset.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[str(path.relative_to(dataset))] = {"bytes": path.stat().st_size, "sha256": digest}
+    with (dataset / MANIFEST).open("w", encoding="utf-8") as text:
+        text.write(json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False) + "\n")
+    take_place(dataset, output)

@@ -1,0 +1,158 @@
+"""Answers as they are written to disk, so that a killed run goes on where it was."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs.program.errors import UserError
+from data.disk.files import sha256, sync
+from inference.adapter import WEIGHTS
+from inference.batch.rows import encoded
+from inference.config import InferenceConfig
+
+SETTINGS = (
+    *("adapter", "base", "revision", "fold", "dtype", "system", "markers", "max_new_tokens", "stop"),
+    *("temperature", "top_p", "top_k", "seed", "batch_size", "batching"),
+)
+"""What a run must have in common with the one that it continues."""
+
+FIRST_BYTES = b'{"input": "'
+"""How every journal begins."""
+
+
+# Files
+
+
+class Journal:
+    """`{output}.part`: a first line that says what the run is, then whole units of answers."""
+
+    def __init__(self, path: Path, descriptor: int, offset: int):
+        self.path = path
+        self._descriptor = descriptor
+        self._start = offset
+
+    def keep(self, units: list[list[int]]) -> set[int]:
+        """Drops what a kill left of a unit that was not whole; the lines that are answered."""
+        place, wanted = self._start, {unit[0]: unit for unit in units}
+        content = self.path.read_bytes()
+        done: set[int] = set()
+        while place < len(content):
+            whole: list[int] = []
+            unit: list[int] = []
+            end = place
+            while not whole or len(whole) < len(unit):
+                newline = content.find(b"\n", end)
+                if newline < 0:
+                    break
+                whole.append(_line_of(content[end:newline]))
+                unit = wanted.get(whole[0], [])
+                end = newline + 1
+            if whole != unit or not unit:
+                break
+            done |= set(whole)
+            place = end
+        os.ftruncate(self._descriptor, place)
+        return done
+
+    def append(self, answers: list[dict[str, Any]]) -> None:
+        """Adds a unit, in one write, and waits until the disk has it."""
+        view = memoryview(b"".join(map(encoded, answers)))
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        os.fsync(self._descriptor)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """All answers so far."""
+        return [json.loads(line) for line in self.path.read_bytes()[self._start :].splitlines()]
+
+
+@contextmanager
+def open_journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
+    """The journal of this run, begun or continued; held by one process at a time.
+
+    Raises:
+        UserError: it can't be written, another process writes it, or it belongs to another run.
+    """
+    descriptor = locked(path)
+    try:
+        if not _begins_as_ours(path.read_bytes()):
+            raise UserError(
+                f"output: {path} is there, and no batch wrote it; move it elsewhere, or name another output"
+            )
+        head, _, answers = path.read_bytes().partition(b"\n")
+        before = json.loads(head) if answers else identity
+        for field, value in identity.items():
+            if before.get(field) != value:
+                raise UserError(
+                    f"{field}={value}: the run that {path} belongs to had {field}={before.get(field)}; "
+                    f"give the same again, or remove the file to start over"
+                )
+        if not answers:
+            os.ftruncate(descriptor, 0)
+            head = json.dumps(identity).encode()
+            os.write(descriptor, head + b"\n")
+        yield Journal(path, descriptor, len(head) + 1)
+    finally:
+        content = path.read_bytes() if path.exists() else b"-"
+        if _begins_as_ours(content) and content.count(b"\n") < 2:  # nothing was answered: nothing to go on from
+            path.unlink()
+        os.close(descriptor)
+
+
+def _begins_as_ours(content: bytes) -> bool:
+    """Whether that is how a journal begins; nothing, and a head that was torn, are beginnings too."""
+    return content[: len(FIRST_BYTES)] == FIRST_BYTES[: len(content)]
+
+
+def _line_of(answer: bytes) -> int:
+    """The line that an answer is to; -1, which no row has, where a torn write or a damaged disk left something else."""
+    try:
+        return _place(json.loads(answer))
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def _place(answer: dict[str, Any]) -> int:
+    """The line, or the row, that an answer is to."""
+    return int(answer["line"] if "line" in answer else answer["row"])
+
+
+def locked(path: Path) -> int:
+    """A descriptor of the journal, for this process alone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"output={path}: another process is writing it; wait for it, or name another") from error
+    return descriptor
+
+
+def identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
+    """What tells this run from another: the input's and the adapter's bytes, and all that decides the answers."""
+    weights = Path(str(config.adapter)) / WEIGHTS
+    return {
+        "input": sha256(source),
+        "adapter_weights": sha256(weights) if weights.is_file() else None,
+        **{name: getattr(config, name) for name in SETTINGS},
+    }
+
+
+def finish(output: Path, answers: list[dict[str, Any]]) -> None:
+    """Writes all lines in the input's order, and lets them appear at once."""
+    temporary = output.with_name(f".{output.name}.tmp")
+    with temporary.open("wb") as file:
+        for answer in sorted(answers, key=_place):
+            file.write(encoded(answer))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(output)
+    sync(output.parent)

@@ -1,0 +1,241 @@
+"""Base and adapter → one checkpoint, from file to file: no model is built, and each thread holds one block of a matrix.
+
+The checkpoint has the base's files, tensor for tensor in Mixtral's original names. What the adapter leaves alone is
+copied by the kernel; what it changes is read, folded and written. Everything happens in a hidden directory beside the
+output, which takes its name when it is whole and verified.
+"""
+
+import datetime
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from transformers import GenerationConfig
+
+from configs.program.errors import UserError, one_line
+from configs.program.provenance import machine, provenance
+from data.disk.architecture import exported
+from data.disk.files import staging, take_place
+from data.disk.mixtral_files import Piece, pieces
+from data.disk.plain_text import read_json
+from data.disk.tensor_file import header
+from data.disk.weights import INDEX, SINGLE, StoredWeights, local_directory
+from data.template import BOS, EOS, UNK
+from inference.adapter import BLOCK, Adapter
+from inference.config import InferenceConfig
+from inference.load import find_adapter, find_base, load_tokenizer
+from inference.merging.card import read_story, write_card
+from inference.merging.verify import verify
+
+RECEIPT = "merge.json"
+"""Written last into the output: what was merged, from what, by what, and what the verification measured."""
+
+PACKAGES = ("openhermes-mixtral", "torch", "transformers", "peft", "safetensors", "tokenizers")
+
+NOT_BY_THE_KERNEL = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""What copy_file_range says between some file systems, on some of them, and where a kernel or sandbox lacks it."""
+COPIED_AT_ONCE = 4 << 20
+"""Bytes."""
+
+MOST_THREADS = 8
+"""More would only wait for the disk."""
+
+console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def merge(config: InferenceConfig) -> dict[str, Any]:
+    """Writes `output` from base and adapter; returns its receipt.
+
+    Raises:
+        UserError: the two don't belong together, or the output can't be written, or would lose the adapter to rounding.
+        VerificationError: what was written is not base + adapter.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    base = find_base(config)
+    adapter = find_adapter(config, base)
+    tokenizer = load_tokenizer(base)
+    source = local_directory(base.source, base.revision, base.named)
+    weights = StoredWeights(source, base.named)
+    parts = pieces(weights, base.architecture, base.named)
+    training = adapter.receipt
+    story = read_story(source, adapter.directory, adapter.settings, training)
+    settings = exported(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    for sentence in story.left_out:
+        console.print(sentence, markup=False, soft_wrap=True)
+
+    output, size = Path(str(config.output)), sum(piece.size for piece in parts)
+    _check_output(output, config.overwrite, source, adapter.directory)
+    with staging(output, setting="output") as temporary:
+        _check_room(output, temporary, size)  # now that what killed runs left is gone
+        directory = temporary / "model"
+        directory.mkdir()
+        seconds = write_weights(directory, parts, adapter)
+        (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=UNK).save_pretrained(directory)
+        tokenizer.save(directory, source)
+        receipt = {
+            "started": started,
+            **provenance(PACKAGES),
+            "hardware": machine(),
+            "base": {"path": base.source, "revision": base.revision, "fingerprint": weights.fingerprint},
+            "adapter": {"path": str(adapter.directory), "settings": adapter.settings, "receipt": training},
+            "merged": {"bytes": size, "seconds": seconds},
+            "verification": verify(directory, parts, adapter, tokenizer) if config.verify else None,
+        }
+        write_card(directory, output.name, story, receipt, config.licence)
+        receipt["files"] = sorted([RECEIPT, *(path.name for path in directory.iterdir())])
+        (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        _check_output(output, config.overwrite, source, adapter.directory)  # another process may have been faster
+        take_place(directory, output)
+    _show(output, receipt)
+    return receipt
+
+
+def write_weights(directory: Path, parts: list[Piece], adapter: Adapter) -> float:
+    """Writes the merged tensors to files of the base's names, and their index; returns the seconds that it took.
+
+    Threads take a tensor each and do its small sums alone: torch's own threads would wait for each other after every
+    block, and for whatever else runs on the machine.
+    """
+    started = time.perf_counter()
+    names = list(dict.fromkeys(piece.stored.file.name for piece in parts))
+    columns = ("Merging", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with (
+        single_threaded_torch(),
+        ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        bar = progress.add_task("", total=sum(piece.size for piece in parts))
+        for name in names:
+            here = [piece for piece in parts if piece.stored.file.name == name]
+            with (directory / name).open("wb", buffering=0) as file:
+                head = header((p.stored.name, p.stored.dtype, p.stored.shape, p.size) for p in here)
+                file.write(head)
+                ends = accumulate((piece.size for piece in here), initial=len(head))
+                begins = list(ends)[:-1]
+                for size in threads.map(lambda piece, at: write_piece(piece, adapter, file, at), here, begins):
+                    progress.advance(bar, size)
+    if names != [SINGLE]:
+        index = {
+            "metadata": {"total_size": sum(piece.size for piece in parts)},
+            "weight_map": {piece.stored.name: piece.stored.file.name for piece in parts},
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return time.perf_counter() - started
+
+
+def write_piece(piece: Piece, adapter: Adapter, file: BinaryIO, at: int) -> int:
+    """Writes a piece with the adapter's change, where it has one, to that place of a file; returns its bytes.
+
+    A few hundred kilobytes are read, summed and written at a time, so that they never leave the processor's cache.
+    """
+    with piece.stored.file.open("rb", buffering=0) as source:
+        if piece.parameter not in adapter.updates:
+            copy(source.fileno(), piece.stored.begin, file.fileno(), at, piece.size)
+            return piece.size
+        height = piece.stored.shape[0]
+        row_bytes = piece.size // height
+        step = max(1, BLOCK["cpu"] * piece.dtype.itemsize // row_bytes)
+        first = piece.rows.start or 0
+        buffer = bytearray(step * row_bytes)
+        for row in range(0, height, step):
+            view = memoryview(buffer)[: min(step, height - row) * row_bytes]
+            _exactly(os.preadv(source.fileno(), [view], piece.stored.begin + row * row_bytes), view)
+            block = torch.frombuffer(view, dtype=piece.dtype).view(-1, *piece.stored.shape[1:])
+            adapter.fold(piece.parameter, block, piece.expert, slice(first + row, first + row + len(block)))
+            _exactly(os.pwrite(file.fileno(), view, at + row * row_bytes), view)
+    return piece.size
+
+
+def copy(source: int, begin: int, target: int, at: int, size: int) -> None:
+    """Copies bytes between places of two open files: by the kernel, without bringing them into this process, if it
+    can. Between file systems it may not be able to, and some answer that they have copied nothing.
+
+    Raises:
+        OSError: the source ends too early, or what is written finds no room.
+    """
+    end = begin + size
+    while begin < end:
+        try:
+            count = os.copy_file_range(source, target, end - begin, begin, at)
+        except OSError as error:
+            if error.errno not in NOT_BY_THE_KERNEL:
+                raise
+            count = 0
+        if count == 0:
+            break
+        begin, at = begin + count, at + count
+    buffer = memoryview(bytearray(min(COPIED_AT_ONCE, end - begin)))
+    while begin < end:
+        block = buffer[: min(len(buffer), end - begin)]
+        count = os.preadv(source, [block], begin)
+        if count == 0:
+            raise OSError(f"the file ends {end - begin} bytes too early")
+        _exactly(os.pwrite(target, block[:count], at), block[:count])
+        begin, at = begin + count, at + count
+
+
+def _exactly(count: int, view: memoryview) -> None:
+    if count != len(view):
+        raise OSError(f"{count} of {len(view)} bytes were moved")
+
+
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """One thread for each operation of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) -> None:
+    """Raises `UserError` rather than replace anything but a merged model, and that only where told."""
+    try:
+        place = output.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"output={output}: it is no place ({one_line(error)}); name another directory") from error
+    if any(path.resolve().is_relative_to(place) for path in (source, adapter, Path.cwd())):
+        raise UserError(f"output={output}: it holds the base, the adapter or the working directory; name another")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / RECEIPT).is_file():
+        raise UserError(f"output={output}: something is there that no merge wrote; name another directory")
+    if not overwrite:
+        raise UserError(f"output={output}: a merged model is there; name another, or give overwrite=true")
+    ours = read_json(output / RECEIPT).get("files", [])
+    ours = ours if isinstance(ours, list) else []
+    if foreign := sorted(path.name for path in output.iterdir() if path.name not in ours):
+        raise UserError(f"output={output}: {foreign[0]} is in it, which no merge wrote; move it elsewhere")
+
+
+def _check_room(output: Path, temporary: Path, size: int) -> None:
+    free = shutil.disk_usage(temporary).free
+    if free < size:
+        raise UserError(
+            f"output={output}: the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, or "
+            f"name another disk"
+        )
+
+
+def _show(output: Path, receipt: dict[str, Any]) -> None:
+    table = Table(title=f"{output}", show_header=False, title_justify="left")
+    merged = receipt["merged"]
+    table.add_row("bytes written", f"{merged['bytes']:,} at {merged['bytes'] / merged['seconds'] / 1e9:.2f} GB/s")
+    for name, value in (receipt["verification"] or {}).items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.2e}")
+    console.print(table)

@@ -1,0 +1,245 @@
+"""Whether a merged checkpoint is base + adapter: its tensors bit by bit, and its logits against stock PEFT's.
+
+The logits are computed with the matrices of one expert in memory at a time: transformers' own model is built without
+weights, and each module's are read when the forward comes to it and dropped when it leaves. So a model of any size can
+be verified where it could be merged.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from configs.program.errors import UserError
+from data.disk.architecture import read_architecture
+from data.disk.mixtral_files import Piece, pieces
+from data.disk.weights import StoredWeights
+from data.schema import Conversation, Message
+from data.template import UNK, ChatTokenizer
+from inference.adapter import PREFIX, Adapter, LowRank, Whole
+
+SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+PROMPTS = 8
+"""Conversations of the sample dataset on which logits are compared, half of each of its files."""
+
+
+class VerificationError(RuntimeError):
+    """What was written is not base + adapter."""
+
+
+def verify(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """Compares the merged model in `directory` with base and adapter; returns what was measured.
+
+    Raises:
+        VerificationError: a tensor or the logits are not what they must be.
+        UserError: the adapter's change to a tensor is lost in rounding, or not finite.
+    """
+    return {**compare_tensors(directory, parts, adapter), **compare_logits(directory, parts, adapter, tokenizer)}
+
+
+def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> dict[str, Any]:
+    """Every tensor that the adapter adds to must have changed, and every other be the same to the last bit.
+
+    The merged files are read with the library safetensors, and not by what wrote them.
+    """
+    changed, identical, smallest = 0, 0, 1.0
+    stored: dict[str, Any] = {}
+    for piece in parts:
+        file = piece.stored.file.name
+        if file not in stored:
+            stored = {file: safe_open(directory / file, "pt")}
+        name = piece.stored.name
+        before, after = piece.read(), stored[file].get_tensor(name)
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise VerificationError(f"{name} was {before.dtype} {list(before.shape)}; merged it is not")
+        bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
+        different = int((before.view(bits) != after.view(bits)).sum())
+        update = adapter.updates.get(piece.parameter)
+        if update is not None and not after.isfinite().all():
+            raise UserError(
+                f"adapter={adapter.directory}: what it makes of {name} is not finite, as of a training that diverged; "
+                f"give an earlier checkpoint, or train again"
+            )
+        adds = isinstance(update, LowRank) and adapter.changes(piece.parameter, piece.expert, piece.rows)
+        stored_there = None if update is None else adapter.stored(piece.parameter, piece.expert, piece.rows)
+        if stored_there is not None and not adds:
+            if not torch.equal(after, stored_there.to(after.dtype)):
+                raise VerificationError(f"{name} is not the tensor that the adapter holds")
+            changed += 1
+        elif adds:
+            if different == 0:
+                raise UserError(
+                    f"adapter={adapter.directory}: what it adds to {name} is lost in rounding to {before.dtype}, so a "
+                    f"merged model would be the base; use the adapter unmerged, or train it further"
+                )
+            changed, smallest = changed + 1, min(smallest, different / before.numel())
+        elif different:
+            raise VerificationError(f"{name} changed, and the adapter adds nothing to it")
+        else:
+            identical += 1
+    return {"tensors_changed": changed, "smallest_changed_share": smallest, "tensors_bit_identical": identical}
+
+
+def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """The merged model's logits on real prompts must be those of base and adapter in stock PEFT, within rounding.
+
+    What rounding does is measured: exact logits come from base and adapter unmerged in the next wider dtype, and the
+    merged model must be as near to them as base and adapter unmerged in their own dtype are, within a factor of 2.
+    A difference is the median over positions of |logits - exact| / |exact|: the median, because a router that stands
+    between two experts may fall to either side by rounding alone.
+    """
+    dtype = max(parts, key=lambda piece: piece.size).dtype
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    architecture = read_architecture(str(directory), None, "merged")
+    conversations = sample_conversations()
+
+    def computed(parts: list[Piece], dtype: torch.dtype, adapter: Adapter | None = None) -> torch.Tensor:
+        return logits(streamed(architecture, dtype, parts, adapter), tokenizer, conversations)
+
+    exact = computed(parts, wider, adapter)
+    merged = computed(pieces(StoredWeights(directory, "merged"), architecture, "merged"), dtype)
+    result = {
+        "positions": len(merged),
+        "logits_difference": _median_difference(merged, exact),
+        "logits_difference_unmerged": _median_difference(computed(parts, dtype, adapter), exact),
+        "logits_difference_without_adapter": _median_difference(computed(parts, dtype), exact),
+        "same_likeliest_token": float((merged.argmax(-1) == exact.argmax(-1)).double().mean()),
+    }
+    if not result["logits_difference"] <= 2 * result["logits_difference_unmerged"]:
+        raise VerificationError(
+            f"the merged model's logits differ from those of base and adapter by {result['logits_difference']:.2e}, "
+            f"and rounding explains {result['logits_difference_unmerged']:.2e}"
+        )
+    return result
+
+
+def _median_difference(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    pairs = ((row.double(), right.double()) for row, right in zip(ours, exact, strict=True))
+    return float(torch.stack([(row - right).norm() / right.norm() for row, right in pairs]).median())
+
+
+def sample_conversations() -> list[Conversation]:
+    """Some conversations of the dataset that ships with the project."""
+    found = []
+    for name in ("general.jsonl", "identity.jsonl"):
+        lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines()[: PROMPTS // 2]
+        for row in map(json.loads, lines):
+            found.append(Conversation((Message("user", row["instruction"]), Message("assistant", row["output"]))))
+    return found
+
+
+def logits(model: nn.Module, tokenizer: ChatTokenizer, conversations: list[Conversation]) -> torch.Tensor:
+    """[positions, vocabulary], of all tokens of the conversations in one forward."""
+    rows = [tokenizer.encode(conversation).ids for conversation in conversations]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [UNK] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    with torch.inference_mode():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+
+def streamed(
+    architecture: MixtralConfig, dtype: torch.dtype, parts: list[Piece], adapter: Adapter | None = None
+) -> nn.Module:
+    """transformers' Mixtral, in stock PEFT's wrapping where there is an adapter, whose forward reads each layer's
+    weights, and each expert's, as it comes to them and drops them as it leaves."""
+    with torch.device("meta"):
+        model = MixtralForCausalLM(architecture).to(dtype).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(architecture)  # wavelengths are computed and not stored
+    model.set_experts_implementation("eager")  # one expert after the other
+    whole = model if adapter is None else _wrapped(model, adapter)
+    of: dict[str, list[Piece]] = {}
+    for piece in parts:
+        of.setdefault(piece.parameter, []).append(piece)
+    if architecture.tie_word_embeddings:
+        of["lm_head.weight"] = of["model.embed_tokens.weight"]
+
+    def fill(prefix: str, unit: nn.Module) -> None:
+        for name, parameter in list(unit.named_parameters()):
+            place = f"{prefix}.{name}"
+            stored = place.replace(".base_layer", "").replace(".original_module", "")
+            key = f"{PREFIX}{place.replace('.modules_to_save', '').replace('.default', '')}"
+            if adapter is not None and key in adapter.keys and ".original_module." not in place:
+                # PEFT computes with float32 factors beside a 16-bit base.
+                to = torch.promote_types(dtype, torch.float32) if ".lora_" in place else dtype
+                _assign(unit, name, adapter.tensor(key).to(to))
+            elif of[stored][0].expert is None:
+                _assign(unit, name, of[stored][0].read().to(parameter.dtype))
+
+    def empty(unit: nn.Module, *_: Any) -> None:
+        for name, parameter in list(unit.named_parameters()):
+            _assign(unit, name, parameter.data.to("meta"))
+
+    layers = [f"model.layers.{place}" for place in range(architecture.num_hidden_layers)]
+    for prefix in ("model.embed_tokens", *layers, "model.norm", "lm_head"):
+        unit = model.get_submodule(prefix)
+        unit.register_forward_pre_hook(lambda unit, _, prefix=prefix: fill(prefix, unit))
+        unit.register_forward_hook(empty)
+    for prefix in layers:
+        if adapter is not None and isinstance(adapter.updates.get(f"{prefix}.mlp.experts.gate_up_proj"), Whole):
+            continue  # the adapter holds them all
+        _one_by_one(model.get_submodule(f"{prefix}.mlp.experts"), f"{prefix}.mlp.experts", of)
+    return whole
+
+
+def _wrapped(model: MixtralForCausalLM, adapter: Adapter) -> nn.Module:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by an old name
+        return PeftModel.from_pretrained(model, str(adapter.directory), low_cpu_mem_usage=True).eval()
+
+
+def _assign(unit: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(unit.get_submodule(path), last, nn.Parameter(tensor, requires_grad=False))
+
+
+def _one_by_one(experts: nn.Module, place: str, of: dict[str, list[Piece]]) -> None:
+    """Lets a layer's experts, or PEFT's wrapping of them, compute with one expert's matrices in memory at a time.
+
+    transformers' own forward asks for them by the expert's number; PEFT's, which adds the adapter to all of them first,
+    is left out, and what it would add is asked of it.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrappers: dict[str, ParamWrapper] = {}
+    bare = experts
+    while isinstance(bare, ParamWrapper):
+        wrappers[bare.parameter_name] = bare
+        bare = bare.base_layer
+    with torch.device("meta"):
+        computing = type(bare)(bare.config)
+    for name, parameter in list(computing.named_parameters()):
+        delattr(computing, name)
+        matrices = Matrices(
+            of[f"{place}.{name}"], parameter.shape[1:], bare.get_parameter(name).dtype, wrappers.get(name)
+        )
+        setattr(computing, name, matrices)
+    experts.forward = computing.forward
+
+
+class Matrices:
+    """A parameter [E, out, in] of which one expert's matrix is in memory at a time, with what PEFT adds to it."""
+
+    def __init__(self, parts: list[Piece], shape: torch.Size, dtype: torch.dtype, wrapper: Any):
+        self._parts = parts
+        self._shape = shape
+        self._dtype = dtype
+        self._wrapper = wrapper
+
+    def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
+        """[out, in] of that expert."""
+        matrix = torch.empty(self._shape, dtype=self._dtype)
+        for piece in self._parts:
+            if piece.expert == expert:
+                matrix[piece.rows] = piece.read()
+        if self._wrapper is not None:
+            left, right, scaling = self._wrapper.get_delta_factors("default")
+            matrix[None].baddbmm_(left[expert, None], right[expert, None], alpha=scaling)
+        return matrix

@@ -1,0 +1,152 @@
+"""A directory with a nano base, the prepared sample, and small runs on them."""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .launch import ENVIRONMENT, ROOT, Launch, kill
+from .outcome import last_step
+from .trials import FailedError, require
+
+STEPS = 24
+SETTINGS = {
+    "hardware": "cpu",
+    "logging": "quiet",
+    "max_steps": str(STEPS),
+    "global_batch": "2",
+    "save_every": "2",
+    "eval_every": "6",
+    "lora.rank": "4",
+    "lora.dropout": "0.1",
+    "optim.lr": "1e-3",
+    "logging.routing_every": "4",
+}
+"""Of every run that is not told another. With dropout, because random numbers must be those of the run that was not
+interrupted too."""
+
+Settings = dict[str, str]
+
+
+@contextlib.contextmanager
+def workplace(options: argparse.Namespace) -> Iterator["Workplace"]:
+    """A place for runs; it is removed unless something failed there, or the user named it."""
+    scratch = options.scratch or Path(tempfile.mkdtemp(prefix="torture-"))
+    scratch.mkdir(parents=True, exist_ok=True)
+    place = Workplace(scratch.resolve(), typed=not options.forked)
+    place.prepare()
+    try:
+        yield place
+    finally:
+        place.end_all()
+        if place.keep or options.scratch:
+            print(f"The runs are in {scratch}")
+        else:
+            shutil.rmtree(scratch)
+
+
+@dataclass
+class Workplace:
+    """A directory with a nano base, the prepared sample, and runs on them."""
+
+    scratch: Path
+    keep: bool = False
+    """Whether the directory is worth looking at."""
+    typed: bool = True
+    """Whether the runs to compare with are made by the command that a user types, or forked too."""
+    launches: list["Launch"] = field(default_factory=list)
+
+    @property
+    def base(self) -> Path:
+        """A random nano Mixtral."""
+        return self.scratch / "base"
+
+    @property
+    def rows(self) -> Path:
+        """The sample, prepared."""
+        return self.scratch / "rows"
+
+    def prepare(self) -> None:
+        """Makes base and rows."""
+        if not self.base.exists():
+            program = (
+                "import sys, torch; from train.config.model import *; from train.model import mixtral;"
+                "torch.manual_seed(0);"
+                "sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, "
+                "num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.08);"
+                "made = mixtral.base(ModelConfig(architecture=ArchitectureConfig(**sizes)));"
+                "made.save_pretrained(sys.argv[1])"
+            )
+            _typed(sys.executable, "-c", program, str(self.base))
+        if not self.rows.exists():
+            _typed(sys.executable, "-m", "data", "data=sample", "seq_len=256", f"output={self.rows}")
+
+    def settings(self, run: Path, **changed: str) -> Settings:
+        """Of a launch in the directory `run`; a name's points are given as two underlines."""
+        where = {"dataset": str(self.rows), "model.path": str(self.base), "run_dir": str(run)}
+        return SETTINGS | where | {name.replace("__", "."): value for name, value in changed.items()}
+
+    def launch(
+        self, run: Path, processes: int, *, forked: bool = True, by_script: bool = False, **changed: str
+    ) -> "Launch":
+        """Starts a run, or goes on with one."""
+        settings = self.settings(run, **changed)
+        arguments = [f"{name}={value}" for name, value in settings.items()]
+        made = Launch(run, arguments, processes, forked=forked, by_script=by_script)
+        self.launches.append(made)
+        return made
+
+    def finish(self, run: Path, processes: int, *, forked: bool = True, **changed: str) -> "Launch":
+        """A launch that nothing is done to, to its end.
+
+        Raises:
+            FailedError: it does not end well.
+        """
+        launch = self.launch(run, processes, forked=forked, **changed)
+        codes = launch.wait()
+        if any(codes):
+            raise FailedError(f"a launch that nothing was done to ended with {codes}:\n{launch.said()}")
+        return launch
+
+    def reference(self, processes: int, **changed: str) -> Path:
+        """A run that nothing happens to; made once for the same settings."""
+        name = "-".join(["whole", str(processes), *(f"{key}={value}" for key, value in sorted(changed.items()))])
+        run = self.scratch / re.sub(r"[^\w.-]", "_", name)
+        if not (run / "receipt.json").exists():
+            self.finish(run, processes, forked=not self.typed, **changed)
+        return run
+
+    def interrupted(self, name: str, step: int, processes: int = 1, **changed: str) -> Path:
+        """A run that was asked to stop after a step, with its checkpoints; made once for each name."""
+        run = self.scratch / name
+        if not run.exists():
+            launch = self.launch(run, processes, **changed)
+            launch.until(lambda: launch.has_begun and last_step(run) >= step)
+            for pid in launch.ranks().values():
+                kill(pid, signal.SIGTERM)
+            codes = launch.wait()
+            require(set(codes) == {75}, f"a run that was asked to stop ended with {codes}:\n{launch.said()}")
+        return run
+
+    def copy(self, run: Path, name: str) -> Path:
+        """A copy of a run, to be damaged."""
+        return Path(shutil.copytree(run, self.scratch / name))
+
+    def end_all(self) -> None:
+        """Leaves no process behind."""
+        for launch in self.launches:
+            launch.end()
+
+
+def _typed(*command: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise FailedError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")

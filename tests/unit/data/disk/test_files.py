@@ -1,0 +1,210 @@
+"""A prepared dataset is whole or not there, whenever the process is killed."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from configs.program.errors import UserError
+from data.disk import files
+from data.disk.files import staging
+from data.prepared.dataset import PreparedDataset
+from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND
+from data.stages import writing
+from data.stages.writing import publish
+
+ROOT = Path(__file__).parents[4]
+KILLS = 20
+
+
+def manifest_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / MANIFEST).read_text())  # type: ignore[no-any-return]
+
+
+def as_told(directory: Path) -> bool:
+    """Whether every file has the contents that the manifest names, and there is no other."""
+    import hashlib
+
+    told = manifest_of(directory)["files"]
+    there = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST}
+    return told.keys() == there.keys() and all(
+        hashlib.sha256(path.read_bytes()).hexdigest() == told[name]["sha256"] for name, path in there.items()
+    )
+
+
+# Killed at random moments
+
+
+def command(rows: Path, output: Path, seed: int) -> list[str]:
+    settings = [f"files=[{rows}]", f"output={output}", "seq_len=128", f"seed={seed}", "workers=2"]
+    return [sys.executable, "-m", "data", *settings]
+
+
+def test_killing_it_at_random_moments_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out"
+    line = json.dumps({"instruction": "Count to {}.", "output": "one two three four five"})
+    rows.write_text("".join(line.replace("{}", str(n)) + "\n" for n in range(6000)))
+    started = time.monotonic()
+    subprocess.run(command(rows, output, 0), cwd=ROOT, check=True, capture_output=True)
+    whole_run = time.monotonic() - started
+    rng = random.Random(0)
+    seeds = [0]
+    for seed in range(1, KILLS + 1):
+        process = subprocess.Popen(command(rows, output, seed), cwd=ROOT, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0, whole_run))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        PreparedDataset(output)
+        assert as_told(output)
+        seeds.append(manifest_of(output)["seed"])
+        assert seeds[-1] in (seeds[-2], seed)
+    # The next run takes away what the killed ones left.
+    subprocess.run(command(rows, output, KILLS + 1), cwd=ROOT, check=True, capture_output=True)
+    assert manifest_of(output)["seed"] == KILLS + 1
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out"}
+
+
+# Killed at every line
+
+
+def dataset(directory: Path, number: int) -> Path:
+    (directory / "train").mkdir(parents=True)
+    (directory / "train" / "rows.arrow").write_bytes(bytes([number]) * 1000)
+    return directory
+
+
+def manifest(number: int) -> dict[str, Any]:
+    return {"kind": MANIFEST_KIND, "layout": LAYOUT, "number": number}
+
+
+def publish_until_line(last: int, place: Path, number: int) -> None:
+    """Publishes, and kills itself before that many lines of data/stages/writing.py and data/disk/files.py were run."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename not in (writing.__file__, files.__file__):
+            return None
+        lines += event == "line"
+        if lines == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    with staging(place, setting="output") as temporary:
+        publish(dataset(temporary / "dataset", number), place, manifest(number))
+    os._exit(0)
+
+
+def every_line(directory: Path) -> int:
+    """Publishes over and over, killed one line later each time; returns how many lines there were."""
+    place = directory / "out"
+    with staging(place, setting="output") as temporary:
+        publish(dataset(temporary / "dataset", 0), place, manifest(0))
+    for number in range(1, 1000):
+        child = os.fork()
+        if child == 0:
+            publish_until_line(number, place, number)
+        _, status = os.waitpid(child, 0)
+        assert as_told(place)
+        assert manifest_of(place)["number"] <= number
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            assert manifest_of(place)["number"] == number
+            assert [path.name for path in directory.iterdir()] == ["out"]
+            return number
+    raise AssertionError("it never ended")
+
+
+def test_killing_it_at_every_line_of_publishing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    # In a process without threads, as it forks.
+    command = [sys.executable, "-m", "tests.unit.data.disk.test_files", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 40
+
+
+# Changing places
+
+
+def test_a_file_system_that_cannot_exchange_gets_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+    monkeypatch.setattr("ctypes.CDLL", Libc)
+    place = tmp_path / "out"
+    for number in (1, 2):
+        with staging(place, setting="output") as temporary:
+            publish(dataset(temporary / "dataset", number), place, manifest(number))
+    assert manifest_of(place)["number"] == 2
+    assert as_told(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_reader_keeps_what_it_opened(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    for word in ("old", "new"):
+        rows.write_text(json.dumps([{"instruction": f"{word} {n}", "output": word * 9} for n in range(50)]))
+        assert run_program("data", "files=[rows.json]", "output=out", "seq_len=64").exit_code == 0
+        if word == "old":
+            reader = PreparedDataset(tmp_path / "out")
+            before = [reader.train[i].ids for i in range(len(reader.train))]
+    assert [reader.train[i].ids for i in range(len(reader.train))] == before
+    now = PreparedDataset(tmp_path / "out").train
+    assert [now[i].ids for i in range(len(now))] != before
+
+
+def test_what_another_process_is_making_is_left_alone(tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    alive, dead = tmp_path / ".out.1.tmp", tmp_path / ".out.2.tmp"
+    for directory in (alive, dead):
+        directory.mkdir()
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with staging(place, setting="output"):
+        assert alive.is_dir()
+        assert not dead.exists()
+    os.close(lock)
+    with staging(place, setting="output"):
+        assert not alive.exists()
+
+
+def test_a_full_disk_leaves_the_old_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "out"
+    with staging(place, setting="output") as temporary:
+        publish(dataset(temporary / "dataset", 1), place, manifest(1))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    told = r"output=.*: it can't be written \(No space left on device\)"
+    with pytest.raises(UserError, match=told), staging(place, setting="output") as temporary:
+        publish(dataset(temporary / "dataset", 2), place, manifest(2))
+    assert manifest_of(place)["number"] == 1
+    assert as_told(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+if __name__ == "__main__":
+    top = Path(sys.argv[1])
+    print(every_line(top))
+    shutil.rmtree(top / "out")
+
+
+def test_what_cannot_be_written_is_told_by_the_callers_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^run_dir="), staging(tmp_path / "file" / "x", setting="run_dir"):
+        pass

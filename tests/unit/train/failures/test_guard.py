@@ -1,0 +1,483 @@
+"""Real processes that die, stop, leave, stall and lose their network, each with its guardian."""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.program import entry
+from configs.program.errors import UserError
+from train.failures.guard import EXIT_PEER_LOST, Guard, Meeting
+from train.failures.guardian.channel import Channel
+
+HANG = 60.0
+"""Seconds after which something that should have happened is taken not to happen. Nothing depends on how fast it is."""
+
+KILLED = -signal.SIGKILL
+
+PROGRAM = """
+import json, os, sys, threading, time
+from train.guard import Guard
+
+rank, count, options = json.loads(sys.argv[1])
+guard = Guard(rank, count, **options)
+print(json.dumps(guard.listen()), flush=True)
+guard.join(tuple(json.loads(sys.stdin.readline())))
+print(guard.guardian.pid, flush=True)
+moving = False
+
+def leave(code=0):
+    os._exit(code)  # as train/__main__.py does, without taking anything apart
+
+def keep_moving():
+    while moving:
+        guard.at(6, "forward")
+        time.sleep(0.05)
+
+for line in sys.stdin:
+    try:
+        print(json.dumps(eval(line)), flush=True)
+    except SystemExit as stop:
+        leave(stop.code)
+"""
+"""A process of a run: does what it is told, a line of Python at a time."""
+
+
+class Trainer:
+    """A process of a run, and its guardian."""
+
+    def __init__(self, root: Path, rank: int, count: int, host: str, prefix: list[str], options: dict[str, float]):
+        self.rank = rank
+        self.guardian = 0
+        self.stderr = ""
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-W", "error", "-c", PROGRAM, json.dumps([rank, count, options])],
+            cwd=root,
+            env=os.environ | {"MASTER_ADDR": host, "LOCAL_RANK": "0" if prefix else str(rank)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, text: str) -> None:
+        """Sends a line and does not wait."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> object:
+        """The next line that the process prints."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"process {self.rank} ended: {self.end()}"
+        return json.loads(line)
+
+    def do(self, expression: str) -> object:
+        """The value of an expression in the process."""
+        self.tell(expression)
+        return self.answer()
+
+    def kill(self, number: int) -> None:
+        """Sends a signal."""
+        os.kill(self.process.pid, number)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and all of stderr, when the process has ended by itself."""
+        code = self.process.wait(HANG)
+        assert self.process.stderr is not None
+        self.stderr += self.process.stderr.read()
+        return code, self.stderr
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; the zombie of an orphan is for the machine's init."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
+
+
+class Run:
+    """The processes of a run, all of them started and joined."""
+
+    def __init__(
+        self, root: Path, count: int, options: dict[str, float], *, host: str = "127.0.0.1", namespaces: list[str]
+    ):
+        prefixes = [["ip", "netns", "exec", name] for name in namespaces] or [[]] * count
+        self.trainers = [Trainer(root, rank, count, host, prefixes[rank], options) for rank in range(count)]
+        self.meeting: Meeting | None = None
+
+    def join(self, before_last: Callable[[Meeting], None] = lambda meeting: None) -> None:
+        """Lets them find each other; `before_last` happens when all but the last are on their way."""
+        meetings = [trainer.answer() for trainer in self.trainers]
+        for trainer in self.trainers[:-1]:
+            trainer.tell(json.dumps(meetings[0]))
+        port, token = meetings[0]  # type: ignore[misc]
+        before_last((port, token))
+        self.trainers[-1].tell(json.dumps(meetings[0]))
+        for trainer in self.trainers:
+            pid = trainer.answer()
+            assert isinstance(pid, int)
+            trainer.guardian = pid
+
+    def ends(self) -> list[tuple[int, str]]:
+        """Exit codes and stderr of all, none of which left an orphan."""
+        found = [trainer.end() for trainer in self.trainers]
+        deadline = time.monotonic() + HANG
+        for trainer in self.trainers:
+            while not is_gone(trainer.guardian):
+                assert time.monotonic() < deadline, f"guardian {trainer.rank} is still there"
+                time.sleep(0.05)
+        return found
+
+    def clean_up(self) -> None:
+        """Ends whatever a failed test left; what this kills has not been waited for, so its number is its own."""
+        for trainer in self.trainers:
+            if trainer.process.poll() is None:
+                trainer.kill(signal.SIGKILL)
+            trainer.process.communicate()
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start(project_root: Path) -> Iterator[Start]:
+    """start(count, peer_timeout=…, stall_timeout=…) starts a run and joins its processes."""
+    runs = []
+
+    def started(
+        count: int,
+        *,
+        host: str = "127.0.0.1",
+        namespaces: list[str] | None = None,
+        before_last: Callable[[Meeting], None] = lambda meeting: None,
+        **options: float,
+    ) -> Run:
+        run = Run(project_root, count, options, host=host, namespaces=namespaces or [])
+        runs.append(run)
+        run.join(before_last)
+        return run
+
+    yield started
+    for run in runs:
+        run.clean_up()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others(start: Start, victim: int) -> None:
+    run = start(3)
+    for trainer in run.trainers:
+        trainer.do("guard.at(7, 'backward')")
+    run.trainers[victim].kill(signal.SIGKILL)
+    ends = run.ends()
+    assert [code for code, _ in ends] == [KILLED if rank == victim else EXIT_PEER_LOST for rank in range(3)]
+    speaker = 1 if victim == 0 else 0
+    died = f"train: process {victim} died in step 7 (backward) on {os.uname().nodename}; the kernel's log there says "
+    assert ends[speaker][1].startswith(f"{died}whether memory ran out; launch it again")
+    assert ends[speaker][1].count("\n") == 1
+    assert [stderr for rank, (_, stderr) in enumerate(ends) if rank != speaker] == ["", ""]  # one line for a machine
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_is_found_and_killed(start: Start, victim: int) -> None:
+    run = start(2, peer_timeout=3)
+    for trainer in run.trainers:
+        trainer.do("guard.at(7, 'forward')")
+    run.trainers[victim].kill(signal.SIGSTOP)
+    ends = run.ends()
+    assert ends[victim][0] == KILLED
+    code, stderr = ends[1 - victim]
+    assert code == EXIT_PEER_LOST
+    assert f"train: process {victim} has not been heard of for 3 s (stopped, " in stderr
+    assert "it was last in step 7 (forward)" in stderr
+
+
+def test_pauses_shorter_than_the_bound_are_forgiven(start: Start) -> None:
+    run = start(2, peer_timeout=8)
+    for _ in range(3):
+        run.trainers[1].kill(signal.SIGSTOP)
+        time.sleep(3)
+        run.trainers[1].kill(signal.SIGCONT)
+        run.trainers[1].do("time.sleep(1)")
+    for trainer in run.trainers:
+        trainer.tell("guard.done() or leave()")
+    assert run.ends() == [(0, ""), (0, "")]
+
+
+def test_a_machine_that_was_held_up_blames_nobody(start: Start) -> None:
+    """As a suspended virtual machine: all processes and guardians stand still for longer than the bound."""
+    run = start(2, peer_timeout=5)
+    everything = [pid for trainer in run.trainers for pid in (trainer.process.pid, trainer.guardian)]
+    for pid in everything:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(8)
+    for pid in everything:
+        os.kill(pid, signal.SIGCONT)
+    for trainer in run.trainers:
+        trainer.do("time.sleep(1)")
+        trainer.tell("guard.done() or leave()")
+    assert run.ends() == [(0, ""), (0, "")]
+
+
+def test_a_machine_that_comes_back_too_late_ends_too(start: Start) -> None:
+    run = start(2, peer_timeout=3)
+    held = (run.trainers[1].process.pid, run.trainers[1].guardian)
+    for pid in held:
+        os.kill(pid, signal.SIGSTOP)
+    code, stderr = run.trainers[0].end()
+    assert code == EXIT_PEER_LOST
+    assert "process 1 has not been heard of for 3 s (its machine or the network is gone)" in stderr
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
+    assert run.trainers[1].end()[0] == EXIT_PEER_LOST
+    run.ends()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_clean_end_in_any_order(start: Start, order: tuple[int, ...]) -> None:
+    run = start(3)
+    for rank in order:
+        run.trainers[rank].tell("guard.done() or leave()")
+    for rank in order:
+        assert run.trainers[rank].end() == (0, "")
+    run.ends()
+
+
+def test_death_of_one_that_is_done_is_no_failure(start: Start) -> None:
+    run = start(3)
+    for rank in (0, 1):
+        run.trainers[rank].tell("guard.done() or leave()")
+    time.sleep(1)
+    run.trainers[1].kill(signal.SIGKILL)
+    time.sleep(1)
+    run.trainers[2].tell("guard.done() or leave()")
+    assert run.ends() == [(0, ""), (KILLED, ""), (0, "")]
+
+
+def test_an_end_without_done_is_a_failure(start: Start) -> None:
+    run = start(2)
+    run.trainers[1].tell("leave()")
+    (code, stderr), other = run.ends()
+    assert code == EXIT_PEER_LOST
+    assert "process 1 died in step 0 (starting)" in stderr
+    assert other == (0, "")
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_who_leaves_says_why_and_the_others_end_with_the_same_code(start: Start, leaver: int) -> None:
+    run = start(2)
+    run.trainers[leaver].tell("guard.at(7, 'forward') or guard.leaving('out of memory', 5) or leave(5)")
+    ends = run.ends()
+    assert ends[leaver] == (5, "")
+    code, stderr = ends[1 - leaver]
+    assert code == 5  # not that of a lost process: to launch it again would not help
+    assert stderr == f"train: process {leaver} left in step 7 (forward) on {os.uname().nodename}: out of memory\n"
+
+
+def test_a_reason_is_told_without_secrets(start: Start) -> None:
+    run = start(2)
+    run.trainers[1].tell("guard.leaving('token hf_abcdefghijABCDEFGHIJ12345 was refused', 1) or sys.exit(1)")
+    assert run.ends()[0][1].endswith(": token <secret> was refused\n")
+
+
+def test_who_announces_that_it_leaves_and_hangs_is_killed(start: Start) -> None:
+    run = start(2, peer_timeout=6)
+    run.trainers[1].tell("guard.leaving('out of memory', 2) or time.sleep(600)")
+    assert [code for code, _ in run.ends()] == [2, KILLED]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_mistake_that_all_find_is_the_code_of_all(start: Start, first: int) -> None:
+    """Though the verdict comes before the later one has told its guardian why, and though it waits to end last."""
+    run = start(2, peer_timeout=3)
+    for trainer in run.trainers:
+        trainer.do("globals().update(entry=__import__('configs.program.entry').entry)")
+    for rank in (first, 1 - first):
+        run.trainers[rank].tell("guard.leaving('a=1: no', 2, after=2) or entry.leave('train', 'a=1: no')")
+        time.sleep(0.05)
+    assert run.ends() == [(2, "train: a=1: no\n"), (2, "")]
+
+
+def test_a_task_of_srun_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    with pytest.raises(SystemExit) as stop:
+        entry.leave("train", "a=1: no")
+    assert stop.value.code == 2
+
+
+def test_a_stall_names_who_is_behind(start: Start) -> None:
+    run = start(3, stall_timeout=3)
+    run.trainers[0].do("globals().update(moving=True) or threading.Thread(target=keep_moving, daemon=True).start()")
+    run.trainers[1].do("guard.at(5, 'loading')")
+    run.trainers[2].do("guard.at(6, 'loading')")
+    time.sleep(5)  # one that moves is enough
+    run.trainers[0].do("globals().update(moving=False)")
+    ends = run.ends()
+    assert [code for code, _ in ends] == [EXIT_PEER_LOST] * 3
+    behind = f"process 1 has come least far and is in step 5 (loading) on {os.uname().nodename}"
+    assert f"train: nothing has moved for 3 s: {behind}; " in ends[0][1]
+
+
+def test_a_handler_of_an_error_learns_the_verdict(start: Start) -> None:
+    run = start(3)
+    assert run.trainers[0].do("guard.verdict_within(0.1)") is None
+    run.trainers[0].tell("guard.verdict_within(60)")
+    time.sleep(0.5)
+    run.trainers[1].kill(signal.SIGKILL)
+    verdict = run.trainers[0].answer()
+    assert isinstance(verdict, str)
+    assert verdict.startswith("process 1 died in step 0 (starting)")
+    run.trainers[0].tell("os._exit(9)")
+    assert [code for code, _ in run.ends()] == [9, KILLED, EXIT_PEER_LOST]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_guardian_ends_the_run(start: Start, victim: int, number: int) -> None:
+    run = start(2, peer_timeout=3)
+    os.kill(run.trainers[victim].guardian, number)
+    ends = run.ends()
+    assert [code for code, _ in ends] == [EXIT_PEER_LOST, EXIT_PEER_LOST]
+    assert f"process {victim} " in ends[1 - victim][1]
+
+
+def test_signals_to_the_whole_group_leave_guardians_alone(start: Start) -> None:
+    run = start(2)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        for trainer in run.trainers:
+            os.kill(trainer.guardian, number)
+    for trainer in run.trainers:
+        trainer.do("time.sleep(1)")
+        assert not is_gone(trainer.guardian)
+        trainer.tell("guard.done() or leave()")
+    assert run.ends() == [(0, ""), (0, "")]
+
+
+def test_a_child_that_outlives_its_process_hides_nothing(start: Start) -> None:
+    """A forked child, such as a worker that loads data, holds the guardian's pipe open."""
+    run = start(2)
+    child = run.trainers[1].do("os.fork() or time.sleep(600)")
+    assert isinstance(child, int)
+    run.trainers[1].kill(signal.SIGKILL)
+    assert run.trainers[0].end()[0] == EXIT_PEER_LOST
+    os.kill(child, signal.SIGKILL)
+    run.ends()
+
+
+def test_no_guardian_outlives_its_process(start: Start) -> None:
+    run = start(3)
+    for trainer in run.trainers:
+        trainer.kill(signal.SIGKILL)
+    assert [code for code, _ in run.ends()] == [KILLED] * 3
+
+
+def test_strangers_are_dropped(start: Start) -> None:
+    with contextlib.ExitStack() as open_sockets:
+
+        def visit(meeting: Meeting) -> None:
+            about = {"rank": 1, "local_rank": 1, "host": "h", "site": "s"}
+            for said in (
+                b"GET / HTTP/1.1\r\n\r\n",
+                b"\xff\x00\n",
+                b"5\n",
+                b"[" * 10_000 + b"\n",
+                b"x" * 200_000,
+                json.dumps(about).encode() + b"\n",
+                json.dumps(about | {"token": "ü"}).encode() + b"\n",
+                json.dumps(about | {"token": "0" * 32}).encode() + b"\n",
+                json.dumps(about | {"token": meeting[1], "rank": 0}).encode() + b"\n",  # is there already
+            ):
+                stranger = socket.create_connection(("127.0.0.1", meeting[0]), timeout=HANG)
+                with stranger, contextlib.suppress(ConnectionError):
+                    stranger.sendall(said)
+                    assert stranger.recv(1) == b"", said
+            for said in (b"", b"{"):  # these keep silent
+                silent = open_sockets.enter_context(socket.create_connection(("127.0.0.1", meeting[0]), timeout=HANG))
+                silent.sendall(said)
+
+        run = start(2, before_last=visit)
+        for trainer in run.trainers:
+            trainer.tell("guard.done() or leave()")
+        assert run.ends() == [(0, ""), (0, "")]
+
+
+def test_both_sides_of_a_broken_link_end(start: Start) -> None:
+    here, there = names = [f"guard{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("-n", here, "link", "add", "veth0", "type", "veth", "peer", "name", "veth0", "netns", there)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', error)}")
+        for name, address in zip(names, ("10.213.7.1", "10.213.7.2"), strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "veth0")
+            ip("-n", name, "link", "set", "veth0", "up")
+        run = start(2, host="10.213.7.1", namespaces=names, peer_timeout=3)
+        for trainer in run.trainers:
+            trainer.do("guard.at(7, 'forward')")
+            trainer.do("time.sleep(1)")
+        ip("-n", there, "link", "set", "veth0", "down")
+        for rank, (code, stderr) in enumerate(run.ends()):
+            assert code == EXIT_PEER_LOST
+            lost = f"process {1 - rank} has not been heard of for 3 s (its machine or the network is gone)"
+            assert f"train: {lost}; it was last in step 7 (forward)" in stderr
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def test_a_port_that_cannot_be_reached_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=rf"MASTER_ADDR=127.0.0.1: process 1 can't reach port {port} .*refused"):
+        Guard(1, 2).join((port, "token"), "127.0.0.1")
+
+
+def test_one_process_needs_no_guard() -> None:
+    guard = Guard(0, 1)
+    guard.join(guard.listen())
+    guard.at(1, "forward")
+    assert guard.verdict_within(60) is None
+    guard.leaving("why not", 1)
+    guard.done()
+    assert guard.guardian is None
+
+
+def test_a_full_socket_takes_whole_lines_or_none() -> None:
+    """Another guardian may read late. That a socket got full within a line is no reason to take it for a stranger."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+    with ours, theirs:
+        theirs.setblocking(False)
+        sending, receiving = Channel(ours.fileno(), ours.fileno()), Channel(theirs.fileno(), theirs.fileno())
+        numbers: list[int] = []
+        for number in range(20_000):
+            sending.send(number=number, filling="." * 701)
+        while not numbers or numbers[-1] != 20_000:
+            lines = receiving.receive()
+            assert lines is not None, f"after line {numbers[-1]}: not lines of JSON"
+            numbers += [line["number"] for line in lines]
+            sending.send(number=20_000)
+        assert numbers == sorted(numbers)
+        assert numbers[0] == 0
+        assert 19_999 not in numbers  # it was full

@@ -1,0 +1,246 @@
+"""Ends the run on every machine when one of its processes dies, hangs or can't be reached, and says which and where.
+
+A collective waits for its peers, for ever or until a timeout that names nobody. So each training process has a guardian
+(`train/guardian.py`) beside it, and the guardians watch each other:
+
+    guard = Guard(processes.rank, processes.count)
+    guard.join(agree(guard.listen()))       # collective
+    guard.at(7, "forward")                  # wherever the main thread gets to
+    guard.done()                            # collective; from here on nobody's end is a failure
+
+The first failure is the verdict for all: a process died; it left with an error (`leaving`); nothing was heard of it for
+`peer_timeout` (it is stopped, or its machine or the network is gone); or no process got anywhere for `stall_timeout`.
+The processes then print one line for each launcher and end, with `EXIT_PEER_LOST` or, where a process left by itself,
+with its exit code, so that whoever launches again knows whether that helps. What does not end by itself is killed,
+stopped processes included. A guardian that dies ends the run too: nobody would notice the next failure.
+"""
+
+import contextlib
+import mmap
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from configs.program.errors import UserError, one_line, say
+from configs.program.launch import local_rank
+from configs.program.secrets import redact
+from train.failures.guardian.channel import JOIN_TIMEOUT, PAUSE, PLACE, Channel, beat_interval
+
+EXIT_PEER_LOST = 76
+"""The exit code of a process that ends because another one was lost: launch the run again."""
+
+REMEDY = "launch it again with the same run_dir: it goes on from its last checkpoint"
+
+_SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+"""Signals that launchers and terminals send to whole process groups. A guardian must see how its process takes them."""
+
+Meeting = tuple[int, str]
+"""The port at which process 0's guardian is found, and the token by which it knows the run's own."""
+
+
+class Guard:
+    """This process's part in the guard. With one process there is nobody to notice, and it does nothing."""
+
+    def __init__(
+        self, process_rank: int, process_count: int, *, peer_timeout: float = 120.0, stall_timeout: float = 1800.0
+    ):
+        """Starts nothing yet.
+
+        Args:
+            process_rank: this process's, from 0.
+            process_count: of the whole run.
+            peer_timeout: seconds without a sign of life after which a process counts as lost. Signs come from a thread
+                of the process, every second or ten times within this time. While C code keeps Python's global lock, the
+                process looks like a stopped one: hence two minutes by default.
+            stall_timeout: seconds after which the run ends if no process called `at`; longer than any phase may take.
+        """
+        self.guardian: subprocess.Popen[bytes] | None = None
+        self._rank = process_rank
+        self._count = process_count
+        self._peer_timeout = peer_timeout
+        self._stall_timeout = stall_timeout
+        self._interval = beat_interval(peer_timeout)
+        self._listener: socket.socket | None = None
+        self._token = ""
+        self._page: mmap.mmap | None = None
+        self._step = -1
+        self._moves = 0
+        self._ready = threading.Event()
+        self._ended = threading.Event()
+        self._judged = threading.Event()
+        self._lock = threading.Lock()
+        self._verdict: str | None = None
+        self.exit_code = EXIT_PEER_LOST
+        """With which a process ends because of the verdict, once there is one."""
+        self._asked = False
+        self._leaving = False
+
+    def listen(self) -> Meeting | None:
+        """Process 0 opens a port on all interfaces; what it returns is for `join` of every process. Others: None."""
+        if self._rank > 0 or self._count == 1:
+            return None
+        self._listener = _listener(self._count)
+        self._token = secrets.token_hex(16)
+        return self._listener.getsockname()[1], self._token
+
+    def join(self, meeting: Meeting | None, host: str | None = None) -> None:
+        """Starts the guardian and waits until those of all processes have found each other; collective.
+
+        Args:
+            meeting: what `listen` returned on process 0.
+            host: process 0's address; by default the launcher's MASTER_ADDR.
+
+        Raises:
+            UserError: process 0's guardian can't be reached.
+        """
+        if self._count == 1:
+            return
+        assert meeting is not None
+        port, token = meeting
+        if self._listener is not None:
+            connection = self._listener
+        else:
+            host = host or os.environ["MASTER_ADDR"]
+            try:
+                connection = socket.create_connection((host, port), timeout=JOIN_TIMEOUT)
+            except OSError as error:
+                raise UserError(
+                    f"MASTER_ADDR={host}: process {self._rank} can't reach port {port} of process 0 there "
+                    f"({one_line(error)}); the processes of a run need free ways to each other's ports"
+                ) from error
+        page = os.memfd_create("place")
+        os.ftruncate(page, PLACE.size)
+        self._page = mmap.mmap(page, PLACE.size)
+        self.at(0, "starting")
+        program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guardian.py"))]
+        fds = (page, connection.fileno())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)  # it inherits what is blocked here
+        try:
+            self.guardian = subprocess.Popen(
+                [*program, *map(str, fds)], pass_fds=fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(page)
+        connection.close()
+        assert self.guardian.stdin is not None and self.guardian.stdout is not None
+        self._channel = Channel(self.guardian.stdout.fileno(), self.guardian.stdin.fileno())
+        self._channel.send(
+            rank=self._rank,
+            count=self._count,
+            local_rank=local_rank(),
+            host=os.uname().nodename,
+            site=f"{os.uname().nodename} {os.environ.get('LAUNCHER_PID', os.getppid())}",
+            pid=os.getpid(),
+            peer_timeout=self._peer_timeout,
+            stall_timeout=self._stall_timeout,
+            token=token,
+        )
+        threading.Thread(target=self._watch, args=(self.guardian,), name="guard", daemon=True).start()
+        self._ready.wait()
+
+    def at(self, step: int, phase: str) -> None:
+        """Notes where the main thread is; a write to memory, cheap enough for anywhere. `phase`: up to 32 bytes."""
+        if self._page is None:
+            return
+        self._moves = self._moves + 1 if step == self._step else 0
+        self._step = step
+        PLACE.pack_into(self._page, 0, step, self._moves, time.monotonic(), phase.encode())
+
+    def leaving(self, reason: str, code: int, *, after: float = 0.0) -> None:
+        """Tells the others that this process ends by itself, and why; they end with the same exit code.
+
+        `after` is how many seconds it waits before: where all processes meet the same error, all come here meanwhile,
+        and none ends because of another.
+        """
+        if self.guardian is not None:
+            self._leaving = True
+            self._channel.send(leaving=True)  # before the wait: another's verdict may come within it
+            time.sleep(after)
+            self._channel.send(left=redact(reason)[:300], code=code)
+
+    def done(self) -> None:
+        """Waits until every process has come here, and ends the guard; collective."""
+        if self.guardian is None:
+            return
+        self._channel.send(done=True)
+        self._ended.wait()
+        with self.guardian:  # closes the pipes and waits for its end
+            self.guardian = None
+
+    def verdict_within(self, seconds: float) -> str | None:
+        """The verdict, if there is one or one comes within the time; for the handler of an error.
+
+        An error of a collective is mostly another process's failure. This says so before a traceback does: where it
+        returns a verdict (already printed where it had to be), the caller has `guardian.KILL_AFTER` seconds to end with
+        `exit_code`. A death is known at once; a network that is gone, after `peer_timeout`.
+        """
+        if self.guardian is None:
+            return None
+        with self._lock:
+            self._asked = True
+        self._judged.wait(seconds)
+        with self._lock:
+            self._asked = False
+            return self._verdict
+
+    def _watch(self, guardian: subprocess.Popen[bytes]) -> None:
+        """The guard's thread: signs of life to the guardian, its verdict to this process."""
+        poll = select.poll()
+        poll.register(self._channel.reading, select.POLLIN)
+        heard = woken = beaten = time.monotonic()
+        while True:
+            events = poll.poll(self._interval * 1000)
+            now = time.monotonic()
+            if events or now - woken > PAUSE * self._interval:  # this process itself was held up
+                heard = now
+            woken = now
+            lines = self._channel.receive() if events else []
+            if lines is None:
+                self._conclude(f"the guardian of process {self._rank} died", speaks=True)
+                return
+            for line in lines:
+                if "verdict" in line:
+                    self._conclude(line["verdict"], line["code"], speaks=line["speaks"])
+                    return
+                if "end" in line:
+                    self._ended.set()
+                    return
+                if "ready" in line:
+                    self._ready.set()
+            if now - heard > self._peer_timeout:
+                guardian.kill()  # it may be stopped
+                self._conclude(f"the guardian of process {self._rank} has not been heard of", speaks=True)
+                return
+            if now - beaten >= self._interval:
+                beaten = now
+                self._channel.send(beat=True)
+
+    def _conclude(self, verdict: str, code: int | None = None, *, speaks: bool) -> None:
+        """Ends this process, unless its main thread is about to, for the verdict's reason or for one of its own."""
+        with self._lock:
+            self._verdict = verdict if code is not None else f"{verdict}; {REMEDY}"
+            self.exit_code = EXIT_PEER_LOST if code is None else code
+            ends = not self._asked and not self._leaving
+        if speaks and not self._leaving:
+            say("train", self._verdict)
+        self._judged.set()
+        if ends:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            os._exit(self.exit_code)
+
+
+def _listener(backlog: int) -> socket.socket:
+    """A socket that listens on a free port of all interfaces, IPv6 and IPv4 where both are there."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)

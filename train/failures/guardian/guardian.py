@@ -1,0 +1,155 @@
+"""The guard beside each training process: a small program that outlives what happens to the process it watches.
+
+`train/guard.py` starts one as a child of each training process and talks with it through two pipes. The guardian of
+process 0 is the hub: the others are connected to it, tell it how their processes are, and hear its verdict.
+
+    process 0 ── guardian 0 (hub) ──┬── guardian 1 ── process 1
+                                    └── guardian 2 ── process 2
+
+A verdict ends the run: every guardian gives it to its process, which leaves with the exit code that the verdict holds,
+and kills the process if it does not. A
+guardian that hears nothing from the hub for `peer_timeout` reaches the verdict alone, so both sides of a broken link
+end. Durations are measured on one machine's monotonic clock each; no clock is compared with another machine's.
+
+It imports the standard library alone and is started without site-packages, so that it is there in a few hundredths of a
+second and takes 18 MB.
+"""
+
+import contextlib
+import mmap
+import os
+import select
+import selectors
+import signal
+import time
+from typing import Any, NoReturn
+
+from train.failures.guardian.__main__ import main
+from train.failures.guardian.channel import PAUSE, PLACE, Channel, beat_interval
+
+KILL_AFTER = 5.0
+"""Seconds that a training process has for leaving after the verdict; then it is killed."""
+
+LEAVE_WITHIN = 20.0
+"""Seconds that it has at least where it leaves for a reason of its own: to say it, and for the waits of
+`train.failures.errors.UNISON` and `configs.program.entry.leave`."""
+
+
+def place(step: int, phase: str, host: str) -> str:
+    """Step, phase and machine in words."""
+    return f"step {step} ({phase}) on {host}"
+
+
+def duration(seconds: float) -> str:
+    """A timeout in words."""
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+class Guardian:
+    """What every guardian does: it watches its own process, and ends it when there is a verdict."""
+
+    def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap):
+        """`setup` is what `train.failures.guard.Guard.join` sends."""
+        self.setup = setup
+        self.peer_timeout: float = setup["peer_timeout"]
+        self.interval = beat_interval(self.peer_timeout)
+        self.trainer = trainer
+        self.page = page
+        self.pidfd: int | None = None
+        with contextlib.suppress(OSError):  # Linux before 5.3 has none
+            self.pidfd = os.pidfd_open(setup["pid"])
+        self.parting = False
+        self.leaving = False
+        self.gone = False
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(trainer.reading, selectors.EVENT_READ, self.hear_trainer)
+        self.now = self.trainer_heard = time.monotonic()
+
+    def run(self) -> NoReturn:
+        """Until the run ends."""
+        next_tick = self.now
+        while True:
+            events = self.selector.select(max(0.0, next_tick - time.monotonic()))
+            woken = time.monotonic()
+            if woken - self.now > PAUSE * self.interval:
+                self.forgive(woken)
+            self.now = woken
+            for key, _ in events:
+                key.data()
+            if self.now >= next_tick:
+                next_tick = self.now + self.interval
+                if not self.trainer_lives():  # a child that it forked may hold the pipe open
+                    self.trainer_gone()
+                self.trainer.send(beat=True)
+                self.tick()
+
+    def forgive(self, now: float) -> None:
+        """Starts every wait anew."""
+        self.trainer_heard = now
+
+    def tick(self) -> None:
+        """Once in a beat interval."""
+        raise NotImplementedError
+
+    def report(self, **events: object) -> None:
+        """Tells the hub how this process is, and what happened to it."""
+        raise NotImplementedError
+
+    def status(self) -> dict[str, Any]:
+        """How this process is."""
+        step, moves, since, phase = PLACE.unpack_from(self.page)
+        return {
+            "silent": self.now - self.trainer_heard,
+            "standing": self.now - since,
+            "step": step,
+            "moves": moves,
+            "phase": phase.rstrip(b"\0").decode(errors="replace"),
+        }
+
+    def hear_trainer(self) -> None:
+        """What the training process says."""
+        lines = self.trainer.receive()
+        if lines is None:
+            self.trainer_gone()
+            return
+        self.trainer_heard = self.now
+        for line in lines:
+            self.leaving |= "leaving" in line
+            if "done" in line or "left" in line:
+                self.parting = True
+                self.report(**line)
+
+    def trainer_gone(self) -> None:
+        """The training process has ended; the guardian stays until the others know."""
+        if self.gone:
+            return
+        self.gone = True
+        self.selector.unregister(self.trainer.reading)
+        if not self.parting:
+            self.report(died=True)
+
+    def trainer_lives(self) -> bool:
+        """Whether the training process is still the parent of this one: its number is then nobody else's."""
+        return os.getppid() == self.setup["pid"]
+
+    def end_trainer(self, verdict: str, code: int | None, speaks: bool) -> None:
+        """Gives the training process the verdict and time to leave, and kills it if it does not.
+
+        A process that leaves for a reason of its own has longer.
+        """
+        self.trainer.send(verdict=verdict, code=code, speaks=speaks)
+        since, own = time.monotonic(), max(self.peer_timeout, LEAVE_WITHIN)
+        while self.trainer_lives() and time.monotonic() - since < (own if self.leaving else KILL_AFTER):
+            time.sleep(0.02)
+            if select.select([self.trainer.reading], [], [], 0)[0]:  # it may have met its error just now
+                self.leaving |= any("leaving" in line for line in self.trainer.receive() or [])
+        if self.trainer_lives():
+            with contextlib.suppress(ProcessLookupError):
+                if self.pidfd is not None:
+                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                else:
+                    os.kill(self.setup["pid"], signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

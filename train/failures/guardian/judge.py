@@ -1,0 +1,240 @@
+"""The guardian of process 0, which hears all others and judges."""
+
+import contextlib
+import hmac
+import mmap
+import selectors
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from train.failures.guardian.channel import JOIN_TIMEOUT, PAUSE, Channel
+from train.failures.guardian.guardian import Guardian, duration, place
+
+STRANGER_TIMEOUT = 10.0
+"""Seconds after which a connection that has not said who it is is dropped."""
+
+LINGER = 2.0
+"""Seconds for which the hub waits until the others have read its last word."""
+
+
+@dataclass(slots=True)
+class Member:
+    """A training process as the hub knows it."""
+
+    rank: int
+    local_rank: int
+    host: str
+    site: str
+    """Processes with the same one were started by the same launcher and write to the same terminal."""
+    socket: socket.socket | None
+    """The connection to its guardian; None for the hub's own process."""
+    channel: Channel | None
+    heard: float
+    """When its guardian last said something, on the hub's clock."""
+    silent: float = 0.0
+    """For how long the process had given its guardian no sign of life then."""
+    standing: float = 0.0
+    """For how long its main thread had been at the same place then."""
+    step: int = 0
+    moves: int = 0
+    phase: str = "starting"
+    done: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where it was last, in words."""
+        return place(self.step, self.phase, self.host)
+
+
+def ranks_in_words(ranks: list[int]) -> str:
+    """Some processes in words: "process 1 has", "processes 1 and 2 have", of many the first eight."""
+    if len(ranks) == 1:
+        return f"process {ranks[0]} has"
+    names = [str(rank) for rank in ranks]
+    if len(names) > 8:
+        names[8:] = [f"{len(names) - 8} more"]
+    return f"processes {', '.join(names[:-1])} and {names[-1]} have"
+
+
+class Hub(Guardian):
+    """The guardian of process 0, to which the others are connected; the one that judges."""
+
+    def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap, listener: socket.socket):
+        """`listener` takes the connections of the others."""
+        super().__init__(setup, trainer, page)
+        self.count: int = setup["count"]
+        self.stall_timeout: float = setup["stall_timeout"]
+        self.listener = listener
+        self.strangers: dict[socket.socket, float] = {}
+        self.started = self.now
+        self.own = self.member(setup, None, None)
+        self.members = {0: self.own}
+        listener.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ, self.accept)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the guardian of every process has connected."""
+        return len(self.members) == self.count
+
+    def member(self, about: dict[str, Any], connection: socket.socket | None, channel: Channel | None) -> Member:
+        """The process that `about` describes."""
+        return Member(
+            about["rank"], about["local_rank"], about["host"], about["site"], connection, channel, heard=self.now
+        )
+
+    def accept(self) -> None:
+        """A new connection, of whom is not known yet."""
+        with contextlib.suppress(OSError):
+            stranger, _ = self.listener.accept()
+            channel = Channel(stranger.fileno(), stranger.fileno())
+            self.strangers[stranger] = self.now
+            self.selector.register(stranger, selectors.EVENT_READ, lambda: self.hear_stranger(stranger, channel))
+
+    def hear_stranger(self, stranger: socket.socket, channel: Channel) -> None:
+        """Takes a guardian of this run, which knows the token, for what it is, and drops all else."""
+        if stranger not in self.strangers:  # dropped since this event was seen
+            return
+        lines = channel.receive()
+        if lines == []:
+            return
+        about, *more = lines or [{}]
+        token = str(about.get("token")).encode(errors="replace")
+        if not hmac.compare_digest(token, self.setup["token"].encode()) or about["rank"] in self.members:
+            self.drop(stranger)
+            return
+        del self.strangers[stranger]
+        member = self.members[about["rank"]] = self.member(about, stranger, channel)
+        self.selector.modify(stranger, selectors.EVENT_READ, lambda: self.hear_member(member))
+        if self.ready:
+            self.selector.unregister(self.listener)
+            self.listener.close()
+            for other in list(self.strangers):
+                self.drop(other)
+            self.forgive(self.now)
+            self.tell_all(ready=True)
+        for line in more:
+            self.hear(member, line)
+
+    def drop(self, stranger: socket.socket) -> None:
+        """Closes a connection that is nobody's."""
+        del self.strangers[stranger]
+        self.selector.unregister(stranger)
+        stranger.close()
+
+    def tell_all(self, **fields: object) -> None:
+        """Says something to every guardian, and to the training process beside this one."""
+        for member in self.members.values():
+            (member.channel or self.trainer).send(**fields)
+
+    def forgive(self, now: float) -> None:
+        super().forgive(now)
+        for member in self.members.values():
+            member.heard = now
+
+    def report(self, **events: object) -> None:
+        self.hear(self.own, {**self.status(), **events})
+
+    def hear_member(self, member: Member) -> None:
+        """What another guardian says."""
+        assert member.channel is not None and member.socket is not None
+        lines = member.channel.receive()
+        if lines is None:
+            self.selector.unregister(member.socket)
+            if not member.done:
+                lost = f"the connection to process {member.rank} was lost (its machine or its guardian is gone)"
+                self.conclude([member], f"{lost}; it was last in {member.place}")
+        for line in lines or []:
+            self.hear(member, line)
+
+    def hear(self, member: Member, line: dict[str, Any]) -> None:
+        """How a process is, and what happened to it."""
+        member.heard = self.now
+        for name in ("silent", "standing", "step", "moves", "phase"):
+            setattr(member, name, line[name])
+        if "died" in line:
+            # A process that is not its child has no exit code for it.
+            whether = "the kernel's log there says whether memory ran out"
+            self.conclude([member], f"process {member.rank} died in {member.place}; {whether}")
+        if "left" in line:
+            reason = f"process {member.rank} left in {member.place}: {line['left']}"
+            self.conclude([member], reason, line["code"])
+        if "done" in line:
+            member.done = True
+            if self.ready and all(other.done for other in self.members.values()):
+                self.tell_all(end=True)
+                self.linger()
+
+    def tick(self) -> None:
+        self.report()
+        for stranger, since in list(self.strangers.items()):
+            if self.now - since > STRANGER_TIMEOUT:
+                self.drop(stranger)
+        patience = max(JOIN_TIMEOUT, self.peer_timeout)
+        if not self.ready and self.now - self.started > patience:
+            missing = [rank for rank in range(self.count) if rank not in self.members]
+            self.conclude([], f"{ranks_in_words(missing)} not joined the guard within {duration(patience)}")
+        self.find_silence()
+        self.find_stall()
+        speakers = self.speakers([self.own])
+        for member in self.members.values():
+            if member.channel is not None:
+                member.channel.send(place=self.own.place, speaks=member.rank in speakers)
+
+    def find_silence(self) -> None:
+        """A process that gives no sign of life, or whose guardian gives none."""
+        watched = [member for member in self.members.values() if not member.done]
+        ages = {member.rank: self.now - member.heard + member.silent for member in watched}
+        if max(ages.values(), default=0.0) <= self.peer_timeout:
+            return
+        # The processes of a machine fall silent together, though not to the millisecond.
+        silent = [member for member in watched if ages[member.rank] > self.peer_timeout - 2 * self.interval]
+        first = max(silent, key=lambda member: ages[member.rank])
+        answers = self.now - first.heard < PAUSE * self.interval
+        cause = "stopped, or stuck outside Python" if answers else "its machine or the network is gone"
+        silence = f"not been heard of for {duration(self.peer_timeout)} ({cause})"
+        ranks = sorted(member.rank for member in silent)
+        last = "it" if len(ranks) == 1 else f"process {first.rank}"
+        self.conclude(silent, f"{ranks_in_words(ranks)} {silence}; {last} was last in {first.place}")
+
+    def find_stall(self) -> None:
+        """All processes live, and none gets on."""
+        watched = [member for member in self.members.values() if not member.done]
+        if not watched or min(m.standing + self.now - m.heard for m in watched) <= self.stall_timeout:
+            return
+        least = min((member.step, member.moves) for member in watched)
+        behind = [member for member in watched if (member.step, member.moves) == least]
+        ranks = sorted(member.rank for member in behind)
+        who = f"{ranks_in_words(ranks)} come least far and {'is' if len(ranks) == 1 else 'are'}"
+        if len(ranks) == self.count:
+            who = "every process is"
+        self.conclude([], f"nothing has moved for {duration(self.stall_timeout)}: {who} in {behind[0].place}")
+
+    def speakers(self, lost: list[Member]) -> set[int]:
+        """One process for each launcher, not of the lost ones: it says to the user what happened."""
+        chosen: dict[str, int] = {}
+        for member in sorted(self.members.values(), key=lambda member: (member.local_rank, member.rank)):
+            if member not in lost:
+                chosen.setdefault(member.site, member.rank)
+        return set(chosen.values())
+
+    def conclude(self, lost: list[Member], verdict: str, code: int | None = None) -> NoReturn:
+        """Ends the run; the code is that of a process which left by itself."""
+        speakers = self.speakers(lost)
+        for member in self.members.values():
+            if member.channel is not None:
+                member.channel.send(verdict=verdict, code=code, speaks=member.rank in speakers)
+        self.end_trainer(verdict, code, speaks=0 in speakers)
+        self.linger()
+
+    def linger(self) -> NoReturn:
+        """Ends this process when the others have heard its last word: what is unread is lost when a socket closes."""
+        deadline = time.monotonic() + LINGER
+        waiting = [member for member in self.members.values() if member.socket is not None]
+        while waiting and time.monotonic() < deadline:
+            waiting = [member for member in waiting if member.channel and member.channel.receive() is not None]
+            time.sleep(0.01)
+        sys.exit()

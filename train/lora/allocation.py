@@ -1,0 +1,97 @@
+"""Which experts get an adapter, and of which rank: as told, or from the load that was measured."""
+
+import json
+from pathlib import Path
+
+from configs.program.errors import UserError, one_line
+from train.config.lora import LoraConfig
+
+STEP = 8
+"""Ranks in proportion to load are multiples of this: rows of whole 16 bytes, which grouped products ask for."""
+
+
+def expert_ranks(config: LoraConfig, layers: int, experts: int, parameters_per_rank: int) -> list[list[int]]:
+    """The LoRA rank of each expert of each layer; 0 where it has no adapter.
+
+    Args:
+        config: what was asked.
+        layers: of the model.
+        experts: of a layer.
+        parameters_per_rank: what one rank on one expert costs in trained parameters.
+
+    Raises:
+        UserError: the model has no such experts, the load is not this model's, or the budget buys nothing.
+    """
+    if config.experts == "by_load":
+        return _by_load(config, layers, experts, parameters_per_rank)
+    of_layer = config.expert_ranks or [config.rank] * experts
+    if len(of_layer) != experts:
+        raise UserError(
+            f"lora.expert_ranks={of_layer}: the model has {experts} experts a layer; give one rank for each"
+        )
+    if config.experts != "all":
+        if unknown := set(config.experts) - set(range(experts)):
+            raise UserError(
+                f"lora.experts={config.experts}: there is no expert {min(unknown)}; give 0 to {experts - 1}"
+            )
+        of_layer = [rank if expert in config.experts else 0 for expert, rank in enumerate(of_layer)]
+    return [of_layer] * layers
+
+
+def _by_load(config: LoraConfig, layers: int, experts: int, parameters_per_rank: int) -> list[list[int]]:
+    assert config.load is not None
+    load = read_load(Path(config.load))
+    if len(load) != layers or any(len(of_layer) != experts for of_layer in load):
+        raise UserError(
+            f"lora.load={config.load}: it was measured on {len(load)} layers of {len(load[0])} experts, the model has "
+            f"{layers} of {experts}; profile this model"
+        )
+    step = STEP if config.by_load == "ranks" else config.rank
+    portions = config.budget // (step * parameters_per_rank) if parameters_per_rank else 0
+    if not portions:
+        cost = step * parameters_per_rank
+        raise UserError(
+            f"lora.budget={config.budget}: rank {step} on one expert takes {cost:,} parameters; give at least that many"
+        )
+    places = [(layer, expert) for layer in range(layers) for expert in range(experts)]
+    share = {(layer, expert): load[layer][expert] / sum(load[layer]) for layer, expert in places}
+    ranks = [[0] * experts for _ in range(layers)]
+    if config.by_load == "experts":
+        for layer, expert in sorted(places, key=lambda place: -share[place])[:portions]:
+            ranks[layer][expert] = config.rank
+        return ranks
+    # Whole portions in proportion, then what is left by the largest remainders.
+    total = sum(share.values())
+    exact = {place: portions * share[place] / total for place in places}
+    whole = {place: int(exact[place]) for place in places}
+    left = portions - sum(whole.values())
+    for place in sorted(places, key=lambda place: whole[place] - exact[place])[:left]:
+        whole[place] += 1
+    for (layer, expert), number in whole.items():
+        ranks[layer][expert] = number * step
+    return ranks
+
+
+def read_load(path: Path) -> list[list[int]]:
+    """Tokens of each expert of each layer, out of an expert_load.json.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        tokens: list[list[int]] = json.loads(path.read_text())["tokens_per_expert"]
+        if any(type(number) is not int or number < 0 for of_layer in tokens for number in of_layer):
+            raise ValueError("tokens_per_expert holds something else than numbers of tokens")
+        if not tokens or not all(sum(of_layer) for of_layer in tokens):
+            raise ValueError("a layer has no tokens")
+        if len({len(of_layer) for of_layer in tokens}) > 1:
+            raise ValueError("its layers have different numbers of experts")
+    except OSError as error:
+        raise UserError(
+            f"lora.load={path}: it can't be read ({error.strerror}); `python -m train task=profile` writes one"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"lora.load={path}: that is no measured load ({one_line(error)}); `python -m train task=profile` writes one"
+        ) from error
+    return tokens

@@ -1,0 +1,97 @@
+"""The low-rank factors of a block's experts, as parameters of its `MixtralExperts`."""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from train.config.lora import EXPERT_TARGETS
+
+# Factors
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The adapter of one projection of one block; its factors are parameters of the `MixtralExperts`."""
+
+    ranks: tuple[int, ...]
+    """r_e of each expert; 0 where it has no adapter."""
+    scales: tuple[float, ...]
+    """s_e of each expert."""
+    dropout: float
+    """The probability with which an input is dropped."""
+
+    @property
+    def rows(self) -> tuple[slice, ...]:
+        """Those of each expert in A and B, none for one without."""
+        return _rows(self.ranks)
+
+
+@functools.cache
+def _rows(ranks: tuple[int, ...]) -> tuple[slice, ...]:
+    ends = itertools.accumulate(ranks)
+    return tuple(slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True))
+
+
+def attach(
+    model: nn.Module, *, ranks: list[list[int]], projections: tuple[str, ...], scaling: "Scaling", dropout: float = 0.0
+) -> None:
+    """Adds trainable factors for the targeted projections to the `MixtralExperts` of the model.
+
+    A starts uniform in ±1/√in as PEFT's does, B at zero, so the adapted model starts equal to the base. The factors
+    take the dtype and device of the experts' weights: mixed dtypes fail under ZeRO-3, which keeps float32 masters.
+
+    Args:
+        model: holds the blocks.
+        ranks: the LoRA rank of each expert of each block; 0 for none.
+        projections: those with an adapter.
+        scaling: s of a rank.
+        dropout: on the adapters' inputs, for each token-expert pair.
+    """
+    unknown = set(projections) - set(EXPERT_TARGETS)
+    if unknown:
+        raise ValueError(f"there is no expert projection {sorted(unknown)[0]}; choose from {', '.join(EXPERT_TARGETS)}")
+    for of_block, experts in zip(ranks, expert_modules(model).values(), strict=True):
+        experts.lora = {}
+        if not any(of_block):
+            continue
+        sizes = {
+            "gate_up_proj": (experts.hidden_dim, 2 * experts.intermediate_dim),
+            "down_proj": (experts.intermediate_dim, experts.hidden_dim),
+        }
+        adapter = Adapter(tuple(of_block), tuple(scaling(rank) if rank else 0.0 for rank in of_block), dropout)
+        for projection in projections:
+            weight = getattr(experts, projection)
+            size_in, size_out = sizes[projection]
+            A_RI = weight.new_empty(sum(of_block), size_in)
+            if not A_RI.is_meta:
+                # drawn in float32 and on the CPU, so that every dtype and device starts from the same numbers
+                A_RI.copy_(torch.empty(A_RI.shape, device="cpu").uniform_(-1, 1) / math.sqrt(size_in))
+            experts.register_parameter(f"{projection}_lora_A", nn.Parameter(A_RI))
+            experts.register_parameter(f"{projection}_lora_B", nn.Parameter(weight.new_zeros(sum(of_block), size_out)))
+            experts.lora[projection] = adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """s of a rank: alpha / r, or rank-stabilised alpha / √r."""
+
+    alpha: float
+    rank_stabilised: bool = False
+
+    def __call__(self, lora_rank: int) -> float:
+        return self.alpha / (math.sqrt(lora_rank) if self.rank_stabilised else lora_rank)
+
+
+def expert_modules(model: nn.Module) -> dict[str, MixtralExperts]:
+    """Every `MixtralExperts` of the model by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixtralExperts)}
+
+
+def adapters(model: nn.Module) -> dict[str, dict[str, Adapter]]:
+    """The adapters of each block, none for some: by the name of its `MixtralExperts`, then by projection."""
+    return {name: getattr(experts, "lora", {}) for name, experts in expert_modules(model).items()}

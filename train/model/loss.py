@@ -1,0 +1,89 @@
+"""The loss of a micro-batch: cross-entropy summed over supervised tokens, and the router's load-balancing loss."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from data.schema import IGNORE_INDEX
+from train.model import attention
+from train.model.attention import Conversations
+from train.model.head import CrossEntropyHead
+from train.model.routing import Routing
+
+
+class MixtralWithLoss(nn.Module):
+    """Mixtral from token ids to losses, in one forward.
+
+    One forward, because under ZeRO-3 a parameter is whole only inside the forward of its own module: the loss belongs
+    inside the model that the engine calls.
+    """
+
+    def __init__(self, causal_lm: MixtralForCausalLM, *, with_router_loss: bool):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.head = CrossEntropyHead(causal_lm.lm_head)
+        self.with_router_loss = with_router_loss
+        self.differentiates_input = False
+        """Whether gradients are taken down to the embedding's output, though nothing below it trains.
+
+        ZeRO-3 gives a module's weights back when the gradient of its input is there. Where no input needs one, as in
+        blocks before the first adapter on attention, it would give them back before their backward (DeepSpeed issue
+        5524)."""
+        self.watches_routing = False
+        """Whether forwards add to `routing`."""
+        self.routing: Routing | None = None
+        """What the routers did since it was last taken."""
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, is_token: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of a micro-batch; the arguments are the fields of `data.prepared.dataset.Batch`, [B, T].
+
+        Returns:
+            The cross-entropy in nats, summed over the supervised tokens, and the load-balancing loss averaged over the
+            tokens (1 at perfect balance times the experts per token), each a float32 scalar; the second is 0 where it
+            is left out, and in evaluation.
+        """
+        # No attention mask: attention reads from the restarting positions where conversations begin. So rows can stand
+        # in one behind the other, which transformers' flash attention asks for; its other implementations make a mask
+        # for each row.
+        more: dict[str, Any] = {}
+        row_ids, row_positions = ids, positions
+        if self.causal_lm.config._attn_implementation in (attention.IMPLEMENTATION, "flash_attention_2"):
+            row_ids, row_positions = ids.view(1, -1), positions.view(1, -1)
+        if self.causal_lm.config._attn_implementation == attention.IMPLEMENTATION:
+            more["conversations"] = Conversations(positions.flatten())
+        embedded = self.causal_lm.model.embed_tokens(row_ids)
+        if self.differentiates_input and torch.is_grad_enabled():
+            # Marked behind the embedding, whose own weights would be gathered once more in the backward otherwise.
+            embedded.requires_grad_()
+        with_router_loss = self.with_router_loss and self.training
+        with_routers = with_router_loss or self.watches_routing
+        outputs = self.causal_lm.model(
+            inputs_embeds=embedded,
+            position_ids=row_positions,
+            use_cache=False,
+            output_router_logits=with_routers,
+            **more,
+        )
+        # The head is the largest product of all, and unsupervised positions do not need it.
+        supervised_N = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        cross_entropy = self.head(
+            outputs.last_hidden_state.flatten(0, 1)[supervised_N], targets.flatten()[supervised_N]
+        )
+        config = self.causal_lm.config
+        if self.watches_routing:
+            flat = (tensor.flatten() for tensor in (positions, targets, is_token))
+            routing = Routing.of(tuple(outputs.router_logits), config.num_experts_per_tok, *flat)
+            self.routing = routing if self.routing is None else self.routing + routing
+        if not with_router_loss:
+            return cross_entropy, cross_entropy.new_zeros(())
+        # A blank micro-batch has no mean; its weight in the step is 0, so any finite number serves.
+        mask = is_token if bool(is_token.any()) else None
+        balance = load_balancing_loss_func(
+            tuple(outputs.router_logits), config.num_local_experts, config.num_experts_per_tok, mask
+        )
+        return cross_entropy, balance

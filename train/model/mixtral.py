@@ -1,0 +1,126 @@
+"""Mixtral with its adapters; decides which parameters train."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from configs.program.errors import UserError, one_line
+from data.disk.architecture import read_architecture
+from data.disk.weights import local_directory, weight_files
+from train.config.model import VOCABULARY, ModelConfig
+from train.config.train import TrainConfig
+from train.lora import split_experts
+from train.lora.attach import add_adapters
+from train.model import attention, recomputation
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def build(config: TrainConfig, device: torch.device | None = None) -> MixtralForCausalLM:
+    """The base model with adapters attached and everything else frozen, or with everything trainable.
+
+    The caller decides where weights go: onto `device` straight from their files, or by the context in which it calls,
+    `engine.partitioned_loading` for ZeRO-3, the meta device for a plan. The seed decides random bases and initial
+    adapters, the same on every process.
+
+    Raises:
+        UserError: there is no Mixtral at `model.path`.
+    """
+    torch.manual_seed(config.seed)
+    model = base(config.model) if config.model.path is None else pretrained(config.model, device)
+    model.config.use_cache = False
+    if config.lora.method == "none":
+        model.set_experts_implementation(split_experts.IMPLEMENTATION)  # the plain grouped products, without adapters
+    else:
+        torch.manual_seed(config.seed)  # again: how many numbers loading draws depends on the ZeRO stage
+        add_adapters(model, config.lora)
+    recomputation.enable(model, config.activation_checkpointing, dropout=config.lora.dropout)
+    return model
+
+
+def base(config: ModelConfig) -> MixtralForCausalLM:
+    """A random Mixtral of the configured architecture.
+
+    Raises:
+        UserError: the package that `model.attention` asks for is not installed.
+    """
+    sizes = asdict(config.architecture)
+    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    architecture = MixtralConfig(**sizes, rope_parameters=rope, sliding_window=None, bos_token_id=1, eos_token_id=2)
+    architecture._attn_implementation = config.attention
+    with _attention_of(config):
+        return MixtralForCausalLM._from_config(architecture, dtype=DTYPES[config.dtype])
+
+
+@contextlib.contextmanager
+def _attention_of(config: ModelConfig) -> Iterator[None]:
+    """Within it, a model is made with the attention of the settings."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"model.attention={config.attention}: the package for it is not installed; install flash-attn, or use sdpa"
+        ) from error
+
+
+def pretrained(config: ModelConfig, device: torch.device | None = None) -> MixtralForCausalLM:
+    """The Mixtral at `model.path`, a directory or a hub id; on that device, where one is given."""
+    from transformers.utils import logging
+
+    assert config.path is not None
+    named = f"model.path={config.path}"
+    remedy = "name a Mixtral's directory with config.json and safetensors, or a hub id that can be reached"
+    if config.path.startswith(("/", ".")) and not Path(config.path).is_dir():
+        raise UserError(f"{named}: there is no such directory; {remedy}")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        architecture = read_architecture(config.path, config.revision, named)
+        directory = local_directory(config.path, config.revision, named)
+        weight_files(directory, named)  # transformers would follow an index out of the directory
+        if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
+            raise UserError(f"{named}: its experts use {architecture.hidden_act}, Mixtral's use silu; {remedy}")
+        if config.attention == attention.IMPLEMENTATION:
+            for name, unable in (
+                ("sliding_window", "looks back without limit"),
+                ("attention_dropout", "drops nothing"),
+            ):
+                if value := getattr(architecture, name):
+                    raise UserError(
+                        f"model.attention={config.attention}: it {unable}, and the base's {name} is {value}; use "
+                        f"model.attention=sdpa"
+                    )
+        with _attention_of(config):
+            model, loading = MixtralForCausalLM.from_pretrained(
+                directory,
+                config=architecture,
+                trust_remote_code=False,
+                dtype=DTYPES[config.dtype],
+                attn_implementation=config.attention,
+                use_safetensors=True,
+                device_map=None if device is None else {"": device},
+                output_loading_info=True,
+            )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {remedy}") from error
+    # transformers fills what a checkpoint lacks with random numbers and goes on.
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{named}: its tensor {missing[0]} is missing; {remedy}")
+    return model
+
+
+def check_embeddings(architecture: MixtralConfig, named: str) -> None:
+    """Raises `UserError` if a base has fewer embeddings than a dataset has ids; it is called as in `named`."""
+    if architecture.vocab_size < VOCABULARY:
+        raise UserError(
+            f"{named}: its vocabulary has {architecture.vocab_size:,} pieces, and the dataset's has {VOCABULARY:,}; "
+            f"name a base with the vocabulary of Mixtral-8x7B"
+        )

@@ -1,0 +1,266 @@
+"""What a run tells while it trains: a progress bar, metrics.jsonl, wandb.
+
+Nothing here raises into training or holds it up, whatever becomes of the terminal, the disk or wandb; nor does anything
+in training rest on it.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from configs.program.console import console
+from configs.program.errors import UserError, one_line
+from data.disk.files import sync
+from train.config.train import LoggingConfig
+from train.history import StepRecord, finite
+from train.model.routing import Routing
+from train.reporting.wandb_run import Wandb
+
+METRICS = "metrics.jsonl"
+UNWRITTEN = 16 << 20
+"""Bytes of lines that wait for the disk at most, those of some ten thousand steps."""
+
+
+class Metrics:
+    """Writes on the main process; on the others every call does nothing."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: LoggingConfig,
+        settings: dict[str, Any],
+        *,
+        is_main: bool,
+        resumed: dict[str, Any] | None = None,
+    ):
+        """Opens metrics.jsonl and, if it is wanted, a wandb run that lives in the run directory.
+
+        Args:
+            directory: the run directory.
+            config: what is wanted.
+            settings: of the whole run, for wandb.
+            is_main: whether this process writes.
+            resumed: what `History.state` and `state` gave when the checkpoint was made that the run goes on from. Lines
+                of later steps are dropped: those steps will be taken again.
+
+        Raises:
+            UserError: metrics.jsonl can't be written, before anything was trained.
+        """
+        self._is_main = is_main
+        self._config = config
+        resumed = resumed or {}
+        self._wandb_id: str | None = resumed.get("wandb")
+        self._lines: _Lines | None = None
+        self._wandb: Wandb | None = None
+        if is_main:
+            self._lines = _Lines(_opened(directory, resumed), directory / METRICS)
+            if config.wandb != "off":
+                self._wandb = Wandb(directory, config, settings, self._wandb_id)
+                self._wandb_id = self._wandb.id
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, fit for JSON."""
+        return {"wandb": self._wandb_id}
+
+    @contextlib.contextmanager
+    def progress(self, steps: int, *, done: int) -> Iterator[None]:
+        """Shows a progress bar for that many steps while the body runs, where one is wanted."""
+        self._steps = steps
+        if not (self._is_main and self._config.progress):
+            yield
+            return
+        self._progress = Progress(
+            TextColumn("Training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+        )
+        with self._progress:
+            self._task = self._progress.add_task("train", total=steps, completed=done, status="")
+            yield
+        self._progress = None
+
+    def stepped(self, record: StepRecord, wrong: str | None, rows: list[int | None]) -> None:
+        """Records a step; where something is `wrong` with it, `refused` or `spike`, with its rows."""
+        if not self._is_main:
+            return
+        if wrong is not None:
+            said = {
+                "refused": "loss or gradient not finite, the update was refused",
+                "spike": f"loss {record.loss:.3f} is far above the steps before; metrics.jsonl names its rows",
+            }
+            console.print(f"step {record.step}: {said[wrong]}", style="bold red")
+        rate = record.tokens / record.seconds
+        if self._progress is not None and self._task is not None:
+            status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
+            self._progress.update(self._task, completed=record.step, status=status)
+        if record.step % self._config.every and wrong is None and record.step != self._steps:
+            return
+        suspects = {} if wrong is None else {"wrong": wrong, "rows": [row for row in rows if row is not None]}
+        self._write(
+            {
+                "step": record.step,
+                "loss": record.loss,
+                "learning_rate": record.learning_rate,
+                "gradient_norm": record.gradient_norm,
+                "applied": record.applied,
+                "auxiliary_loss": record.router_balance,
+                "tokens": record.tokens,
+                "supervised_tokens": record.supervised_tokens,
+                "tokens_per_second": rate,
+                "memory_gib": memory_gib(),
+                **suspects,
+            }
+        )
+
+    def routed(self, step: int, routing: Routing) -> None:
+        """Records what the routers did in a step."""
+        if not self._is_main:
+            return
+        record = routing.record()
+        self._line({"step": step, **record})
+        if self._wandb is not None:
+            by_layer = {
+                f"routers/{name}/layer_{layer}": value
+                for name in ("router_entropy", "router_auxiliary_loss")
+                for layer, value in enumerate(record[name])
+            }
+            by_expert = {
+                f"routers/expert_load/layer_{layer}/expert_{expert}": share
+                for layer, of_layer in enumerate(record["expert_load"])
+                for expert, share in enumerate(of_layer)
+            }
+            unused = {"routers/unused_experts": len(record["unused_experts"])}
+            self._wandb.log(by_layer | by_expert | unused, step=step)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Records an evaluation."""
+        if self._is_main:
+            console.print(f"step {step}: evaluation loss {loss:.4f}")
+            self._write({"step": step, "evaluation_loss": loss})
+
+    def saved(self, step: int, paused: float, took: float) -> None:
+        """Records a checkpoint: the seconds for which training stood still, and until it was on the disk."""
+        self._line({"step": step, "checkpoint_paused_seconds": paused, "checkpoint_seconds": took})
+
+    def sync(self) -> None:
+        """Forces the lines so far to the disk, so that a checkpoint never knows more than they, if the disk can."""
+        if self._lines is not None:
+            self._lines.sync()
+
+    def close(self, within: float = 10.0) -> None:
+        """Ends what was begun; gives wandb, which may have to upload, so many seconds."""
+        if self._lines is not None:
+            self._lines.close()
+        if self._wandb is not None:
+            self._wandb.close(within)
+
+    def _line(self, values: dict[str, Any]) -> None:
+        if self._lines is not None:
+            self._lines.add((json.dumps(finite(values)) + "\n").encode())
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._line(values)
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+
+class _Lines:
+    """Appends lines to a file. Those that can't be written wait until they can be, and that is said once."""
+
+    def __init__(self, descriptor: int, path: Path):
+        """`path` is that of the open file."""
+        self._file, self._path = descriptor, path
+        self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
+        self._unwritten = b""
+        self._failing = False
+
+    def add(self, line: bytes) -> None:
+        """Appends a whole line."""
+        with self._lock:
+            if len(self._unwritten) + len(line) <= UNWRITTEN:
+                self._unwritten += line
+            self._flush()
+
+    def sync(self) -> None:
+        """Forces the lines to the disk."""
+        with self._lock:
+            self._flush(sync=True)
+
+    def close(self) -> None:
+        """Ends the file."""
+        with self._lock:
+            self._flush()
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+
+    def _flush(self, *, sync: bool = False) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+            if sync:
+                os.fsync(self._file)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                why = error.strerror or one_line(error)
+                console.print(
+                    f"{self._path} can't be written ({why}); its lines wait, and training goes on", soft_wrap=True
+                )
+            self._failing = True
+
+
+def memory_gib() -> float:
+    """Peak memory of this process so far in GiB: allocated on its GPU where it has one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _opened(directory: Path, resumed: dict[str, Any]) -> int:
+    """metrics.jsonl, open for what comes next."""
+    path = directory / METRICS
+    if path.exists() and not path.is_file():
+        raise UserError(f"run_dir={directory}: its {METRICS} is no regular file; remove it")
+    try:
+        _keep_lines(path, resumed.get("step", -1), resumed.get("evaluations", {}))
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise UserError(
+            f"run_dir={directory}: its {METRICS} can't be written ({why}); free space or make it writable, and give "
+            f"the same command again"
+        ) from error
+
+
+def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
+    """Drops the lines of steps after the `last` from metrics.jsonl, evaluations that will be made again, and what a
+    killed process left of a line."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            told = json.loads(line)
+            if told["step"] > last or ("evaluation_loss" in told and str(told["step"]) not in evaluations):
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue
+        kept.append(line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(b"".join(kept))
+    sync(temporary)
+    temporary.rename(path)
+    sync(path.parent)

@@ -1,0 +1,264 @@
+"""One checkpoint: everything that a run needs to go on as if it had never stopped, complete or invisible.
+
+checkpoints/step-000123/
+  adapter/ or model/        what was learned so far, as the run's result has it
+  master.safetensors        the trained parameters in float32, whole, by name
+  exp_avg.safetensors       Adam's first moments
+  exp_avg_sq.safetensors    Adam's second moments
+  trainer.json              step, schedule, data position, seed, settings, and what the run was fed
+  manifest.json             every other file with its size and hash, and its own digest
+
+Nothing in it depends on the number of processes, and nothing is ever unpickled: safetensors and JSON only. It is
+written into a hidden sibling, forced to the disk, and takes its name last.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from configs.program.errors import one_line
+from data.disk.files import file_hash, sync, take_place
+from data.disk.tensor_file import TensorFile, read_header
+from train.saving.background import Background
+
+FOLDER = "checkpoints"
+MANIFEST, TRAINER = "manifest.json", "trainer.json"
+FORMAT = 1
+"""Of trainer.json; another number is another program's."""
+STATE = ("master", "exp_avg", "exp_avg_sq")
+"""What is stored of every trained parameter, in float32: its value, and Adam's two moments by torch's names."""
+
+Shape = tuple[int, ...]
+
+
+class CheckpointWriter:
+    """Writes one checkpoint, by the jobs of a `Background`."""
+
+    def __init__(self, place: Path, shapes: dict[str, Shape], background: Background):
+        """Begins.
+
+        Args:
+            place: checkpoints/step-…, the directory that it becomes.
+            shapes: of the trained parameters, in the order in which they will come.
+            background: what does the work. After the first error nothing more is written.
+        """
+        self._place, self._background = place, background
+        self._temporary = place.parent / f".{place.name}.tmp"
+        self._files: dict[str, TensorFile] = {}
+        self._hashes: dict[str, str] = {}
+        self._shapes = shapes
+        background.submit(self._begin)
+
+    @property
+    def directory(self) -> Path:
+        """Where it is written until it is complete."""
+        return self._temporary
+
+    def write(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Writes what is stored of the next parameter, by `STATE`."""
+        for kind in STATE:
+            self._background.submit(partial(self._write, kind, name, state[kind]), state[kind].nbytes)
+
+    def _write(self, kind: str, name: str, tensor: torch.Tensor) -> None:
+        self._files[kind].write(name, tensor)
+
+    def finish(self, trainer: dict[str, Any]) -> None:
+        """Completes it with the content of trainer.json."""
+        self._background.submit(lambda: self._finish(trainer))
+
+    def _begin(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        sync(self._place.parent.parent)
+        tensors = [(name, torch.float32, shape) for name, shape in self._shapes.items()]
+        self._files = {kind: TensorFile(self._temporary / f"{kind}.safetensors", tensors) for kind in STATE}
+
+    def _finish(self, trainer: dict[str, Any]) -> None:
+        hashes = {f"{kind}.safetensors": file.close() for kind, file in self._files.items()}
+        (self._temporary / TRAINER).write_bytes(_json({"format": FORMAT, **trainer}))
+        files = {}
+        for path in sorted(path for path in self._temporary.rglob("*") if path.is_file()):
+            name = str(path.relative_to(self._temporary))
+            files[name] = {"bytes": path.stat().st_size, "xxh3": hashes.get(name) or file_hash(path)}
+        (self._temporary / MANIFEST).write_bytes(_sealed({"files": files}))
+        publish(self._temporary, self._place)
+
+
+def publish(temporary: Path, place: Path) -> None:
+    """Gives a directory its name, once all in it is on the disk, in one exchange with what has the name already."""
+    take_place(temporary, place)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(place: Path) -> None:
+    """Removes a directory of a run: its name is gone first, so half of one is never seen."""
+    hidden = place.parent / f".{place.name}.old"
+    _discard(hidden)
+    place.rename(hidden)
+    _discard(hidden)
+
+
+def _discard(path: Path) -> None:
+    """Removes what has no name any more, as far as that goes: nobody reads it, and the next launch tries again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was written; the text says which part."""
+
+
+class Checkpoint:
+    """A checkpoint on disk whose manifest and trainer.json are whole."""
+
+    def __init__(self, place: Path):
+        """Opens it.
+
+        Raises:
+            DamagedError: one of the two is not as it was written.
+        """
+        self.place = place
+        self._files: dict[str, Any] = _unsealed(place / MANIFEST)["files"]
+        self._check(TRAINER)
+        self.trainer: dict[str, Any] = json.loads((place / TRAINER).read_bytes())
+        if not isinstance(self.trainer, dict) or self.trainer.get("format") != FORMAT:
+            raise DamagedError(f"{TRAINER} is of another version of this program")
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that had been taken."""
+        return int(self.trainer["step"])
+
+    def check(self, shapes: dict[str, Shape]) -> None:
+        """Compares every file with the manifest, and the tensors with the parameters that train.
+
+        Raises:
+            DamagedError: a file or tensor is missing, other, or of another shape; it names the first.
+        """
+        for name in self._files:
+            self._check(name)
+        for kind in STATE:
+            file = f"{kind}.safetensors"
+            if file not in self._files:
+                raise DamagedError(f"{file} is missing")
+            try:
+                stored = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_header(self.place / file)}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DamagedError(f"{file} can't be read: {one_line(error)}") from error
+            for name, shape in shapes.items():
+                if name not in stored:
+                    raise DamagedError(f"{file} lacks the tensor {name}")
+                if stored[name] != ("F32", shape):
+                    raise DamagedError(f"{file} has the tensor {name} as {stored[name]}, not F32 {list(shape)}")
+            if unknown := stored.keys() - shapes.keys():
+                raise DamagedError(f"{file} has a tensor {min(unknown)} that nothing here is called")
+
+    def _check(self, name: str) -> None:
+        told = self._files.get(name)
+        if told is None:
+            raise DamagedError(f"{MANIFEST} lacks {name}")
+        path = self.place / name
+        try:
+            if path.stat().st_size != told["bytes"] or file_hash(path) != told["xxh3"]:
+                raise DamagedError(f"{name} is not as it was written")
+        except FileNotFoundError:
+            raise DamagedError(f"{name} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"{name} can't be read: {one_line(error)}") from error
+
+    def read(self, name: str, kind: str) -> torch.Tensor:
+        """What is stored of a parameter, one of `STATE`, on the CPU.
+
+        Raises:
+            DamagedError: it can't be read any more.
+        """
+        try:
+            with safe_open(self.place / f"{kind}.safetensors", "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"{kind}.safetensors can't be read: {one_line(error)}") from error
+
+
+def places(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first, whole or not."""
+    try:
+        there = list((run / FOLDER).iterdir())  # glob would take a folder that can't be read for an empty one
+    except FileNotFoundError:
+        return []
+    found = [(number(path), path) for path in there if number(path) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def place(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / FOLDER / f"step-{step:06d}"
+
+
+def number(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for a name that is none."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if path.name.startswith("step-") and digits.isdecimal() else None
+
+
+def clean(run: Path) -> None:
+    """Removes what a process that was killed left half-written or half-removed."""
+    for pattern in (".*.tmp", ".*.old"):
+        for path in [*(run / FOLDER).glob(pattern), *run.glob(pattern)]:
+            _discard(path)
+
+
+def prune(run: Path, *, newest: int, keep_last: int, best: int | None) -> None:
+    """Removes all checkpoints but `keep_last` up to the step `newest`, which was just written, and that of `best`.
+
+    Later ones are damaged, or of a past that the run did not go on from.
+    """
+    past = [old for old in places(run) if (number(old) or 0) <= newest]
+    for old in places(run):
+        if old not in past[:keep_last] and number(old) != best:
+            remove(old)
+
+
+def best(evaluations: dict[int, float], steps: Iterable[int]) -> int | None:
+    """Of these steps the one with the lowest evaluation loss; None where none was evaluated to a number."""
+    evaluated = (step for step in steps if math.isfinite(evaluations.get(step, math.nan)))
+    return min(evaluated, key=lambda step: evaluations[step], default=None)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    """JSON that holds its own digest."""
+    return _json({"digest": xxhash.xxh3_128_hexdigest(_json(content)), **content})
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """What `_sealed` sealed."""
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw)
+        del content["digest"]
+        whole = raw == _sealed(content) and all(
+            isinstance(told, dict) and {"bytes", "xxh3"} <= told.keys() for told in content["files"].values()
+        )
+    except FileNotFoundError:
+        raise DamagedError(f"{path.name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path.name} can't be read: {one_line(error)}") from error
+    if not whole:
+        raise DamagedError(f"{path.name} is not as it was written")
+    assert isinstance(content, dict)
+    return content

@@ -1,0 +1,44 @@
+"""`lora.start`: an adapter that training begins from, and how far training has moved from it."""
+
+from pathlib import Path
+
+import torch
+from transformers import MixtralForCausalLM
+
+from configs.program.console import console
+from configs.program.errors import one_line
+from train.config.lora import LoraConfig
+from train.config.train import TrainConfig
+from train.lora import factors, peft_files
+from train.lora.attach import trainable
+from train.lora.proof import Movement, movements
+
+
+def start_from(model: MixtralForCausalLM, config: LoraConfig) -> None:
+    """Sets what trains to the numbers of the adapter directory `lora.start`; collective."""
+    from train.engine.zero import whole  # here, because the engine imports this file
+
+    assert config.start is not None
+    parameters: dict[str, torch.Tensor] = dict(trainable(model))
+    with whole(parameters.values()), torch.no_grad():
+        tensors = peft_files.read(Path(config.start), parameters, factors.adapters(model), config)
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def movements_of(config: TrainConfig, model: MixtralForCausalLM, tensors: dict[str, torch.Tensor]) -> list[Movement]:
+    """How far the experts' adapters are from where the run began, whether it was resumed since or not.
+
+    None if that can't be found out, such as where `lora.start` can't be read any more: what was learned is worth saving
+    without it.
+    """
+    try:
+        start = None
+        if config.lora.start is not None:
+            start = peft_files.read(Path(config.lora.start), tensors, factors.adapters(model), config.lora)
+            start = {name: tensor.to(model.dtype) for name, tensor in start.items()}  # as training began from them
+        return movements(model, tensors, start)
+    except Exception as error:
+        told = f"{one_line(error)}. How far the experts' adapters have moved is not told."
+        console.print(told, soft_wrap=True)
+        return []
