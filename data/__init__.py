@@ -1,1 +1,16 @@
-"""Raw rows to packed, supervised examples, and the prepared dataset that training reads."""
+"""Raw rows → a prepared dataset, and what all programs share about chat and about files on disk.
+
+    run.py       the program: prepare, preview or report
+    config.py    the settings of `python -m data`
+    prepare.py   the stages in order; the prepared dataset and its manifest
+    schema.py    the records that the stages hand on; imports nothing of ours
+    template.py  the only place where text becomes ids, and where it is decided what is trained
+
+    rows/        where rows come from: bytes → raw rows → conversations, or rejects
+    stages/      what `prepare.py` does with them
+    prepared/    a prepared dataset: its layout, its batches, and how to look at it
+    disk/        what lies on disk between the programs, for all three of them
+    sample/      300 rows that ship with the project
+
+May import configs.program; never train or inference.
+"""

@@ -1,1 +1,16 @@
-"""Base model and adapter to text."""
+"""Base and adapter → text, or one checkpoint.
+
+    run.py       the program: which task
+    config.py    the settings of `python -m inference`
+    adapter.py   an adapter directory: what it changes, whether it fits, and the sum
+    load.py      base and adapter → a model that is ready to generate
+    prompt.py    what the user says → a conversation, or why not
+    generate.py  a conversation → an answer, token by token
+    chat.py      a conversation in the terminal
+    batch.py     a file of prompts → a file of answers
+    journal.py   what lets a batch go on after a kill
+
+    merging/     base and adapter → one checkpoint, verified
+
+May import data and configs.program; never train. `run.py` alone imports the room.
+"""

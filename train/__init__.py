@@ -1,1 +1,18 @@
-"""Mixtral with adapters, trained through DeepSpeed."""
+"""A prepared dataset and a base → an adapter, or a whole model, trained through DeepSpeed.
+
+    run.py          the program: settings → objects, each named once, in order → `train()`
+    loop.py         `train()`, `step()` and `evaluate()`
+    plan.py         dry_run: what a run would be, found out without weights
+    expert_load.py  task=profile: which experts the rows use, as JSON and as a heatmap
+    metrics.py      what a run tells: progress bar, metrics.jsonl, wandb
+    health.py       whether its numbers are good: skipped updates, spikes
+
+    config/         every setting of `python -m train`
+    lora/           expert-aware LoRA: what trains
+    model/          Mixtral from ids to losses
+    engine/         processes, ZeRO, optimizer; the only room that imports deepspeed
+    failures/       how a run ends badly, and how every process learns of it
+    saving/         what a run leaves, and from where it goes on
+
+May import data and configs.program; never inference. No code may stand in this file: the guardian's start imports it.
+"""

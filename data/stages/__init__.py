@@ -1,1 +1,13 @@
-"""TODO."""
+"""What `data/prepare.py` does with rows, in this order.
+
+    encoding.py       chunks → encoded conversations, in several processes, in the order of the rows
+    contamination.py  rejects what shares text with evaluation data
+    overlong.py       what is kept of a conversation that is longer than a row
+    duplicates.py     finds conversations that were there before, or nearly the same ones
+    intake.py         keeps each encoded conversation in the store, or rejects it; the counts
+    store.py          encoded conversations on disk, until they are packed
+    packing.py        conversations → full rows
+    writing.py        rows → a dataset that is whole or not there
+
+May import data.rows, data.prepared.layout, data.schema, data.template, data.config, data.disk and configs.program.
+"""

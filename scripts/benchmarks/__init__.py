@@ -1,2 +1,12 @@
-"""The benchmarks of `scripts/benchmark.py`, a module each: `arguments(parser)` and `run(options)`, which prints its
-tables and returns its figures, fit for JSON."""
+"""The benchmarks of `scripts/benchmark.py`, a module each: `arguments(parser)`, and `run(options)`, which prints its
+tables and returns its figures, fit for JSON.
+
+    data.py, data_memory.py    preparing a dataset: rows per second, and memory
+    step.py, experts.py        a training step, and one MoE block of it
+    compiled.py                a step with torch.compile
+    save.py                    for how long a checkpoint holds up training
+    generate.py, merge.py      answering and merging
+    _trainers.py, _peak.py     the processes that take steps in turn; the machine's own matrix product
+
+May import everything, and the peers that it measures against.
+"""

@@ -1,1 +1,13 @@
-"""What `scripts/torture.py` does to training runs, a module each. All compare with a run that nothing happened to."""
+"""What `scripts/torture.py` does to training runs, a module each. All compare with a run that nothing happened to.
+
+    kill.py     SIGKILL at random points, and resuming, until each run is finished
+    signals.py  SIGTERM and SIGINT to one process, to all, to what started them
+    peers.py    one of two processes killed or stopped, in every phase
+    damage.py   every file of a checkpoint damaged in every way
+    disk.py     a disk that gets full, or turns read-only
+    planted.py  code planted in all that the programs read
+
+    harness/    the small runs that these are done to
+
+May import everything; the tests import it, as the short form of each torture is a test.
+"""

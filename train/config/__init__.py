@@ -1,1 +1,9 @@
-"""TODO."""
+"""Every setting of `python -m train`, with its default, its docstring and its checks. The ground floor of train/.
+
+    train.py   TrainConfig, the groups logging and failures, and the batch arithmetic
+    model.py   the base: where it is, or the sizes of a random one
+    lora.py    which parameters train
+    engine.py  optimizer, ZeRO and hardware
+
+May import configs.program.
+"""

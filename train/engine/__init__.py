@@ -1,1 +1,10 @@
-"""TODO."""
+"""The processes of a run, and one optimizer over all of them. The only room that imports deepspeed.
+
+    processes.py  joins the processes; seeds, collectives, and what all must have been given alike
+    cpu.py        what CPU processes need: DeepSpeed's compiled operator, shared memory, malloc
+    zero.py       DeepSpeed's configuration, sharded loading, and whole parameters
+    state.py      float32 masters and Adam's moments of what trains, whole and by name, whatever the ZeRO stage
+    engine.py     forward, backward, step, and sums over the processes
+
+May import train.model, train.lora, train.failures.guard, train.config, data.prepared.dataset and configs.program.
+"""

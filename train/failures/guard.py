@@ -1,7 +1,7 @@
 """Ends the run on every machine when one of its processes dies, hangs or can't be reached, and says which and where.
 
 A collective waits for its peers, for ever or until a timeout that names nobody. So each training process has a guardian
-(`train/guardian.py`) beside it, and the guardians watch each other:
+(`train/failures/guardian/`) beside it, and the guardians watch each other:
 
     guard = Guard(processes.rank, processes.count)
     guard.join(agree(guard.listen()))       # collective
@@ -40,6 +40,15 @@ REMEDY = "launch it again with the same run_dir: it goes on from its last checkp
 
 _SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 """Signals that launchers and terminals send to whole process groups. A guardian must see how its process takes them."""
+
+ROOT = Path(__file__).parents[2]
+"""The folder that `train` is in."""
+BOOT = (
+    "import sys, runpy; sys.path.insert(0, sys.argv.pop(1)); "
+    "runpy.run_module('train.failures.guardian', run_name='__main__', alter_sys=True)"
+)
+"""Starts the guardian without site-packages. As a package it comes from cached byte code; a script would be compiled at
+every start."""
 
 Meeting = tuple[int, str]
 """The port at which process 0's guardian is found, and the token by which it knows the run's own."""
@@ -119,7 +128,7 @@ class Guard:
         os.ftruncate(page, PLACE.size)
         self._page = mmap.mmap(page, PLACE.size)
         self.at(0, "starting")
-        program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guardian.py"))]
+        program = [sys.executable, "-I", "-S", "-c", BOOT, str(ROOT)]
         fds = (page, connection.fileno())
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)  # it inherits what is blocked here
         try:

@@ -1,1 +1,12 @@
-"""TODO."""
+"""Expert-aware LoRA: low-rank factors on attention and on every expert, computed without the merged weight.
+
+    attach.py         freezes the base and adds adapters: PEFT's on attention, ours on experts
+    allocation.py     which expert gets an adapter, and of which rank
+    factors.py        the factors of a block's experts as parameters, and their scaling
+    dispatch.py       tokens sorted by expert; one product for all experts, or one for each
+    split_experts.py  the experts' forward and backward
+    proof.py          whether every targeted expert gets a gradient, and how far each has moved
+    peft_files.py     adapters in PEFT's format, written and read
+
+May import train.config, data.disk and configs.program.
+"""

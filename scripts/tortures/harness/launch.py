@@ -309,7 +309,7 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 def _is_guardian(process: psutil.Process) -> bool:
-    return any(word.endswith("guardian.py") for word in _words(process))
+    return any("train.failures.guardian" in word for word in _words(process))
 
 
 def _is_wandb(process: psutil.Process) -> bool:

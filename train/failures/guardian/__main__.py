@@ -13,7 +13,7 @@ from train.failures.guardian.spoke import Spoke
 
 
 def main() -> NoReturn:
-    """The program: `guardian.py PAGE_FD SOCKET_FD`, its setup in the first line of stdin."""
+    """The program; it ends when the run has ended."""
     page_fd, socket_fd = (int(argument) for argument in sys.argv[1:])
     trainer = Channel(sys.stdin.fileno(), sys.stdout.fileno())
     lines: list[dict[str, Any]] | None = []
@@ -24,3 +24,7 @@ def main() -> NoReturn:
     page = mmap.mmap(page_fd, PLACE.size, access=mmap.ACCESS_READ)
     role: Callable[..., Guardian] = Hub if lines[0]["rank"] == 0 else Spoke
     role(lines[0], trainer, page, socket.socket(fileno=socket_fd)).run()
+
+
+if __name__ == "__main__":
+    main()

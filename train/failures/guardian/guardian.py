@@ -1,15 +1,15 @@
 """The guard beside each training process: a small program that outlives what happens to the process it watches.
 
-`train/guard.py` starts one as a child of each training process and talks with it through two pipes. The guardian of
-process 0 is the hub: the others are connected to it, tell it how their processes are, and hear its verdict.
+`train/failures/guard.py` starts one as a child of each training process and talks with it through two pipes. The
+guardian of process 0 is the hub: the others are connected to it, tell it how their processes are, and hear its verdict.
 
     process 0 ── guardian 0 (hub) ──┬── guardian 1 ── process 1
                                     └── guardian 2 ── process 2
 
 A verdict ends the run: every guardian gives it to its process, which leaves with the exit code that the verdict holds,
-and kills the process if it does not. A
-guardian that hears nothing from the hub for `peer_timeout` reaches the verdict alone, so both sides of a broken link
-end. Durations are measured on one machine's monotonic clock each; no clock is compared with another machine's.
+and kills the process if it does not. A guardian that hears nothing from the hub for `peer_timeout` reaches the verdict
+alone, so both sides of a broken link end. Durations are measured on one machine's monotonic clock each; no clock is
+compared with another machine's.
 
 It imports the standard library alone and is started without site-packages, so that it is there in a few hundredths of a
 second and takes 18 MB.
@@ -24,7 +24,6 @@ import signal
 import time
 from typing import Any, NoReturn
 
-from train.failures.guardian.__main__ import main
 from train.failures.guardian.channel import PAUSE, PLACE, Channel, beat_interval
 
 KILL_AFTER = 5.0
@@ -149,7 +148,3 @@ class Guardian:
                     signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
                 else:
                     os.kill(self.setup["pid"], signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

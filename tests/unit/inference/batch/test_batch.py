@@ -241,15 +241,15 @@ def test_wherever_the_journal_was_cut_no_row_is_lost_or_doubled(
 
     monkeypatch.setattr(module, "finish", keeping)
     batch(asked)
-    whole, journal = output.read_bytes(), kept[0]
+    whole, entries = output.read_bytes(), kept[0]
     taken = set()
-    for cut in range(len(journal) + 1):
+    for cut in range(len(entries) + 1):
         left = (
-            (b"\0" * 40, b"\0" * 40 + b"\n", b'{"line": 3}\n') if cut > journal.index(b"\n") and cut % 10 == 0 else ()
+            (b"\0" * 40, b"\0" * 40 + b"\n", b'{"line": 3}\n') if cut > entries.index(b"\n") and cut % 10 == 0 else ()
         )
         for behind in (b"", *left):
             output.unlink()
-            part.write_bytes(journal[:cut] + behind)
+            part.write_bytes(entries[:cut] + behind)
             taken.add(batch(asked)["from_before"])
             assert output.read_bytes() == whole
             assert not part.exists()

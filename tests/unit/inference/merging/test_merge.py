@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from configs.program.errors import UserError
-from data.disk import files
+from data.disk import files as disk_files
 from data.disk.mixtral_files import pieces
 from data.disk.weights import StoredWeights
 from data.template import ChatTokenizer
@@ -443,7 +443,7 @@ def test_verifying_takes_less_memory_than_a_file_and_a_layer(tmp_path: Path, mon
 
 # Killed at every line
 
-FUNCTIONS = {merging.__file__: {"merge"}, files.__file__: {"staging", "take_place", "_exchange"}}
+FUNCTIONS = {merging.__file__: {"merge"}, disk_files.__file__: {"staging", "take_place", "_exchange"}}
 
 
 def merge_until_line(last: int, config: InferenceConfig) -> None:
