@@ -272,7 +272,7 @@ def test_commands_are_found_in_blocks_and_in_the_text() -> None:
 
 
 def test_an_unknown_setting_is_found() -> None:
-    text = "`lora.rank`, `lora.rang`, `deepspeed=zero2`, `overlap=drop`, `'limits={a.b: 1}'`, `MASTER_PORT=1`, `data.run`"
+    text = "`lora.rank`, `lora.rang`, `deepspeed=zero2`, `overlap=drop`, `'limits={a.b: 1}'`, `NODES=1`, `data.run`"
     assert unknown_settings(text) == ["lora.rang", "overlap"]
 
 
