@@ -133,6 +133,20 @@ def rooms_left_out(root: Path) -> list[str]:
     return left_out
 
 
+def door_plate(room: Path) -> tuple[set[str], set[str]]:
+    """The files and rooms that the docstring of a room's `__init__.py` lists, and those that it has to list.
+
+    It may list a program's `__main__.py` and folders without code as well.
+    """
+    listed = set()
+    for line in (room / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("    "):
+            listed |= {name for name in line.strip().split("  ")[0].split(", ") if re.fullmatch(r"\w+(\.py|/)", name)}
+    there = {path.name for path in room.glob("*.py")} - {"__init__.py", "__main__.py"}
+    there |= {f"{path.parent.name}/" for path in room.glob("*/__init__.py")}
+    return {name for name in listed if name in there or not (room / name).exists()}, there
+
+
 @pytest.fixture
 def give(run_program: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Gives settings to a program, which reads them as ever and then only checks them."""
@@ -185,6 +199,7 @@ def problem_of_settings(program: str, arguments: list[str], give: Callable[..., 
     return outcome.stderr if outcome and outcome.exit_code else None
 
 
+ROOMS = sorted(path.parent for folder in FOLDERS[:-1] for path in (ROOT / folder).rglob("__init__.py"))
 COMMANDS = {
     command: f"{readme.relative_to(ROOT)}: {command}"
     for readme in reversed(readmes(ROOT))
@@ -215,6 +230,12 @@ def test_what_a_readme_names_is_there(readme: Path) -> None:
 
 def test_every_room_is_on_a_map() -> None:
     assert rooms_left_out(ROOT) == []
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_door_plate_lists_what_is_in_the_room(room: Path) -> None:
+    listed, there = door_plate(room)
+    assert listed == there
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "tortures"])
@@ -279,8 +300,10 @@ def test_an_unknown_setting_is_found() -> None:
 def test_what_is_not_there_is_found(tmp_path: Path) -> None:
     room = tmp_path / "train" / "lora"
     room.mkdir(parents=True)
-    (room / "__init__.py").touch()
-    (room / "attach.py").touch()
+    plate = room / "__init__.py"
+    plate.write_text('"""Adapters.\n\n    attach.py, apply.py  beside `other.py`\n    gone/  not there\n"""\n')
+    for name in ("attach.py", "factors.py", "__main__.py"):
+        (room / name).touch()
     (tmp_path / "CONTRIBUTING.md").touch()
     first, readme = tmp_path / "README.md", tmp_path / "train" / "README.md"
     first.write_text("[train](train/README.md#the-map), `train/lora/`, `runs/mine`, [out](https://example.org/x)\n")
@@ -293,3 +316,4 @@ def test_what_is_not_there_is_found(tmp_path: Path) -> None:
     assert missing(first, tmp_path) == []
     assert missing(readme, tmp_path) == ["model/head.py", "train/model"]
     assert rooms_left_out(tmp_path) == []
+    assert door_plate(room) == ({"attach.py", "apply.py", "gone/"}, {"attach.py", "factors.py"})
