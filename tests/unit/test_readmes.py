@@ -1,0 +1,319 @@
+"""Every README is true: the programs accept its commands, shells expand nothing in them, and its paths exist."""
+
+import importlib
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import PROGRAMS, Outcome
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("configs", "data", "train", "inference", "scripts", "tests")
+"""Where READMEs are; runs, prepared datasets and merged models have some of their own."""
+FIRST_README_LINES = 180
+SCHEMAS = {"data": "PrepareConfig", "train": "TrainConfig", "inference": "InferenceConfig"}
+
+SOURCES = (".py", ".sh", ".sbatch", ".toml")
+"""Endings of names that are files of the project wherever they stand; YAML and JSON may be a user's."""
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|deepspeed|sbatch|transformers|vllm|pip|source|\./\S+)(?: |$)")
+SETTING = re.compile(r"'?([a-z][\w.]*)=")
+QUOTED = re.compile(r"""'[^']*'|"[^"]*\"""")
+EXPANDED = re.compile(r"[\[\]{}*?~#$&;()<>|!]")
+"""What bash or zsh expands or takes for its own, unless it is quoted."""
+
+
+def readmes(root: Path) -> list[Path]:
+    """Every README, and CONTRIBUTING.md."""
+    found = (path for folder in FOLDERS for path in sorted((root / folder).rglob("README.md")))
+    return [root / "README.md", root / "CONTRIBUTING.md", *found]
+
+
+def split(text: str) -> tuple[list[str], str]:
+    """The lines of code blocks, indented or fenced, and the text around them; a command that goes on is one line."""
+    code, prose = [], []
+    fenced, may_begin = False, True
+    for line in text.replace("\\\n", " ").splitlines():
+        indented = line.startswith("    ") and may_begin
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or indented:
+            code.append(" ".join(line.split()))
+        else:
+            prose.append(line)
+        may_begin = indented or not line.strip()  # an indented line right after text goes on with it
+    return code, "\n".join(prose)
+
+
+def spans(text: str) -> list[str]:
+    """What stands between backticks, in the text around code blocks."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", split(text)[1])]
+
+
+def commands(text: str) -> list[str]:
+    """What a reader may paste into a shell; a command with … in it is none."""
+    return [code for code in (*split(text)[0], *spans(text)) if COMMAND.match(code) and "…" not in code]
+
+
+def unquoted(code: str) -> str | None:
+    """The first character that a shell would expand, or None."""
+    found = EXPANDED.search(QUOTED.sub("", code))
+    return found.group() if found else None
+
+
+def settings_of(schema: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of a dataclass's fields, and of those in its groups."""
+    for field in fields(schema):
+        yield f"{prefix}{field.name}"
+        if is_dataclass(field.type):
+            yield from settings_of(field.type, f"{prefix}{field.name}.")
+
+
+def unknown_settings(text: str) -> list[str]:
+    """The settings between backticks that no program has: what stands before an equals sign or belongs to a group."""
+    schemas = [getattr(importlib.import_module(PROGRAMS[program]), name) for program, name in SCHEMAS.items()]
+    known = {"data", "recipe"} | {name for schema in schemas for name in settings_of(schema)}
+    groups = {name.split(".")[0] for name in known if "." in name}
+    named = []
+    for span in spans(text):
+        if setting := SETTING.match(span):
+            named.append(setting.group(1))
+        elif re.fullmatch(r"[a-z]+\.[a-z_]+", span) and span.split(".")[0] in groups:
+            named.append(span)
+    return [name for name in named if name not in known]
+
+
+def links(text: str) -> list[str]:
+    """The targets of links and pictures within the project."""
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", split(text)[1]) if "://" not in target]
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a Markdown file, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def missing(readme: Path, root: Path) -> list[str]:
+    """What a README names of the tree that is not there: targets of links, their anchors, paths between backticks."""
+    text = readme.read_text(encoding="utf-8")
+    wrong = []
+    for target in links(text):
+        name, _, anchor = target.partition("#")
+        path = readme.parent / name if name else readme
+        if not path.exists() or (anchor and anchor not in headings(path)):
+            wrong.append(target)
+    for span in spans(text):
+        if not re.fullmatch(r"[\w./-]+", span) or span.startswith("__"):
+            continue
+        ours = span.removeprefix("./").split("/")[0] in FOLDERS and "/" in span
+        if (ours or span.endswith(SOURCES)) and not ((readme.parent / span).exists() or (root / span).exists()):
+            wrong.append(span)
+    return wrong
+
+
+def rooms_left_out(root: Path) -> list[str]:
+    """Folders of code that no README above them links to."""
+    left_out = []
+    for folder in FOLDERS[:-1]:
+        for room in sorted(path.parent for path in (root / folder).glob("*/**/__init__.py")):
+            above = [parent / "README.md" for parent in room.parents if parent.is_relative_to(root / folder)]
+            linked = {
+                (readme.parent / target.partition("#")[0]).resolve()
+                for readme in above
+                if readme.is_file()
+                for target in links(readme.read_text(encoding="utf-8"))
+            }
+            if not linked & {room.resolve(), (room / "README.md").resolve()}:
+                left_out.append(str(room.relative_to(root)))
+    return left_out
+
+
+def door_plate(room: Path) -> tuple[set[str], set[str]]:
+    """The files and rooms that the docstring of a room's `__init__.py` lists, and those that it has to list.
+
+    It may list a program's `__main__.py` and folders without code as well.
+    """
+    listed = set()
+    for line in (room / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("    "):
+            listed |= {name for name in line.strip().split("  ")[0].split(", ") if re.fullmatch(r"\w+(\.py|/)", name)}
+    there = {path.name for path in room.glob("*.py")} - {"__init__.py", "__main__.py"}
+    there |= {f"{path.parent.name}/" for path in room.glob("*/__init__.py")}
+    return {name for name in listed if name in there or not (room / name).exists()}, there
+
+
+@pytest.fixture
+def give(run_program: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Gives settings to a program, which reads them as ever and then only checks them."""
+
+    def give(program: str, *arguments: str) -> Outcome:
+        module = importlib.import_module(PROGRAMS[program])
+        monkeypatch.setattr(module, "run", lambda config: config.check())
+        return run_program(program, *arguments)
+
+    return give
+
+
+def problem(command: str, root: Path, give: Callable[..., Outcome]) -> str | None:
+    """What is wrong with a command, or None."""
+    if character := unquoted(command):
+        return f"a shell would expand {character}"
+    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    scripts = [word for word in words if re.match(r"(\./)?scripts/", word)]
+    if gone := [script for script in scripts if not (root / script).is_file()]:
+        return f"there is no {gone[0]}"
+    if scripts and words[0] == "python":
+        return problem_of_subcommand(root / words[1], words[2:])
+    if scripts and "launch" in scripts[0]:
+        wrong = problem_of_launcher(root / scripts[0], words)
+        return wrong or problem_of_settings("train", [word for word in words if "=" in word], give)
+    if at := next((at for at, word in enumerate(words, 1) if word in ("-m", "--module")), None):
+        return problem_of_settings(words[at], words[at + 1 :], give)
+    return None
+
+
+def problem_of_subcommand(script: Path, words: list[str]) -> str | None:
+    """The same for `python scripts/benchmark.py step`: the names are those of the modules in benchmarks/."""
+    known = {path.stem for path in script.parent.glob(f"{script.stem}s/[a-z]*.py")}
+    name = words[0] if words else "--help"
+    return None if name in known or name.startswith("-") else f"{script.name} has no subcommand {name}"
+
+
+def problem_of_launcher(script: Path, words: list[str]) -> str | None:
+    """The same for a launcher's own options."""
+    known = script.read_text(encoding="utf-8")
+    unknown = [word for word in words if word.startswith("--") and word not in known]
+    return f"{script.name} has no option {unknown[0]}" if unknown else None
+
+
+def problem_of_settings(program: str, arguments: list[str], give: Callable[..., Outcome]) -> str | None:
+    """The same for the settings of a program; one that is only named needs none."""
+    if program not in PROGRAMS:
+        return f"there is no program {program}"
+    outcome = give(program, *arguments) if arguments else None
+    return outcome.stderr if outcome and outcome.exit_code else None
+
+
+ROOMS = sorted(path.parent for folder in FOLDERS[:-1] for path in (ROOT / folder).rglob("__init__.py"))
+COMMANDS = {
+    command: f"{readme.relative_to(ROOT)}: {command}"
+    for readme in reversed(readmes(ROOT))
+    for command in commands(readme.read_text(encoding="utf-8"))
+}
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, id=name) for command, name in COMMANDS.items()])
+def test_a_command_works(command: str, give: Callable[..., Outcome]) -> None:
+    assert problem(command, ROOT, give) is None
+
+
+@pytest.mark.parametrize("readme", readmes(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_setting_can_be_pasted(readme: Path) -> None:
+    settings = [span for span in spans(readme.read_text(encoding="utf-8")) if SETTING.match(span)]
+    assert not [setting for setting in settings if unquoted(setting)]
+
+
+@pytest.mark.parametrize("readme", readmes(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_setting_exists(readme: Path) -> None:
+    assert unknown_settings(readme.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("readme", readmes(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_readme_names_is_there(readme: Path) -> None:
+    assert missing(readme, ROOT) == []
+
+
+def test_every_room_is_on_a_map() -> None:
+    assert rooms_left_out(ROOT) == []
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_door_plate_lists_what_is_in_the_room(room: Path) -> None:
+    listed, there = door_plate(room)
+    assert listed == there
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tortures"])
+def test_every_subcommand_is_named(folder: str) -> None:
+    room = ROOT / "scripts" / folder
+    named = commands((room / "README.md").read_text(encoding="utf-8"))
+    script = f"python scripts/{folder.removesuffix('s')}.py"
+    assert {f"{script} {path.stem}" for path in room.glob("[a-z]*.py")} <= set(named)
+
+
+def test_the_first_readme_is_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= FIRST_README_LINES
+
+
+# Whether the tests above would find it
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("python -m data 'files=[rows.jsonl]' 'limits={rows.jsonl: 10}' output=prepared/mine", None),
+        ("python -m data files=[rows.jsonl] output=prepared/mine", "a shell would expand ["),
+        ("python -m data data=sampel", "there is no such choice"),
+        ("python -m train recipe=quickstart optim.rate=1", "there is no such setting"),
+        ("python -m train lora=none --cfg job", None),
+        ("python -m trane lora=none", "there is no program trane"),
+        ("deepspeed --no_local_rank --module train lora=none task=profle", "there is no such choice"),
+        ('python -m inference adapter=a prompt="Hello, [who] are you?"', None),
+        ("python -m inference task=merge adapter=a", "has nowhere to write"),
+        ("./scripts/launch/per_node.sh --nodes 2 lora=none", None),
+        ("./scripts/launch/per_node.sh --knots 2 lora=none", "has no option --knots"),
+        ("DS_ACCELERATOR=cpu ./scripts/launch/per_node.sh lora=nought", "there is no such choice"),
+        ("sbatch scripts/launch/slum.sbatch lora=none", "there is no scripts/launch/slum.sbatch"),
+        ("python scripts/benchmark.py step --curves", None),
+        ("python scripts/benchmark.py stop", "has no subcommand stop"),
+        ("./scripts/test.sh tests/unit # zsh passes comments on", "a shell would expand #"),
+    ],
+)
+def test_a_wrong_command_is_found(command: str, wrong: str | None, give: Callable[..., Outcome]) -> None:
+    found = problem(command, ROOT, give)
+    assert (found is None) if wrong is None else (found is not None and wrong in found)
+
+
+def test_commands_are_found_in_blocks_and_in_the_text() -> None:
+    text = (
+        "10. Run `python -m data data=sample`, or `python -m\n    train …`; `data.run` is none.\n\n"
+        "    python -m train \\\n        lora=none\n    step 0: loss 1\n\n"
+        "```\nDS_ACCELERATOR=cpu deepspeed --module train\n```\n"
+    )
+    assert commands(text) == [
+        "python -m train lora=none",
+        "DS_ACCELERATOR=cpu deepspeed --module train",
+        "python -m data data=sample",
+    ]
+
+
+def test_an_unknown_setting_is_found() -> None:
+    text = "`lora.rank`, `lora.rang`, `deepspeed=zero2`, `overlap=drop`, `'limits={a.b: 1}'`, `NODES=1`, `data.run`"
+    assert unknown_settings(text) == ["lora.rang", "overlap"]
+
+
+def test_what_is_not_there_is_found(tmp_path: Path) -> None:
+    room = tmp_path / "train" / "lora"
+    room.mkdir(parents=True)
+    plate = room / "__init__.py"
+    plate.write_text('"""Adapters.\n\n    attach.py, apply.py  beside `other.py`\n    gone/  not there\n"""\n')
+    for name in ("attach.py", "factors.py", "__main__.py"):
+        (room / name).touch()
+    (tmp_path / "CONTRIBUTING.md").touch()
+    first, readme = tmp_path / "README.md", tmp_path / "train" / "README.md"
+    first.write_text("[train](train/README.md#the-map), `train/lora/`, `runs/mine`, [out](https://example.org/x)\n")
+    readme.write_text("# Train\n\n## The map: rooms\n\n`lora/attach.py` `attach.py` `config.yaml` [up](../README.md)\n")
+    assert readmes(tmp_path) == [first, tmp_path / "CONTRIBUTING.md", readme]
+    assert missing(first, tmp_path) == ["train/README.md#the-map"]
+    assert missing(readme, tmp_path) == ["attach.py"]
+    assert rooms_left_out(tmp_path) == ["train/lora"]
+    readme.write_text("## The map\n\n[lora/](lora), [gone](model/head.py), `train/model`\n")
+    assert missing(first, tmp_path) == []
+    assert missing(readme, tmp_path) == ["model/head.py", "train/model"]
+    assert rooms_left_out(tmp_path) == []
+    assert door_plate(room) == ({"attach.py", "apply.py", "gone/"}, {"attach.py", "factors.py"})
