@@ -140,7 +140,9 @@ def find(kind: str, name: str, revision: str | None, named: str) -> Repository:
     from huggingface_hub.errors import RevisionResolutionError
 
     if not NAME.fullmatch(name):
-        raise UserError(f"{named}: it is neither a directory nor a name on a hub, such as user/name; check the path")
+        raise UserError(
+            f"{named}: there is no such directory, and it is no name on a hub, such as user/name; check the path"
+        )
     if revision is not None and COMMIT.fullmatch(revision):
         return Repository(name=name, kind=kind, commit=revision, named=named)
     asked = Repository(name=name, kind=kind, commit=revision or "main", named=named)

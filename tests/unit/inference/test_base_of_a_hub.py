@@ -108,14 +108,14 @@ def test_weights_that_are_cut_off_are_told_and_the_rest_is_kept(hub: Hub, versio
 def test_training_pins_the_commit_and_has_all_before_processes_meet(
     hub: Hub, versions: list[dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    held = hub.add("models/user/base", versions[0])
+    held = hub.add("models/user/base", files_of(make_base(vocab_size=32_000), tmp_path / "base"))
     config = ModelConfig(path="user/base", dtype="float32")
     fetch_base(config)
     assert config.revision == FIRST
     held.commits[SECOND] = versions[1]
     hub.requests.clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing is left to ask for
-    found, wanted = mixtral.pretrained(config).state_dict(), make_base_of(tmp_path / "base1")
+    found, wanted = mixtral.pretrained(config).state_dict(), make_base_of(tmp_path / "base")
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     assert hub.requests == []
 
