@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from configs.program.errors import UserError
-from data.rows.columns import ROW_FIELDS, fields_of
-from data.template import EMBEDDED
+from data.schema import ROW_FIELDS, fields_of
+from data.vocabulary import EMBEDDED
 
 AUTO = "auto"
 """The schema is found by looking at the rows."""
