@@ -8,11 +8,12 @@ Starts a run on all nodes of a hostfile, from one of them, over pdsh and ssh.
 
     scripts/launch/hostfile.sh [--print] HOSTFILE SETTING=VALUE …
 
-HOSTFILE has a line for each node, such as `node-0 slots=8`, with the same number of slots in all of them; process 0 runs
-on the first. ssh must reach every node without a password, and the checkout and its environment must lie at the same
-path on each. The settings are those of `python -m train`; run_dir must be among them. MASTER_ADDR says at which address
-the nodes find the first, if that is not the first that `hostname -I` prints there, and MASTER_PORT which of its ports is
-free, if 29500 is not. Variables for the processes go into a file .deepspeed_env in the checkout, one NAME=VALUE a line.
+HOSTFILE has a line for each node, such as `node-0 slots=8`, with the same number of slots in all of them; process 0
+runs on the first. ssh must reach every node without a password, and the checkout and its environment must lie at the
+same path on each. The settings are those of `python -m train`; run_dir must be among them. MASTER_ADDR says at which
+address the nodes find the first, if that is not the first that `hostname -I` prints there, and MASTER_PORT which of
+its ports is free, if 29500 is not. Variables for the processes go into a file .deepspeed_env in the checkout, one
+NAME=VALUE a line.
 
 SIGTERM and SIGINT (Ctrl-C) reach the training processes, which finish their step and save. The exit code is the highest
 of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost; after the last two the

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     ),
     "data": ("data", "configs.program"),
     "train.config": ("configs.program",),
-    "train.failures": ("train.config", "configs.program"),
+    "train.failures": ("train.failures.guardian.channel", "train.config", "configs.program"),
     "train.failures.guardian": (),
     "train.lora": ("train.config", "data.disk", "configs.program"),
     "train.model": ("train.lora", "train.config", "data.schema", "data.disk", "configs.program"),
