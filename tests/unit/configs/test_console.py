@@ -1,4 +1,4 @@
-"""What training says on the terminal: whole, and never in the way."""
+"""What the programs say on the terminal: whole, and never in the way."""
 
 import io
 import os
