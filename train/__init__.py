@@ -5,7 +5,7 @@
     plan.py         dry_run: what a run would be, found out without weights
     sweep.py        --multirun: jobs in processes of their own, and a table of them
     expert_load.py  task=profile: which experts the rows use, as JSON and as a heatmap
-    history.py      what a run found in its steps and evaluations, the same on every process
+    history.py      what a run found in its steps and evaluations; part of each checkpoint
     health.py       whether its numbers are good: skipped updates, spikes
 
     config/         every setting of `python -m train`
@@ -13,7 +13,7 @@
     model/          Mixtral from ids to losses
     engine/         processes, ZeRO, optimizer; the only room that imports deepspeed
     failures/       how a run ends badly, and how every process learns of it
-    reporting/      what a run tells while it trains, which can't end it
+    reporting/      what a run reports: progress bar, metrics.jsonl, wandb
     saving/         what a run leaves, and from where it goes on
 
 May import data and configs.program; never inference. No code may stand in this file: the guardian's start imports it.

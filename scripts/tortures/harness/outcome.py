@@ -55,7 +55,7 @@ def last_step(run: Path) -> int:
 
 
 def last_checkpoint(run: Path) -> int:
-    """The step of the newest checkpoint, or 0."""
+    """The step of the newest checkpoint; 0 where there is none."""
     return max((checkpoint.number(place) or 0 for place in checkpoint.places(run)), default=0)
 
 
