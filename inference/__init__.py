@@ -8,8 +8,8 @@
     generate.py  a conversation → an answer, token by token
     chat.py      a conversation in the terminal
 
-    batch/       a file of prompts → a file of answers
+    batch/       a file of prompts → a file of answers, which goes on after a kill
     merging/     base and adapter → one checkpoint, verified
 
-May import data and configs.program; never train. Of the hall, `run.py` alone imports the rooms.
+May import data and configs.program; never train. `run.py` alone reaches into the rooms, by their names.
 """
