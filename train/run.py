@@ -19,7 +19,7 @@ from train.engine.engine import Engine
 from train.engine.processes import Processes, agree, check_same, join_processes, leave_processes, node_sizes
 from train.engine.zero import partitioned_loading
 from train.expert_load import profile
-from train.failures.errors import told
+from train.failures.errors import reporting_errors
 from train.failures.guard import Guard
 from train.failures.signals import EXIT_PREEMPTED, Signals
 from train.health import Health
@@ -56,7 +56,7 @@ def run(config: TrainConfig) -> None:
     guard = Guard(processes.rank, processes.count, **timeouts)
     guard.join(agree(guard.listen()))
     signals.on_leaving = guard.leaving
-    with told(guard, config, processes.rank):
+    with reporting_errors(guard, config, processes.rank):
         preempted = run_on(config, dataset, processes, guard, signals)
         guard.done()
         leave_processes()

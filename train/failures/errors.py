@@ -34,7 +34,7 @@ PEER_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def told(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]:
+def reporting_errors(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]:
     """Within it, an error is reported to the user once, in a sentence, and the other processes learn the reason.
 
     Raises:
