@@ -16,12 +16,12 @@ from configs.program.provenance import machine, provenance
 
 
 def main(kind: str, folder: str, description: str, packages: tuple[str, ...]) -> int:
-    """Runs one module of the folder: 2 where the user's input is wrong, 1 where its figures name something `failed`.
+    """Runs one module of the folder: 2 if the user's input is wrong, 1 if its figures name something `failed`.
 
     Args:
-        kind: what the modules are, as in messages and in FILE.
+        kind: what the modules are, as messages and FILE say it.
         folder: where they lie.
-        description: of the program.
+        description: what `--help` says of the program.
         packages: those whose versions the figures depend on.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -44,6 +44,17 @@ def main(kind: str, folder: str, description: str, packages: tuple[str, ...]) ->
         receipt = {"started": started, **provenance(packages), "hardware": machine()}
         record = {kind: options.chosen, "receipt": receipt, "figures": figures}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(in_lines(record) + "\n", encoding="utf-8")
         print(f"Wrote {options.json}")
     return 1 if figures.get("failed") else 0
+
+
+def in_lines(value: object, indent: str = "") -> str:
+    """JSON for people and diffs: a line for each entry of a dictionary and for each element of a list of points."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{json.dumps(key)}: {in_lines(entry, inner)}" for key, entry in value.items()]
+        return "{\n" + inner + f",\n{inner}".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(element, dict | list | tuple) for element in value):
+        return "[\n" + inner + f",\n{inner}".join(map(json.dumps, value)) + f"\n{indent}]"
+    return json.dumps(value)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this fil
 import _command
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "peft", "deepspeed", "trl", "accelerate")
-"""Those whose versions the figures depend on, ours and the peers'."""
+"""Packages whose versions the figures depend on, ours and the peers'."""
 
 if __name__ == "__main__":
     sys.exit(_command.main("benchmark", "benchmarks", __doc__.splitlines()[0], PACKAGES))

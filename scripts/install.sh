@@ -1,5 +1,5 @@
 # Sourced by quickstart.sh and test.sh: makes .venv with the pinned packages. Says what is missing and stops, in one
-# sentence; does nothing where everything is there already.
+# sentence; does nothing if everything is there already.
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
@@ -39,7 +39,7 @@ install() { # install EXTRA: the packages of pyproject.toml with that extra ("" 
     # was made elsewhere (the checkout was moved) is made anew.
     wanted="$({ cat pyproject.toml constraints.txt && pwd; } | sha256sum | cut -d' ' -f1)"
     if ! { grep -qsx "$wanted:${extra:-run}" .venv/installed && .venv/bin/python -c '' 2>/dev/null; }; then
-        say "Installing packages into .venv (once; several minutes, and gigabytes where torch comes with CUDA)"
+        say "Installing packages into .venv (once; several minutes, and gigabytes if torch comes with CUDA)"
         if [ "$(cat .venv/made-in 2>/dev/null)" != "$PWD" ] || ! .venv/bin/python -c '' 2>/dev/null; then
             "$python" -m venv --clear .venv || die ".venv can't be made here; is the disk full or read-only?"
             pwd >.venv/made-in

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes training runs end badly, and looks whether they go on exactly: python scripts/torture.py NAME [--json FILE]
 
-`python scripts/torture.py --help` lists what can be done to them. The exit code is 1 where something did not go as it
+`python scripts/torture.py --help` lists what can be done to them. The exit code is 1 if something did not go as it
 has to; the output then says what repeats it, and the directories stay.
 """
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this fil
 import _command
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "safetensors", "datasets", "hydra-core")
-"""Those whose versions the outcome depends on."""
+"""Packages whose versions the outcome depends on."""
 
 if __name__ == "__main__":
     sys.exit(_command.main("torture", "tortures", __doc__.splitlines()[0], PACKAGES))

@@ -3,8 +3,9 @@
     run.py          the program: settings → objects, each named once, in order → `train()`
     loop.py         `train()`, `step()` and `evaluate()`
     plan.py         dry_run: what a run would be, found out without weights
+    sweep.py        --multirun: jobs in processes of their own, and a table of them
     expert_load.py  task=profile: which experts the rows use, as JSON and as a heatmap
-    metrics.py      what a run tells: progress bar, metrics.jsonl, wandb
+    history.py      what a run found in its steps and evaluations; part of each checkpoint
     health.py       whether its numbers are good: skipped updates, spikes
 
     config/         every setting of `python -m train`
@@ -12,6 +13,7 @@
     model/          Mixtral from ids to losses
     engine/         processes, ZeRO, optimizer; the only room that imports deepspeed
     failures/       how a run ends badly, and how every process learns of it
+    reporting/      what a run reports: progress bar, metrics.jsonl, wandb
     saving/         what a run leaves, and from where it goes on
 
 May import data and configs.program; never inference. No code may stand in this file: the guardian's start imports it.

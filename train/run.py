@@ -10,7 +10,8 @@ from configs.program.errors import UserError
 from data.disk.architecture import read_architecture
 from data.disk.weights import local_directory, pinned
 from data.prepared.dataset import PreparedDataset
-from data.template import ChatTokenizer, has_tokenizer
+from data.template import ChatTokenizer
+from data.vocabulary import has_tokenizer
 from train.config.lora import LoraConfig
 from train.config.model import ModelConfig
 from train.config.train import TrainConfig
@@ -18,7 +19,7 @@ from train.engine.engine import Engine
 from train.engine.processes import Processes, agree, check_same, join_processes, leave_processes, node_sizes
 from train.engine.zero import partitioned_loading
 from train.expert_load import profile
-from train.failures.errors import told
+from train.failures.errors import reporting_errors
 from train.failures.guard import Guard
 from train.failures.signals import EXIT_PREEMPTED, Signals
 from train.health import Health
@@ -31,6 +32,7 @@ from train.reporting.metrics import Metrics
 from train.saving.identity import same_everywhere, stored_settings
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
+from train.saving.starting_point import start_from
 from train.sweep import sweep
 
 
@@ -54,7 +56,7 @@ def run(config: TrainConfig) -> None:
     guard = Guard(processes.rank, processes.count, **timeouts)
     guard.join(agree(guard.listen()))
     signals.on_leaving = guard.leaving
-    with told(guard, config, processes.rank):
+    with reporting_errors(guard, config, processes.rank):
         preempted = run_on(config, dataset, processes, guard, signals)
         guard.done()
         leave_processes()
@@ -80,6 +82,7 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
         # Sharded, weights come by way of the CPU, a layer at a time; else they would all stand there in every process.
         straight_to = processes.device if processes.device.type == "cuda" and config.deepspeed.stage < 3 else None
         model = build(built, straight_to)
+    start_from(model, built.lora)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     trainer = Engine(module, built, batch, processes, guard)
     checkpoint = directory.find_checkpoint(trainer.shapes)

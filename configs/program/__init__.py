@@ -1,6 +1,10 @@
 """What makes a module a program: settings in, one sentence and an exit code out.
 
     entry.py       Hydra's YAML and the command line onto a program's dataclass; mistakes end with exit code 2
+    arguments.py   what a user typed → what Hydra's grammar reads; names are taken as they stand
+    multirun.py    `--multirun`: which jobs it asks for
+    launch.py      what the launcher says about this process
+    gpus.py        NVIDIA's GPUs: why torch can't use them, and which one is this process's
     checks.py      what settings are checked for: a choice, a positive number, a share
     errors.py      `UserError`, which holds one sentence: field, value, remedy
     console.py     the one console for stderr: no markup, and a closed terminal ends nothing

@@ -4,7 +4,7 @@ tables and returns its figures, fit for JSON.
     data.py, data_memory.py    preparing a dataset: rows per second, and memory
     step.py, experts.py        a training step, and one MoE block of it
     compiled.py                a step with torch.compile
-    save.py                    for how long a checkpoint holds up training
+    save.py                    how long a checkpoint holds up training
     generate.py, merge.py      answering and merging
     _trainers.py, _peak.py     the processes that take steps in turn; the machine's own matrix product
 

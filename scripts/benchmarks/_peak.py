@@ -1,13 +1,13 @@
-"""The machine's own matrix product, which a share of peak is a share of."""
+"""The machine's own matrix product: the peak of which the figures are a share."""
 
 import time
 
 import torch
 
 SIZES = {"cpu": (2048, 4096), "cuda": (8192,)}
-"""Of the square matrices."""
+"""Sizes of the square matrices."""
 PRODUCTS = {"cpu": 1, "cuda": 10}
-"""Timed together: on CUDA one alone would be timed with its launch and the wait for it."""
+"""Products timed together: on CUDA, a single one would be timed with its launch and the wait for it."""
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
@@ -27,6 +27,6 @@ def _flops(size: int, device: str, dtype: torch.dtype) -> float:
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given; a CPU has already."""
+    """Waits until the device has finished its work; a CPU always has."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -24,7 +24,7 @@ ROUTER_AUX_LOSS = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What both trainers are told."""
+    """The settings of both trainers."""
 
     model: str
     """The base model's directory."""
@@ -45,7 +45,7 @@ class Settings:
     """Whether torch compiles norms and rotary embedding of ours."""
 
     def order(self, rows: int) -> list[int]:
-        """In which the rows are taken: shuffled, because packing puts long conversations first."""
+        """The order in which rows are taken: shuffled, because packing puts long conversations first."""
         return random.Random(0).sample(range(rows), rows)
 
 
@@ -59,7 +59,7 @@ class Memory:
     """Peak memory above the loaded model: resident on the CPU, allocated on CUDA."""
 
     def __init__(self, model: Any, device: str):
-        """Starts the count; the model is loaded, whole, and all libraries are imported."""
+        """Starts the count; the whole model is loaded by now, and all libraries are imported."""
         self._on_cuda = device == "cuda"
         for parameter in model.parameters():
             parameter.sum()  # weights that are memory-mapped become resident when they are touched
@@ -98,7 +98,7 @@ class Turns:
         self._answers.write(json.dumps(values) + "\n")
 
     def wait(self) -> bool:
-        """Waits for the next turn; False where there is none."""
+        """Waits for the next turn; False if there is none."""
         if not sys.stdin.readline():
             peak = self._memory.peak_mib()
             self.answer(peak_mib=peak, **self._at_the_end())
@@ -172,7 +172,7 @@ def ours(settings: Settings) -> None:
 
 
 def watching_seconds(trainer: Any, table: Any, batch: Any) -> float:
-    """What it takes to note the routers of one step: the median of many times."""
+    """Seconds that noting the routers of one step takes: the median of many."""
     import torch
 
     from train.model.routing import Routing
@@ -227,7 +227,7 @@ def trl(settings: Settings) -> None:
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not turns.wait():
-                os._exit(0)  # the trainer has no say in when it ends
+                os._exit(0)  # the trainer does not decide when it ends
             self.place = state.global_step
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,7 +1,7 @@
 """One training step of ours as it is, against the same with torch.compile on norms and rotary embedding.
 
-Those are all that could gain: what else a step does is matrix products, in the library's own kernels. Each of the two
-runs in a process of its own, in turn, on the same weights and rows; warming up is timed apart.
+Nothing else could gain: the rest of a step is matrix products, in the library's own kernels. Each of the two runs in a
+process of its own, in turn, on the same weights and rows; warming up is timed apart.
 """
 
 import argparse
@@ -23,7 +23,7 @@ NAMES = ("plain", "compiled")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the user may set: the same as of `step`."""
+    """What the user may set: the same as for `step`."""
     step.arguments(parser)
 
 

@@ -7,7 +7,7 @@ The same rows on the same cores in one run, each measurement in a process of its
   TRL    SFTTrainer's preparation: read, chat template, assistant-only masks, best-fit packing, Arrow cache
 
 The rows are real ones that every party can use: those that ours keeps, as `messages`. Repeated rows flatter a cache of
-words, as ours has; so the distinct rows alone are measured too.
+words, which ours has, so the distinct rows are measured alone too.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def grow(directory: Path, conversations: list[Conversation], rows: int, options:
 
 
 def show_growth(growth: list[dict[str, Any]]) -> None:
-    """Seconds a row, which stay the same where cost grows linearly."""
+    """Seconds for each row, which stay the same if cost grows linearly."""
     table = Table(title="Growth", title_justify="left")
     for heading in ("rows", "seconds", "rows/s", "microseconds/row"):
         table.add_column(heading, justify="right")
@@ -163,7 +163,7 @@ def measure(side: str, directory: Path, workers: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-# One side each, in a process of its own
+# Each of these is one side, in a process of its own
 
 
 def ours(directory: Path, workers: int) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def stock_tokenizer() -> Any:
 
 
 def floor(directory: Path, workers: int) -> dict[str, Any]:
-    """tokenizers' own threads are one a core, whatever `workers` says."""
+    """tokenizers starts one thread for each core, whatever `workers` says."""
     chat, tokenizer = ChatTokenizer.load(), stock_tokenizer()
     texts = []
     for chunk in read_file(str(directory / "rows.jsonl")):

@@ -28,7 +28,7 @@ MEAN_TEXT = 1588
 SIGMA = 1.0
 WORDS = 200_000
 POOL = 32 << 20
-"""Bytes of text of which the rows are cut."""
+"""Bytes of text from which the rows are cut."""
 
 SAMPLING = 0.05
 """Seconds between two looks at the memory."""
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def watch(process: "subprocess.Popen[str]") -> tuple[int, int]:
-    """The greatest sum of resident bytes of a process and its children while it runs, and how many they were."""
+    """The largest sum of resident bytes of a process and its children while it runs, and how many processes."""
     peak, most = 0, 0
     top = psutil.Process(process.pid)
     while process.poll() is None:

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, runs in taken.items():
         seconds = statistics.median(outcome["seconds"] for outcome in runs)
         memory = statistics.median(outcome["memory"] for outcome in runs)
-        # Of the same round, because the machine's speed drifts.
+        # Ratios within a round, because the machine's speed drifts.
         ratios = [c["seconds"] / o["seconds"] for c, o in zip(taken["copy"], runs, strict=False)]
         figures[name] = {
             "seconds": [outcome["seconds"] for outcome in runs],

@@ -1,7 +1,7 @@
-"""One checkpoint: for how long training stands still, ours against DeepSpeed's own save_checkpoint.
+"""One checkpoint: how long training stands still, ours against DeepSpeed's own save_checkpoint.
 
-Of the adapters and of a whole model, on the same engine, the two in turn. A save costs training its pause, and what the
-steps that follow take longer while a thread still writes; both are counted, over as many steps after each kind of save.
+Both save the adapters, and a whole model, on the same engine in turn. A save costs training its pause, and the time by
+which later steps are slower while a thread still writes. Both are counted, over as many steps after each kind of save.
 Ours is forced to the disk and hashed before it counts; DeepSpeed's is pickled and left to the page cache.
 """
 

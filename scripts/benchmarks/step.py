@@ -77,14 +77,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises `UserError` where the rows are not there."""
+    """Raises `UserError` if the rows are not there."""
     missing = [file for file in options.data if not Path(file).is_file()]
     if missing:
         raise UserError(f"--data={missing[0]}: there is no such file; name files of instruction or chat rows")
 
 
 def shown(options: argparse.Namespace) -> dict[str, Any]:
-    """The options as they stand beside the figures: of the rows the files' names alone."""
+    """The options as they stand beside the figures; of the rows, only the files' names."""
     return {key: str(value) for key, value in vars(options).items()} | {"data": [Path(f).name for f in options.data]}
 
 
@@ -96,7 +96,7 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     times: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
     peaks = []
     for number in range(options.warmup + options.steps):
-        # first one, then the other: what grows warm or noisy meets both alike
+        # first one, then the other, so that a machine that grows warm or noisy slows both alike
         order = sorted(trainers, reverse=bool(number % 2))
         taken = {name: trainers[name].step() for name in order}
         for name in trainers:
@@ -200,7 +200,7 @@ def needed_flops(config: dict[str, Any], lengths: list[int], supervised: int) ->
 
 
 def disagreement(first_loss: dict[str, float], options: argparse.Namespace) -> list[str]:
-    """A sentence where the trainers' first losses are not of the same thing, so that their times can't be compared."""
+    """A sentence if the trainers' first losses are not of the same thing, so that their times can't be compared."""
     ours, theirs = first_loss["ours"], first_loss["trl"]
     if abs(ours - theirs) <= FIRST_LOSSES_AGREE * abs(theirs):
         return []
@@ -277,8 +277,9 @@ def _print(figures: dict[str, Any]) -> None:
 
 
 def _curves(options: argparse.Namespace, scratch: Path, here: dict[str, Any]) -> dict[str, Any]:
-    """How the cost of a step grows along experts, LoRA ranks and row lengths, all else as asked; `here` are the figures
-    of what was asked, which each curve passes and which are told what failed in any."""
+    """How the cost of a step grows along experts, LoRA ranks and row lengths, with everything else as asked.
+
+    `here` are the figures of what was asked; each curve passes through them, and what failed in any is noted there."""
     lines = {"lora_rank": (8, 16, 32, 64, 128), "row": (512, 1024, 2048, 4096)}
     if options.model is None:  # a model that is given has as many experts as it has
         lines = {"experts": (2, 4, 8)} | lines
@@ -322,7 +323,7 @@ def _draw(curves: dict[str, Any], path: Path) -> None:
                 axis.set_ylabel(label)
         axes[1][column].set_xlabel(names[name])
     for row in axes:
-        row[0].set_ylim(bottom=0)  # of the whole row, once all of it is drawn
+        row[0].set_ylim(bottom=0)  # of the whole row of plots, after all of it is drawn
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

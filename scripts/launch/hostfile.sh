@@ -8,15 +8,16 @@ Starts a run on all nodes of a hostfile, from one of them, over pdsh and ssh.
 
     scripts/launch/hostfile.sh [--print] HOSTFILE SETTING=VALUE …
 
-HOSTFILE has a line for each node, such as `node-0 slots=8`; process 0 runs on the first. ssh must reach every node
-without a password, and the checkout and its environment must lie at the same path on each. The settings are those of
-`python -m train`; run_dir must be among them. MASTER_ADDR says at which address the nodes find the first, where that is
-not the first that `hostname -I` prints there, and MASTER_PORT which of its ports is free, if 29500 is not. Variables
-for the processes go into a file .deepspeed_env in the checkout, one NAME=VALUE a line.
+HOSTFILE has a line for each node, such as `node-0 slots=8`, with the same number of slots in all of them; process 0
+runs on the first. ssh must reach every node without a password, and the checkout and its environment must lie at the
+same path on each. The settings are those of `python -m train`; run_dir must be among them. MASTER_ADDR says at which
+address the nodes find the first, if that is not the first that `hostname -I` prints there, and MASTER_PORT which of
+its ports is free, if 29500 is not. Variables for the processes go into a file .deepspeed_env in the checkout, one
+NAME=VALUE a line.
 
 SIGTERM and SIGINT (Ctrl-C) reach the training processes, which finish their step and save. The exit code is the highest
 of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost; after the last two the
-same command goes on. A mistake that one node alone finds, before the processes have met, comes out as 75 or 76 where the
+same command goes on. A mistake that one node alone finds, before the processes have met, comes out as 75 or 76 if the
 others were stopped or killed meanwhile; its sentence is on stderr. --print shows the command and starts nothing.
 TEXT
 }
@@ -34,12 +35,29 @@ source scripts/launch/common.sh
 [ $# -gt 0 ] || die "HOSTFILE: which nodes are there? Name a file like scripts/launch/hostfile.example; see $me --help"
 [ -f "$hostfile" ] || die "HOSTFILE=$1: there is no such file; write one like scripts/launch/hostfile.example"
 shift
-hosts=()
+# DeepSpeed would number the processes of uneven nodes wrongly, end on a doubled one with a traceback, and read digits
+# before junk as a number.
+hosts=() slots=
+bad() { # bad SENTENCE: of the line that is read
+    die "$hostfile: in the line \"$line\", $*"
+}
 while read -r line || [ -n "$line" ]; do
+    line="${line%$'\r'}"
+    [ "${#hosts[@]}" -gt 0 ] || [[ "$line" != $'\xef\xbb\xbf'* ]] ||
+        die "$hostfile: it begins with a byte order mark, which would become part of a name; save it as UTF-8 without one"
     case "$line" in '' | '#'*) continue ;; esac
-    [[ "$line" =~ ^([^[:space:]]+)[[:space:]]+slots=[0-9]+ ]] ||
+    [[ "$line" =~ ^([^[:space:]]+)[[:space:]]+slots=([^[:space:]]*)([[:space:]]|$) ]] ||
         die "$hostfile: the line \"$line\" is not understood; write it like \"node-0 slots=8\""
-    hosts+=("${BASH_REMATCH[1]}")
+    host="${BASH_REMATCH[1]}" number="${BASH_REMATCH[2]}"
+    [[ "$number" =~ ^0*[1-9][0-9]{0,3}$ ]] || bad "slots=$number is no number of GPUs; write it like \"slots=8\""
+    [[ ! "$host" =~ ^[^:]+:[0-9]+$ ]] ||
+        bad "$host holds a port; name the node alone, and give ssh the port in ~/.ssh/config"
+    [[ "$host" =~ ^[[:alnum:]_][[:alnum:]_.:@-]*$ ]] ||
+        bad "$host is no name of one node; write a line like \"node-0 slots=8\" for each"
+    [[ " ${hosts[*]} " != *" $host "* ]] || bad "$host comes a second time; name each node once, with all its slots"
+    [ "${slots:-$number}" -eq "$number" ] ||
+        bad "slots=$number differs from the $slots before; give all nodes as many, the fewest that any of them has"
+    hosts+=("$host") slots="$number"
 done <"$hostfile"
 [ "${#hosts[@]}" -gt 0 ] || die "$hostfile: it names no node; write a line like \"node-0 slots=8\" for each"
 run_dir="$(need_run_dir "$@")"

@@ -7,11 +7,11 @@ source scripts/launch/common.sh
 usage() {
     cat <<'TEXT'
 Starts the processes of one node, without ssh: run it on every node, each with its number. For containers, Kubernetes,
-and wherever something else starts commands on the nodes.
+and for everything else that starts commands on the nodes itself.
 
     scripts/launch/per_node.sh [OPTION …] SETTING=VALUE …
 
-    --nodes N          or NODES          nodes of the run
+    --nodes N          or NODES          nodes of the run; with one, the next two are not needed
     --node-rank R      or NODE_RANK      this node's number, from 0; unset, JOB_COMPLETION_INDEX (an Indexed Job's)
     --master-addr A    or MASTER_ADDR    node 0, by a name or address at which all nodes reach it
     --master-port P    or MASTER_PORT    a port that is free there; 29500
@@ -47,13 +47,16 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ -n "$nodes" ] || die "NODES: how many nodes are there? Give --nodes 2"
+need_number NODES "$nodes" 1
+if [ "$nodes" -eq 1 ]; then # nobody else has to be told apart or found
+    node_rank="${node_rank:-0}" address="${address:-localhost}"
+fi
 [ -n "$node_rank" ] || die "NODE_RANK: which of the nodes is this? Give --node-rank 0 on the first, 1 on the next"
 [ -n "$address" ] || die "MASTER_ADDR: where do the nodes meet? Give --master-addr with a name or address of node 0"
-need_number NODES "$nodes" 1
 need_number NODE_RANK "$node_rank" 0
 need_number MASTER_PORT "$port" 1
 [ "$node_rank" -lt "$nodes" ] ||
-    die "NODE_RANK=$node_rank: the $nodes nodes are counted from 0; give at most $((nodes - 1))"
+    die "NODE_RANK=$node_rank: nodes are counted from 0, and NODES=$nodes; give at most $((nodes - 1))"
 need_run_dir "$@" >/dev/null
 need_environment
 [ -n "$gpus" ] || gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"

@@ -134,7 +134,7 @@ def noticed(newest: Path, copy: Path, damage: Damage) -> dict[str, Any]:
 def resume_each(
     place: Workplace, stopped: Path, everything: list[tuple[str, str, Damage]], random: Random
 ) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
-    """A launch for each file and each kind of tensor damage, one where two checkpoints are damaged, one for all."""
+    """A launch for each file and each kind of tensor damage, one with two damaged checkpoints, one with all damaged."""
     whole = place.reference(1)
     by_subject: dict[str, list[tuple[str, str, Damage]]] = {}
     for kind, what, damage in everything:

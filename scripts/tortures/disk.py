@@ -1,6 +1,6 @@
 """The disk gets full at ten offsets of a save, or turns read-only: the last checkpoint loads, and the run goes on.
 
-A small tmpfs lies in the run directory's place. Its size lets the first checkpoint through and ends within the second,
+A small tmpfs is mounted as the run directory. Its size lets the first checkpoint through and ends within the second,
 and so within the first and within the result. The run must end with exit code 2 and say what to do, the last good
 checkpoint must be whole, and once there is space the same command must go on and end as the run that nothing happened
 to. Needs the right to mount.
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def why_not() -> str | None:
-    """Why nothing can be mounted here; None where it can."""
+    """Why nothing can be mounted here, or None."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
@@ -76,7 +76,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def mounted(directory: Path, size: int) -> Iterator[None]:
-    """Within it, a tmpfs of that many bytes lies there."""
+    """Within it, a tmpfs of that many bytes is mounted there."""
     directory.mkdir(exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory))
     try:

@@ -6,7 +6,7 @@ goes on. Each finished run must have the losses, gradient norms and evaluation l
 to, and its adapter, to the last bit; no process may be left of a launch before the next one begins.
 
 Launches with one process are forked from a server, as are four in five of those with two; the fifth is `deepspeed …`
-as typed (see _runs.py).
+as typed (see harness/launch.py).
 """
 
 import argparse
@@ -32,7 +32,7 @@ ENDING = 60.0
 """Seconds after a kill within which all of a launch must have ended."""
 LAUNCHER_LOST = "the launcher"
 TOO_MANY = 5
-"""Runs that failed, after which no more are made."""
+"""After so many failed runs, no more are made."""
 
 console = Console(width=120)
 
@@ -53,7 +53,7 @@ class Aim:
     moment: str
     """`start`, `step`, `save` or `result`."""
     number: int
-    """The how-manieth step or save of the launch it is."""
+    """Which step or save of the launch it is, from 1."""
     fraction: float
     """The share of the time that a start, a step or a save takes."""
     target: str
@@ -68,13 +68,13 @@ class Point:
     run: str
     aim: Aim
     step: int
-    """The last step that metrics.jsonl tells."""
+    """The last step in metrics.jsonl."""
     inside: list[str]
     """What was half-written: empty outside of saves."""
     file: str | None
-    """Of it the file that was written to last."""
+    """The file among it that was written to last."""
     phase: dict[str, str]
-    """By rank, where a process was as its guardian knew; for runs with two."""
+    """By rank, in which phase a process was, according to its guardian; for runs with two."""
     exit_codes: list[int]
     seconds: float
     """From the kill until nothing was left of the launch."""
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def torment(place: Workplace, processes: int, count: int, seed: int) -> tuple[list[Point], int, list[str]]:
-    """So many points; the runs that came to their end, and what failed."""
+    """Kills at so many points; the runs that were finished, and what failed."""
     whole = place.reference(processes)
     times = Times.of(whole)
     random = generator("kill", seed, processes)
@@ -137,7 +137,7 @@ class Times:
 
     @classmethod
     def of(cls, whole: Path) -> "Times":
-        """Those of a run that nothing happened to; starting is measured later."""
+        """The times of a run that nothing happened to; starting is measured later."""
         import json
 
         lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
@@ -165,7 +165,7 @@ def draw(random: Random, processes: int) -> Aim:
 def _launch(
     place: Workplace, run: Path, processes: int, random: Random, times: Times, own: list[Point], *, last: bool
 ) -> Point | None:
-    """One launch, which is killed unless it is the `last` or ends before; None where the run is finished."""
+    """One launch, which is killed unless it is the `last` or ends before; None if the run is finished."""
     aim = draw(random, processes)
     before = last_checkpoint(run)
     launch = place.launch(run, processes, forked=last or aim.forked)
@@ -177,7 +177,7 @@ def _launch(
     if struck is None and any(codes):
         raise FailedError(f"a launch that nothing was done to ended with {codes}:\n{launch.said()}")
     launch.wait_for_none_left(ENDING)
-    # It may have ended by itself in the moment before. The codes alone don't tell: where its launcher is killed,
+    # It may have ended by itself in the moment before. The codes alone don't tell: if its launcher is killed,
     # `deepspeed` answers 0.
     if struck is None or (not any(codes) and (run / "receipt.json").exists()):
         return None
@@ -187,7 +187,7 @@ def _launch(
 
 
 def strike(launch: Launch, aim: Aim, times: Times) -> tuple[float, set[str], str | None, dict[str, str], int] | None:
-    """Kills as aimed; when, what was half-written, phases and the last step. None where the launch ended before."""
+    """Kills as aimed; when, what was half-written, phases and the last step. None if the launch ended before."""
     if aim.moment != "start":
         launch.wait_for_ranks()
         if not launch.until(lambda: launch.has_begun):
@@ -236,7 +236,7 @@ def strike(launch: Launch, aim: Aim, times: Times) -> tuple[float, set[str], str
 
 
 def check(launch: Launch, aim: Aim, codes: list[int], before: int) -> None:
-    """Raises `FailedError` where a launch that was killed ended otherwise than it should."""
+    """Raises `FailedError` if a launch that was killed did not end as it should."""
     expected = {
         ("all", True): [[-9] * launch.count],
         ("0", True): [[-9, 76]],
@@ -250,7 +250,7 @@ def check(launch: Launch, aim: Aim, codes: list[int], before: int) -> None:
 
 
 def summary(points: list[Point], runs: int) -> dict[str, Any]:
-    """What of them is worth a table."""
+    """What the table shows of them."""
     files = Counter(point.file for point in points if point.inside and point.file)
     return {
         "kills": len(points),

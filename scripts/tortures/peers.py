@@ -25,7 +25,7 @@ PHASES = ("forward", "backward", "update", "saving", "evaluating", "reading rows
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 PEER_TIMEOUT = 5.0
 MARGIN = 10.0
-"""Seconds on top, for a machine whose cores do something else."""
+"""Seconds on top, for a machine whose cores are busy."""
 SETTINGS = {"failures.peer_timeout": f"{PEER_TIMEOUT:g}", "eval_every": "2"}
 SAID = re.compile(r"train: process (\d) (?:died in|has .* was last in) step (\d+) \(([a-z ]+)\) on \S+")
 

@@ -1,8 +1,8 @@
 """Plants code in everything that the programs read: pickles, Python, YAML tags, `_target_` keys. Nothing may execute.
 
-All of it would make a canary file if it ran: that it can is tried first, by reading it as careless programs do. Where
-plants stand beside the real files, the programs must do their work as without them; where they stand in the place of
-real files, the programs must refuse them with exit code 2. What they say is recorded.
+Each plant would make a canary file if it ran. That it can run is tried first, by reading it as careless programs do. If
+plants stand beside the real files, the programs must do their work as without them; if they replace real files, the
+programs must refuse them with exit code 2. What the programs say is recorded.
 """
 
 import argparse
@@ -50,7 +50,7 @@ CARELESS = {
     "pickle": "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))",
     "torch": "import torch, sys; torch.load(sys.argv[1], weights_only=False)",
     "tag": "import yaml, sys; yaml.unsafe_load(open(sys.argv[1]))",
-    # As Hydra's `instantiate` does it; Hydra 1.3.8 itself refuses functions that execute what they are given.
+    # This is what Hydra's `instantiate` does; Hydra 1.3.8 itself refuses functions that execute what they are given.
     "target": "import importlib, json, sys; asked = json.load(open(sys.argv[1]));"
     "module, _, name = asked.pop('_target_').rpartition('.'); getattr(importlib.import_module(module), name)(**asked)",
     "module": "import runpy, sys; runpy.run_path(sys.argv[1])",
@@ -142,11 +142,11 @@ class Garden:
             path.write_bytes(pickle.dumps(_Evil(self.command)))
 
     def tag(self) -> str:
-        """YAML that calls a function where tags are obeyed."""
+        """YAML that calls a function if tags are obeyed."""
         return f"planted: !!python/object/apply:os.system ['{self.command}']\n"
 
     def target(self) -> dict[str, Any]:
-        """What Hydra instantiates where it is asked to."""
+        """What Hydra instantiates if it is asked to."""
         module = self.top / "called.py"
         self.module(module)
         return {"_target_": "runpy.run_path", "path_name": str(module)}

@@ -94,7 +94,7 @@ def to_inner_launcher(launch: Launch, number: int, random: Random) -> float:
 
 
 def to_group(launch: Launch, number: int, random: Random) -> float:
-    """The process group: all at once, launchers, training processes and guardians, as a terminal does it.
+    """Signals the process group, as a terminal does: launchers, training processes and guardians at once.
 
     DeepSpeed's launcher then ends what the training processes have started, wandb's process too.
     """
@@ -117,7 +117,7 @@ ORDER = (
     *("all", "one", "the process group", "one, under the launcher", "all"),
     *("the script", "one", "all", "the process group", "the process group of one process"),
 )
-"""In which trials take turns; the launcher of the machine stands in for the script every other time."""
+"""The order in which trials take turns; every other time the machine's launcher stands in for the script."""
 
 
 def asked_once(
@@ -147,7 +147,7 @@ def asked_once(
     stopped = last_checkpoint(run)
     expected = {PREEMPTED}
     if through_launcher:
-        expected |= {1, -number}  # DeepSpeed's own answers where it was signalled itself
+        expected |= {1, -number}  # DeepSpeed's own codes if it was signalled itself
     require(set(codes) <= expected, f"it ended with {codes}:\n{launch.said()}")
     require(f"Pre-empted after step {stopped}" in launch.said(), f"it does not say after which step:\n{launch.said()}")
     if not through_launcher:  # `deepspeed` prints one of its own
@@ -184,7 +184,7 @@ def wandb_alone(place: Workplace, run: Path, number: signal.Signals) -> dict[str
 
 
 def while_starting(place: Workplace, random: Random) -> dict[str, Any]:
-    """Before there is anything to save: both leave at once."""
+    """A signal before there is anything to save: both leave at once."""
     run = place.scratch / "starting"
     launch = place.launch(run, 2, **LONG)
     launch.until(_after(random.uniform(0.5, 2.0)))

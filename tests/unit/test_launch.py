@@ -107,6 +107,8 @@ def test_help_says_how(stand_ins: Path, script: str) -> None:
         ("per_node.sh", {**NODE, "NODE_RANK": "2"}, ["run_dir=r"], "NODE_RANK=2 at most 1"),
         ("per_node.sh", {**NODE, "NODE_RANK": "-1"}, ["run_dir=r"], "NODE_RANK=-1 whole number"),
         ("per_node.sh", {**NODE, "MASTER_ADDR": ""}, ["run_dir=r"], "MASTER_ADDR --master-addr"),
+        ("per_node.sh", {**NODE, "NODES": "1"}, ["run_dir=r"], "NODE_RANK=1 at most 0"),
+        ("per_node.sh", {**NODE, "NODES": "one"}, ["run_dir=r"], "NODES=one whole number"),
         ("per_node.sh", {**NODE, "GPUS_PER_NODE": "0"}, ["run_dir=r"], "GPUS_PER_NODE=0"),
         ("per_node.sh", NODE, ["--nodes"], "--nodes value"),
         ("per_node.sh", NODE, ["--node", "2"], "--node no such option"),
@@ -164,6 +166,48 @@ def test_per_node_starts_deepspeed_with_the_settings_as_they_stand(
     printed = launch(stand_ins, "per_node.sh", "--print", *arguments, *SETTINGS, **variables).stdout.splitlines()
     assert printed[:2] == ["node-0 slots=8", "node-1 slots=8"]
     assert shlex.split(printed[2])[-len(SETTINGS) :] == SETTINGS
+
+
+@pytest.mark.parametrize("variables", [{}, {"NODE_RANK": "0", "MASTER_ADDR": "localhost"}], ids=["unset", "given"])
+def test_one_node_needs_neither_number_nor_address(stand_ins: Path, variables: dict[str, str]) -> None:
+    options = ("--nodes", "1", "--gpus-per-node", "2", "--print")
+    printed = launch(stand_ins, "per_node.sh", *options, *SETTINGS, **variables).stdout.splitlines()
+    words = shlex.split(printed[1])
+    assert printed[0] == "node-0 slots=2"
+    assert words[words.index("--node_rank") + 1] == "0"
+    assert words[words.index("--master_addr") + 1] == "localhost"
+    assert words[-len(SETTINGS) :] == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("node-0 slots=8\nnode-0 slots=8\n", "node-0 a second time"),
+        ("node-0 slots=0\n", "slots=0 no number"),
+        ("node-0 slots=8x\n", "slots=8x no number"),
+        ("node-0 slots=\n", "slots= no number"),
+        ("node-0:22 slots=8\n", "node-0:22 a port"),
+        ("node-[0-1] slots=8\n", "node-[0-1] no name of one node"),
+        ("node-0,node-1 slots=8\n", "node-0,node-1 no name of one node"),
+        ("\ufeffnode-0 slots=8\n", "byte order mark"),
+        ("\ufeff# nodes\nnode-0 slots=8\n", "byte order mark"),
+        ("node-0 slots=8\nnode-1 slots=4\n", "slots=4 the 8 before as many"),
+    ],
+)
+def test_a_hostfile_that_deepspeed_would_misread_is_refused(stand_ins: Path, content: str, words: str) -> None:
+    (stand_ins / "nodes").write_text(content, encoding="utf-8")
+    done = launch(stand_ins, "hostfile.sh", "--print", "nodes", "run_dir=r", expect=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"hostfile.sh: {stand_ins}/nodes: ")
+    assert all(word in line for word in words.split())
+    assert not done.stdout
+
+
+def test_a_hostfile_may_hold_comments_spaces_and_the_line_ends_of_windows(stand_ins: Path) -> None:
+    (stand_ins / "nodes").write_bytes(b"# two\r\n  user@node-0 slots=8 # eight\r\n\r\n\tnode_1.lan\tslots=08\r\n")
+    (stand_ins / "bin" / "ssh").write_text('#!/usr/bin/env bash\necho "${@: -2}" >>"$NOTES/ssh"\n')
+    launch(stand_ins, "hostfile.sh", "nodes", "run_dir=r")
+    assert notes(stand_ins, "ssh") == ["user@node-0 true", "node_1.lan true"]
 
 
 def test_hostfile_settings_come_out_of_the_nodes_shell_as_they_went_in(stand_ins: Path) -> None:

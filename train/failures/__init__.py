@@ -1,6 +1,6 @@
 """How a run ends badly, and how every process learns of it.
 
-    signals.py  SIGTERM and SIGINT: the first asks to finish the step and save, the second ends the process
+    signals.py  SIGTERM, SIGINT, SIGHUP: the first asks to finish the step and save, the second ends the process
     errors.py   what an exception in one process means, for this process and for the others
     guard.py    this process's part in noticing that another one is lost
     guardian/   the program beside each process that notices

@@ -16,26 +16,26 @@ KNOBS = (
     "a smaller micro_batch (global_batch keeps the step the same), activation_checkpointing=full, rows of fewer tokens "
     "(seq_len of `python -m data`), or deepspeed=zero3_offload"
 )
-"""What makes a step smaller."""
+"""Settings that make a step need less memory."""
 
 MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-"""What the errors of torch's allocator, CUDA and cuBLAS say."""
+"""Words in the errors of torch's allocator, CUDA and cuBLAS when memory runs out."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 EXIT_FAULT = 1
-"""Python's own for an exception that nothing catches."""
+"""Python's own exit code for an exception that nothing catches."""
 
 UNISON = 2.0
-"""Seconds within which a mistake of the user, which mostly all processes find, has been found by all."""
+"""Seconds within which all processes have found a mistake of the user's that they all can find."""
 
 PEER_SECONDS = 10.0
-"""How long an error that a peer's death may have caused waits for the guard to say so."""
+"""Seconds that an error which a peer's death may have caused waits for the guard to say so."""
 
 
 @contextlib.contextmanager
-def told(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]:
-    """Within it, errors become what the user needs to know, once, and the other processes learn the reason.
+def reporting_errors(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]:
+    """Within it, an error is reported to the user once, in a sentence, and the other processes learn the reason.
 
     Raises:
         UserError: the disk is full, or the input is wrong.
@@ -65,7 +65,7 @@ def told(guard: Guard, config: TrainConfig, process_rank: int) -> Iterator[None]
                 f"{KNOBS}; the same command then goes on from the last checkpoint, with what changed in resume_despite",
             )
             sys.exit(EXIT_USER_ERROR)
-        # A collective that fails mostly fails because of the process at its other end.
+        # A collective mostly fails because of the process at its other end.
         if guard.verdict_within(PEER_SECONDS) is not None:
             sys.exit(guard.exit_code)
         guard.leaving(f"{type(error).__name__}: {one_line(error)}", EXIT_FAULT)

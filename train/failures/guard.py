@@ -5,14 +5,14 @@ A collective waits for its peers, for ever or until a timeout that names nobody.
 
     guard = Guard(processes.rank, processes.count)
     guard.join(agree(guard.listen()))       # collective
-    guard.at(7, "forward")                  # wherever the main thread gets to
-    guard.done()                            # collective; from here on nobody's end is a failure
+    guard.at(7, "forward")                  # as often as the main thread moves on
+    guard.done()                            # collective; from here on no process's end is a failure
 
 The first failure is the verdict for all: a process died; it left with an error (`leaving`); nothing was heard of it for
-`peer_timeout` (it is stopped, or its machine or the network is gone); or no process got anywhere for `stall_timeout`.
-The processes then print one line for each launcher and end, with `EXIT_PEER_LOST` or, where a process left by itself,
-with its exit code, so that whoever launches again knows whether that helps. What does not end by itself is killed,
-stopped processes included. A guardian that dies ends the run too: nobody would notice the next failure.
+`peer_timeout` (it is stopped, or its machine or the network is gone); or no process made progress for `stall_timeout`.
+The processes then print one line for each launcher and end, with `EXIT_PEER_LOST` or, if a process left by itself, with
+its exit code, so that whoever launches again knows whether that helps. A process that does not end by itself is killed,
+even if it is stopped. A guardian that dies ends the run too, because nobody would notice the next failure.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from pathlib import Path
 from configs.program.errors import UserError, one_line, say
 from configs.program.launch import local_rank
 from configs.program.secrets import redact
-from train.failures.guardian.channel import JOIN_TIMEOUT, PAUSE, PLACE, Channel, beat_interval
+from train.failures.guardian.channel import JOIN_TIMEOUT, PAUSE, POSITION, Channel, beat_interval
 
 EXIT_PEER_LOST = 76
 """The exit code of a process that ends because another one was lost: launch the run again."""
@@ -39,7 +39,8 @@ EXIT_PEER_LOST = 76
 REMEDY = "launch it again with the same run_dir: it goes on from its last checkpoint"
 
 _SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-"""Signals that launchers and terminals send to whole process groups. A guardian must see how its process takes them."""
+"""Signals that launchers and terminals send to whole process groups. A guardian outlives them, to see what its process
+does."""
 
 ROOT = Path(__file__).parents[2]
 """The folder that `train` is in."""
@@ -55,7 +56,7 @@ Meeting = tuple[int, str]
 
 
 class Guard:
-    """This process's part in the guard. With one process there is nobody to notice, and it does nothing."""
+    """This process's part in the guard. In a run of one process there is no other to watch, and it does nothing."""
 
     def __init__(
         self, process_rank: int, process_count: int, *, peer_timeout: float = 120.0, stall_timeout: float = 1800.0
@@ -63,8 +64,8 @@ class Guard:
         """Starts nothing yet.
 
         Args:
-            process_rank: this process's, from 0.
-            process_count: of the whole run.
+            process_rank: the number of this process, from 0.
+            process_count: how many processes the run has.
             peer_timeout: seconds without a sign of life after which a process counts as lost. Signs come from a thread
                 of the process, every second or ten times within this time. While C code keeps Python's global lock, the
                 process looks like a stopped one: hence two minutes by default.
@@ -87,12 +88,12 @@ class Guard:
         self._lock = threading.Lock()
         self._verdict: str | None = None
         self.exit_code = EXIT_PEER_LOST
-        """With which a process ends because of the verdict, once there is one."""
+        """The exit code with which a process ends because of the verdict, once there is one."""
         self._asked = False
         self._leaving = False
 
     def listen(self) -> Meeting | None:
-        """Process 0 opens a port on all interfaces; what it returns is for `join` of every process. Others: None."""
+        """On process 0, opens a port on all interfaces and returns what every process gives to `join`; else None."""
         if self._rank > 0 or self._count == 1:
             return None
         self._listener = _listener(self._count)
@@ -122,11 +123,11 @@ class Guard:
             except OSError as error:
                 raise UserError(
                     f"MASTER_ADDR={host}: process {self._rank} can't reach port {port} of process 0 there "
-                    f"({one_line(error)}); the processes of a run need free ways to each other's ports"
+                    f"({one_line(error)}); the processes of a run must reach each other's ports"
                 ) from error
-        page = os.memfd_create("place")
-        os.ftruncate(page, PLACE.size)
-        self._page = mmap.mmap(page, PLACE.size)
+        page = os.memfd_create("position")
+        os.ftruncate(page, POSITION.size)
+        self._page = mmap.mmap(page, POSITION.size)
         self.at(0, "starting")
         program = [sys.executable, "-I", "-S", "-c", BOOT, str(ROOT)]
         fds = (page, connection.fileno())
@@ -156,17 +157,17 @@ class Guard:
         self._ready.wait()
 
     def at(self, step: int, phase: str) -> None:
-        """Notes where the main thread is; a write to memory, cheap enough for anywhere. `phase`: up to 32 bytes."""
+        """Notes where the main thread is: a write to memory, cheap enough for any place. `phase` has up to 32 bytes."""
         if self._page is None:
             return
         self._moves = self._moves + 1 if step == self._step else 0
         self._step = step
-        PLACE.pack_into(self._page, 0, step, self._moves, time.monotonic(), phase.encode())
+        POSITION.pack_into(self._page, 0, step, self._moves, time.monotonic(), phase.encode())
 
     def leaving(self, reason: str, code: int, *, after: float = 0.0) -> None:
         """Tells the others that this process ends by itself, and why; they end with the same exit code.
 
-        `after` is how many seconds it waits before: where all processes meet the same error, all come here meanwhile,
+        It waits `after` seconds before that: if all processes meet the same error, they all call this within the wait,
         and none ends because of another.
         """
         if self.guardian is not None:
@@ -187,9 +188,9 @@ class Guard:
     def verdict_within(self, seconds: float) -> str | None:
         """The verdict, if there is one or one comes within the time; for the handler of an error.
 
-        An error of a collective is mostly another process's failure. This says so before a traceback does: where it
-        returns a verdict (already printed where it had to be), the caller has `guardian.KILL_AFTER` seconds to end with
-        `exit_code`. A death is known at once; a network that is gone, after `peer_timeout`.
+        An error of a collective is mostly another process's failure, and this tells before a traceback is printed. If
+        it returns a verdict (already printed, by one process for each launcher), the caller has `guardian.KILL_AFTER`
+        seconds to end with `exit_code`. A death is known at once, a network that is gone after `peer_timeout`.
         """
         if self.guardian is None:
             return None
@@ -201,7 +202,7 @@ class Guard:
             return self._verdict
 
     def _watch(self, guardian: subprocess.Popen[bytes]) -> None:
-        """The guard's thread: signs of life to the guardian, its verdict to this process."""
+        """The guard's thread: sends signs of life to the guardian, and brings its verdict to this process."""
         poll = select.poll()
         poll.register(self._channel.reading, select.POLLIN)
         heard = woken = beaten = time.monotonic()
@@ -233,7 +234,7 @@ class Guard:
                 self._channel.send(beat=True)
 
     def _conclude(self, verdict: str, code: int | None = None, *, speaks: bool) -> None:
-        """Ends this process, unless its main thread is about to, for the verdict's reason or for one of its own."""
+        """Ends this process, unless its main thread is about to, because of the verdict or for a reason of its own."""
         with self._lock:
             self._verdict = verdict if code is not None else f"{verdict}; {REMEDY}"
             self.exit_code = EXIT_PEER_LOST if code is None else code
@@ -248,7 +249,7 @@ class Guard:
 
 
 def _listener(backlog: int) -> socket.socket:
-    """A socket that listens on a free port of all interfaces, IPv6 and IPv4 where both are there."""
+    """A socket that listens on a free port of all interfaces, of IPv6 and IPv4 if the machine has both."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)

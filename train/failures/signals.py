@@ -15,20 +15,20 @@ EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: the run was asked to stop, and the same command goes on with it."""
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The last one comes when the terminal closes. Whoever launches with nohup wants the run to go on then."""
+"""SIGHUP comes when the terminal closes. With nohup it is ignored, and the run goes on."""
 PR_SET_PDEATHSIG = 1
-"""Of linux/prctl.h: the signal that a process gets when its parent ends."""
+"""From linux/prctl.h: sets the signal that a process gets when its parent ends."""
 TOGETHER = 1.0
-"""Seconds within which signals count as one: Ctrl-C reaches the launcher too, which passes it on as SIGTERM."""
+"""Seconds within which signals count as one."""
 LAST_WORDS = 2.0
-"""Seconds that saying why may take: nobody may be reading at the other end."""
+"""Seconds that the last line may take: perhaps nobody reads at the other end."""
 
 
 class Signals:
-    """Listens from its making on.
+    """Listens as soon as it is made.
 
-    Python runs signal handlers only between instructions of the main thread, which may wait in a collective for ever;
-    so the signals come through a file descriptor, which the interpreter writes to at once, and a thread reads them.
+    Python runs signal handlers only between instructions of the main thread, which may wait in a collective for ever.
+    So the signals come through a file descriptor, to which the interpreter writes at once, and a thread reads them.
     """
 
     def __init__(self, grace: float):
@@ -36,9 +36,10 @@ class Signals:
         self._grace = grace
         self._asked: int | None = None
         self._at = 0.0
+        self._passed_on = False
         self._training = False
         self.on_leaving: Callable[[str, int], None] | None = None
-        """Told why, and the exit code, when this process leaves by itself instead of being waited for."""
+        """Called with the reason and the exit code when this process leaves without waiting for the main thread."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         follow_launcher()
@@ -54,7 +55,7 @@ class Signals:
         return self._asked is not None
 
     def begin_training(self) -> None:
-        """From here on a signal is answered by a checkpoint; before, by leaving, as there is nothing to save."""
+        """From here on a signal leads to a checkpoint; before, the process leaves at once, with nothing to save."""
         self._training = True
         if self._asked is not None:
             self._leave("before training had begun")
@@ -68,6 +69,11 @@ class Signals:
     def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self._asked is not None:
+            if (self._asked, number, self._passed_on) == (signal.SIGINT, signal.SIGTERM, False):
+                # Ctrl-C reaches DeepSpeed's launcher too, which sends SIGTERM to one process after the other, to each
+                # when the one before has ended: seconds later.
+                self._passed_on = True
+                return
             if now - self._at >= TOGETHER and number != signal.SIGHUP:  # a terminal that closes is in no hurry
                 self._exit(128 + number, f"{signal.Signals(number).name} again: leaving at once")
             return
@@ -94,9 +100,9 @@ class Signals:
 
 
 def follow_launcher() -> None:
-    """Asks for SIGTERM when the launcher dies: one that is killed leaves its processes behind.
+    """Asks for SIGTERM when the launcher dies, because a launcher that is killed leaves its processes behind.
 
-    First thing in the program, whose imports take seconds: a process that is left alone in them would wait for peers
+    Called before the program's imports, which take seconds: a process whose launcher dies in them would wait for peers
     that have ended.
     """
     if "RANK" in os.environ:
@@ -104,4 +110,4 @@ def follow_launcher() -> None:
 
 
 def _handled_elsewhere(number: int, frame: object) -> None:
-    """Takes the place of the default, which would end the process."""
+    """Replaces the default handler, which would end the process."""

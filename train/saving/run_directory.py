@@ -11,7 +11,6 @@ runs/{name}-{date}-{time}/
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from configs.program.launch import local_rank
 from configs.program.provenance import provenance
-from data.disk.files import sync
+from data.disk.files import lock, occupied, replace_file, sync
 from data.prepared.dataset import PreparedDataset
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.engine import Engine
@@ -160,32 +159,28 @@ class RunDirectory:
         """
         if self._unlock is not None:
             return
-        locked = os.open(self.path, os.O_RDONLY)
-        self._unlock = weakref.finalize(self, os.close, locked)
-        try:
-            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"run_dir={self.path}: another launch is at work in it; wait until that has ended, or name another "
-                f"directory"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, descriptor)
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not lock(descriptor):
+                raise UserError(
+                    f"run_dir={self.path}: another launch is at work in it; wait until that has ended, or name another "
+                    f"directory"
+                )
 
     def _problem(self) -> str | None:
         """What speaks against the directory itself, as the rest of a sentence."""
-        place = self.path.resolve()
-        needed = [Path.cwd(), self.dataset.directory, Path(self.config.model.path or ".")]
-        if any(path.resolve().is_relative_to(place) for path in needed):
+        found = occupied(self.path, [self.dataset.directory, Path(self.config.model.path or ".")])
+        if found.needed:
             return "it holds the working directory, the dataset or the base; name a directory of its own"
-        if place.exists() and not place.is_dir():
+        if found.is_file:
             return "it is a file; name another directory"
-        there = {path.name for path in place.iterdir() if not _half_written(path)} if place.exists() else set()
+        there = {name for name in found.names if not _half_written(Path(name))}
         goes_on = self.config.resume == "auto" and self.config.task == "train" and not self.config.overwrite
-        if goes_on and (RECEIPT in there or checkpoint.places(place)):
+        if goes_on and (RECEIPT in there or checkpoint.places(self.path)):
             return None  # nothing is replaced, whatever else the user keeps there
-        if there - RUN_ENTRIES:
-            return f"{min(there - RUN_ENTRIES)} is there, which no run writes; name another directory"
+        if foreign := there - RUN_ENTRIES:
+            return f"{min(foreign)} is there, which no run writes; name another directory"
         if self.config.overwrite or (goes_on and not RESULTS & there) or not there:
             return None
         return "a run is there already; name another directory, or give overwrite=true to replace it"
@@ -283,11 +278,7 @@ class RunDirectory:
 
     def replace(self, name: str, text: str) -> None:
         """Writes a file that is the old one or the new one whenever the process is killed, or the power fails."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.rename(self.path / name)
-        sync(self.path)
+        replace_file(self.path / name, [text.encode()])
 
 
 def _no_files(name: str, kind: str) -> torch.Tensor:

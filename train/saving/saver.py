@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from data.disk.files import publish
 from train.engine.engine import Engine
 from train.engine.processes import agree
 from train.health import Health
@@ -126,7 +127,7 @@ class Saver:
         for name, state in self._engine.state(moments=False):
             saved.write(name, state["master"])
         saved.finish(self._receipt(), run.settings)
-        self._background.submit(lambda: checkpoint.publish(temporary / self._name, place))
+        self._background.submit(lambda: publish(temporary / self._name, place))
         self._background.submit(lambda: run.replace(RECEIPT, (place / RECEIPT).read_text()))
         self._background.submit(lambda: checkpoint.clean(run.path))
         self.wait()

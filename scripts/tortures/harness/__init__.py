@@ -4,7 +4,6 @@
     launch.py     one launch, as typed or forked from a server that has imported torch; its processes and their ends
     outcome.py    what a run has left, and how that differs from another run
     trials.py     one trial after another, and the report of them
-    garden.py     the plants of `planted.py`, and whether one of them was executed
 
 May import everything but the tortures themselves.
 """

@@ -1,4 +1,4 @@
-"""Small runs that are made to end badly: what they train on, how they are launched, and what must be equal after all.
+"""One launch of a small run, as a user types it or forked; its processes, and how they end.
 
 A launch is one of three things. `python -m train …`, or `deepspeed … --module train …`, as a user types it. Or, because
 starting Python with torch and DeepSpeed takes longer than such a run, processes forked from a server that has imported
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from configs.program.errors import UserError
-from train.failures.guardian.channel import PLACE
+from train.failures.guardian.channel import POSITION
 
 from .outcome import hidden
 from .trials import FailedError, attempt
@@ -46,7 +46,7 @@ FORKED = (
     "hydra._internal.core_plugins.basic_launcher",
     "networkx",
 )
-"""What the fork server imports: all that a run does that takes long."""
+"""What the fork server imports: everything whose import takes long."""
 MARK = "TORTURED_LAUNCH"
 """The environment variable by which processes of a launch are found."""
 
@@ -54,7 +54,7 @@ MARK = "TORTURED_LAUNCH"
 def attempts(
     options: argparse.Namespace, trials: Iterable[tuple[str, Callable[[], dict[str, Any]]]]
 ) -> list[dict[str, Any]]:
-    """What the trials found whose names `--only` matches.
+    """The findings of the trials whose names `--only` matches.
 
     Raises:
         UserError: it matches none.
@@ -78,7 +78,7 @@ class Launch:
             arguments: of `python -m train`.
             processes: 1 or more, on this machine.
             forked: from the server, without a launcher, or as a user types it.
-            by_script: typed with scripts/launch/per_node.sh in the place of `deepspeed`.
+            by_script: typed with scripts/launch/per_node.sh instead of `deepspeed`.
             nodes: how many the forked processes take themselves to be on.
         """
         self.run, self.count, self.forked = run, processes, forked
@@ -136,7 +136,7 @@ class Launch:
         return any(child.is_alive() for child in self._children)
 
     def ranks(self) -> dict[int, int]:
-        """The training processes by their ranks, those that run."""
+        """The training processes that run, by rank."""
         if self.forked:
             return {rank: child.pid for rank, child in enumerate(self._children) if child.is_alive()}
         if self.count == 1:
@@ -172,12 +172,12 @@ class Launch:
         return found
 
     def place_of(self, rank: int) -> Callable[[], tuple[int, str]] | None:
-        """What gives step and phase of a process: the page that it shares with its guardian. None before it does."""
+        """What reads step and phase of a process from the page that it shares with its guardian; None before that."""
         pid = self.ranks().get(rank)
         with contextlib.suppress(psutil.Error, OSError):
             for child in psutil.Process(pid).children():
                 for descriptor in Path(f"/proc/{child.pid}/fd").iterdir():
-                    if _is_guardian(child) and str(descriptor.readlink()).startswith("/memfd:place"):
+                    if _is_guardian(child) and str(descriptor.readlink()).startswith("/memfd:position"):
                         return _reader(descriptor)
         return None
 
@@ -191,7 +191,7 @@ class Launch:
         return found
 
     def wait(self, seconds: float = PATIENCE) -> list[int]:
-        """The exit codes: of each process where they were forked, else of the command.
+        """The exit codes: of each process if they were forked, else of the command.
 
         Raises:
             FailedError: it does not end in this time; it is ended then.
@@ -242,7 +242,7 @@ class Launch:
 
     @property
     def resumed_step(self) -> int | None:
-        """The step after which it said that it resumes; 0 at the beginning, None where it never came so far."""
+        """The step after which it said that it resumes; 0 at the beginning, None if it never came that far."""
         found = re.search(r"Resuming .* after step (\d+)", self.said())
         return int(found[1]) if found else 0 if self.has_begun else None
 
@@ -253,7 +253,7 @@ class Launch:
         return now is not None and now != self._metrics
 
     def until(self, condition: Callable[[], bool]) -> bool:
-        """Waits for the condition; False where the launch ends before."""
+        """Waits for the condition; False if the launch ends before."""
         while self.running:
             if condition():
                 return True
@@ -287,10 +287,10 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 def _reader(page: Path) -> Callable[[], tuple[int, str]]:
     with page.open("rb") as file:
-        shared = mmap.mmap(file.fileno(), PLACE.size, access=mmap.ACCESS_READ)
+        shared = mmap.mmap(file.fileno(), POSITION.size, access=mmap.ACCESS_READ)
 
     def read() -> tuple[int, str]:
-        step, _, _, phase = PLACE.unpack_from(shared)
+        step, _, _, phase = POSITION.unpack_from(shared)
         return step, phase.rstrip(b"\0").decode(errors="replace")
 
     return read
@@ -317,7 +317,7 @@ def _is_wandb(process: psutil.Process) -> bool:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced or written to; inodes alone are used again."""
+    """What changes when a file is replaced or written to; the inode alone may be used again."""
     with contextlib.suppress(OSError):
         return path.stat().st_ino, path.stat().st_mtime_ns
     return None

@@ -10,7 +10,7 @@ from train.saving import checkpoint
 from train.saving.checkpoint import Checkpoint
 
 CLOCK = {"tokens_per_second", "memory_gib", "checkpoint_paused_seconds", "checkpoint_seconds"}
-"""What metrics.jsonl says of time and memory; all else must be equal."""
+"""Fields of metrics.jsonl about time and memory; all others must be equal."""
 FOR_THE_RECORD = {"receipt.json", "train_config.yaml"}
 """Files of a result that tell when and where it was made."""
 
@@ -27,7 +27,7 @@ def hidden(run: Path) -> set[tuple[str, int]]:
 
 
 def of_a_save(names: set[tuple[str, int]]) -> set[str]:
-    """Of half-written entries those that belong to a checkpoint or to the result."""
+    """The half-written entries that belong to a checkpoint or to the result."""
     return {name for name, _ in names if name.startswith((".step-", ".adapter.", ".receipt."))}
 
 
@@ -44,7 +44,7 @@ def last_written(run: Path, name: str) -> str | None:
 
 
 def last_step(run: Path) -> int:
-    """The last step of metrics.jsonl; 0 where there is none."""
+    """The last step in metrics.jsonl, or 0."""
     with contextlib.suppress(OSError):
         for line in reversed((run / "metrics.jsonl").read_text().splitlines()):
             with contextlib.suppress(ValueError):
@@ -67,7 +67,7 @@ def record(run: Path) -> list[dict[str, Any]]:
 
 
 def first_difference(run: Path, whole: Path) -> str | None:
-    """The first difference of a finished run from the one that nothing happened to; None where there is none."""
+    """The first difference of a finished run from the one that nothing happened to, or None."""
     ours, theirs = record(run), record(whole)
     for mine, other in zip(ours, theirs, strict=False):
         if mine != other:
@@ -82,7 +82,7 @@ def first_difference(run: Path, whole: Path) -> str | None:
 
 
 def check_newest(run: Path) -> int:
-    """Reads the newest checkpoint whole; its step.
+    """Reads all of the newest checkpoint; returns its step.
 
     Raises:
         DamagedError: it is not whole.

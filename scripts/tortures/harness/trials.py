@@ -18,7 +18,7 @@ class FailedError(Exception):
 
 
 def require(holds: object, told: str) -> None:
-    """Raises `FailedError` with what is told unless it holds."""
+    """Raises `FailedError` with the text unless the condition holds."""
     if not holds:
         raise FailedError(told)
 
@@ -52,7 +52,7 @@ def _shown(value: Any) -> str:
 
 
 def common_arguments(parser: argparse.ArgumentParser, *, trials: bool = True) -> None:
-    """The options that all have, and `--only` of those that have trials."""
+    """The options that all tortures have, and `--only` for those that have trials."""
     parser.add_argument("--seed", type=int, default=0, help="decides all that is drawn (0)")
     if trials:
         parser.add_argument("--only", default="", metavar="PATTERN", help="only the trials whose names it matches")

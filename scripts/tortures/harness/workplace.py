@@ -30,8 +30,8 @@ SETTINGS = {
     "optim.lr": "1e-3",
     "logging.routing_every": "4",
 }
-"""Of every run that is not told another. With dropout, because random numbers must be those of the run that was not
-interrupted too."""
+"""Settings of every run that is not given others. With dropout, because the random numbers too must be those of the run
+that was not interrupted."""
 
 Settings = dict[str, str]
 
@@ -90,7 +90,7 @@ class Workplace:
             _typed(sys.executable, "-m", "data", "data=sample", "seq_len=256", f"output={self.rows}")
 
     def settings(self, run: Path, **changed: str) -> Settings:
-        """Of a launch in the directory `run`; a name's points are given as two underlines."""
+        """The settings of a launch in the directory `run`; a point in a name is written as two underscores."""
         where = {"dataset": str(self.rows), "model.path": str(self.base), "run_dir": str(run)}
         return SETTINGS | where | {name.replace("__", "."): value for name, value in changed.items()}
 
@@ -141,7 +141,7 @@ class Workplace:
         return Path(shutil.copytree(run, self.scratch / name))
 
     def end_all(self) -> None:
-        """Leaves no process behind."""
+        """Ends all processes that are left."""
         for launch in self.launches:
             launch.end()
 

@@ -5,7 +5,8 @@
 
     channel.py   lines of JSON between processes, the page of memory with step and phase, the bounds in seconds
     guardian.py  watches one process, gives it the verdict, and ends it if it does not leave
-    hub.py       guardian 0's further part: hears of all processes and judges
+    spoke.py     guardian 1 and the others: they report to guardian 0 and hear its verdict
+    judge.py     guardian 0: hears of all processes and judges
     __main__.py  the program
 
 Imports the standard library and itself alone: it is started without site-packages, so that it is there in a few

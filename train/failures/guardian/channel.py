@@ -6,14 +6,14 @@ import os
 import struct
 from typing import Any
 
-PLACE = struct.Struct("<qqd32s")
-"""What the training process writes into the shared page: step, moves within the step, since when, phase."""
+POSITION = struct.Struct("<qqd32s")
+"""What the training process writes into the shared page: step, moves within the step, since when it is there, phase."""
 
 JOIN_TIMEOUT = 30.0
 """Seconds for which the hub waits for the others to connect, or `peer_timeout` if that is longer."""
 
 PAUSE = 5
-"""A guardian that slept for so many beat intervals was itself held up: what it did not hear, nobody failed to say."""
+"""A guardian that slept for so many beat intervals was itself held up, and blames nobody for what it did not hear."""
 
 LONGEST_LINE = 1 << 16
 
@@ -32,11 +32,11 @@ class Channel:
         self._writing = writing
         self._rest = b""
         self._unsent = b""
-        """Of the last line, what a full socket did not take."""
+        """The part of the last line that a full socket did not take."""
         os.set_blocking(writing, False)
 
     def send(self, **fields: object) -> None:
-        """One line, or nothing of it. What can't be written is lost: that the other side is gone shows in reading."""
+        """Sends a whole line or nothing. What can't be written is lost; reading tells if the other side is gone."""
         line = json.dumps(fields).encode() + b"\n"
         with contextlib.suppress(OSError):
             self._unsent = self._unsent[os.write(self._writing, self._unsent) :] if self._unsent else b""
@@ -44,7 +44,7 @@ class Channel:
                 self._unsent = line[os.write(self._writing, line) :]
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The lines that have come; None at the end, and where the other side does not speak in lines of JSON."""
+        """The lines that have come; None at the end, or if the other side does not send lines of JSON."""
         try:
             data = os.read(self.reading, LONGEST_LINE)
             *lines, self._rest = (self._rest + data).split(b"\n")

@@ -24,17 +24,17 @@ import signal
 import time
 from typing import Any, NoReturn
 
-from train.failures.guardian.channel import PAUSE, PLACE, Channel, beat_interval
+from train.failures.guardian.channel import PAUSE, POSITION, Channel, beat_interval
 
 KILL_AFTER = 5.0
-"""Seconds that a training process has for leaving after the verdict; then it is killed."""
+"""Seconds that a training process has to leave after the verdict; then it is killed."""
 
 LEAVE_WITHIN = 20.0
-"""Seconds that it has at least where it leaves for a reason of its own: to say it, and for the waits of
+"""Seconds that it has at least if it leaves for a reason of its own: enough to report it, and for the waits of
 `train.failures.errors.UNISON` and `configs.program.entry.leave`."""
 
 
-def place(step: int, phase: str, host: str) -> str:
+def position(step: int, phase: str, host: str) -> str:
     """Step, phase and machine in words."""
     return f"step {step} ({phase}) on {host}"
 
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 class Guardian:
-    """What every guardian does: it watches its own process, and ends it when there is a verdict."""
+    """What every guardian does: it watches its own process, and ends that process when there is a verdict."""
 
     def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap):
         """`setup` is what `train.failures.guard.Guard.join` sends."""
@@ -65,7 +65,7 @@ class Guardian:
         self.now = self.trainer_heard = time.monotonic()
 
     def run(self) -> NoReturn:
-        """Until the run ends."""
+        """Watches until the run ends."""
         next_tick = self.now
         while True:
             events = self.selector.select(max(0.0, next_tick - time.monotonic()))
@@ -87,7 +87,7 @@ class Guardian:
         self.trainer_heard = now
 
     def tick(self) -> None:
-        """Once in a beat interval."""
+        """Is called once in each beat interval."""
         raise NotImplementedError
 
     def report(self, **events: object) -> None:
@@ -96,7 +96,7 @@ class Guardian:
 
     def status(self) -> dict[str, Any]:
         """How this process is."""
-        step, moves, since, phase = PLACE.unpack_from(self.page)
+        step, moves, since, phase = POSITION.unpack_from(self.page)
         return {
             "silent": self.now - self.trainer_heard,
             "standing": self.now - since,
@@ -106,7 +106,7 @@ class Guardian:
         }
 
     def hear_trainer(self) -> None:
-        """What the training process says."""
+        """Takes what the training process says."""
         lines = self.trainer.receive()
         if lines is None:
             self.trainer_gone()
@@ -119,7 +119,7 @@ class Guardian:
                 self.report(**line)
 
     def trainer_gone(self) -> None:
-        """The training process has ended; the guardian stays until the others know."""
+        """Reports that the training process has ended; the guardian stays until the others know."""
         if self.gone:
             return
         self.gone = True
@@ -128,7 +128,7 @@ class Guardian:
             self.report(died=True)
 
     def trainer_lives(self) -> bool:
-        """Whether the training process is still the parent of this one: its number is then nobody else's."""
+        """Whether the training process is still this one's parent; its number then belongs to no other process."""
         return os.getppid() == self.setup["pid"]
 
     def end_trainer(self, verdict: str, code: int | None, speaks: bool) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from train.failures.guardian.channel import JOIN_TIMEOUT, PAUSE, Channel
-from train.failures.guardian.guardian import Guardian, duration, place
+from train.failures.guardian.guardian import Guardian, duration, position
 
 STRANGER_TIMEOUT = 10.0
-"""Seconds after which a connection that has not said who it is is dropped."""
+"""Seconds after which a connection that has not introduced itself is dropped."""
 
 LINGER = 2.0
 """Seconds for which the hub waits until the others have read its last word."""
@@ -35,22 +35,22 @@ class Member:
     heard: float
     """When its guardian last said something, on the hub's clock."""
     silent: float = 0.0
-    """For how long the process had given its guardian no sign of life then."""
+    """For how many seconds, at that time, the process had given its guardian no sign of life."""
     standing: float = 0.0
-    """For how long its main thread had been at the same place then."""
+    """For how many seconds, at that time, its main thread had been in the same phase."""
     step: int = 0
     moves: int = 0
     phase: str = "starting"
     done: bool = False
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         """Where it was last, in words."""
-        return place(self.step, self.phase, self.host)
+        return position(self.step, self.phase, self.host)
 
 
 def ranks_in_words(ranks: list[int]) -> str:
-    """Some processes in words: "process 1 has", "processes 1 and 2 have", of many the first eight."""
+    """Some processes in words: "process 1 has", "processes 1 and 2 have"; if there are many, the first eight."""
     if len(ranks) == 1:
         return f"process {ranks[0]} has"
     names = [str(rank) for rank in ranks]
@@ -60,7 +60,7 @@ def ranks_in_words(ranks: list[int]) -> str:
 
 
 class Hub(Guardian):
-    """The guardian of process 0, to which the others are connected; the one that judges."""
+    """The guardian of process 0, to which the others are connected, and which judges."""
 
     def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap, listener: socket.socket):
         """`listener` takes the connections of the others."""
@@ -87,7 +87,7 @@ class Hub(Guardian):
         )
 
     def accept(self) -> None:
-        """A new connection, of whom is not known yet."""
+        """Takes a new connection; whose it is is not known yet."""
         with contextlib.suppress(OSError):
             stranger, _ = self.listener.accept()
             channel = Channel(stranger.fileno(), stranger.fileno())
@@ -95,7 +95,7 @@ class Hub(Guardian):
             self.selector.register(stranger, selectors.EVENT_READ, lambda: self.hear_stranger(stranger, channel))
 
     def hear_stranger(self, stranger: socket.socket, channel: Channel) -> None:
-        """Takes a guardian of this run, which knows the token, for what it is, and drops all else."""
+        """Admits a guardian of this run, which knows the token, and drops any other connection."""
         if stranger not in self.strangers:  # dropped since this event was seen
             return
         lines = channel.receive()
@@ -120,7 +120,7 @@ class Hub(Guardian):
             self.hear(member, line)
 
     def drop(self, stranger: socket.socket) -> None:
-        """Closes a connection that is nobody's."""
+        """Closes a connection that is no guardian's."""
         del self.strangers[stranger]
         self.selector.unregister(stranger)
         stranger.close()
@@ -139,28 +139,28 @@ class Hub(Guardian):
         self.hear(self.own, {**self.status(), **events})
 
     def hear_member(self, member: Member) -> None:
-        """What another guardian says."""
+        """Takes what another guardian says."""
         assert member.channel is not None and member.socket is not None
         lines = member.channel.receive()
         if lines is None:
             self.selector.unregister(member.socket)
             if not member.done:
                 lost = f"the connection to process {member.rank} was lost (its machine or its guardian is gone)"
-                self.conclude([member], f"{lost}; it was last in {member.place}")
+                self.conclude([member], f"{lost}; it was last in {member.position}")
         for line in lines or []:
             self.hear(member, line)
 
     def hear(self, member: Member, line: dict[str, Any]) -> None:
-        """How a process is, and what happened to it."""
+        """Takes in how a process is, and what happened to it."""
         member.heard = self.now
         for name in ("silent", "standing", "step", "moves", "phase"):
             setattr(member, name, line[name])
         if "died" in line:
             # A process that is not its child has no exit code for it.
             whether = "the kernel's log there says whether memory ran out"
-            self.conclude([member], f"process {member.rank} died in {member.place}; {whether}")
+            self.conclude([member], f"process {member.rank} died in {member.position}; {whether}")
         if "left" in line:
-            reason = f"process {member.rank} left in {member.place}: {line['left']}"
+            reason = f"process {member.rank} left in {member.position}: {line['left']}"
             self.conclude([member], reason, line["code"])
         if "done" in line:
             member.done = True
@@ -182,10 +182,10 @@ class Hub(Guardian):
         speakers = self.speakers([self.own])
         for member in self.members.values():
             if member.channel is not None:
-                member.channel.send(place=self.own.place, speaks=member.rank in speakers)
+                member.channel.send(position=self.own.position, speaks=member.rank in speakers)
 
     def find_silence(self) -> None:
-        """A process that gives no sign of life, or whose guardian gives none."""
+        """Looks for a process that gives no sign of life, or whose guardian gives none."""
         watched = [member for member in self.members.values() if not member.done]
         ages = {member.rank: self.now - member.heard + member.silent for member in watched}
         if max(ages.values(), default=0.0) <= self.peer_timeout:
@@ -198,10 +198,10 @@ class Hub(Guardian):
         silence = f"not been heard of for {duration(self.peer_timeout)} ({cause})"
         ranks = sorted(member.rank for member in silent)
         last = "it" if len(ranks) == 1 else f"process {first.rank}"
-        self.conclude(silent, f"{ranks_in_words(ranks)} {silence}; {last} was last in {first.place}")
+        self.conclude(silent, f"{ranks_in_words(ranks)} {silence}; {last} was last in {first.position}")
 
     def find_stall(self) -> None:
-        """All processes live, and none gets on."""
+        """Looks whether all processes live and none makes progress."""
         watched = [member for member in self.members.values() if not member.done]
         if not watched or min(m.standing + self.now - m.heard for m in watched) <= self.stall_timeout:
             return
@@ -211,10 +211,10 @@ class Hub(Guardian):
         who = f"{ranks_in_words(ranks)} come least far and {'is' if len(ranks) == 1 else 'are'}"
         if len(ranks) == self.count:
             who = "every process is"
-        self.conclude([], f"nothing has moved for {duration(self.stall_timeout)}: {who} in {behind[0].place}")
+        self.conclude([], f"nothing has moved for {duration(self.stall_timeout)}: {who} in {behind[0].position}")
 
     def speakers(self, lost: list[Member]) -> set[int]:
-        """One process for each launcher, not of the lost ones: it says to the user what happened."""
+        """For each launcher one process that is not lost; it tells the user what happened."""
         chosen: dict[str, int] = {}
         for member in sorted(self.members.values(), key=lambda member: (member.local_rank, member.rank)):
             if member not in lost:
@@ -222,7 +222,7 @@ class Hub(Guardian):
         return set(chosen.values())
 
     def conclude(self, lost: list[Member], verdict: str, code: int | None = None) -> NoReturn:
-        """Ends the run; the code is that of a process which left by itself."""
+        """Ends the run; `code` is the exit code of a process that left by itself."""
         speakers = self.speakers(lost)
         for member in self.members.values():
             if member.channel is not None:

@@ -1,4 +1,4 @@
-"""The guardian of another process than 0: it reports to the hub and hears its verdict."""
+"""The guardian of any process but 0: it reports to the hub and hears its verdict."""
 
 import mmap
 import selectors
@@ -11,7 +11,7 @@ from train.failures.guardian.guardian import Guardian, duration
 
 
 class Spoke(Guardian):
-    """The guardian of another process than 0."""
+    """The guardian of any process but 0."""
 
     def __init__(self, setup: dict[str, Any], trainer: Channel, page: mmap.mmap, connection: socket.socket):
         """`connection` leads to the hub."""
@@ -19,7 +19,7 @@ class Spoke(Guardian):
         self.connection = connection  # which closes when nothing holds it
         self.hub = Channel(connection.fileno(), connection.fileno())
         self.hub_heard = self.now
-        self.hub_place = "its start"
+        self.hub_position = "its start"
         self.speaks = True
         self.selector.register(connection, selectors.EVENT_READ, self.hear_hub)
         about = {key: setup[key] for key in ("token", "rank", "local_rank", "host", "site")}
@@ -36,18 +36,18 @@ class Spoke(Guardian):
         self.report()
         if self.now - self.hub_heard > self.peer_timeout:
             silence = f"process 0 has not been heard of for {duration(self.peer_timeout)}"
-            self.end(f"{silence} (its machine or the network is gone); it was last in {self.hub_place}")
+            self.end(f"{silence} (its machine or the network is gone); it was last in {self.hub_position}")
 
     def hear_hub(self) -> None:
-        """What the hub says."""
+        """Takes what the hub says."""
         lines = self.hub.receive()
         if lines is None:
             lost = "the connection to process 0 was lost (its machine or its guardian is gone)"
-            self.end(f"{lost}; it was last in {self.hub_place}")
+            self.end(f"{lost}; it was last in {self.hub_position}")
         self.hub_heard = self.now
         for line in lines:
-            if "place" in line:
-                self.hub_place, self.speaks = line["place"], line["speaks"]
+            if "position" in line:
+                self.hub_position, self.speaks = line["position"], line["speaks"]
             elif "ready" in line:
                 self.trainer.send(ready=True)
             elif "end" in line:

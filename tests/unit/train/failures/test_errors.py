@@ -9,7 +9,7 @@ import torch
 
 from configs.program.errors import UserError
 from train.config.train import TrainConfig
-from train.failures.errors import is_out_of_memory, told
+from train.failures.errors import is_out_of_memory, reporting_errors
 from train.failures.guard import EXIT_PEER_LOST, Guard
 
 
@@ -29,7 +29,7 @@ class Heard(Guard):
 
 
 def within(guard: Guard, action: Callable[[], object]) -> None:
-    with told(guard, TrainConfig(run_dir="runs/a", micro_batch=4), process_rank=3):
+    with reporting_errors(guard, TrainConfig(run_dir="runs/a", micro_batch=4), process_rank=3):
         action()
 
 

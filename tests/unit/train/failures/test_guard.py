@@ -26,7 +26,7 @@ KILLED = -signal.SIGKILL
 
 PROGRAM = """
 import json, os, sys, threading, time
-from train.guard import Guard
+from train.failures.guard import Guard
 
 rank, count, options = json.loads(sys.argv[1])
 guard = Guard(rank, count, **options)
@@ -303,7 +303,7 @@ def test_a_mistake_that_all_find_is_the_code_of_all(start: Start, first: int) ->
     """Though the verdict comes before the later one has told its guardian why, and though it waits to end last."""
     run = start(2, peer_timeout=3)
     for trainer in run.trainers:
-        trainer.do("globals().update(entry=__import__('configs.program.entry').entry)")
+        trainer.do("globals().update(entry=__import__('configs.program.entry').program.entry)")
     for rank in (first, 1 - first):
         run.trainers[rank].tell("guard.leaving('a=1: no', 2, after=2) or entry.leave('train', 'a=1: no')")
         time.sleep(0.05)
