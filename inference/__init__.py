@@ -7,10 +7,9 @@
     prompt.py    what the user says → a conversation, or why not
     generate.py  a conversation → an answer, token by token
     chat.py      a conversation in the terminal
-    batch.py     a file of prompts → a file of answers
-    journal.py   what lets a batch go on after a kill
 
+    batch/       a file of prompts → a file of answers, which goes on after a kill
     merging/     base and adapter → one checkpoint, verified
 
-May import data and configs.program; never train. `run.py` alone imports the room.
+May import data and configs.program; never train. `run.py` alone reaches into the rooms, by their names.
 """

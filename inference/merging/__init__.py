@@ -1,4 +1,4 @@
-"""Base and adapter → one checkpoint, from file to file, that takes its name when it is verified.
+"""Base and adapter → one checkpoint, from file to file, which takes its name when it is verified.
 
     merge.py   copies what the adapter leaves alone, and folds and writes what it changes
     verify.py  whether the result is base + adapter: its tensors bit by bit, its logits against stock PEFT's

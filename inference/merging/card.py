@@ -7,11 +7,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from data.disk.adapter_directory import RECEIPT, TRAIN_CONFIG
 from data.disk.plain_text import member, parse_yaml, plain, read_bytes, read_json, read_start
 from data.prepared.layout import MANIFEST
-from inference.adapter import RECEIPT
 
-CARD, TRAIN_CONFIG = "README.md", "train_config.yaml"
+CARD = "README.md"
 
 HEAD = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 """The YAML at the beginning of a model card."""
