@@ -1,8 +1,8 @@
 """A file of prompts → a file of answers.
 
-- `rows.py`: rows of every container and schema → prompts, or why not.
-- `batch.py`: the answers, padded or in continuous batches, in the input's order.
-- `journal.py`: answers as they are written, so that a killed run goes on where it was.
+    batch.py    the answers, padded or in continuous batches, in the input's order
+    rows.py     rows of every container and schema → prompts, or why not
+    journal.py  answers as they are written, so that a killed run goes on from where it was
 
-May import inference's hall, `data` and `configs.program`.
+May import inference's hall, data and configs.program.
 """
