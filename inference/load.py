@@ -129,9 +129,10 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
 
 
 def one_gpu(needed: int, free: list[int]) -> int | None:
-    """The GPU with the most free memory, if the whole model fits there and leaves a fifth for its work; else None.
+    """The GPU with the most free memory, if the model fits there and leaves a fifth of it free to work with; else None.
 
-    Spread, each token would go through the GPUs one after another, and `batching=continuous` knows one device.
+    In a model that is spread, each token goes through the GPUs one after another, and `batching=continuous` takes
+    only one device.
 
     Args:
         needed: bytes of the weights.

@@ -113,9 +113,9 @@ def weight_files(directory: Path, named: str) -> list[Path]:
         try:
             names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
             if not all(isinstance(name, str) for name in names):
-                raise ValueError("a name of a file is no text")
+                raise ValueError("the name of a file is not a string")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{named}: its {INDEX} is none ({one_line(error)}); {REMEDY}") from error
+            raise UserError(f"{named}: its {INDEX} can't be read ({one_line(error)}); {REMEDY}") from error
     else:
         names = [SINGLE]
     for name in names:

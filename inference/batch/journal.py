@@ -124,12 +124,12 @@ def _begins_as_ours(content: bytes) -> bool:
 def _line_of(answer: bytes) -> int:
     """The line that an answer belongs to; -1, which no row has, if a torn write or a damaged disk left no answer."""
     try:
-        return _position(json.loads(answer))
+        return position(json.loads(answer))
     except (ValueError, TypeError, KeyError):
         return -1
 
 
-def _position(answer: dict[str, Any]) -> int:
+def position(answer: dict[str, Any]) -> int:
     """The line, or the row, that an answer belongs to."""
     return int(answer["line"] if "line" in answer else answer["row"])
 
@@ -163,7 +163,7 @@ def finish(output: Path, answers: list[dict[str, Any]]) -> None:
     """Writes all lines in the input's order, and lets them appear at once."""
     temporary = output.with_name(f".{output.name}.tmp")
     with temporary.open("wb") as file:
-        for answer in sorted(answers, key=_position):
+        for answer in sorted(answers, key=position):
             file.write(encoded(answer))
         file.flush()
         os.fsync(file.fileno())

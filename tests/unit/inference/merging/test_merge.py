@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from configs.program.errors import UserError
 from data.disk import files as disk_files
+from data.disk import weights
 from data.disk.mixtral_files import pieces
 from data.disk.weights import StoredWeights
 from data.template import ChatTokenizer
@@ -121,6 +122,25 @@ def test_however_the_base_is_stored_the_merged_tensors_are_the_same(tmp_path: Pa
         MixtralForCausalLM.from_pretrained(tmp_path / name / "out")
 
 
+def test_the_base_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its headers, for the adapter's fingerprint and for the merge alike."""
+    config = make(tmp_path, max_shard_size="2MB")
+    fingerprint = StoredWeights(tmp_path / "base", "base").fingerprint
+    (tmp_path / "adapter" / "receipt.json").write_text(json.dumps({"base": {"fingerprint": fingerprint}}))
+    seen: list[Path] = []
+    read = weights.read_header
+
+    def noting(file: Path) -> Any:
+        seen.append(file)
+        return read(file)
+
+    monkeypatch.setattr(weights, "read_header", noting)
+    config.verify = False
+    assert merge(config)["base"]["fingerprint"] == fingerprint
+    assert sorted(seen) == sorted((tmp_path / "base").glob("*.safetensors"))
+    assert len(seen) > 1
+
+
 def test_a_head_that_is_the_embedding_stays_it(tmp_path: Path) -> None:
     base = make_base(torch.bfloat16, **SIZES, tie_word_embeddings=True)
     base.save_pretrained(tmp_path / "base")
@@ -167,17 +187,15 @@ def test_modules_that_an_adapter_holds_in_full_are_merged(tmp_path: Path, saved:
     merged = MixtralForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, experts_implementation="eager").eval()
     changed = ["experts.gate_up_proj", "experts.down_proj"] if saved != "gate" else []
     changed += ["gate.weight"] if saved != "experts" else []
-    weights, originals = dict(merged.named_parameters()), dict(base.named_parameters())
+    after, before = dict(merged.named_parameters()), dict(base.named_parameters())
     trained = {name: tensor for name, tensor in stock.named_parameters() if ".modules_to_save." in name}
     assert len(trained) == 2 * len(changed)
     for name, tensor in trained.items():
         parameter = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-        assert torch.equal(weights[parameter], tensor), parameter
-        assert not torch.equal(weights[parameter], originals[parameter])
-    stored = 2 * (
-        1 + ("gate.weight" in changed) + (3 * 4 if saved != "gate" else 0)
-    )  # layers · (q_proj, router, experts)
-    assert receipt["verification"]["tensors_changed"] == stored
+        assert torch.equal(after[parameter], tensor), parameter
+        assert not torch.equal(after[parameter], before[parameter])
+    of_a_layer = {"experts": 3 * 4, "mlp": 3 * 4 + 1, "gate": 1}[saved] + 1  # w1, w2 and w3; the router; q_proj
+    assert receipt["verification"]["tensors_changed"] == 2 * of_a_layer
     ids = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs, without = (model(ids).logits for model in (merged, stock, base))
