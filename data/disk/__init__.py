@@ -7,5 +7,5 @@
     mixtral_files.py      Mixtral's names in files ↔ transformers' parameters, in both directions
     adapter_directory.py  the contract train → inference: file names, PEFT's settings and its layout of expert factors
 
-`files.py` and `weights.py` need no torch. May import configs.program.
+`files.py` needs no torch. May import configs.program.
 """

@@ -1,6 +1,7 @@
 """Safetensors on disk: their headers, and files that are written one tensor after the other.
 
-The tensors of a file never have to be in memory together.
+The tensors of a file never have to be in memory together. The format is an 8-byte little-endian length, a JSON header
+that gives each tensor's dtype, shape and byte range, and the bytes (github.com/huggingface/safetensors).
 """
 
 import json

@@ -1,8 +1,4 @@
-"""A model's safetensors: which files they are, what they hold, and what tells one model's weights from another's.
-
-Light: reading or making a header needs no torch. The format is an 8-byte little-endian length, a JSON header that gives
-each tensor's dtype, shape and byte range, and the bytes (github.com/huggingface/safetensors).
-"""
+"""A model's safetensors: which files they are, what they hold, and what tells one model's weights from another's."""
 
 import hashlib
 import json
