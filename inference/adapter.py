@@ -2,11 +2,8 @@
 
 Stock PEFT says what a configuration means: it is applied to a base without weights, and names, shapes and scalings
 are read off the layers that this makes. So targets by list or pattern, ranks and alphas by pattern, rank-stabilised
-scaling and modules that are stored whole mean here what they mean there. The sums are our own: PEFT rounds a delta
+scaling and modules that are stored in full mean here what they mean there. The sums are our own: PEFT rounds a delta
 before it adds it, and holds a second copy of every expert while it does.
-
-PEFT's files hold the factors of all experts in two matrices: A [E·r, in] with the expert slowest, and B [out, r·E] with
-the expert fastest.
 """
 
 import json
@@ -25,21 +22,24 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError, one_line
-from data.disk.adapter_directory import CONFIG, UNDERSTOOD, check_settings
+from data.disk.adapter_directory import (
+    CONFIG,
+    PREFIX,
+    RECEIPT,
+    UNDERSTOOD,
+    WEIGHTS,
+    check_settings,
+    separate_experts,
+)
 from data.disk.architecture import UNREADABLE
 from data.disk.plain_text import is_shallow, read_json
 from data.disk.weights import StoredWeights
 
-WEIGHTS, RECEIPT = "adapter_model.safetensors", "receipt.json"
-
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of the base's modules."""
-
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-"""The parameters that PEFT stores whole beside an adapter that targets them, and loads from there."""
+"""The parameters that PEFT stores in full beside an adapter that targets them, and loads from there."""
 
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
-"""Elements of a weight that are summed at a time: float32 copies that stay in a core's cache, or in a GPU's memory."""
+"""Elements of a weight that are summed at a time: their float32 copies fit a core's cache, or a GPU's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,11 @@ class LowRank:
     B: str
     scaling: float
     experts: int | None
-    """Their number where the parameter is [E, out, in]; None for a matrix."""
+    """Their number if the parameter is [E, out, in]; None for a matrix."""
     transposed: bool = False
     """Whether the file holds the factors of the transpose, as PEFT does for embeddings."""
     base: str | None = None
-    """The tensor of the file that W is, where PEFT stored the layer beside its factors."""
+    """The tensor of the file that replaces W first, if PEFT stored the layer beside its factors."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class Replacement:
     """W becomes the stored tensor."""
 
     key: str
@@ -81,7 +81,7 @@ class Adapter:
         """Reads the configuration and the headers, and checks them against the architecture of the base.
 
         Raises:
-            UserError: a setting is not understood, or names or shapes are not those that the configuration asks of
+            UserError: a setting is not understood, or names or shapes are not those that the configuration makes of
                 this base.
         """
         self.directory = directory
@@ -92,7 +92,7 @@ class Adapter:
         for key in self.keys & layers.beside.keys():
             parameter = layers.beside[key][0]
             update = self.updates.get(parameter)
-            self.updates[parameter] = replace(update, base=key) if isinstance(update, LowRank) else Whole(key)
+            self.updates[parameter] = replace(update, base=key) if isinstance(update, LowRank) else Replacement(key)
         self._shared = layers.shared
         self._obstacle = layers.obstacle
         self._cached = lru_cache(maxsize=16)(self.tensor)  # experts of a layer come one after the other
@@ -100,7 +100,7 @@ class Adapter:
     def _read_keys(
         self, expected: dict[str, tuple[int, ...]], beside: dict[str, tuple[str, tuple[int, ...]]]
     ) -> set[str]:
-        """The file's keys, which are those that are expected, and maybe those of embeddings beside them."""
+        """The file's keys: those that are expected, and possibly those of embeddings beside them."""
         directory = self.directory
         try:
             with safe_open(directory / WEIGHTS, "pt") as stored:
@@ -125,28 +125,28 @@ class Adapter:
 
     @property
     def receipt(self) -> dict[str, Any]:
-        """What training wrote beside the adapter; empty where it wrote nothing."""
+        """What training recorded beside the adapter; empty if there is nothing to read."""
         return read_json(self.directory / RECEIPT)
 
     @property
     def trained_on(self) -> str | None:
-        """The fingerprint of the base's weights in the receipt; None where there is none."""
+        """The fingerprint of the base's weights in the receipt; None if there is none."""
         base = self.receipt.get("base")
         named = base.get("fingerprint") if isinstance(base, dict) else None
         return None if named is None else str(named)
 
-    def check_base(self, weights: StoredWeights, named: str) -> None:
-        """Raises `UserError` where the receipt says that the adapter was trained on other weights."""
+    def check_base(self, weights: StoredWeights) -> None:
+        """Raises `UserError` if the receipt says that the adapter was trained on other weights."""
         trained_on = self.trained_on
         if trained_on is not None and trained_on != weights.fingerprint:
             raise UserError(
-                f"{named}: its fingerprint is {weights.fingerprint[:16]}…, and base.fingerprint in the adapter's "
-                f"{RECEIPT} is {trained_on[:16]}…: the adapter was trained on other weights; give those, or "
+                f"{weights.named}: its fingerprint is {weights.fingerprint[:16]}…, and base.fingerprint in the "
+                f"adapter's {RECEIPT} is {trained_on[:16]}…: the adapter was trained on other weights; give those, or "
                 f"check_base=false to use these all the same"
             )
 
     def check_numbers(self) -> None:
-        """Raises `UserError` where a number of the adapter is not finite, as of a training that diverged."""
+        """Raises `UserError` if a number of the adapter is not finite, as after a training that diverged."""
         for key in sorted(self.keys):
             if not is_finite(self.tensor(key)):
                 raise UserError(
@@ -155,8 +155,8 @@ class Adapter:
                 )
 
     def check_foldable(self) -> None:
-        """Raises `UserError` unless each update changes one parameter of the base, that parameter alone, and no other
-        update changes it: else folding would lose an update, or change more than was trained."""
+        """Raises `UserError` unless each update changes exactly one parameter of the base, and no other update changes
+        that one: otherwise folding would lose an update, or change more than was trained."""
         obstacle = self._obstacle
         for parameter, names in self._shared.items():
             if parameter in self.updates:
@@ -178,21 +178,21 @@ class Adapter:
         if update.transposed:
             A, B = B.T, A.T
         if update.experts is not None:
-            A = A.unflatten(0, (update.experts, -1))[expert]
-            B = B.unflatten(1, (-1, update.experts))[:, :, expert]
+            of_experts = separate_experts(A, B, update.experts)
+            A, B = (factors[expert] for factors in of_experts)
         return A, B, update.scaling
 
     def stored(self, parameter: str, expert: int | None, rows: slice) -> torch.Tensor | None:
-        """What W is there by the file, before factors are added; None where the base has it."""
+        """What the adapter's file has in place of W, before factors are added; None if W is the base's."""
         update = self.updates[parameter]
-        key = update.key if isinstance(update, Whole) else update.base
+        key = update.key if isinstance(update, Replacement) else update.base
         if key is None:
             return None
-        whole = self._cached(key)
-        return (whole if expert is None else whole[expert])[rows]
+        tensor = self._cached(key)
+        return (tensor if expert is None else tensor[expert])[rows]
 
     def changes(self, parameter: str, expert: int | None, rows: slice = slice(None)) -> bool:
-        """Whether the factors add anything there: those of experts that were not trained are zeros."""
+        """Whether the factors add anything to these rows: the factors of untrained experts are zeros."""
         A, B, scaling = self.factors(parameter, expert)
         return bool((scaling * A.abs().amax(1) * B[rows].abs().amax(0)).any())
 
@@ -204,7 +204,7 @@ class Adapter:
         update = self.updates[parameter]
         if (stored := self.stored(parameter, expert, rows)) is not None:
             weight.copy_(stored)
-        if isinstance(update, Whole):
+        if isinstance(update, Replacement):
             return
         if update.experts is not None and expert is None:
             for number, matrix in enumerate(weight):
@@ -229,7 +229,7 @@ def add_product(weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, scaling:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all its numbers are; without a copy of them."""
+    """Whether all of its numbers are finite; makes no copy of them."""
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
@@ -237,7 +237,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter directory.
 
     Raises:
-        UserError: the directory is not one of an adapter, or a setting of it is not understood here.
+        UserError: the directory holds no adapter, or one of its settings is not understood here.
     """
     remedy = "give the directory adapter/ of a training run"
     if (directory / "config.json").is_file():
@@ -255,10 +255,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 class Layers:
-    """What stock PEFT makes of a configuration on a base without weights."""
+    """The layers that stock PEFT makes of a configuration, on a base without weights."""
 
     def __init__(self, directory: Path, settings: dict[str, Any], architecture: MixtralConfig):
-        """Applies it, and reads names, shapes and scalings off the layers.
+        """Applies the configuration, and reads names, shapes and scalings off the layers.
 
         Raises:
             UserError: PEFT refuses the configuration on this base.
@@ -266,15 +266,15 @@ class Layers:
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
         self._directory = directory
-        self.updates: dict[str, LowRank | Whole] = {}
+        self.updates: dict[str, LowRank | Replacement] = {}
         """By the parameter's name in transformers' model."""
         self.obstacle: str | None = None
-        """Why these updates can't be added to the parameters; None where they can."""
+        """Why these updates can't be added to the parameters; None if they can."""
 
         known = {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
         try:
             with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what PEFT warns of is refused by the comparison of keys and shapes
+                warnings.simplefilter("ignore")  # the comparison of keys and shapes refuses what PEFT warns of
                 bare = MixtralForCausalLM(architecture)
                 parameters = dict(bare.named_parameters(remove_duplicate=False))
                 adapted = get_peft_model(bare, LoraConfig(**known), low_cpu_mem_usage=True)
@@ -288,7 +288,7 @@ class Layers:
             for name, parameter in parameters.items()
             if (others := [o for o, other in parameters.items() if other is parameter and o != name])
         }
-        """The parameters that are one tensor with others, and those others."""
+        """The parameters that share their tensor with others, and those others."""
         for name, module in adapted.named_modules():
             self._read(name, module)
         for parameter in self.updates:
@@ -298,41 +298,41 @@ class Layers:
         self.expected = {key: tuple(tensor.shape) for key, tensor in expected.items()}
         """The keys of the file, and the shapes of their tensors."""
         self.beside = {
-            key: (place, tuple(tensor.shape))
+            key: (parameter, tuple(tensor.shape))
             for key, tensor in adapted.state_dict().items()
-            if (place := key.removeprefix(PREFIX).replace(".base_layer", "")) in EMBEDDINGS
+            if (parameter := key.removeprefix(PREFIX).replace(".base_layer", "")) in EMBEDDINGS
         }
-        """The keys of embeddings that may be there too, with their parameters and shapes."""
+        """The keys of embeddings that may be in the file too, with their parameters and shapes."""
 
     def _read(self, name: str, module: nn.Module) -> None:
         """Notes what a module of PEFT's model changes."""
         from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
         from peft.utils import ModulesToSaveWrapper
 
-        place = name.removeprefix(PREFIX).replace(".base_layer", "")
+        target = name.removeprefix(PREFIX).replace(".base_layer", "")
         if isinstance(module, ModulesToSaveWrapper):
             for parameter, _ in module.original_module.named_parameters():
-                self._note(f"{place}.{parameter}", Whole(f"{name}.{parameter}"))
+                self._note(f"{target}.{parameter}", Replacement(f"{name}.{parameter}"))
             return
         if not isinstance(module, LoraLayer):
             return
         if not isinstance(module, (Embedding, Linear, ParamWrapper)):
-            self._hinder(f"its {CONFIG} targets {place}, a {type(module).__name__}, which is not known here")
+            self._hinder(f"its {CONFIG} targets {target}, a {type(module).__name__}, which is not known here")
             return
         parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
         scaling = module.scaling["default"]
         if not math.isfinite(scaling):
             raise UserError(
-                f"adapter={self._directory}: its {CONFIG} gives {place} the scale {scaling}; give the adapter as it "
+                f"adapter={self._directory}: its {CONFIG} gives {target} the scale {scaling}; give the adapter as it "
                 f"was written"
             )
         several = isinstance(module, ParamWrapper) and module.get_param().dim() == 3
         of_embedding = isinstance(module, Embedding)
         A, B = (f"{name}.lora_embedding_{x}" if of_embedding else f"{name}.lora_{x}.weight" for x in "AB")
         update = LowRank(A, B, scaling, module.num_experts if several else None, transposed=of_embedding)
-        self._note(f"{place}.{parameter}", update)
+        self._note(f"{target}.{parameter}", update)
 
-    def _note(self, parameter: str, update: LowRank | Whole) -> None:
+    def _note(self, parameter: str, update: LowRank | Replacement) -> None:
         if parameter in self.updates:
             self._hinder(f"it changes {parameter} in two ways")
         self.updates[parameter] = update

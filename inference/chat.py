@@ -11,14 +11,14 @@ from configs.program.errors import UserError
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
 from inference.config import InferenceConfig
-from inference.generate import context, generate
-from inference.load import Loaded
+from inference.generate import context, generate, reader_may_leave
+from inference.load import Loaded, load
 from inference.prompt import check
 
 HELP = """\
-/reset          forgets the conversation and begins anew; the system message stays
+/reset          forgets the conversation; the system message stays
 /save FILE      adds the conversation to FILE as a line of JSON, in the schema `messages` of python -m data
-/system TEXT    begins anew with this system message; without TEXT, with none
+/system TEXT    starts a new conversation with this system message; without TEXT, with none
 /help           shows this
 /exit           ends; so does Ctrl-D
 Ctrl-C stops an answer. Alt-Enter begins a new line of the same message."""
@@ -26,17 +26,22 @@ Ctrl-C stops an answer. Alt-Enter begins a new line of the same message."""
 console = Console(highlight=False)
 
 
-def chat(loaded: Loaded, config: InferenceConfig) -> None:
-    """Answers what is typed, or what comes through a pipe a line a message, until it ends."""
-    talk = Talk(loaded, config)
-    console.print("[dim]Say something. /help lists the commands, Ctrl-D ends.[/dim]")
-    for line in _typed() if sys.stdin.isatty() else _piped():
-        if not talk.take(line):
-            break
+def chat(config: InferenceConfig) -> None:
+    """Answers what is typed, or each line of a pipe, until it ends.
+
+    Raises:
+        UserError: the model can't be loaded.
+    """
+    talk = Talk(load(config), config)
+    with reader_may_leave():
+        console.print("[dim]Say something. /help lists the commands, Ctrl-D ends.[/dim]")
+        for line in _typed() if sys.stdin.isatty() else _piped():
+            if not talk.take(line):
+                break
 
 
 class Talk:
-    """The conversation so far, and what a line that is typed does to it."""
+    """The conversation so far, and what a typed line does to it."""
 
     def __init__(self, loaded: Loaded, config: InferenceConfig):
         self.loaded = loaded
@@ -45,7 +50,7 @@ class Talk:
         self.turns: list[Message] = []
 
     def take(self, line: str) -> bool:
-        """Does what a line says; False where it says to end. Mistakes are told and change nothing."""
+        """Does what a line says; False if it says to end. A mistake is reported and changes nothing."""
         command, _, rest = line.strip().partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
@@ -69,8 +74,8 @@ class Talk:
     def _answer(self, text: str) -> None:
         asked = Message("user", text)
         check(Conversation((asked,)), self.config.markers)
-        room = context(self.loaded) - min(self.config.max_new_tokens, context(self.loaded) // 2)
-        conversation, dropped = fit(self.loaded.tokenizer, self.system, [*self.turns, asked], room)
+        max_tokens = context(self.loaded) - min(self.config.max_new_tokens, context(self.loaded) // 2)
+        conversation, dropped = fit(self.loaded.tokenizer, self.system, [*self.turns, asked], max_tokens)
         if dropped:
             turns = "turn is" if dropped == 1 else f"{dropped} turns are"
             console.print(f"The context is full: the oldest {turns} no longer seen.", style="dim")
@@ -97,7 +102,7 @@ class Talk:
         if text:
             check(Conversation((Message("system", text), Message("user", "x"))), self.config.markers)
         self.system, self.turns = text or None, []
-        console.print("Begun anew.", style="dim")
+        console.print("A new conversation.", style="dim")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -114,8 +119,10 @@ class Talk:
         console.print(f"Added to {name}.", style="dim", markup=False)
 
 
-def fit(tokenizer: ChatTokenizer, system: str | None, turns: list[Message], room: int) -> tuple[Conversation, int]:
-    """The conversation without its oldest turns, so that its prompt takes at most `room` tokens; how many it lost.
+def fit(
+    tokenizer: ChatTokenizer, system: str | None, turns: list[Message], max_tokens: int
+) -> tuple[Conversation, int]:
+    """The conversation without its oldest turns, so that its prompt takes at most `max_tokens`; how many it lost.
 
     Raises:
         UserError: the last message alone takes more.
@@ -124,9 +131,9 @@ def fit(tokenizer: ChatTokenizer, system: str | None, turns: list[Message], room
     for first in range(0, len(turns), 2):
         conversation = Conversation((*head, *turns[first:]))
         needed = len(tokenizer.encode_prompt(conversation))
-        if needed <= room:
+        if needed <= max_tokens:
             return conversation, first // 2
-    raise UserError(f"prompt: it takes {needed} tokens, and the context has room for {room}; shorten it")
+    raise UserError(f"prompt: it takes {needed} tokens, and the context has room for {max_tokens}; shorten it")
 
 
 def _piped() -> Iterator[str]:

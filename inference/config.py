@@ -1,4 +1,4 @@
-"""What inference can be told, and the checks across settings."""
+"""The settings of inference, and the checks across them."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from configs.program.errors import UserError
 TASKS = ("generate", "chat", "batch", "merge")
 
 SMALLEST_TEMPERATURE = 1e-6
-"""Below it logits overflow when they are divided, and above it what is sampled is the likeliest token long before."""
+"""Logits divided by less would overflow; long before that, sampling gives the likeliest token every time."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,10 +34,10 @@ class InferenceConfig:
     fold: bool = True
     """Adds the adapter to the base's weights at load; `false` keeps it apart in stock PEFT's layers: slower."""
     dtype: str = "auto"
-    """`bfloat16`, `float16` or `float32`; `auto` is bfloat16, and float16 on GPUs that know no bfloat16. `merge` keeps
-    the dtype of the base's files."""
+    """`bfloat16`, `float16` or `float32`; `auto` is bfloat16, and float16 on GPUs without bfloat16. `merge` keeps the
+    dtype of the base's files."""
     device: str = "auto"
-    """`auto` takes CUDA where there is a GPU; `cuda`, `cpu`."""
+    """`auto` takes CUDA if there is a GPU; `cuda`, `cpu`."""
     device_map: str = "auto"
     """How layers are spread over several GPUs, in accelerate's words: `auto` (one GPU if the model fits), `balanced`,
     `sequential`, `cuda:0`."""
@@ -51,8 +51,8 @@ class InferenceConfig:
     system: str | None = None
     """The system message, if there is to be one."""
     markers: str = "reject"
-    """What to do where a message holds the template's own markers, as in `[/INST]`, with which it could fake a turn:
-    `reject`, or `keep` as plain text. With `reject` an answer also ends where it begins to write markers itself."""
+    """What to do if a message holds the template's own markers, such as `[/INST]`, with which it could fake a turn:
+    `reject`, or `keep` as plain text. With `reject` an answer also ends as soon as it begins to write markers."""
 
     # How it is answered
 
@@ -63,7 +63,7 @@ class InferenceConfig:
     temperature: float = 0.0
     """0 takes the likeliest token each time (greedy); above 0 samples."""
     top_p: float = 1.0
-    """Samples among the likeliest tokens that together have this probability."""
+    """Samples among the likeliest tokens that have this probability together."""
     top_k: int = 0
     """Samples among this many of the likeliest tokens; 0 means all."""
     seed: int = 0
@@ -82,11 +82,11 @@ class InferenceConfig:
     """Prompts that are answered at a time, at most."""
     batching: str = "continuous"
     """`continuous` is transformers' continuous batching, which takes in the next prompt as soon as one has ended;
-    `padded` answers prompts of like length together until all have ended, and samples the same again after a kill."""
+    `padded` answers prompts of similar length together until all have ended, and after a kill it samples the same."""
     licence: str | None = None
     """For `merge`: the licence in the model card, an SPDX identifier; unset, the one of the base's model card."""
     verify: bool = True
-    """For `merge`: compares what was written with base and adapter before it takes its name."""
+    """For `merge`: compares what was written with base and adapter before the output takes its name."""
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
@@ -140,6 +140,6 @@ class InferenceConfig:
 
 
 def check_utf8(name: str, text: str) -> None:
-    """Raises `UserError` where a text holds bytes that were no UTF-8, as the shell hands them over."""
+    """Raises `UserError` if a text that the shell handed over holds bytes that are no UTF-8."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name}={text!r}: it is not UTF-8 text; check the terminal's encoding")

@@ -1,6 +1,9 @@
 """A prompt to an answer, token by token."""
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +14,15 @@ from configs.program.errors import UserError
 from data.schema import Conversation
 from data.template import EOS, MARKERS, UNK, ChatTokenizer
 from inference.config import InferenceConfig
-from inference.load import Loaded
+from inference.load import Loaded, load
+
+EXIT_BROKEN_PIPE = 141
+"""What a shell reports for a program that SIGPIPE ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was generated: the text as it is shown, all ids (`</s>` among them), and why it ended."""
+    """What was generated: the text as it is shown, all ids including `</s>`, and why it ended."""
 
     text: str
     ids: list[int]
@@ -25,27 +31,27 @@ class Answer:
 
 
 class Ending:
-    """Where an answer ends before `</s>`: at the stop strings, and where markers are rejected also at those."""
+    """Where an answer ends before `</s>`: at the stop strings and, if markers are rejected, at markers too."""
 
     def __init__(self, tokenizer: ChatTokenizer, config: InferenceConfig):
         self._tokenizer = tokenizer
         self._stops = (*config.stop, *(MARKERS if config.markers == "reject" else ()))
-        # A token is a byte at least; a few more, because the oldest may be the second half of a character.
+        # A token is at least one byte; a few more, because the first may be the second half of a character.
         self._reach = max((len(stop.encode()) for stop in self._stops), default=0) + 4
 
     def read(self, ids: list[int]) -> tuple[str, bool]:
         """The text of generated ids up to the first stop string, and whether there was one."""
         text = self._tokenizer.decode(ids)
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        return (text[: min(places)].rstrip(), True) if places else (text, False)
+        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
+        return (text[: min(found)].rstrip(), True) if found else (text, False)
 
     def reached(self, ids: list[int]) -> bool:
-        """Whether the last of the ids completed a stop string; asked after every token, so it reads only the end."""
+        """Whether the last of the ids completed a stop string. Called for every token, so it reads the end alone."""
         text = self._tokenizer.decode(ids[-self._reach :]) if self._stops else ""
         return any(stop in text for stop in self._stops)
 
     def certain(self, text: str) -> str:
-        """As much of a text as stays whatever follows: no half of a character, no beginning of a stop string."""
+        """The part of a text that stays the same whatever follows: no half character, no beginning of a stop string."""
         if text.endswith("\ufffd"):
             return ""
         longest = max(map(len, self._stops), default=1) - 1
@@ -55,7 +61,7 @@ class Ending:
         return text
 
     def answer(self, ids: list[int]) -> Answer:
-        """The answer in the ids of one row, padding after its end left out."""
+        """The answer in the ids of one row, without the padding after its end."""
         if EOS in ids:
             ids = ids[: ids.index(EOS) + 1]
         text, stopped = self.read(ids)
@@ -65,9 +71,9 @@ class Ending:
 class TextStream(BaseStreamer):
     """Gives the text of an answer to `write` as far as it is certain.
 
-    A character may take several tokens (byte pieces), so text is held back while it ends in half of one, or in what may
-    become a stop string; trailing space is held back too, because the template ends every reply with a space that is
-    not part of it.
+    A character may take several tokens (byte pieces), so text is held back while it ends in half a character, or in
+    what may become a stop string. Trailing space is held back too, because the template ends every reply with a space
+    that is not part of it.
     """
 
     def __init__(self, ending: Ending, write: Callable[[str], None]):
@@ -87,7 +93,7 @@ class TextStream(BaseStreamer):
         self._flush(text if stopped else self._ending.certain(text))
 
     def end(self) -> None:
-        """Writes what is left."""
+        """Writes the rest."""
         self._flush(self._ending.read(self._ids)[0])
 
     def _flush(self, text: str) -> None:
@@ -104,9 +110,36 @@ class StopAtText(StoppingCriteria):
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        """Whether each row has ended, as transformers asks after every token."""
+        """Whether each row has ended; transformers calls this after every token."""
         rows = input_ids[:, self._prompt_length :].tolist()
         return torch.tensor([self._ending.reached(row) for row in rows], device=input_ids.device)
+
+
+def answer(config: InferenceConfig, conversation: Conversation) -> None:
+    """Streams the answer to stdout.
+
+    Raises:
+        UserError: the model can't be loaded, or the prompt is longer than its context.
+    """
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    loaded = load(config)
+    with reader_may_leave():
+        generate(loaded, config, conversation, write)
+        write("\n")
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Ends the program quietly if stdout is a pipe that nobody reads any more, as in `… | head`."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is written there
+        sys.exit(EXIT_BROKEN_PIPE)
 
 
 def generate(
@@ -137,11 +170,11 @@ def generate_rows(
     """The answers to several prompts at once, padded on the left to the longest.
 
     Raises:
-        UserError: the longest leaves no room in the model's context.
+        UserError: the longest leaves no token of the model's context for the answer.
     """
     longest = max(map(len, prompts))
-    room = context(loaded) - longest
-    if room < 1:
+    left = context(loaded) - longest
+    if left < 1:
         raise UserError(f"prompt: it takes {longest} tokens, and the model's context is {context(loaded)}; shorten it")
     device = loaded.model.device
     ids = torch.tensor([[UNK] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -151,21 +184,21 @@ def generate_rows(
         output = loaded.model.generate(
             ids,
             attention_mask=mask,
-            generation_config=sampling(config, room),
+            generation_config=sampling(config, left),
             stopping_criteria=StoppingCriteriaList([StopAtText(ending, longest)]),
             streamer=streamer,
         )
     return [ending.answer(row) for row in output[:, longest:].tolist()]
 
 
-def sampling(config: InferenceConfig, room: int) -> GenerationConfig:
-    """The settings in transformers' words; `room` is how many tokens the context still has."""
+def sampling(config: InferenceConfig, max_tokens: int) -> GenerationConfig:
+    """The settings in transformers' words; `max_tokens` is how many tokens the context still takes."""
     chosen = (
         {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
         if config.temperature > 0
         else {"do_sample": False}
     )
-    limit = min(config.max_new_tokens, room)
+    limit = min(config.max_new_tokens, max_tokens)
     return GenerationConfig(max_new_tokens=limit, eos_token_id=EOS, pad_token_id=UNK, **chosen)
 
 

@@ -1,24 +1,24 @@
 """Base model and adapter directory → a model that is ready to generate.
 
-The adapter directory is all that training hands over: PEFT's two files, and the receipt beside them.
+`data.disk.adapter_directory` says what training hands over.
 """
 
-import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from configs.program import gpus
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError
 from data.disk.adapter_directory import CONFIG
-from data.disk.architecture import read_architecture
-from data.disk.weights import REMEDY, StoredWeights, local_directory, pinned, weight_files
+from data.disk.architecture import find_mixtral
+from data.disk.mixtral_files import load_mixtral
+from data.disk.weights import StoredWeights, local_directory
 from data.template import ChatTokenizer
 from data.vocabulary import EMBEDDED, has_tokenizer
 from inference.adapter import Adapter, is_finite, read_settings
@@ -27,16 +27,34 @@ from inference.config import InferenceConfig
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Base:
-    """The base model as it is named, before any of its weights is read."""
+    """The base model; of its files, config.json alone is read before they are asked for."""
 
     source: str
     revision: str | None
-    """Of a hub's model, the commit."""
+    """The commit, if the model is on the hub."""
     named: str
     """How errors call it."""
     architecture: MixtralConfig
+
+    @cached_property
+    def directory(self) -> Path:
+        """Its directory, downloaded if need be.
+
+        Raises:
+            UserError: the hub doesn't give it.
+        """
+        return local_directory(self.source, self.revision, self.named)
+
+    @cached_property
+    def weights(self) -> StoredWeights:
+        """Its weights by their headers, which are read once.
+
+        Raises:
+            UserError: as for `directory`, or the directory holds no weights in safetensors.
+        """
+        return StoredWeights(self.directory, self.named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +68,18 @@ class Loaded:
 def load(config: InferenceConfig) -> Loaded:
     """Loads the base, folds the adapter into its weights in place, and puts it on the device.
 
-    Folded in, the adapter costs nothing per token. All that can be refused by reading headers is refused before the
+    Folded in, the adapter costs nothing per token. Whatever can be refused after reading headers is refused before the
     weights are loaded.
 
     Raises:
-        UserError: the adapter directory or the base is not one, or the two do not belong together.
+        UserError: the adapter directory or the base can't be used, or the two do not belong together.
     """
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     base = find_base(config)
     adapter = None if config.adapter is None else find_adapter(config, base)
     tokenizer = load_tokenizer(base)
     model = load_base(base, config)
     if adapter is not None:
-        model = fold(model, adapter) if config.fold else keep_apart(model, adapter)
+        model = fold(model, adapter) if config.fold else keep_apart(model, adapter, autocast_adapter_dtype=False)
     return Loaded(model.eval(), tokenizer)
 
 
@@ -85,10 +99,8 @@ def find_base(config: InferenceConfig) -> Base:
         revision, named = revision or settings.get("revision"), f"base: the adapter names {source}"
     if (Path(source) / CONFIG).is_file():
         raise UserError(f"{named}: it is an adapter; give it as adapter={source}")
-    if source.startswith(("/", ".")) and not Path(source).is_dir():
-        raise UserError(f"{named}: there is no such directory; {REMEDY}")
-    revision = pinned(source, revision, named)  # so that all that is read of a hub's model is of one commit
-    return Base(source, revision, named, read_architecture(source, revision, named))
+    revision, architecture = find_mixtral(source, revision, named)
+    return Base(source, revision, named, architecture)
 
 
 def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
@@ -99,45 +111,29 @@ def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
         adapter.check_foldable()
     adapter.check_numbers()
     if config.check_base and adapter.trained_on is not None:
-        directory = local_directory(base.source, base.revision, base.named)
-        adapter.check_base(StoredWeights(directory, base.named), base.named)
+        adapter.check_base(base.weights)
     return adapter
 
 
 def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
-    """The base's weights from safetensors; on CUDA spread over the GPUs where one is too small."""
+    """The base with its weights; on CUDA spread over the GPUs if one is too small."""
     gpus.check(config.device, "device")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
-    directory = local_directory(base.source, base.revision, base.named)
-    weight_files(directory, base.named)  # transformers would follow an index out of the directory
     device_map: Any = config.device_map if on_cuda else None
     dtype = choose_dtype(config.dtype, on_cuda)
     if device_map == "auto" and (gpu := one_gpu(_bytes(base.architecture, dtype), _free_bytes())) is not None:
         device_map = {"": gpu}
-    try:
-        model, loading = MixtralForCausalLM.from_pretrained(
-            directory,
-            config=base.architecture,
-            trust_remote_code=False,
-            dtype=dtype,
-            use_safetensors=True,
-            device_map=device_map,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        raise UserError(f"{base.named}: no model can be loaded from there ({one_line(error)}); {REMEDY}") from error
-    # transformers fills what a checkpoint lacks with random numbers and goes on.
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{base.named}: its tensor {missing[0]} is missing; {REMEDY}")
-    # What is asked for decides alone: settings that the base recommends would be mixed into it.
+    model = load_mixtral(base.directory, base.architecture, base.named, dtype=dtype, device_map=device_map)
+    # The settings of a request decide alone: those that the base recommends would be mixed into them.
     model.generation_config = GenerationConfig()
     return model
 
 
 def one_gpu(needed: int, free: list[int]) -> int | None:
-    """The GPU with the most free memory, if the whole model fits there and leaves a fifth for its work; else None.
+    """The GPU with the most free memory, if the model fits there and leaves a fifth of it free to work with; else None.
 
-    Spread, each token would go through the GPUs one after another, and `batching=continuous` knows one device.
+    In a model that is spread, each token goes through the GPUs one after another, and `batching=continuous` takes
+    only one device.
 
     Args:
         needed: bytes of the weights.
@@ -163,7 +159,7 @@ def _free_bytes() -> list[int]:
 
 
 def choose_dtype(asked: str, on_cuda: bool) -> torch.dtype:
-    """`auto` is bfloat16, in which Mixtral was trained; float16 on GPUs that know no bfloat16 (before Ampere)."""
+    """`auto` is bfloat16, in which Mixtral was trained; float16 on GPUs without bfloat16 (before Ampere)."""
     if asked != "auto":
         return DTYPES[asked]
     if on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -177,7 +173,7 @@ def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
 
     Raises:
         UserError: the adapter can't be added to single parameters, or to one that is shared or was left on disk, or
-            what it makes of one is not finite.
+            a folded weight is not finite.
     """
     adapter.check_foldable()
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -204,20 +200,24 @@ def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
 
 
 def _storage(parameter: torch.Tensor) -> tuple[torch.device, int]:
-    """What two parameters have in common that are one tensor."""
+    """The same for two parameters that are one tensor."""
     return parameter.device, id(parameter) if parameter.is_meta else parameter.data_ptr()
 
 
-def keep_apart(model: MixtralForCausalLM, adapter: Adapter) -> PreTrainedModel:
-    """The model within stock PEFT's layers, which add the adapter's products in every forward: slower."""
+def keep_apart(model: MixtralForCausalLM, adapter: Adapter, **how: Any) -> PreTrainedModel:
+    """The model within stock PEFT's layers, which add the adapter's products in every forward: slower.
+
+    `how` goes to `PeftModel.from_pretrained`.
+    """
     from peft import PeftModel
 
-    # PEFT 0.21 asks transformers 5.23 for a property by its old name.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
-    return PeftModel.from_pretrained(model, str(adapter.directory), autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+        return PeftModel.from_pretrained(model, str(adapter.directory), **how)
 
 
 def load_tokenizer(base: Base) -> ChatTokenizer:
-    """The base's tokenizer, or the embedded Mixtral vocabulary where a local base has none."""
+    """The base's tokenizer, or the embedded Mixtral vocabulary if a local base has none."""
     has_none = Path(base.source).is_dir() and not has_tokenizer(Path(base.source))
     return ChatTokenizer.load(EMBEDDED if has_none else base.source, revision=base.revision, setting="base")

@@ -1,4 +1,4 @@
-"""What the user says → a conversation that ends with it, or one sentence why not."""
+"""What the user says → a conversation that ends with it, or one sentence that says why not."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ STDIN = "-"
 
 
 def ask(config: InferenceConfig) -> Conversation:
-    """The conversation of `prompt`, or `prompt_file`, or stdin, and `system`.
+    """The conversation of `system` and of `prompt`, `prompt_file` or stdin.
 
     Raises:
         UserError: there is nothing to answer, or it is no text, or it holds markers that `markers` rejects.
@@ -35,7 +35,7 @@ def ask(config: InferenceConfig) -> Conversation:
 
 
 def check(conversation: Conversation, markers: str) -> None:
-    """Raises `UserError` for text that can't be encoded, or that holds markers where they are rejected."""
+    """Raises `UserError` for text that can't be encoded, or that holds markers if they are rejected."""
     for message in conversation.messages:
         name = "prompt" if message.role == "user" else message.role
         check_utf8(name, message.content)

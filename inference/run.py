@@ -1,15 +1,18 @@
-"""`python -m inference`: configuration → model → what the task makes of it."""
+"""`python -m inference`: configuration → the task's function."""
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
 
 from configs.program import entry
 from inference.config import InferenceConfig
+from inference.prompt import ask
 
-EXIT_BROKEN_PIPE = 141
-"""What a shell reports of a program that SIGPIPE ends."""
+FUNCTIONS = {
+    "generate": ("inference.generate", "answer"),
+    "chat": ("inference.chat", "chat"),
+    "batch": ("inference.batch.batch", "batch"),
+    "merge": ("inference.merging.merge", "merge"),
+}
+"""The module and the function of each task."""
 
 
 def main() -> None:
@@ -18,58 +21,8 @@ def main() -> None:
 
 
 def run(config: InferenceConfig) -> None:
-    """Does the task. What needs torch is imported after the checks, so that mistakes are told at once."""
+    """Does the task. Its module, which needs torch, is imported after the checks, so that mistakes are told at once."""
     config.check()
-    {"generate": generate, "chat": chat, "batch": batch, "merge": merge}[config.task](config)
-
-
-def generate(config: InferenceConfig) -> None:
-    """Streams the answer to `prompt`."""
-    from inference.prompt import ask
-
-    conversation = ask(config)
-    from inference.generate import generate
-    from inference.load import load
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    loaded = load(config)
-    with reader_may_leave():
-        generate(loaded, config, conversation, write)
-        write("\n")
-
-
-def chat(config: InferenceConfig) -> None:
-    """Holds a conversation in the terminal."""
-    from inference.chat import chat
-    from inference.load import load
-
-    loaded = load(config)
-    with reader_may_leave():
-        chat(loaded, config)
-
-
-def batch(config: InferenceConfig) -> None:
-    """Answers the rows of `input` to `output`."""
-    from inference.batch.batch import batch
-
-    batch(config)
-
-
-def merge(config: InferenceConfig) -> None:
-    """Writes base and adapter as one checkpoint to `output`."""
-    from inference.merging.merge import merge
-
-    merge(config)
-
-
-@contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Ends quietly where stdout is a pipe that no one reads any more, as in `… | head`."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes there
-        sys.exit(EXIT_BROKEN_PIPE)
+    arguments = (config, ask(config)) if config.task == "generate" else (config,)
+    module, function = FUNCTIONS[config.task]
+    getattr(import_module(module), function)(*arguments)

@@ -1,46 +1,98 @@
-"""adapter_config.json: which of PEFT's settings are understood here, and of which kind their values have to be.
+"""The contract between training and inference: what an adapter directory holds.
 
-PEFT takes most of them unchecked, and fails on them late, or computes with another value than the file says.
+    adapter_config.json        PEFT's settings of the adapter
+    adapter_model.safetensors  its tensors, by PEFT's names
+    receipt.json               what training recorded, `base.fingerprint` among it
+    train_config.yaml          the settings of the training run
+
+PEFT stores the factors of all experts of a layer in two matrices: A [E·r, in], in which the expert varies slowest, and
+B [out, r·E], in which it varies fastest. `join_experts` and `separate_experts` convert between these and one pair of
+factors for each expert.
+
+PEFT takes most of its settings unchecked, and fails on them late, or computes with another value than the file says.
+`check_settings` refuses what is not understood here.
+
+Letters in names of tensors: E experts, r rank, I inputs, O outputs.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from configs.program.errors import UserError
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+RECEIPT = "receipt.json"
+TRAIN_CONFIG = "train_config.yaml"
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base's modules."""
 
 UNDERSTOOD = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
     "modules_to_save",
 }
 """Settings that decide what an adapter adds, all of which PEFT's layers show."""
 
 IRRELEVANT = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "runtime_config",
+    "megatron_core",
+    "qalora_group_size",
+    "init_lora_weights",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
 }
 """Settings that only training or other settings look at."""
 
 INITS_THAT_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights`; the others train against a changed base, which is not the one that is here."""
+"""Values of `init_lora_weights`; the others train against a changed base, and the base here is the original one."""
 
 NOTHING: tuple[object, ...] = (None, False, "none", {}, [])
+"""Values of a setting that is not used."""
 
 LONGEST_NAME = 1024
-"""Characters of the longest path or hub id that a base is named by."""
+"""Characters of the longest path or hub id that may name a base."""
 
 LONGEST_QUOTE = 100
 """Characters of a value that a sentence quotes."""
 
 
+def join_experts(A_ErI: torch.Tensor, B_EOr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's two matrices, A [E·r, I] and B [O, r·E], of the factors of all experts at one rank."""
+    return A_ErI.flatten(0, 1).contiguous(), B_EOr.permute(1, 2, 0).flatten(1).contiguous()
+
+
+def separate_experts(A: torch.Tensor, B: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of each expert, A [E, r, I] and B [E, O, r], as views of PEFT's two matrices."""
+    return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
 def check_settings(settings: object, named: str) -> dict[str, Any]:
-    """The settings of an adapter_config.json, as it was parsed; errors begin with `named`.
+    """The settings of a parsed adapter_config.json; errors begin with `named`.
 
     Raises:
-        UserError: it is none of a LoRA adapter, or a setting is not understood here, or of a kind that PEFT can't use.
+        UserError: it is not a LoRA adapter's, or a setting is not understood here, or of a kind that PEFT can't use.
     """
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA" or not isinstance(settings, dict):
@@ -118,4 +170,4 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     ),
     "revision": (lambda value: value is None or isinstance(value, str), "a text"),
 }
-"""What the value of a setting has to be, and in which words that is said."""
+"""What the value of a setting has to be, and how an error says so."""

@@ -1,27 +1,37 @@
-"""A Mixtral on disk: which bytes of its files are which part of which parameter of transformers' model.
+"""A Mixtral on disk: Mixtral's names and matrices in files ↔ the parameters of transformers' model.
 
 Files hold the experts in Mixtral's original names, a matrix each: `block_sparse_moe.experts.3.w1.weight` (gate), `w3`
 (up) and `w2` (down). transformers' model holds them in two parameters, `mlp.experts.gate_up_proj` [E, 2I, H], w1 above
 w3, and `down_proj` [E, H, I]; it can write those to files too. Both forms are read here, as pieces: ranges of bytes
-that are one matrix in the original names.
+that are one matrix in the original names. `stored_parts` goes the other way, from a parameter to what files hold.
 """
 
-import math
+import itertools
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from configs.program.errors import UserError
+from configs.program.errors import UserError, one_line
 from data.disk.tensor_file import StoredTensor
-from data.disk.weights import REMEDY, StoredWeights
+from data.disk.weights import REMEDY, StoredWeights, weight_files
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-MOE = re.compile(r"(model\.layers\.\d+)\.(?:block_sparse_moe|mlp)\.(.+)")
+IN_BLOCK = re.compile(r"(model\.layers\.\d+)\.(?:block_sparse_moe|mlp)\.(.+)")
+"""The name of a layer, and a name within its block of experts: in files, or in the model."""
+
 EXPERT = re.compile(r"experts\.(\d+)\.(w[123])\.weight")
+"""The number of an expert and one of its matrices, in a name within the block."""
+
+MATRICES = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}
+"""Which matrices of each expert a parameter of the model holds, one above the other in equal parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +43,9 @@ class Piece:
     parameter: str
     """The parameter of transformers' model that it is part of."""
     expert: int | None
-    """The expert of that parameter; None where it is the whole."""
+    """The expert of that parameter; None if it is all of the parameter."""
     rows: slice
-    """The rows of that expert, or of the whole."""
+    """The rows of that expert, or of the parameter."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,84 +67,112 @@ class Piece:
         return content.view(self.dtype).view(self.stored.shape)
 
 
-def pieces(weights: StoredWeights, architecture: MixtralConfig, named: str) -> list[Piece]:
+def pieces(weights: StoredWeights, architecture: MixtralConfig) -> list[Piece]:
     """All pieces, in the order of the files and of the bytes in them.
 
     Raises:
         UserError: a tensor is quantised, missing, or not of this architecture.
     """
-    found: list[Piece] = []
-    for tensor in sorted(weights.tensors.values(), key=lambda tensor: (tensor.file, tensor.begin)):
+    named = weights.named
+    with torch.device("meta"):
+        parameters = dict(MixtralForCausalLM(architecture).named_parameters())
+    parts = {name: part.shape for given in parameters.items() for name, part in stored_parts(*given)}
+    shapes = {original_name(name): parameter.shape for name, parameter in parameters.items()} | parts
+    stored = sorted(weights.tensors.values(), key=lambda tensor: (tensor.file, tensor.begin))
+    for tensor in stored:
         if tensor.dtype not in TORCH_DTYPES:
             raise UserError(
                 f"{named}: its tensor {tensor.name} is stored as {tensor.dtype}; name a base in bfloat16, float16 or "
                 f"float32"
             )
-        found += _pieces_of(tensor, architecture)
-    with torch.device("meta"):
-        wanted = {name: parameter.numel() for name, parameter in MixtralForCausalLM(architecture).named_parameters()}
-    for piece in found:
-        if piece.parameter not in wanted:
-            raise UserError(f"{named}: its tensor {piece.stored.name} is none of a Mixtral's; {REMEDY}")
-        wanted[piece.parameter] -= math.prod(piece.stored.shape)
-    if incomplete := [name for name, left in wanted.items() if left]:
-        raise UserError(f"{named}: its tensor {incomplete[0]} is missing or of another size; {REMEDY}")
-    return found
+    found: dict[str, Piece] = {}
+    for tensor in stored:
+        shape = shapes.get(original_name(tensor.name))
+        if shape is None:
+            raise UserError(f"{named}: its tensor {tensor.name} is none of a Mixtral's; {REMEDY}")
+        if shape != tensor.shape:
+            raise UserError(f"{named}: its tensor {tensor.name} is missing or of another size; {REMEDY}")
+        for piece in _pieces_of(tensor):
+            if piece.stored.name in found:
+                raise UserError(f"{named}: its tensor {piece.stored.name} is there twice, by two names; {REMEDY}")
+            found[piece.stored.name] = piece
+    if missing := [name for name in parts if name not in found]:
+        raise UserError(f"{named}: its tensor {missing[0]} is missing or of another size; {REMEDY}")
+    return list(found.values())
 
 
-def _pieces_of(tensor: StoredTensor, architecture: MixtralConfig) -> Iterator[Piece]:
-    moe = MOE.fullmatch(tensor.name)
-    if moe is None:
-        yield Piece(tensor, tensor.name, None, slice(None))
-        return
-    layer, rest = moe.groups()
-    inner = architecture.intermediate_size
-    places = {  # where each matrix of an expert lies in the model's parameters
-        "w1": ("gate_up_proj", slice(0, inner)),
-        "w3": ("gate_up_proj", slice(inner, 2 * inner)),
-        "w2": ("down_proj", slice(0, architecture.hidden_size)),
-    }
-    if expert := EXPERT.fullmatch(rest):
-        projection, rows = places[expert[2]]
-        original = replace(tensor, name=f"{layer}.block_sparse_moe.{rest}")
-        yield Piece(original, f"{layer}.mlp.experts.{projection}", int(expert[1]), rows)
-    elif rest in ("experts.gate_up_proj", "experts.down_proj"):
+def _pieces_of(tensor: StoredTensor) -> Iterator[Piece]:
+    """The matrices in a stored tensor of the right shape."""
+    in_block = IN_BLOCK.fullmatch(tensor.name)
+    layer, inner = in_block.groups() if in_block else ("", "")
+    expert = EXPERT.fullmatch(inner)
+    if inner in MATRICES:
         experts, height, width = tensor.shape
-        row_bytes = (tensor.end - tensor.begin) // (experts * height)
-        for number in range(experts):
-            for name, (projection, rows) in places.items():
-                if rest.endswith(projection):
-                    begin = tensor.begin + (number * height + rows.start) * row_bytes
-                    original = StoredTensor(
-                        f"{layer}.block_sparse_moe.experts.{number}.{name}.weight",
-                        tensor.dtype,
-                        (rows.stop - rows.start, width),
-                        tensor.file,
-                        begin,
-                        begin + (rows.stop - rows.start) * row_bytes,
-                    )
-                    yield Piece(original, f"{layer}.mlp.{rest}", number, rows)
+        height //= len(MATRICES[inner])
+        size = (tensor.end - tensor.begin) // (experts * len(MATRICES[inner]))
+        for index, (number, matrix) in enumerate(itertools.product(range(experts), MATRICES[inner])):
+            name = original_name(f"{layer}.mlp.experts.{number}.{matrix}.weight")
+            begin = tensor.begin + index * size
+            stored = StoredTensor(name, tensor.dtype, (height, width), tensor.file, begin, begin + size)
+            yield Piece(stored, f"{layer}.mlp.{inner}", number, _rows(matrix, height))
+        return
+    stored = replace(tensor, name=original_name(tensor.name))
+    if expert is not None:
+        parameter = next(name for name, matrices in MATRICES.items() if expert[2] in matrices)
+        yield Piece(stored, f"{layer}.mlp.{parameter}", int(expert[1]), _rows(expert[2], tensor.shape[0]))
     else:
-        yield Piece(replace(tensor, name=f"{layer}.block_sparse_moe.{rest}"), f"{layer}.mlp.{rest}", None, slice(None))
+        yield Piece(stored, f"{layer}.mlp.{inner}" if in_block else tensor.name, None, slice(None))
 
 
-STORED_MOE = re.compile(r"(model\.layers\.\d+)\.mlp\.(experts\.gate_up_proj|experts\.down_proj|gate\.weight)")
+def _rows(matrix: str, height: int) -> slice:
+    """The rows of a matrix among those of its expert in the model's parameter."""
+    return slice(height, 2 * height) if matrix == "w3" else slice(0, height)
 
 
-def stored_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in Mixtral's original names that a parameter of transformers' model stands for.
-
-    `gate_up_proj` [E, 2I, H] holds each expert's w1 (gate) above its w3 (up), `down_proj` [E, H, I] its w2.
-    """
-    moe = STORED_MOE.fullmatch(name)
-    if moe is None:
-        yield name, tensor
+def stored_parts(parameter: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of files, by Mixtral's original names, that a parameter of transformers' model stands for."""
+    in_block = IN_BLOCK.fullmatch(parameter)
+    matrices = MATRICES.get(in_block[2], ()) if in_block else ()
+    if not matrices:
+        yield original_name(parameter), tensor
         return
-    block = f"{moe[1]}.block_sparse_moe"
-    if moe[2] == "gate.weight":
-        yield f"{block}.gate.weight", tensor
-        return
-    names = ("w1", "w3") if moe[2] == "experts.gate_up_proj" else ("w2",)
+    block = parameter.rpartition(".")[0]
     for number, expert in enumerate(tensor):
-        for part, rows in zip(names, expert.chunk(len(names)), strict=True):
-            yield f"{block}.experts.{number}.{part}.weight", rows
+        for matrix, rows in zip(matrices, expert.chunk(len(matrices)), strict=True):
+            yield original_name(f"{block}.{number}.{matrix}.weight"), rows
+
+
+def original_name(name: str) -> str:
+    """A name as Mixtral's files have it: they call a layer's block of experts `block_sparse_moe`, the model `mlp`."""
+    in_block = IN_BLOCK.fullmatch(name)
+    return name if in_block is None else f"{in_block[1]}.block_sparse_moe.{in_block[2]}"
+
+
+def load_mixtral(directory: Path, architecture: MixtralConfig, named: str, **how: Any) -> MixtralForCausalLM:
+    """transformers' model with the weights of a directory, all of them from its safetensors; errors begin with `named`.
+
+    `how` goes to `from_pretrained`: the dtype, the device, the attention.
+
+    Raises:
+        UserError: the weights can't be read, or one is missing.
+    """
+    from transformers.utils import logging
+
+    weight_files(directory, named)  # transformers would follow an index out of the directory
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        model, loading = MixtralForCausalLM.from_pretrained(
+            directory,
+            config=architecture,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **how,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {REMEDY}") from error
+    # transformers fills what a checkpoint lacks with random numbers and goes on.
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{named}: its tensor {missing[0]} is missing; {REMEDY}")
+    return model

@@ -1,6 +1,7 @@
 """Safetensors on disk: their headers, and files that are written one tensor after the other.
 
-What is written never has to be in memory together.
+The tensors of a file never have to be in memory together. The format is an 8-byte little-endian length, a JSON header
+that gives each tensor's dtype, shape and byte range, and the bytes (github.com/huggingface/safetensors).
 """
 
 import json
@@ -14,7 +15,7 @@ import torch
 import xxhash
 
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-"""What safetensors calls the dtypes that are stored; the last is the tests'."""
+"""What safetensors calls the dtypes that are stored; only tests store the last."""
 
 
 class TensorFile:
@@ -40,7 +41,7 @@ class TensorFile:
         self._put(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def close(self) -> str:
-        """Ends the file, which is complete then; returns the hash of its bytes, that of `data.disk.files.file_hash`."""
+        """Ends the complete file; returns the hash of its bytes, the same as that of `data.disk.files.file_hash`."""
         assert next(self._left, None) is None, self._path
         self._file.close()
         return self._hash.hexdigest()

@@ -1,8 +1,4 @@
-"""A model's safetensors: which files they are, what they hold, and what tells one model's weights from another's.
-
-Light: reading or making a header needs no torch. The format is an 8-byte little-endian length, a JSON header that gives
-each tensor's dtype, shape and byte range, and the bytes (github.com/huggingface/safetensors).
-"""
+"""A model's safetensors: which files they are, what they hold, and what tells one model's weights from another's."""
 
 import hashlib
 import json
@@ -30,15 +26,15 @@ REMEDY = "name a Mixtral's directory with config.json and safetensors, or a hub 
 
 
 class StoredWeights:
-    """The weights of a model directory, known by their headers alone."""
+    """The weights of a model directory, known by their headers alone; errors call them `named`."""
 
     def __init__(self, directory: Path, named: str):
-        """Reads the headers; errors begin with `named`.
+        """Reads the headers.
 
         Raises:
             UserError: the directory holds no weights in safetensors, or not all that its index names.
         """
-        self.directory = directory
+        self.directory, self.named = directory, named
         self.tensors: dict[str, StoredTensor] = {}
         for file in weight_files(directory, named):
             try:
@@ -55,9 +51,9 @@ class StoredWeights:
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and evenly spread samples of every tensor.
 
-        The same for a model that was only dealt out to other files. Reads kilobytes of each tensor and not all of
-        it, so that it takes no minutes on 93 GB: it tells a model from any other training of it, where every tensor
-        differs all over; it is no proof against a forger.
+        The same for a model whose tensors were only distributed to other files. It reads a few kilobytes of each
+        tensor, so that 93 GB don't take minutes. That is enough to tell a model from any other training of it, in
+        which every tensor differs everywhere; it is no proof against a forger.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
@@ -70,23 +66,23 @@ class StoredWeights:
         return digest.hexdigest()
 
     def contents(self) -> dict[str, str]:
-        """The hash of every file by its name: all bytes, where the fingerprint reads samples."""
+        """The hash of every file by its name: of all its bytes, unlike the fingerprint."""
         with ThreadPoolExecutor(READERS) as threads:
             return dict(zip((file.name for file in self.files), threads.map(file_hash, self.files), strict=True))
 
 
 FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md")
 OTHER_COPIES = ("consolidated*",)
-"""What is downloaded of a model, and what of that is left: the same weights once more."""
+"""What is downloaded of a model, and what is left out: second copies of the weights."""
 
 
 def local_directory(source: str, revision: str | None, named: str, only: Iterable[str] = FILES) -> Path:
-    """The directory of a model: itself, or the hub's snapshot of it, downloaded where it is not here yet.
+    """The directory of a model: itself, or the hub's snapshot of it, downloaded if it is not here yet.
 
-    `only` are patterns of the files that are needed of a hub.
+    `only` has patterns of the files that are needed from the hub.
 
     Raises:
-        UserError: there is no such directory, and the hub gave none.
+        UserError: there is no such directory, and no such model on the hub.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -95,7 +91,7 @@ def local_directory(source: str, revision: str | None, named: str, only: Iterabl
 
 
 def pinned(source: str, revision: str | None, named: str) -> str | None:
-    """The commit that a hub's revision stands for now; of a directory the revision as it is.
+    """The commit that a revision on the hub stands for now; for a directory, the revision as it is.
 
     Raises:
         UserError: there is no such directory, and no such revision on the hub.
@@ -107,15 +103,15 @@ def weight_files(directory: Path, named: str) -> list[Path]:
     """The safetensors of a model directory, all of them in it: an index that names others is refused.
 
     Raises:
-        UserError: one is missing, or the index is none.
+        UserError: one is missing, or the index can't be read.
     """
     if (directory / INDEX).is_file():
         try:
             names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
             if not all(isinstance(name, str) for name in names):
-                raise ValueError("a name of a file is no text")
+                raise ValueError("the name of a file is not a string")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{named}: its {INDEX} is none ({one_line(error)}); {REMEDY}") from error
+            raise UserError(f"{named}: its {INDEX} can't be read ({one_line(error)}); {REMEDY}") from error
     else:
         names = [SINGLE]
     for name in names:

@@ -1,9 +1,9 @@
-"""Many prompts of a file → one answer line each, in the order of the file; a killed run goes on where it was.
+"""The prompts of a file → one answer line each, in the order of the file; a killed run goes on from where it was.
 
 {output}.part     while it runs: what the run is, then each answer as it comes. Only ever appended to.
-{output}          when all is answered: the lines sorted, errors among them
+{output}          when all prompts are answered: the lines sorted, errors among them
 
-An answer line has `line` (of the input, from 1; of a list `row`, from 0), `id` (the row's, or null), `answer`,
+An answer line has `line` (of the input, from 1; for a list `row`, from 0), `id` (the row's, or null), `answer`,
 `finish_reason`, `prompt_tokens` and `tokens`; the line of a row that can't be answered has `line` or `row`, `id` and
 `error` (a reason code and a sentence).
 """
@@ -25,10 +25,10 @@ from inference.load import Loaded, is_spread, load
 
 
 def batch(config: InferenceConfig) -> dict[str, int]:
-    """Answers every row of `input` to `output`; returns how many rows were answered, failed, and taken from before.
+    """Answers every row of `input` to `output`; returns how many rows were answered, failed, and answered before.
 
     Raises:
-        UserError: the input can't be read, the output is there, or the run that it would continue was another.
+        UserError: the input can't be read, the output exists, or the run that it would continue is a different one.
     """
     source, output = Path(str(config.input)), Path(str(config.output))
     rows = read_rows(source, config)
@@ -49,7 +49,7 @@ def batch(config: InferenceConfig) -> dict[str, int]:
                 "batches alone; they are used",
                 soft_wrap=True,
             )
-            # what an interrupted run has answered one by one stays
+            # what an interrupted run has answered one by one is kept
             answering, left = answer_padded, plan([prompt for unit in left for prompt in unit], config.batch_size)
         with _progress(len(prompts), len(done)) as advance:
             for answers in answering(loaded, config, left):
@@ -69,7 +69,7 @@ def batch(config: InferenceConfig) -> dict[str, int]:
 
 
 def plan(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
-    """Prompts of like length together, the longest first, so that too little memory shows at once."""
+    """Prompts of similar length together, the longest first, so that too little memory shows at once."""
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.line))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
@@ -78,7 +78,7 @@ def answer_padded(loaded: Loaded, config: InferenceConfig, units: list[list[Prom
     """Answers each unit as a batch, padded to its longest."""
     ending = Ending(loaded.tokenizer, config)
     for unit in units:
-        # From the seed and the unit's place alone, so that a run which is continued samples the same.
+        # From the seed and the unit's first line alone, so that a continued run samples the same.
         answers = generate_rows(
             loaded, config, [prompt.ids for prompt in unit], ending, seed=config.seed + unit[0].line
         )

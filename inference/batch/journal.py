@@ -1,4 +1,4 @@
-"""Answers as they are written to disk, so that a killed run goes on where it was."""
+"""Answers as they are written to disk, so that a killed run goes on from where it was."""
 
 import contextlib
 import json
@@ -9,14 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from configs.program.errors import UserError
+from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import lock, replace_file, sha256, sync
-from inference.adapter import WEIGHTS
 from inference.batch.rows import encoded
 from inference.config import InferenceConfig
 
 SETTINGS = (
-    *("adapter", "base", "revision", "fold", "dtype", "system", "markers", "max_new_tokens", "stop"),
-    *("temperature", "top_p", "top_k", "seed", "batch_size", "batching"),
+    "adapter",
+    "base",
+    "revision",
+    "fold",
+    "dtype",
+    "system",
+    "markers",
+    "max_new_tokens",
+    "stop",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "batch_size",
+    "batching",
 )
 """What a run must have in common with the one that it continues."""
 
@@ -36,30 +49,30 @@ class Journal:
         self._start = offset
 
     def keep(self, units: list[list[int]]) -> set[int]:
-        """Drops what a kill left of a unit that was not whole; the lines that are answered."""
-        place, wanted = self._start, {unit[0]: unit for unit in units}
+        """Cuts off what a kill left of an incomplete unit; returns the lines that are answered."""
+        offset, wanted = self._start, {unit[0]: unit for unit in units}
         content = self.path.read_bytes()
         done: set[int] = set()
-        while place < len(content):
-            whole: list[int] = []
+        while offset < len(content):
+            lines: list[int] = []
             unit: list[int] = []
-            end = place
-            while not whole or len(whole) < len(unit):
+            end = offset
+            while not lines or len(lines) < len(unit):
                 newline = content.find(b"\n", end)
                 if newline < 0:
                     break
-                whole.append(_line_of(content[end:newline]))
-                unit = wanted.get(whole[0], [])
+                lines.append(_line_of(content[end:newline]))
+                unit = wanted.get(lines[0], [])
                 end = newline + 1
-            if whole != unit or not unit:
+            if lines != unit or not unit:
                 break
-            done |= set(whole)
-            place = end
-        os.ftruncate(self._descriptor, place)
+            done |= set(lines)
+            offset = end
+        os.ftruncate(self._descriptor, offset)
         return done
 
     def append(self, answers: list[dict[str, Any]]) -> None:
-        """Adds a unit, in one write, and waits until the disk has it."""
+        """Adds a unit in one write, and waits until the disk has it."""
         view = memoryview(b"".join(map(encoded, answers)))
         while view:
             view = view[os.write(self._descriptor, view) :]
@@ -106,20 +119,20 @@ def open_journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
 
 
 def _begins_as_ours(content: bytes) -> bool:
-    """Whether that is how a journal begins; nothing, and a head that was torn, are beginnings too."""
+    """Whether a journal may begin like this; an empty file and a torn head are beginnings too."""
     return content[: len(FIRST_BYTES)] == FIRST_BYTES[: len(content)]
 
 
 def _line_of(answer: bytes) -> int:
-    """The line that an answer is to; -1, which no row has, where a torn write or a damaged disk left something else."""
+    """The line that an answer belongs to; -1, which no row has, if a torn write or a damaged disk left no answer."""
     try:
-        return _index(json.loads(answer))
+        return position(json.loads(answer))
     except (ValueError, TypeError, KeyError):
         return -1
 
 
-def _index(answer: dict[str, Any]) -> int:
-    """The line, or the row, that an answer is to."""
+def position(answer: dict[str, Any]) -> int:
+    """The line, or the row, that an answer belongs to."""
     return int(answer["line"] if "line" in answer else answer["row"])
 
 
@@ -149,4 +162,4 @@ def identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
 
 def finish(output: Path, answers: list[dict[str, Any]]) -> None:
     """Writes all lines in the input's order, and lets them appear at once."""
-    replace_file(output, map(encoded, sorted(answers, key=_index)))
+    replace_file(output, map(encoded, sorted(answers, key=position)))

@@ -1,4 +1,4 @@
-"""A file of rows, in any form that `python -m data` takes → what can be answered, and an error line for what can't."""
+"""A file of rows, in any form that `python -m data` takes → what can be answered, and error lines for the rest."""
 
 import json
 from collections.abc import Iterable
@@ -19,10 +19,10 @@ LONGEST_REASON = 200
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row that can be answered: where it stands, its id, and the token ids that generation starts from."""
+    """A row that can be answered: its position, its id, and the token ids that generation starts from."""
 
     line: int
-    """Its line in the input, from 1, or its place in a list, from 0."""
+    """Its line in the input, from 1, or its index in a list, from 0."""
     id: Any
     ids: list[int]
     unit: str = "line"
@@ -30,16 +30,16 @@ class Prompt:
 
 
 def read_rows(source: Path, config: InferenceConfig) -> list[RawRow | Reject]:
-    """The rows of JSON Lines, a JSON array or Parquet, plain or compressed; blank lines are no rows.
+    """The rows of JSON Lines, a JSON array or Parquet, plain or compressed; blank lines are not rows.
 
     Raises:
-        UserError: the file is none of them, or holds no row that could be answered.
+        UserError: the file is none of these, or holds no row that could be answered.
     """
     if not source.is_file():
         raise UserError(f"input={source}: it is no file; give JSON Lines, a JSON array or Parquet")
     try:
         rows = [row for chunk in read_file(str(source)) for row in chunk.rows()]
-    except UserError as error:  # what data calls the setting is another name
+    except UserError as error:  # data calls the setting by another name
         raise UserError(str(error).replace(f"files={source}", f"input={source}", 1)) from error
     if not rows:
         raise UserError(f'input={source}: it holds no rows; give for example a line {{"prompt": "Hello"}}')
@@ -53,9 +53,9 @@ def read_rows(source: Path, config: InferenceConfig) -> list[RawRow | Reject]:
 
 
 def read_prompts(
-    rows: Iterable[RawRow | Reject], tokenizer: ChatTokenizer, config: InferenceConfig, room: int
+    rows: Iterable[RawRow | Reject], tokenizer: ChatTokenizer, config: InferenceConfig, max_tokens: int
 ) -> tuple[list[Prompt], list[dict[str, Any]]]:
-    """The rows that can be answered within `room` tokens, and the answer lines of those that can't.
+    """The rows that can be answered within `max_tokens`, and the answer lines of those that can't.
 
     Raises:
         UserError: there are rows, and none can be answered.
@@ -67,10 +67,10 @@ def read_prompts(
         identity, outcome = _read(row, config)
         if isinstance(outcome, Conversation):
             ids = tokenizer.encode_prompt(outcome)
-            if len(ids) < room:
+            if len(ids) < max_tokens:
                 prompts.append(Prompt(row.number, identity, ids, row.unit))
                 continue
-            reason, detail = "too_long", f"the prompt takes {len(ids)} tokens, and the model's context is {room}"
+            reason, detail = "too_long", f"the prompt takes {len(ids)} tokens, and the model's context is {max_tokens}"
         else:
             reason, detail = outcome
         errors.append({row.unit: row.number, "id": identity, "error": {"reason": reason, "detail": detail}})
@@ -86,7 +86,7 @@ def _unanswerable(source: Path, rows: list[RawRow | Reject], detail: str) -> Use
 
 
 def _read(row: RawRow | Reject, config: InferenceConfig) -> tuple[Any, Conversation | tuple[str, str]]:
-    """The row's id, and its conversation, or reason and detail; `system` speaks where the row has no such message."""
+    """The row's id, and its conversation, or reason and detail. `system` is used if the row has no system message."""
     if isinstance(row, Reject):
         return None, (row.reason, row.detail)
     identity = _identity(row.value.get("id")) if isinstance(row.value, dict) else None
@@ -104,7 +104,7 @@ def _read(row: RawRow | Reject, config: InferenceConfig) -> tuple[Any, Conversat
 
 
 def _with_prompt(value: Any) -> Any:
-    """A row that calls its prompt `prompt`, a text or a list of messages, with the name that a schema has for it."""
+    """A row whose field `prompt` is a text or a list of messages, under the name that a schema has for it."""
     if not isinstance(value, dict) or detect_schema(value, {}) is not None:
         return value
     prompt = value.get("prompt")
@@ -114,7 +114,7 @@ def _with_prompt(value: Any) -> Any:
 
 
 def _identity(value: Any) -> Any:
-    """An id as JSON can say it: Parquet has kinds of values that it can't."""
+    """An id that JSON can hold: Parquet has kinds of values that it can't."""
     if isinstance(value, Unreadable):
         return None
     try:
@@ -125,7 +125,7 @@ def _identity(value: Any) -> Any:
 
 
 def encoded(record: dict[str, Any]) -> bytes:
-    """A record as a line of JSON, as it is read by people; escaped where text is no UTF-8, as half a pair is none."""
+    """A record as a line of JSON that people can read; escaped if a text can't be UTF-8, as with half a surrogate."""
     try:
         return json.dumps(record, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:

@@ -7,20 +7,20 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from data.disk.adapter_directory import RECEIPT, TRAIN_CONFIG
 from data.disk.plain_text import member, parse_yaml, plain, read_bytes, read_json, read_start
 from data.prepared.layout import MANIFEST
-from inference.adapter import RECEIPT
 
-CARD, TRAIN_CONFIG = "README.md", "train_config.yaml"
+CARD = "README.md"
 
 HEAD = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 """The YAML at the beginning of a model card."""
 
 LARGEST_HEAD = 1 << 16
-"""Bytes of a card, or of a training's settings, that are read."""
+"""Bytes that are read of a card, or of the settings of a training run."""
 
 NO_LICENCE = (None, "", "~", "null", "none")
-"""What a card may say that names none."""
+"""What a card may say that names no licence."""
 
 MOST_SOURCES = 50
 """Files and datasets of the data that the card names one by one."""
@@ -55,23 +55,23 @@ text already begins with `<s>`, and the tokenizer adds none.
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """What others recorded about base and adapter, as the card tells it."""
+    """What others recorded about base and adapter, in the card's words."""
 
     licence: str | None
     data: str
     recipe: str
     left_out: tuple[str, ...]
-    """A sentence for each file that could not be used."""
+    """A sentence for each file that can't be used."""
 
 
 def read_story(base: Path, adapter: Path, settings: dict[str, Any], training: dict[str, Any]) -> Story:
-    """Reads all that the card takes over: texts alone, so that what is odd is left out, and no merge fails by it.
+    """Reads all that the card takes over: only texts, so anything strange is left out and makes no merge fail.
 
     Args:
         base: the base's directory, whose own card may name a licence.
         adapter: the adapter's directory.
         settings: its adapter_config.json.
-        training: its receipt; empty where there is none.
+        training: its receipt; empty if there is none.
     """
     left_out: list[str] = []
     return Story(
@@ -83,7 +83,7 @@ def read_story(base: Path, adapter: Path, settings: dict[str, Any], training: di
 
 
 def write_card(directory: Path, name: str, story: Story, receipt: dict[str, Any], licence: str | None) -> None:
-    """Writes README.md into `directory`; what nobody recorded is said to be unknown.
+    """Writes README.md into `directory`; it says that what nobody recorded is unknown.
 
     Args:
         directory: the checkpoint.
@@ -119,7 +119,7 @@ def write_card(directory: Path, name: str, story: Story, receipt: dict[str, Any]
 
 
 def _licence_of(card: Path, left_out: list[str]) -> str | None:
-    """The licence in the head of a model card; None where it names none."""
+    """The licence in the head of a model card; None if it names none."""
     start = read_start(card, LARGEST_HEAD)
     if start is None:
         return None
@@ -140,7 +140,7 @@ def _base(receipt: dict[str, Any], name: str) -> str:
 
 
 def _data(training: dict[str, Any], left_out: list[str]) -> str:
-    """What the prepared dataset's manifest says, where it is still the one that was trained on."""
+    """What the prepared dataset's manifest says, if it is still the one that was trained on."""
     dataset = member(training, "dataset")
     digest, path = plain(dataset.get("manifest_sha256")), dataset.get("path")
     if digest is None:
@@ -204,7 +204,7 @@ def _verification(measured: dict[str, Any] | None) -> str:
     return (
         f"{m['tensors_changed']:,} tensors carry the adapter, and {m['tensors_bit_identical']:,} are the base's bit by "
         f"bit. On {m['positions']:,} positions of real conversations the logits are within "
-        f"{m['logits_difference']:.1e} of those of base and adapter in a wider dtype, where base and adapter unmerged "
+        f"{m['logits_difference']:.1e} of those of base and adapter in a wider dtype, while base and adapter unmerged "
         f"are within {m['logits_difference_unmerged']:.1e} and the base alone within "
         f"{m['logits_difference_without_adapter']:.1e}. Everything is in `merge.json`.\n"
     )

@@ -1,8 +1,8 @@
 """Base and adapter → one checkpoint, from file to file: no model is built, and each thread holds one block of a matrix.
 
-The checkpoint has the base's files, tensor for tensor in Mixtral's original names. What the adapter leaves alone is
-copied by the kernel; what it changes is read, folded and written. Everything happens in a hidden directory beside the
-output, which takes its name when it is whole and verified.
+The checkpoint has the base's files, tensor for tensor in Mixtral's original names. The kernel copies what the adapter
+leaves alone; what it changes is read, folded and written. Everything happens in a hidden directory beside the output,
+which takes the output's name when it is complete and verified.
 """
 
 import datetime
@@ -31,7 +31,7 @@ from data.disk.files import occupied, staging, take_place
 from data.disk.mixtral_files import Piece, pieces
 from data.disk.plain_text import read_json
 from data.disk.tensor_file import header
-from data.disk.weights import INDEX, SINGLE, StoredWeights, local_directory
+from data.disk.weights import INDEX, SINGLE
 from data.template import BOS, EOS, UNK
 from inference.adapter import BLOCK, Adapter
 from inference.config import InferenceConfig
@@ -40,54 +40,53 @@ from inference.merging.card import read_story, write_card
 from inference.merging.verify import verify
 
 RECEIPT = "merge.json"
-"""Written last into the output: what was merged, from what, by what, and what the verification measured."""
+"""Written last into the output: what was merged, from what, with which versions, and what the verification measured."""
 
 PACKAGES = ("openhermes-mixtral", "torch", "transformers", "peft", "safetensors", "tokenizers")
 
 NOT_BY_THE_KERNEL = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-"""What copy_file_range says between some file systems, on some of them, and where a kernel or sandbox lacks it."""
+"""How copy_file_range fails between some file systems, on some of them, and if a kernel or sandbox lacks it."""
+
 COPIED_AT_ONCE = 4 << 20
 """Bytes."""
 
 MOST_THREADS = 8
-"""More would only wait for the disk."""
+"""More of them would only wait for the disk."""
 
 
 def merge(config: InferenceConfig) -> dict[str, Any]:
     """Writes `output` from base and adapter; returns its receipt.
 
     Raises:
-        UserError: the two don't belong together, or the output can't be written, or would lose the adapter to rounding.
+        UserError: the two don't belong together, the output can't be written, or rounding would lose the adapter.
         VerificationError: what was written is not base + adapter.
     """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     base = find_base(config)
     adapter = find_adapter(config, base)
     tokenizer = load_tokenizer(base)
-    source = local_directory(base.source, base.revision, base.named)
-    weights = StoredWeights(source, base.named)
-    parts = pieces(weights, base.architecture, base.named)
+    parts = pieces(base.weights, base.architecture)
     training = adapter.receipt
-    story = read_story(source, adapter.directory, adapter.settings, training)
-    settings = exported(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    story = read_story(base.directory, adapter.directory, adapter.settings, training)
+    settings = exported(json.loads((base.directory / "config.json").read_text(encoding="utf-8")))
     for sentence in story.left_out:
         console.print(sentence, soft_wrap=True)
 
     output, size = Path(str(config.output)), sum(piece.size for piece in parts)
-    _check_output(output, config.overwrite, source, adapter.directory)
+    _check_output(output, config.overwrite, base.directory, adapter.directory)
     with staging(output, setting="output") as temporary:
-        _check_room(output, temporary, size)  # now that what killed runs left is gone
+        _check_free(output, temporary, size)  # after what killed runs left is gone
         directory = temporary / "model"
         directory.mkdir()
         seconds = write_weights(directory, parts, adapter)
         (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=UNK).save_pretrained(directory)
-        tokenizer.save(directory, source)
+        tokenizer.save(directory, base.directory)
         receipt = {
             "started": started,
             **provenance(PACKAGES),
             "hardware": machine(),
-            "base": {"path": base.source, "revision": base.revision, "fingerprint": weights.fingerprint},
+            "base": {"path": base.source, "revision": base.revision, "fingerprint": base.weights.fingerprint},
             "adapter": {"path": str(adapter.directory), "settings": adapter.settings, "receipt": training},
             "merged": {"bytes": size, "seconds": seconds},
             "verification": verify(directory, parts, adapter, tokenizer) if config.verify else None,
@@ -95,7 +94,8 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
         write_card(directory, output.name, story, receipt, config.licence)
         receipt["files"] = sorted([RECEIPT, *(path.name for path in directory.iterdir())])
         (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
-        _check_output(output, config.overwrite, source, adapter.directory)  # another process may have been faster
+        # once more: another process may have been faster
+        _check_output(output, config.overwrite, base.directory, adapter.directory)
         take_place(directory, output)
     _show(output, receipt)
     return receipt
@@ -104,7 +104,7 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
 def write_weights(directory: Path, parts: list[Piece], adapter: Adapter) -> float:
     """Writes the merged tensors to files of the base's names, and their index; returns the seconds that it took.
 
-    Threads take a tensor each and do its small sums alone: torch's own threads would wait for each other after every
+    Each thread takes a tensor and does its small sums alone: torch's own threads would wait for each other after every
     block, and for whatever else runs on the machine.
     """
     started = time.perf_counter()
@@ -135,7 +135,7 @@ def write_weights(directory: Path, parts: list[Piece], adapter: Adapter) -> floa
 
 
 def write_piece(piece: Piece, adapter: Adapter, file: BinaryIO, at: int) -> int:
-    """Writes a piece with the adapter's change, where it has one, to that place of a file; returns its bytes.
+    """Writes a piece at an offset of a file, with the adapter's change if it has one; returns its bytes.
 
     A few hundred kilobytes are read, summed and written at a time, so that they never leave the processor's cache.
     """
@@ -158,11 +158,13 @@ def write_piece(piece: Piece, adapter: Adapter, file: BinaryIO, at: int) -> int:
 
 
 def copy(source: int, begin: int, target: int, at: int, size: int) -> None:
-    """Copies bytes between places of two open files: by the kernel, without bringing them into this process, if it
-    can. Between file systems it may not be able to, and some answer that they have copied nothing.
+    """Copies bytes from an offset of one open file to an offset of another.
+
+    The kernel does it without bringing them into this process, if it can. Between file systems it may be unable to,
+    and some file systems answer that nothing was copied; then the bytes are read and written.
 
     Raises:
-        OSError: the source ends too early, or what is written finds no room.
+        OSError: the source ends too early, or the disk is full.
     """
     end = begin + size
     while begin < end:
@@ -192,7 +194,7 @@ def _exactly(count: int, view: memoryview) -> None:
 
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
-    """One thread for each operation of torch."""
+    """Within it, each operation of torch runs in one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -202,11 +204,11 @@ def single_threaded_torch() -> Iterator[None]:
 
 
 def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) -> None:
-    """Raises `UserError` rather than replace anything but a merged model, and that only where told."""
+    """Raises `UserError` unless the output is free, or is a merged model that may be replaced."""
     try:
         there = occupied(output, [source, adapter])
     except OSError as error:
-        raise UserError(f"output={output}: it is no place ({one_line(error)}); name another directory") from error
+        raise UserError(f"output={output}: it can't be a directory ({one_line(error)}); name another") from error
     if there.needed:
         raise UserError(f"output={output}: it holds the base, the adapter or the working directory; name another")
     if not there:
@@ -221,7 +223,7 @@ def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) ->
         raise UserError(f"output={output}: {foreign} is in it, which no merge wrote; move it elsewhere")
 
 
-def _check_room(output: Path, temporary: Path, size: int) -> None:
+def _check_free(output: Path, temporary: Path, size: int) -> None:
     free = shutil.disk_usage(temporary).free
     if free < size:
         raise UserError(

@@ -1,12 +1,11 @@
 """Whether a merged checkpoint is base + adapter: its tensors bit by bit, and its logits against stock PEFT's.
 
 The logits are computed with the matrices of one expert in memory at a time: transformers' own model is built without
-weights, and each module's are read when the forward comes to it and dropped when it leaves. So a model of any size can
-be verified where it could be merged.
+weights, and each module's are read when the forward comes to it and dropped when it leaves. So a machine that can merge
+a model can verify it too, whatever its size.
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError
+from data.disk.adapter_directory import PREFIX
 from data.disk.architecture import read_architecture
 from data.disk.mixtral_files import Piece, pieces
 from data.disk.weights import StoredWeights
 from data.schema import Conversation, Message
 from data.template import UNK, ChatTokenizer
-from inference.adapter import PREFIX, Adapter, LowRank, Whole
+from inference.adapter import Adapter, LowRank, Replacement
+from inference.load import keep_apart
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 PROMPTS = 8
@@ -43,9 +44,9 @@ def verify(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: Cha
 
 
 def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> dict[str, Any]:
-    """Every tensor that the adapter adds to must have changed, and every other be the same to the last bit.
+    """Every tensor that the adapter changes must have changed, and every other must be the same to the last bit.
 
-    The merged files are read with the library safetensors, and not by what wrote them.
+    The merged files are read with the library safetensors, which shares no code with what wrote them.
     """
     changed, identical, smallest = 0, 0, 1.0
     stored: dict[str, Any] = {}
@@ -56,7 +57,9 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
         name = piece.stored.name
         before, after = piece.read(), stored[file].get_tensor(name)
         if before.shape != after.shape or before.dtype != after.dtype:
-            raise VerificationError(f"{name} was {before.dtype} {list(before.shape)}; merged it is not")
+            raise VerificationError(
+                f"{name} was {before.dtype} {list(before.shape)}; merged it is {after.dtype} {list(after.shape)}"
+            )
         bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
         different = int((before.view(bits) != after.view(bits)).sum())
         update = adapter.updates.get(piece.parameter)
@@ -66,9 +69,9 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
                 f"give an earlier checkpoint, or train again"
             )
         adds = isinstance(update, LowRank) and adapter.changes(piece.parameter, piece.expert, piece.rows)
-        stored_there = None if update is None else adapter.stored(piece.parameter, piece.expert, piece.rows)
-        if stored_there is not None and not adds:
-            if not torch.equal(after, stored_there.to(after.dtype)):
+        replacement = None if update is None else adapter.stored(piece.parameter, piece.expert, piece.rows)
+        if replacement is not None and not adds:
+            if not torch.equal(after, replacement.to(after.dtype)):
                 raise VerificationError(f"{name} is not the tensor that the adapter holds")
             changed += 1
         elif adds:
@@ -88,10 +91,10 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
 def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """The merged model's logits on real prompts must be those of base and adapter in stock PEFT, within rounding.
 
-    What rounding does is measured: exact logits come from base and adapter unmerged in the next wider dtype, and the
-    merged model must be as near to them as base and adapter unmerged in their own dtype are, within a factor of 2.
-    A difference is the median over positions of |logits - exact| / |exact|: the median, because a router that stands
-    between two experts may fall to either side by rounding alone.
+    The effect of rounding is measured: exact logits come from base and adapter unmerged in the next wider dtype, and
+    the merged model must be as near to them as base and adapter unmerged in their own dtype are, within a factor of 2.
+    A difference is the median over positions of |logits - exact| / |exact|: the median, because rounding alone may
+    decide a router's choice between two experts that are nearly equal.
     """
     dtype = max(parts, key=lambda piece: piece.size).dtype
     wider = torch.float64 if dtype == torch.float32 else torch.float32
@@ -102,7 +105,7 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
         return logits(streamed(architecture, dtype, parts, adapter), tokenizer, conversations)
 
     exact = computed(parts, wider, adapter)
-    merged = computed(pieces(StoredWeights(directory, "merged"), architecture, "merged"), dtype)
+    merged = computed(pieces(StoredWeights(directory, "merged"), architecture), dtype)
     result = {
         "positions": len(merged),
         "logits_difference": _median_difference(merged, exact),
@@ -134,7 +137,7 @@ def sample_conversations() -> list[Conversation]:
 
 
 def logits(model: nn.Module, tokenizer: ChatTokenizer, conversations: list[Conversation]) -> torch.Tensor:
-    """[positions, vocabulary], of all tokens of the conversations in one forward."""
+    """The logits of all tokens of the conversations, in one forward: [positions, vocabulary]."""
     rows = [tokenizer.encode(conversation).ids for conversation in conversations]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [UNK] * (longest - len(row)) for row in rows])
@@ -146,13 +149,13 @@ def logits(model: nn.Module, tokenizer: ChatTokenizer, conversations: list[Conve
 def streamed(
     architecture: MixtralConfig, dtype: torch.dtype, parts: list[Piece], adapter: Adapter | None = None
 ) -> nn.Module:
-    """transformers' Mixtral, in stock PEFT's wrapping where there is an adapter, whose forward reads each layer's
-    weights, and each expert's, as it comes to them and drops them as it leaves."""
+    """transformers' Mixtral, in stock PEFT's wrapping if there is an adapter, whose forward reads the weights of each
+    layer, and of each expert, when it comes to them, and drops them when it leaves."""
     with torch.device("meta"):
         model = MixtralForCausalLM(architecture).to(dtype).eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(architecture)  # wavelengths are computed and not stored
+    model.model.rotary_emb = type(model.model.rotary_emb)(architecture)  # wavelengths are computed, not stored
     model.set_experts_implementation("eager")  # one expert after the other
-    whole = model if adapter is None else _wrapped(model, adapter)
+    wrapped = model if adapter is None else keep_apart(model, adapter, low_cpu_mem_usage=True).eval()
     of: dict[str, list[Piece]] = {}
     for piece in parts:
         of.setdefault(piece.parameter, []).append(piece)
@@ -161,12 +164,12 @@ def streamed(
 
     def fill(prefix: str, unit: nn.Module) -> None:
         for name, parameter in list(unit.named_parameters()):
-            place = f"{prefix}.{name}"
-            stored = place.replace(".base_layer", "").replace(".original_module", "")
-            key = f"{PREFIX}{place.replace('.modules_to_save', '').replace('.default', '')}"
-            if adapter is not None and key in adapter.keys and ".original_module." not in place:
+            path = f"{prefix}.{name}"
+            stored = path.replace(".base_layer", "").replace(".original_module", "")
+            key = f"{PREFIX}{path.replace('.modules_to_save', '').replace('.default', '')}"
+            if adapter is not None and key in adapter.keys and ".original_module." not in path:
                 # PEFT computes with float32 factors beside a 16-bit base.
-                to = torch.promote_types(dtype, torch.float32) if ".lora_" in place else dtype
+                to = torch.promote_types(dtype, torch.float32) if ".lora_" in path else dtype
                 _assign(unit, name, adapter.tensor(key).to(to))
             elif of[stored][0].expert is None:
                 _assign(unit, name, of[stored][0].read().to(parameter.dtype))
@@ -175,24 +178,16 @@ def streamed(
         for name, parameter in list(unit.named_parameters()):
             _assign(unit, name, parameter.data.to("meta"))
 
-    layers = [f"model.layers.{place}" for place in range(architecture.num_hidden_layers)]
+    layers = [f"model.layers.{index}" for index in range(architecture.num_hidden_layers)]
     for prefix in ("model.embed_tokens", *layers, "model.norm", "lm_head"):
         unit = model.get_submodule(prefix)
         unit.register_forward_pre_hook(lambda unit, _, prefix=prefix: fill(prefix, unit))
         unit.register_forward_hook(empty)
     for prefix in layers:
-        if adapter is not None and isinstance(adapter.updates.get(f"{prefix}.mlp.experts.gate_up_proj"), Whole):
+        if adapter is not None and isinstance(adapter.updates.get(f"{prefix}.mlp.experts.gate_up_proj"), Replacement):
             continue  # the adapter holds them all
         _one_by_one(model.get_submodule(f"{prefix}.mlp.experts"), f"{prefix}.mlp.experts", of)
-    return whole
-
-
-def _wrapped(model: MixtralForCausalLM, adapter: Adapter) -> nn.Module:
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by an old name
-        return PeftModel.from_pretrained(model, str(adapter.directory), low_cpu_mem_usage=True).eval()
+    return wrapped
 
 
 def _assign(unit: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -200,11 +195,11 @@ def _assign(unit: nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(unit.get_submodule(path), last, nn.Parameter(tensor, requires_grad=False))
 
 
-def _one_by_one(experts: nn.Module, place: str, of: dict[str, list[Piece]]) -> None:
+def _one_by_one(experts: nn.Module, path: str, of: dict[str, list[Piece]]) -> None:
     """Lets a layer's experts, or PEFT's wrapping of them, compute with one expert's matrices in memory at a time.
 
-    transformers' own forward asks for them by the expert's number; PEFT's, which adds the adapter to all of them first,
-    is left out, and what it would add is asked of it.
+    transformers' own forward asks for them by the expert's number. PEFT's forward, which adds the adapter to all of
+    them first, is left out; its factors are added to the one matrix that is asked for.
     """
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -218,7 +213,7 @@ def _one_by_one(experts: nn.Module, place: str, of: dict[str, list[Piece]]) -> N
     for name, parameter in list(computing.named_parameters()):
         delattr(computing, name)
         matrices = Matrices(
-            of[f"{place}.{name}"], parameter.shape[1:], bare.get_parameter(name).dtype, wrappers.get(name)
+            of[f"{path}.{name}"], parameter.shape[1:], bare.get_parameter(name).dtype, wrappers.get(name)
         )
         setattr(computing, name, matrices)
     experts.forward = computing.forward
@@ -234,7 +229,7 @@ class Matrices:
         self._wrapper = wrapper
 
     def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
-        """[out, in] of that expert."""
+        """The matrix of that expert, [out, in]."""
         matrix = torch.empty(self._shape, dtype=self._dtype)
         for piece in self._parts:
             if piece.expert == expert:

@@ -133,7 +133,7 @@ def _contend(name: str, top: Path) -> dict[str, float]:
 
         before, started = _peak(), time.perf_counter()
         architecture = AutoConfig.from_pretrained(top / "base", trust_remote_code=False)
-        parts = pieces(StoredWeights(top / "base", "base"), architecture, "base")
+        parts = pieces(StoredWeights(top / "base", "base"), architecture)
         write_weights(target, parts, Adapter(top / "adapter", architecture))
     else:
         import torch

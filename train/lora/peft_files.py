@@ -1,11 +1,12 @@
-"""Adapters on disk: PEFT's format, out and in, and an export with a name for each expert's w1, w2 and w3.
+"""Adapters on disk: PEFT's format, written and read, and an export with a name for each expert's w1, w2 and w3.
 
-PEFT wraps one parameter per layer of wrapping: gate_up_proj is the inner wrapper (its keys say base_layer) and
-down_proj the outer, where both are targeted. It stores the factors of all experts in two matrices: A with the expert
-slowest, [E·R, in], and B with the expert fastest, [out, R·E].
+PEFT wraps one parameter with each layer of wrapping: if both are targeted, gate_up_proj is the inner wrapper (its keys
+say base_layer) and down_proj the outer one. `data.disk.adapter_directory` has the layout of the experts' factors.
 
-PEFT knows one rank R and one scale for all experts. Where ours differ, ranks are filled up with zeros, and B carries
-what an expert's scale is more than that of R.
+PEFT knows one rank R and one scale for all experts. If ours differ, ranks are filled up with zeros, and B is multiplied
+by the ratio of the expert's own scale to that of R.
+
+Letters in names of tensors: E experts, R the largest rank, r the rank of one expert, I inputs, O outputs.
 """
 
 import itertools
@@ -19,16 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configs.program.errors import UserError, one_line
-from data.disk.adapter_directory import CONFIG, check_settings
+from data.disk.adapter_directory import CONFIG, PREFIX, WEIGHTS, check_settings, join_experts, separate_experts
+from data.disk.mixtral_files import MATRICES, original_name
 from data.disk.tensor_file import TensorFile
 from train.config.lora import LoraConfig
 from train.config.model import ModelConfig
 from train.lora.factors import Adapter, Scaling
 
-WEIGHTS = "adapter_model.safetensors"
-
 Adapters = dict[str, dict[str, Adapter]]
-"""By the name of the `MixtralExperts`, then by projection, as `expert_lora.adapters` gives them."""
+"""By the name of the `MixtralExperts`, then by projection, as `factors.adapters` gives them."""
 
 
 def write(
@@ -37,10 +37,10 @@ def write(
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does; stock PEFT loads them.
 
     Args:
-        directory: exists.
+        directory: an existing one.
         model: names the base.
         lora: says what is adapted.
-        tensors: the trained parameters, whole, by our names.
+        tensors: the trained parameters by our names, in their full shapes.
         adapters: those of the model's experts.
     """
     _write_tensors(directory / WEIGHTS, to_peft(lora, tensors, adapters))
@@ -56,7 +56,7 @@ def write(
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file. Unlike the library's own function it says in an `OSError` why it can't be written."""
+    """Writes a safetensors file; unlike the library's own function, an `OSError` says why it can't be written."""
     file = TensorFile(path, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
     for name, tensor in tensors.items():
         file.write(name, tensor)
@@ -72,10 +72,10 @@ def _write_settings(
     target_modules: list[str],
     target_parameters: list[str] | None = None,
 ) -> None:
-    """adapter_config.json, the same bytes for the same settings."""
+    """Writes adapter_config.json, the same bytes for the same settings."""
     from peft import LoraConfig as PeftConfig
 
-    # A local base is named by its whole path, so that the adapter finds it from any working directory.
+    # The absolute path of a local base, so that it is found from any working directory.
     local = model.path is not None and Path(model.path).is_dir()
     largest = _largest(adapters)
     config = PeftConfig(
@@ -98,21 +98,25 @@ def _write_settings(
 def to_peft(lora: LoraConfig, tensors: dict[str, torch.Tensor], adapters: Adapters) -> dict[str, torch.Tensor]:
     """PEFT's keys and matrices for the trained parameters."""
     stored = {
-        _plain_key(name): tensor.contiguous() for name, tensor in tensors.items() if not _block_of(name, adapters)
+        f"{PREFIX}{_plain_name(name)}": tensor.contiguous()
+        for name, tensor in tensors.items()
+        if not _block_of(name, adapters)
     }
-    for block, projection, A_ErI, B_EOr in _whole_factors(lora, tensors, adapters):
-        stored[_key(block, projection, "A", lora)] = A_ErI.flatten(0, 1).contiguous()
-        stored[_key(block, projection, "B", lora)] = B_EOr.permute(1, 2, 0).flatten(1).contiguous()
+    for block, projection, A_ERI, B_EOR in _padded_factors(lora, tensors, adapters):
+        key_A, key_B = _keys(block, projection, lora)
+        stored[key_A], stored[key_B] = join_experts(A_ERI, B_EOR)
     return stored
 
 
-def _plain_key(name: str) -> str:
-    return f"base_model.model.{name.replace('.default.', '.')}"
+def _plain_name(name: str) -> str:
+    """Without the name of the adapter, which PEFT leaves out in files."""
+    return name.replace(".default.", ".")
 
 
-def _key(block: str, projection: str, letter: str, lora: LoraConfig) -> str:
+def _keys(block: str, projection: str, lora: LoraConfig) -> tuple[str, str]:
+    """The keys of A and B."""
     inner = ".base_layer" if projection == "gate_up_proj" and "down_proj" in lora.projections else ""
-    return f"base_model.model.{block}{inner}.lora_{letter}.weight"
+    return f"{PREFIX}{block}{inner}.lora_A.weight", f"{PREFIX}{block}{inner}.lora_B.weight"
 
 
 def _block_of(name: str, adapters: Adapters) -> str | None:
@@ -124,10 +128,10 @@ def _largest(adapters: Adapters) -> int:
     return max((rank for of_block in adapters.values() for a in of_block.values() for rank in a.ranks), default=0)
 
 
-def _whole_factors(
+def _padded_factors(
     lora: LoraConfig, tensors: dict[str, torch.Tensor], adapters: Adapters
 ) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
-    """Block, projection, A [E, R, in] and B [E, out, R] with all experts of all blocks at one rank and one scale."""
+    """Block, projection, A [E, R, I] and B [E, O, R], with all experts of all blocks at one rank and one scale."""
     largest = _largest(adapters)
     like = next((block for block, of_block in adapters.items() if of_block), None)
     if like is None:
@@ -138,21 +142,21 @@ def _whole_factors(
         size_out = tensors[f"{like}.{projection}_lora_B"].shape[-1]
         dtype = tensors[f"{like}.{projection}_lora_A"].dtype
         for block, of_block in adapters.items():
-            A_ErI = torch.zeros(experts, largest, size_in, dtype=dtype)
-            B_EOr = torch.zeros(experts, size_out, largest, dtype=dtype)
+            A_ERI = torch.zeros(experts, largest, size_in, dtype=dtype)
+            B_EOR = torch.zeros(experts, size_out, largest, dtype=dtype)
             if adapter := of_block.get(projection):
                 extra = _extra_scales(adapter, lora, largest)
                 if any(scale not in (0, 1) for scale in extra):
-                    B_EOr = B_EOr.float()  # the narrower dtype would round the product
+                    B_EOR = B_EOR.float()  # the narrower dtype would round the product
                 for expert, (rows, rank) in enumerate(zip(adapter.rows, adapter.ranks, strict=True)):
-                    A_ErI[expert, :rank] = tensors[f"{block}.{projection}_lora_A"][rows]
-                    B_EOr[expert, :, :rank] = tensors[f"{block}.{projection}_lora_B"][rows].T
-                    B_EOr[expert] *= extra[expert]
-            yield block, projection, A_ErI, B_EOr
+                    A_ERI[expert, :rank] = tensors[f"{block}.{projection}_lora_A"][rows]
+                    B_EOR[expert, :, :rank] = tensors[f"{block}.{projection}_lora_B"][rows].T
+                    B_EOR[expert] *= extra[expert]
+            yield block, projection, A_ERI, B_EOR
 
 
 def _extra_scales(adapter: Adapter, lora: LoraConfig, largest: int) -> list[float]:
-    """What each expert's scale is of the one that PEFT gives all: that of the largest rank."""
+    """The ratio of each expert's scale to the one that PEFT gives all of them, which is that of the largest rank."""
     common = Scaling(lora.alpha, lora.rank_stabilised)(largest)
     return [scale / common for scale in adapter.scales]
 
@@ -163,16 +167,17 @@ def write_per_expert(
     """Writes the same adapter with a key for each expert's w1 (gate), w3 (up) and w2 (down), as Mixtral's own files
     name its weights; all at one rank. The arguments are those of `write`."""
     stored = {
-        _plain_key(name): tensor.contiguous() for name, tensor in tensors.items() if not _block_of(name, adapters)
+        f"{PREFIX}{original_name(_plain_name(name))}": tensor.contiguous()
+        for name, tensor in tensors.items()
+        if not _block_of(name, adapters)
     }
-    for block, projection, A_ErI, B_EOr in _whole_factors(lora, tensors, adapters):
-        names = ("w1", "w3") if projection == "gate_up_proj" else ("w2",)
-        prefix = f"base_model.model.{block.replace('.mlp.experts', '.block_sparse_moe.experts')}"
-        for expert, (A_rI, B_Or) in enumerate(zip(A_ErI, B_EOr, strict=True)):
-            for name, part in zip(names, B_Or.chunk(len(names)), strict=True):
-                stored[f"{prefix}.{expert}.{name}.lora_A.weight"] = A_rI.clone()
-                stored[f"{prefix}.{expert}.{name}.lora_B.weight"] = part.contiguous()
-    stored = {key.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor for key, tensor in stored.items()}
+    for block, projection, A_ERI, B_EOR in _padded_factors(lora, tensors, adapters):
+        matrices = MATRICES[f"experts.{projection}"]
+        for expert, (A_RI, B_OR) in enumerate(zip(A_ERI, B_EOR, strict=True)):
+            for matrix, part in zip(matrices, B_OR.chunk(len(matrices)), strict=True):
+                name = f"{PREFIX}{original_name(f'{block}.{expert}.{matrix}')}"
+                stored[f"{name}.lora_A.weight"] = A_RI.clone()
+                stored[f"{name}.lora_B.weight"] = part.contiguous()
     _write_tensors(directory / WEIGHTS, stored)
     of_experts = [name for name in ("w1", "w2", "w3") if any(f".{name}.lora_A" in key for key in stored)]
     _write_settings(directory, model, lora, adapters, target_modules=[*lora.attention, *of_experts])
@@ -193,6 +198,34 @@ def read(
         UserError: files, keys, shapes, ranks or scaling are not those that the settings ask for; it names the first.
     """
     named = f"lora.start={directory}"
+    stored = _read_files(directory, named, adapters, lora)
+    check_keys(named, stored, {key: tuple(t.shape) for key, t in to_peft(lora, wanted, adapters).items()})
+    for key, tensor in stored.items():
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            raise UserError(
+                f"{named}: its tensor {key} holds numbers that are not finite, as of a training that diverged; give an "
+                f"earlier checkpoint"
+            )
+    found = {name: stored[f"{PREFIX}{_plain_name(name)}"] for name in wanted if not _block_of(name, adapters)}
+    largest = _largest(adapters) or lora.rank
+    adapted = [adapter for of_block in adapters.values() for adapter in of_block.values()]
+    for block, projection in itertools.product(adapters, lora.projections if adapted else []):
+        adapter = adapters[block].get(projection) or replace(adapted[0], ranks=(0,) * len(adapted[0].ranks))
+        experts = len(adapter.ranks)
+        keys = _keys(block, projection, lora)
+        A_ERI, B_EOR = separate_experts(stored[keys[0]], stored[keys[1]], experts)
+        scales = [1.0] * experts, _extra_scales(adapter, lora, largest)
+        for letter, key, by_expert, extra in zip("AB", keys, (A_ERI, B_EOR.mT), scales, strict=True):
+            for expert, (rows_RX, rank) in enumerate(zip(by_expert, adapter.ranks, strict=True)):
+                _check_rank(f"{named}: its tensor {key}", rows_RX, expert, rank, exactly=letter == "A")
+            if (name := f"{block}.{projection}_lora_{letter}") in wanted:
+                parts = zip(by_expert, adapter.ranks, extra, strict=True)
+                found[name] = torch.cat([rows_RX[:rank] / scale for rows_RX, rank, scale in parts if rank])
+    return found
+
+
+def _read_files(directory: Path, named: str, adapters: Adapters, lora: LoraConfig) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter directory whose settings are those that training asks for."""
     try:
         settings = json.loads((directory / CONFIG).read_text())
         stored = load_file(directory / WEIGHTS)
@@ -203,8 +236,7 @@ def read(
             f"{named}: it is no adapter directory ({one_line(error)}); name one that training wrote"
         ) from error
     settings = check_settings(settings, named)
-    largest = _largest(adapters) or lora.rank
-    asked = {"r": largest, "lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised}
+    asked = {"r": _largest(adapters) or lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised}
     for name, value in asked.items():
         if settings.get(name) != value:
             raise UserError(f"{named}: its {name} is {settings.get(name)}, the settings ask for {value}; give the same")
@@ -213,36 +245,12 @@ def read(
         raise UserError(
             f"{named}: its alpha_pattern is {scales}, and training knows one alpha for all; give an adapter without it"
         )
-    check_keys(named, stored, {key: tuple(t.shape) for key, t in to_peft(lora, wanted, adapters).items()})
-    for key, tensor in stored.items():
-        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
-            raise UserError(
-                f"{named}: its tensor {key} holds numbers that are not finite, as of a training that diverged; give an "
-                f"earlier checkpoint"
-            )
-    found = {name: stored[_plain_key(name)] for name in wanted if not _block_of(name, adapters)}
-    adapted = [adapter for of_block in adapters.values() for adapter in of_block.values()]
-    for block, of_block in adapters.items():
-        for projection, letter in itertools.product(lora.projections if adapted else [], "AB"):
-            adapter = of_block.get(projection) or replace(adapted[0], ranks=(0,) * len(adapted[0].ranks))
-            key, experts = _key(block, projection, letter, lora), len(adapter.ranks)
-            matrix = stored[key]
-            is_a = letter == "A"
-            by_expert = (
-                matrix.unflatten(0, (experts, -1)) if is_a else matrix.unflatten(1, (-1, experts)).permute(2, 1, 0)
-            )
-            for expert, (rows_RX, rank) in enumerate(zip(by_expert, adapter.ranks, strict=True)):
-                _check_rank(f"{named}: its tensor {key}", rows_RX, expert, rank, exactly=is_a)
-            if (name := f"{block}.{projection}_lora_{letter}") in wanted:
-                extra = [1.0] * experts if is_a else _extra_scales(adapter, lora, largest)
-                parts = zip(by_expert, adapter.ranks, extra, strict=True)
-                found[name] = torch.cat([rows_RX[:rank] / scale for rows_RX, rank, scale in parts if rank])
-    return found
+    return stored
 
 
 def _check_rank(named: str, rows_RX: torch.Tensor, expert: int, rank: int, *, exactly: bool) -> None:
-    """Raises `UserError` where an expert's stored factor has numbers beyond the rank, which would be lost, or, for A,
-    zeros within it, which would never move: with them and B's zeros neither has a gradient."""
+    """Raises `UserError` if an expert's stored factor has numbers beyond its rank, which would be lost; or, for A, only
+    zeros at the end of its rank: with B's zeros, neither would have a gradient, so they would never move."""
     used = (rows_RX != 0).any(dim=1).nonzero()
     stored = int(used.max()) + 1 if len(used) else 0
     if stored > rank or (exactly and stored < rank):
@@ -253,7 +261,7 @@ def _check_rank(named: str, rows_RX: torch.Tensor, expert: int, rank: int, *, ex
 
 
 def check_keys(named: str, stored: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises `UserError`, which begins with `named`, for the first key that is missing, unknown or of another shape."""
+    """Raises `UserError` for the first key that is missing, unknown or of another shape; it begins with `named`."""
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     remedy = "give the adapter as it was written, with the settings it was trained with"
     if missing and unknown:

@@ -1,18 +1,16 @@
 """Mixtral with its adapters; decides which parameters train."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from configs.program.errors import UserError, one_line
-from data.disk.architecture import read_architecture
-from data.disk.weights import local_directory, weight_files
+from configs.program.errors import UserError
+from data.disk.architecture import find_mixtral
+from data.disk.mixtral_files import load_mixtral
+from data.disk.weights import REMEDY, local_directory
 from train.config.model import VOCABULARY, ModelConfig
 from train.config.train import TrainConfig
 from train.lora import split_experts
@@ -70,51 +68,28 @@ def _attention_of(config: ModelConfig) -> Iterator[None]:
 
 
 def pretrained(config: ModelConfig, device: torch.device | None = None) -> MixtralForCausalLM:
-    """The Mixtral at `model.path`, a directory or a hub id; on that device, where one is given."""
-    from transformers.utils import logging
-
+    """The Mixtral at `model.path`, a directory or a hub id; on that device, if one is given."""
     assert config.path is not None
     named = f"model.path={config.path}"
-    remedy = "name a Mixtral's directory with config.json and safetensors, or a hub id that can be reached"
-    if config.path.startswith(("/", ".")) and not Path(config.path).is_dir():
-        raise UserError(f"{named}: there is no such directory; {remedy}")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        architecture = read_architecture(config.path, config.revision, named)
-        directory = local_directory(config.path, config.revision, named)
-        weight_files(directory, named)  # transformers would follow an index out of the directory
-        if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
-            raise UserError(f"{named}: its experts use {architecture.hidden_act}, Mixtral's use silu; {remedy}")
-        if config.attention == attention.IMPLEMENTATION:
-            for name, unable in (
-                ("sliding_window", "looks back without limit"),
-                ("attention_dropout", "drops nothing"),
-            ):
-                if value := getattr(architecture, name):
-                    raise UserError(
-                        f"model.attention={config.attention}: it {unable}, and the base's {name} is {value}; use "
-                        f"model.attention=sdpa"
-                    )
-        with _attention_of(config):
-            model, loading = MixtralForCausalLM.from_pretrained(
-                directory,
-                config=architecture,
-                trust_remote_code=False,
-                dtype=DTYPES[config.dtype],
-                attn_implementation=config.attention,
-                use_safetensors=True,
-                device_map=None if device is None else {"": device},
-                output_loading_info=True,
-            )
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {remedy}") from error
-    # transformers fills what a checkpoint lacks with random numbers and goes on.
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{named}: its tensor {missing[0]} is missing; {remedy}")
-    return model
+    revision, architecture = find_mixtral(config.path, config.revision, named)
+    if architecture.hidden_act != "silu":  # the experts' own backward is that of Mixtral's activation
+        raise UserError(f"{named}: its experts use {architecture.hidden_act}, Mixtral's use silu; {REMEDY}")
+    if config.attention == attention.IMPLEMENTATION:
+        for name, unable in (("sliding_window", "looks back without limit"), ("attention_dropout", "drops nothing")):
+            if value := getattr(architecture, name):
+                raise UserError(
+                    f"model.attention={config.attention}: it {unable}, and the base's {name} is {value}; use "
+                    f"model.attention=sdpa"
+                )
+    with _attention_of(config):
+        return load_mixtral(
+            local_directory(config.path, revision, named),
+            architecture,
+            named,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            device_map=None if device is None else {"": device},
+        )
 
 
 def check_embeddings(architecture: MixtralConfig, named: str) -> None:

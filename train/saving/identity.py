@@ -8,12 +8,12 @@ from typing import Any
 
 from configs.program.errors import UserError
 from configs.program.secrets import redacted
+from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import file_hash, sha256
 from data.disk.weights import StoredWeights, local_directory
 from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import MANIFEST
 from train.config.train import TrainConfig
-from train.lora.peft_files import WEIGHTS
 
 FREE = (
     "name",

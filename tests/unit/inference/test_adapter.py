@@ -16,9 +16,9 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError
-from data.disk.adapter_directory import CONFIG
+from data.disk.adapter_directory import CONFIG, WEIGHTS
 from data.disk.weights import StoredWeights
-from inference.adapter import WEIGHTS, Adapter
+from inference.adapter import Adapter
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, fold
 
@@ -209,11 +209,11 @@ def test_other_weights_of_the_same_shape_are_refused(tmp_path: Path) -> None:
     trained_on = StoredWeights(tmp_path / "base", "base").fingerprint
     (tmp_path / "adapter" / "receipt.json").write_text(json.dumps({"base": {"fingerprint": trained_on}}))
     adapter = Adapter(tmp_path / "adapter", base.config)
-    adapter.check_base(StoredWeights(tmp_path / "base", "base=base"), "base=base")
+    adapter.check_base(StoredWeights(tmp_path / "base", "base=base"))
     assert len(StoredWeights(tmp_path / "in-parts", "base").files) > 3
-    adapter.check_base(StoredWeights(tmp_path / "in-parts", "base=in-parts"), "base=in-parts")
+    adapter.check_base(StoredWeights(tmp_path / "in-parts", "base=in-parts"))
     with pytest.raises(UserError, match=rf"^base=other: .* base.fingerprint .* is {trained_on[:16]}"):
-        adapter.check_base(StoredWeights(tmp_path / "other", "base=other"), "base=other")
+        adapter.check_base(StoredWeights(tmp_path / "other", "base=other"))
 
 
 # Every update is used exactly once

@@ -140,7 +140,7 @@ def test_training_ends_before_processes_meet_if_the_base_can_t_be_had(
 
 
 FETCH = """
-from configs import hub, weights
+from data.disk import hub, weights
 hub.WORTH_A_LINE = 1
 weights.local_directory('user/base', None, 'base=user/base')
 """

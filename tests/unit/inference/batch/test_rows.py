@@ -11,7 +11,7 @@ import pytest
 
 from configs.program.errors import UserError
 from data.template import ChatTokenizer
-from inference.batch.journal import _place, finish
+from inference.batch.journal import finish, position
 from inference.batch.rows import encoded, read_prompts, read_rows
 from inference.config import InferenceConfig
 
@@ -140,7 +140,7 @@ def test_an_id_of_parquet_that_json_lacks_is_a_text(tmp_path: Path) -> None:
 
 def test_lines_of_a_list_are_sorted_by_row(tmp_path: Path) -> None:
     finish(tmp_path / "out.jsonl", [{"row": 10, "id": "\ud800"}, {"row": 0, "id": 1}, {"row": 2, "id": "ü"}])
-    assert [_place(json.loads(line)) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()] == [0, 2, 10]
+    assert [position(json.loads(line)) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()] == [0, 2, 10]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
