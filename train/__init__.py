@@ -4,7 +4,7 @@
     loop.py         `train()`, `step()` and `evaluate()`
     plan.py         dry_run: what a run would be, found out without weights
     expert_load.py  task=profile: which experts the rows use, as JSON and as a heatmap
-    metrics.py      what a run tells: progress bar, metrics.jsonl, wandb
+    history.py      what a run found in its steps and evaluations; part of each checkpoint
     health.py       whether its numbers are good: skipped updates, spikes
 
     config/         every setting of `python -m train`
@@ -12,6 +12,7 @@
     model/          Mixtral from ids to losses
     engine/         processes, ZeRO, optimizer; the only room that imports deepspeed
     failures/       how a run ends badly, and how every process learns of it
+    reporting/      what a run reports: progress bar, metrics.jsonl, wandb
     saving/         what a run leaves, and from where it goes on
 
 May import data and configs.program; never inference. No code may stand in this file: the guardian's start imports it.

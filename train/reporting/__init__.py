@@ -1,7 +1,7 @@
-"""What a run tells while it trains; nothing here can end the run.
+"""What a run reports while it trains. Nothing here can end the run or hold it up.
 
-- `metrics.py`: the progress bar and metrics.jsonl.
-- `wandb_run.py`: the same metrics for wandb, by a thread of its own.
+    metrics.py     the progress bar, and the lines of metrics.jsonl
+    wandb_run.py   the same metrics for wandb, in a thread of their own
 
-May import `train.model.routing`, `train.history`, `train.config`, `data.disk` and `configs.program`.
+May import train.history, train.model.routing, train.config, data.disk and configs.program.
 """

@@ -23,10 +23,10 @@ class ModelFiles:
     """The files of one model; parameters come in the order in which they were announced."""
 
     def __init__(self, directory: Path, shapes: dict[str, Shape], dtype: torch.dtype):
-        """Divides the parameters, given by transformers' names and whole shapes, among files; writes nothing yet."""
+        """Divides the parameters, given by transformers' names and full shapes, among files; writes nothing yet."""
         self._directory, self._shapes, self._dtype = directory, shapes, dtype
         self._files: list[dict[str, Shape]] = [{}]
-        self._place: dict[str, int] = {}
+        self._file_of: dict[str, int] = {}
         size = 0
         for name, shape in shapes.items():
             own = math.prod(shape) * dtype.itemsize
@@ -36,14 +36,14 @@ class ModelFiles:
             self._files[-1] |= {
                 stored: tuple(part.shape) for stored, part in stored_parts(name, torch.empty(shape, device="meta"))
             }
-            self._place[name] = len(self._files) - 1
+            self._file_of[name] = len(self._files) - 1
             size += own
         self._open: TensorFile | None = None
         self._number = -1
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes the next parameter, whole and on the CPU."""
-        if self._place[name] != self._number:
+        """Writes the next parameter, of full shape and on the CPU."""
+        if self._file_of[name] != self._number:
             self._close()
             self._number += 1
             entries = [(stored, self._dtype, shape) for stored, shape in self._files[self._number].items()]
@@ -53,9 +53,9 @@ class ModelFiles:
             self._open.write(stored, part)
 
     def finish(self, model: MixtralForCausalLM, base: str | None = None) -> None:
-        """Ends the last file; writes the index where there are several, the configuration and the tokenizer.
+        """Ends the last file; writes the index if there are several, the configuration and the tokenizer.
 
-        `base` is what the weights began as; the tokenizer's SentencePiece model is its own where it is a directory.
+        `base` is what the weights began as; if it is a directory, the tokenizer's SentencePiece model is taken from it.
         """
         self._close()
         if len(self._files) > 1:
