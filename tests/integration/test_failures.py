@@ -68,7 +68,7 @@ def mounts() -> None:
 @pytest.mark.parametrize("offset", [0.2, 0.8])
 def test_a_full_disk_leaves_the_last_checkpoint(runs: Workplace, offset: float) -> None:
     whole = runs.reference(1, **disk.SETTINGS)
-    size = disk.pages(checkpoint.places(whole)[0])
+    size = disk.pages(checkpoint.paths(whole)[0])
     disk.full(runs, whole, size + offset * size, first=6)
 
 

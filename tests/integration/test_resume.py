@@ -33,7 +33,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(runs: Workplace, processe
 
 
 def test_whatever_is_damaged_is_noticed_by_name(runs: Workplace, stopped: Path) -> None:
-    newest = checkpoint.places(stopped)[0]
+    newest = checkpoint.paths(stopped)[0]
     damages = [*damage.of_files(newest, 2, generator("test")), *damage.of_tensors(newest)]
     assert len({what for kind, what, _ in damages if kind == "deleted"}) == 9
     for _, _, way in damages:
@@ -42,7 +42,7 @@ def test_whatever_is_damaged_is_noticed_by_name(runs: Workplace, stopped: Path) 
 
 @pytest.mark.parametrize("kind", ["one byte short", "tensor renamed"])
 def test_the_checkpoint_before_a_damaged_one_is_used(runs: Workplace, stopped: Path, kind: str) -> None:
-    newest = checkpoint.places(stopped)[0]
+    newest = checkpoint.paths(stopped)[0]
     every = [*damage.of_files(newest, 0, generator("test")), *damage.of_tensors(newest)]
     way = next(way for of_kind, what, way in every if of_kind == kind and what == "exp_avg_sq.safetensors")
     damage.resumed(runs, stopped, runs.reference(1), f"damaged {kind}".replace(" ", "-"), [way])
