@@ -33,6 +33,7 @@ from train.saving.receipt import record_launch
 from train.saving.resume import check_same_run, find_checkpoint, restore
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
+from train.saving.starting_point import start_from
 from train.sweep import sweep
 
 
@@ -85,6 +86,7 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
         # Sharded, weights come by way of the CPU, a layer at a time; else they would all stand there in every process.
         straight_to = processes.device if processes.device.type == "cuda" and config.deepspeed.stage < 3 else None
         model = build(built, straight_to)
+    start_from(model, built.lora)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     trainer = Engine(module, built, batch, processes, guard)
     checkpoint = find_checkpoint(directory, record, trainer.shapes)

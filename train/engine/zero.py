@@ -85,7 +85,7 @@ def partitioned_loading(config: TrainConfig, batch: BatchArithmetic) -> Iterator
 
 
 @contextlib.contextmanager
-def whole(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+def gathered_whole(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     """Within it, parameters that ZeRO-3 has sharded are whole, and keep what process 0 writes into them; collective."""
     import deepspeed
 

@@ -8,28 +8,27 @@ from transformers import MixtralForCausalLM
 from train.config.lora import LoraConfig
 from train.lora import factors, split_experts
 from train.lora.allocation import expert_ranks
-from train.saving.starting_point import start_from
 
 
 def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
     """Freezes the base and adds adapters: PEFT's own on attention, the split ones on experts.
 
     Raises:
-        UserError: the model has no such experts, or `lora.start` is not an adapter of this shape.
+        UserError: the model has no such experts.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     model.requires_grad_(False)
     if config.attention:
-        attention = PeftConfig(
+        of_attention = PeftConfig(
             r=config.rank,
             lora_alpha=config.alpha,
             use_rslora=config.rank_stabilised,
             lora_dropout=config.dropout,
             target_modules=list(config.attention),
         )
-        inject_adapter_in_model(attention, model, low_cpu_mem_usage=on_meta(model))
+        inject_adapter_in_model(of_attention, model, low_cpu_mem_usage=on_meta(model))
     model.set_experts_implementation(split_experts.IMPLEMENTATION)
     sizes = model.config
     costs = {
@@ -49,8 +48,6 @@ def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
             parameter.requires_grad_(parameter.requires_grad or name.endswith(".mlp.gate.weight"))
     for _, parameter in trainable(model):
         parameter.data = parameter.data.to(model.dtype)
-    if config.start is not None and not on_meta(model):
-        start_from(model, config)
 
 
 def on_meta(model: nn.Module) -> bool:

@@ -9,18 +9,22 @@ from configs.program.console import console
 from configs.program.errors import one_line
 from train.config.lora import LoraConfig
 from train.config.train import TrainConfig
+from train.engine.zero import gathered_whole
 from train.lora import factors, peft_files
 from train.lora.attach import trainable
 from train.lora.proof import Movement, movements
 
 
 def start_from(model: MixtralForCausalLM, config: LoraConfig) -> None:
-    """Sets what trains to the numbers of the adapter directory `lora.start`; collective."""
-    from train.engine.zero import whole  # here, because the engine imports this file
+    """Sets the adapters that `model` has to the numbers in the directory `lora.start`, if that is given; collective.
 
-    assert config.start is not None
+    Raises:
+        UserError: there is no adapter of this shape.
+    """
+    if config.start is None or config.method == "none":
+        return
     parameters: dict[str, torch.Tensor] = dict(trainable(model))
-    with whole(parameters.values()), torch.no_grad():
+    with gathered_whole(parameters.values()), torch.no_grad():
         tensors = peft_files.read(Path(config.start), parameters, factors.adapters(model), config)
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -29,8 +33,8 @@ def start_from(model: MixtralForCausalLM, config: LoraConfig) -> None:
 def movements_of(config: TrainConfig, model: MixtralForCausalLM, tensors: dict[str, torch.Tensor]) -> list[Movement]:
     """How far the experts' adapters are from where the run began, whether it was resumed since or not.
 
-    None if that can't be found out, such as where `lora.start` can't be read any more: what was learned is worth saving
-    without it.
+    An empty list if that can't be found out, for example because `lora.start` can't be read any more: what was learned
+    is worth saving without it.
     """
     try:
         start = None

@@ -17,9 +17,10 @@ from transformers import MixtralForCausalLM
 
 from configs.program.errors import UserError
 from tests.unit.train.lora.test_split_experts import nano_config, save, trained_nano
+from train.config.lora import LoraConfig
 from train.lora import attach, factors, peft_files
 from train.lora.proof import movements
-from train.saving.starting_point import movements_of
+from train.saving.starting_point import movements_of, start_from
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rank-stabilised": {"rank_stabilised": True},
@@ -34,6 +35,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def ids() -> torch.Tensor:
     return torch.randint(3, 500, (2, 25), generator=torch.Generator().manual_seed(1))
+
+
+def started(base: MixtralForCausalLM, lora: LoraConfig) -> None:
+    """Adds adapters to a base and starts them from `lora.start`, as a run does."""
+    attach.add_adapters(base, lora)
+    start_from(base, lora)
 
 
 def by_load(tmp_path: Path) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def test_a_run_can_start_from_what_was_written(trained: Any) -> None:
     config, base, adapted, directory = trained
     config.lora.start = str(directory)
     again = copy.deepcopy(base)
-    attach.add_adapters(again, config.lora)
+    started(again, config.lora)
     for (name, a), (_, b) in zip(attach.trainable(adapted), attach.trainable(again), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
 
@@ -188,7 +195,7 @@ def test_every_key_and_shape_is_compared(tmp_path: Path, edit: Any, told: str) -
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     config.lora.start = str(tmp_path)
     with pytest.raises(UserError, match=f"lora.start={tmp_path}: {told.format(key=key.replace('.', '[.]'))}"):
-        attach.add_adapters(base, config.lora)
+        started(base, config.lora)
 
 
 def test_another_rank_or_scale_is_refused(tmp_path: Path) -> None:
@@ -197,7 +204,7 @@ def test_another_rank_or_scale_is_refused(tmp_path: Path) -> None:
     save(tmp_path, config, adapted)
     config.lora.start, config.lora.alpha = str(tmp_path), 9
     with pytest.raises(UserError, match="its lora_alpha is 8, the settings ask for 9"):
-        attach.add_adapters(base, config.lora)
+        started(base, config.lora)
 
 
 def test_a_scale_by_pattern_is_refused(tmp_path: Path) -> None:
@@ -209,7 +216,7 @@ def test_a_scale_by_pattern_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": {"q_proj": 16}}))
     config.lora.start = str(tmp_path)
     with pytest.raises(UserError, match=rf"lora\.start={tmp_path}: its alpha_pattern is .*'q_proj': 16.*; give an"):
-        attach.add_adapters(base, config.lora)
+        started(base, config.lora)
 
 
 def test_a_rank_by_pattern_shows_in_the_shapes(tmp_path: Path) -> None:
@@ -221,7 +228,7 @@ def test_a_rank_by_pattern_shows_in_the_shapes(tmp_path: Path) -> None:
     get_peft_model(copy.deepcopy(base), settings).save_pretrained(str(tmp_path))
     config.lora.start = str(tmp_path)
     with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight is \[2, 32\], not \[4, 32\]"):
-        attach.add_adapters(base, config.lora)
+        started(base, config.lora)
 
 
 @pytest.mark.parametrize("damage", ["nothing", "empty", "no settings", "no weights", "cut weights", "pickled weights"])
@@ -244,7 +251,7 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, damage: str) -> None:
         weights.unlink()
     config.lora.start = str(directory)
     with pytest.raises(UserError, match=rf"lora\.start={directory}: it is no adapter directory \(.+\); name one"):
-        attach.add_adapters(base, config.lora)
+        started(base, config.lora)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +276,7 @@ def test_experts_and_ranks_are_compared(
     save(tmp_path, config, adapted)
     other = nano_config(**asked, start=str(tmp_path))
     with pytest.raises(UserError, match=rf"lora\.start={tmp_path}: its tensor .*layers\.0\.mlp\.experts.* {told}"):
-        attach.add_adapters(base, other.lora)
+        started(base, other.lora)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +303,7 @@ def test_a_start_that_says_something_else_than_its_numbers_is_refused(tmp_path: 
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     config.lora.start = str(tmp_path)
     with pytest.raises(UserError, match=rf"lora\.start={tmp_path}: .*{told}"):
-        attach.add_adapters(base, config.lora)
+        started(base, config.lora)
 
 
 def test_movement_is_the_norm_of_what_an_adapter_adds() -> None:
