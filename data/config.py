@@ -3,35 +3,14 @@
 import math
 from dataclasses import dataclass, field
 
+from configs.program.checks import ABOVE_0, BELOW_1, between, choice, share
 from configs.program.errors import UserError
-from data.rows.columns import ROW_FIELDS, fields_of
-from data.template import EMBEDDED
+from data.schema import ROW_FIELDS, fields_of
+from data.vocabulary import EMBEDDED
 
 AUTO = "auto"
 """The schema is found by looking at the rows."""
 SCHEMAS = tuple(ROW_FIELDS)
-OVERLONG = ("drop", "truncate", "split_turns")
-
-CHOICES = {
-    "task": ("prepare", "preview", "report"),
-    "schema": (AUTO, *SCHEMAS),
-    "overlong": OVERLONG,
-    "markers": ("reject", "keep"),
-    "unread": ("tell", "reject"),
-    "duplicates": ("keep", "drop", "drop_near"),
-}
-"""Settings with a fixed choice of values."""
-
-BOUNDS: dict[str, tuple[float, float, str]] = {
-    "seq_len": (16, 2**20, "a row needs at least 16 tokens, at most a million; give for example seq_len=2048"),
-    "eval_fraction": (0, math.nextafter(1, 0), "it is a share; give a number from 0 to below 1"),
-    "max_reject_fraction": (0, 1, "it is a share; give a number from 0 to 1"),
-    "near_threshold": (math.nextafter(0, 1), 1, "it is a similarity; give a number above 0, at most 1"),
-    "workers": (0, 1024, "it is a number of processes; give 1 or more, or 0 for one a core"),
-    "rows": (1, math.inf, "there is nothing to show; give at least 1"),
-}
-"""Settings with a least and a greatest value, and what to say to others."""
-
 SHAPELESS = ("task", "output", "workers", "rows")
 """Settings that do not change what a prepared dataset holds."""
 
@@ -108,14 +87,20 @@ class PrepareConfig:
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
-        for setting, choices in CHOICES.items():
-            value = getattr(self, setting)
-            if value not in choices:
-                raise UserError(f"{setting}={value}: there is no such choice; it is one of {', '.join(choices)}")
-        for setting, (least, most, remedy) in BOUNDS.items():
-            value = getattr(self, setting)
-            if not least <= value <= most:
-                raise UserError(f"{setting}={value}: {remedy}")
+        choice("task", self.task, "prepare", "preview", "report")
+        choice("schema", self.schema, AUTO, *SCHEMAS)
+        choice("overlong", self.overlong, "drop", "truncate", "split_turns")
+        choice("markers", self.markers, "reject", "keep")
+        choice("unread", self.unread, "tell", "reject")
+        choice("duplicates", self.duplicates, "keep", "drop", "drop_near")
+        wanted = "a row needs at least 16 tokens, at most a million; give for example seq_len=2048"
+        between("seq_len", self.seq_len, 16, 2**20, wanted)
+        between("eval_fraction", self.eval_fraction, 0, BELOW_1, "it is a share; give a number from 0 to below 1")
+        share("max_reject_fraction", self.max_reject_fraction)
+        wanted = "it is a similarity; give a number above 0, at most 1"
+        between("near_threshold", self.near_threshold, ABOVE_0, 1, wanted)
+        between("workers", self.workers, 0, 1024, "it is a number of processes; give 1 or more, or 0 for one a core")
+        between("rows", self.rows, 1, math.inf, "there is nothing to show; give at least 1")
         if self.task != "prepare":
             return
         if not self.files and not self.dataset:

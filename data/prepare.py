@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from configs.program.console import console
 from configs.program.errors import UserError
 from data.config import SHAPELESS, PrepareConfig
 from data.disk.files import staging
@@ -35,8 +35,6 @@ PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash
 
 SOME = 5
 """Names that a sentence lists at most."""
-
-console = Console(stderr=True, markup=False)
 
 
 def prepare(config: PrepareConfig) -> None:

@@ -1,4 +1,4 @@
-"""The records that the data stages hand on, one per stage. Imports nothing of ours.
+"""The schemas that raw rows come in, and the records that the stages hand on, one a stage. Imports nothing of ours.
 
 raw row → Conversation → TokenizedConversation → PackedRow
 """
@@ -8,6 +8,41 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+# The schemas of raw rows. A field stands in a row (`conversations`) or in each of its turns (`from`, `value`).
+
+KEY_FIELDS = {"messages": "messages", "sharegpt": "conversations", "instruction": "instruction"}
+"""Each schema and the field that speaks for it, in the order in which they are looked for."""
+
+SYSTEMS = ("system_prompt", "system")
+"""Fields beside the turns that hold a system message, the first that has one."""
+
+REPLIES = ("output", "response")
+"""The names under which instruction rows carry their reply, the first that is there."""
+
+FLAGS = ("weight", "train", "loss", "loss_weight")
+"""Fields of a turn that say whether it is trained. OpenAI and mistral-finetune write weight, axolotl train, xtuner
+loss."""
+
+ROW_FIELDS: dict[str, tuple[str, ...]] = {
+    "instruction": ("instruction", "input", *REPLIES, "history", *SYSTEMS),
+    "sharegpt": ("conversations", *SYSTEMS),
+    "messages": ("messages", *SYSTEMS),
+}
+TURN_FIELDS: dict[str, tuple[str, ...]] = {
+    "instruction": (),
+    "sharegpt": ("from", "value", *FLAGS),
+    "messages": ("role", "content", *FLAGS),
+}
+"""The fields of each schema; of a turn, first who speaks and then what is said."""
+
+
+def fields_of(schema: str) -> tuple[str, ...]:
+    """All fields of a schema: what `columns` can rename in its rows."""
+    return (*ROW_FIELDS[schema], *TURN_FIELDS[schema])
+
+
+# Records
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained; what torch's cross-entropy ignores."""

@@ -4,17 +4,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from configs.program.checks import ABOVE_0, between, choice
 from configs.program.errors import UserError
 
 TASKS = ("generate", "chat", "batch", "merge")
 
 SMALLEST_TEMPERATURE = 1e-6
 """Below it logits overflow when they are divided, and above it what is sampled is the likeliest token long before."""
-
-
-def _choice(name: str, value: str, *choices: str) -> None:
-    if value not in choices:
-        raise UserError(f"{name}={value}: there is no such choice; choose one of {', '.join(choices)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,7 +90,7 @@ class InferenceConfig:
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
-        _choice("task", self.task, *TASKS)
+        choice("task", self.task, *TASKS)
         if self.task == "generate":
             self._check_prompt()
         if self.task in ("batch", "merge") and not self.output:
@@ -111,12 +107,11 @@ class InferenceConfig:
         if self.adapter is None and self.base is None:
             raise UserError("adapter: no model is named; give adapter=runs/…/adapter, or base= for a model without one")
         self._check_sampling()
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size}: it must be at least 1; give for example 16")
-        _choice("batching", self.batching, "continuous", "padded")
-        _choice("markers", self.markers, "reject", "keep")
-        _choice("dtype", self.dtype, "auto", "bfloat16", "float16", "float32")
-        _choice("device", self.device, "auto", "cpu", "cuda")
+        between("batch_size", self.batch_size, 1, math.inf, "it must be at least 1; give for example 16")
+        choice("batching", self.batching, "continuous", "padded")
+        choice("markers", self.markers, "reject", "keep")
+        choice("dtype", self.dtype, "auto", "bfloat16", "float16", "float32")
+        choice("device", self.device, "auto", "cpu", "cuda")
 
     def _check_prompt(self) -> None:
         if self.prompt_file is not None and self.prompt:
@@ -127,19 +122,15 @@ class InferenceConfig:
             raise UserError('prompt: there is nothing to answer; give for example prompt="Hello, who are you?"')
 
     def _check_sampling(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens}: it must be at least 1; give for example 512")
+        between("max_new_tokens", self.max_new_tokens, 1, math.inf, "it must be at least 1; give for example 512")
         if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(
                 f"temperature={self.temperature}: it can't be negative, or smaller than {SMALLEST_TEMPERATURE}; give 0 "
                 f"for greedy, or such as 0.7"
             )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: it is a probability; give a number above 0, to 1")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k}: it can't be negative; give 0 for all tokens, or such as 50")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed}: it must be from 0 to {2**32 - 1}; give for example 0")
+        between("top_p", self.top_p, ABOVE_0, 1, "it is a probability; give a number above 0, at most 1")
+        between("top_k", self.top_k, 0, math.inf, "it can't be negative; give 0 for all tokens, or such as 50")
+        between("seed", self.seed, 0, 2**32 - 1, f"it must be from 0 to {2**32 - 1}; give for example 0")
         for text in self.stop:
             if not isinstance(text, str):  # OmegaConf lets a dictionary pass
                 raise UserError(f"stop={text}: that is no string; give a list of strings, as in 'stop=[END]'")

@@ -19,7 +19,8 @@ from configs.program.errors import UserError, one_line
 from data.disk.adapter_directory import CONFIG
 from data.disk.architecture import read_architecture
 from data.disk.weights import REMEDY, StoredWeights, local_directory, pinned, weight_files
-from data.template import EMBEDDED, ChatTokenizer, has_tokenizer
+from data.template import ChatTokenizer
+from data.vocabulary import EMBEDDED, has_tokenizer
 from inference.adapter import Adapter, is_finite, read_settings
 from inference.config import InferenceConfig
 

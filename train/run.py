@@ -10,7 +10,8 @@ from configs.program.errors import UserError
 from data.disk.architecture import read_architecture
 from data.disk.weights import local_directory, pinned
 from data.prepared.dataset import PreparedDataset
-from data.template import ChatTokenizer, has_tokenizer
+from data.template import ChatTokenizer
+from data.vocabulary import has_tokenizer
 from train.config.lora import LoraConfig
 from train.config.model import ModelConfig
 from train.config.train import TrainConfig

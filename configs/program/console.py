@@ -1,4 +1,4 @@
-"""What training says on the terminal, whose state is nothing to the run: closed, full or paused, training goes on."""
+"""What the programs say on stderr. Whether that is closed, full or paused, the work goes on."""
 
 import contextlib
 import io
@@ -12,42 +12,42 @@ from typing import IO, TextIO, cast
 from rich.console import Console
 
 PATIENCE = 2.0
-"""Seconds for which whoever writes waits until the text is taken."""
+"""Seconds that a writer waits until the text is taken."""
 
 
 class Stderr(io.TextIOBase):
     """Writes to what sys.stderr is at that time, and never raises.
 
-    A terminal that was closed answers with errors (EPIPE, EIO), and a disk that is full as well. One that the user has
-    paused (Ctrl-S), or a pipe whose reader sleeps, doesn't answer at all. So a thread writes: whoever has something to
-    say waits for it once, for `PATIENCE`; after that what comes is left out until the terminal takes text again.
+    A closed terminal answers with errors (EPIPE, EIO), and so does a full disk. A terminal that the user has paused
+    (Ctrl-S), or a pipe whose reader sleeps, doesn't answer at all. So a thread writes, and the caller waits for it, at
+    most for `PATIENCE` and only once: after that, text is left out until the terminal takes text again.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._texts: deque[tuple[TextIO, str]] = deque()
-        """What is to be written; the first stays until it is."""
+        """Texts still to be written; the first stays until it is."""
         self._stuck = False
-        self._thread: threading.Thread | None = None  # not before it is needed: a fork would leave it behind
+        self._thread: threading.Thread | None = None  # started when first needed, as a fork would leave it behind
 
     def write(self, text: str) -> int:
-        """Hands over a text."""
+        """Hands a text to the thread."""
         with self._changed:
             if not (self._stuck and self._texts):
                 self._texts.append((_now(), text))
                 self._changed.notify_all()
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # the second in a fork
                 self._thread = threading.Thread(target=self._work, name="screen", daemon=True)
                 self._thread.start()
         return len(text)
 
     def flush(self) -> None:
-        """Waits until all is written, where that can be expected."""
+        """Waits until all is written, if that can be expected."""
         with self._changed:
             self._stuck = not self._changed.wait_for(lambda: not self._texts, 0 if self._stuck else PATIENCE)
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Whether stderr is a terminal."""
         try:
             return _now().isatty()
         except ValueError:  # closed
@@ -55,7 +55,7 @@ class Stderr(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # rich asks for it
-        """Of the bytes that are written."""
+        """The encoding of the bytes that are written."""
         return getattr(_now(), "encoding", None) or "utf-8"
 
     def _work(self) -> None:
@@ -71,9 +71,9 @@ class Stderr(io.TextIOBase):
 
 
 def _now() -> TextIO:
-    """sys.stderr, which a progress bar of rich's replaces while it is shown."""
+    """The real sys.stderr, which a progress bar of rich's replaces while it is shown."""
     stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-    return cast(TextIO, stream or io.StringIO())  # Python has none where descriptor 2 was closed
+    return cast(TextIO, stream or io.StringIO())  # Python has none if descriptor 2 was closed
 
 
 def _write(stream: TextIO, text: str) -> None:
@@ -82,14 +82,15 @@ def _write(stream: TextIO, text: str) -> None:
     except (OSError, ValueError, AttributeError):  # no file, as in tests
         stream.write(text)
         return
-    # Not by the stream itself: this may take for ever, and would hold a lock that the end of the program needs.
+    # Not by the stream itself: this may take for ever, while holding a lock that the end of the program needs.
     data = text.encode(stream.encoding or "utf-8", "backslashreplace")
     while data:
         try:
             data = data[os.write(descriptor, data) :]
-        except BlockingIOError:  # whoever shares the terminal has set it so
+        except BlockingIOError:  # another program on the terminal has set it so
             select.select([], [descriptor], [])
 
 
+# The one console for stderr. What goes to stdout is the result, and has consoles of its own.
 console = Console(file=cast(IO[str], Stderr()), markup=False, highlight=False, emoji=False)
 """Prints what it is given as it stands: names of runs and files may look like rich's markup."""

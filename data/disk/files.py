@@ -1,13 +1,19 @@
-"""Files and directories that are whole or not there, locked, hashed."""
+"""Files and directories that are whole or not there, locked, hashed.
 
+There is one way to write: into a hidden sibling, forced to the disk (the files, and the directories that name them),
+then renamed. Whoever is killed at any moment, or loses power, leaves the old or the new.
+"""
+
+import contextlib
 import ctypes
 import errno
 import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -16,6 +22,8 @@ from configs.program.errors import UserError
 
 BLOCK_BYTES = 16 << 20
 """Bytes that are read at once."""
+
+# Hashes
 
 
 def file_hash(path: Path) -> str:
@@ -28,75 +36,103 @@ def file_hash(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's contents."""
+    """The SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def staging(output: Path, *, setting: str) -> Iterator[Path]:
-    """A directory beside the target, gone in the end; what killed processes left there goes too.
-
-    Raises:
-        UserError: it can't be written, now or later; the text begins with `setting`, which names the target.
-    """
-    place = output.resolve()  # where a link points, so that the link stays
-    temporary = place.parent / f".{place.name}.{os.getpid()}.tmp"
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in place.parent.glob(f".{place.name}.*.tmp"):
-            if (lock := lock_directory(left_over)) is not None:
-                shutil.rmtree(left_over, ignore_errors=True)
-                os.close(lock)
-        lock = None
-        while lock is None and not temporary.exists():  # again where another process took it for a left-over
-            temporary.mkdir()
-            lock = lock_directory(temporary)
-        try:
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{setting}={output}: it can't be written ({reason}); choose a writable place") from error
-
-
-def lock_directory(directory: Path) -> int | None:
-    """A lock on a directory, which goes with the process; None where another process holds it, or took it away."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def take_place(directory: Path, output: Path) -> None:
-    """Puts a directory that is in `staging(output, …)` in the place of what was there, in one step.
-
-    What was there goes with the staging.
-    """
-    for path in [*directory.rglob("*"), directory]:
-        sync(path)
-    place = output.resolve()
-    if place.exists():
-        _exchange(directory, place)
-    else:
-        directory.rename(place)
-    sync(place.parent)
+# Whole or not there
 
 
 def sync(path: Path) -> None:
     """Forces a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, blocks: Iterable[bytes]) -> None:
+    """Writes a file that is the old one or the new one, whatever happens.
+
+    Raises:
+        OSError: it can't be written; the old one is there still.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(blocks)
+    sync(temporary)
+    temporary.rename(path)
+    sync(path.parent)
+
+
+@contextmanager
+def staging(output: Path, *, setting: str) -> Iterator[Path]:
+    """A directory beside the target, for as long as the body runs; removes those that killed processes left.
+
+    Raises:
+        UserError: it can't be written, now or later; the text begins with `setting`, which names the target.
+    """
+    target = output.resolve()  # where a link points, so that the link stays
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in target.parent.glob(f".{target.name}.*.tmp"):
+            if (descriptor := _locked(left_over)) is not None:
+                shutil.rmtree(left_over, ignore_errors=True)
+                os.close(descriptor)
+        descriptor = None
+        while descriptor is None and not temporary.exists():  # again if another process took it for a left-over
+            temporary.mkdir()
+            descriptor = _locked(temporary)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if descriptor is not None:
+                os.close(descriptor)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{setting}={output}: it can't be written ({reason}); choose a writable place") from error
+
+
+def take_place(directory: Path, output: Path) -> None:
+    """Gives a directory the name `output`, in one step, once all in it is on the disk.
+
+    What had that name, another directory, then has the name of `directory`. Both lie on one file system.
+    """
+    for path in [*directory.rglob("*"), directory]:
+        sync(path)
+    target = output.resolve()
+    if target.exists():
+        _exchange(directory, target)
+    else:
+        directory.rename(target)
+    sync(target.parent)
+
+
+def publish(directory: Path, output: Path) -> None:
+    """`take_place`, and removes what had the name before."""
+    take_place(directory, output)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory: its name is gone first, so that half of one is never seen."""
+    hidden = directory.parent / f".{directory.name}.old"
+    discard(hidden)
+    directory.rename(hidden)
+    discard(hidden)
+
+
+def discard(path: Path) -> None:
+    """Removes a hidden left-over, as far as that goes: nobody reads it, and the next launch tries again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -109,8 +145,86 @@ def _exchange(new: Path, old: Path) -> None:
             return
         if (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(number, os.strerror(number))
-    # A file system that can't (NFS among them): for a moment there is none, and never a half.
+    # A file system that can't (NFS among them): for a moment there is none, but never half of one.
     aside = new.with_name(f".{old.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     old.rename(aside)
     new.rename(old)
+    aside.rename(new)
+
+
+# For one process at a time
+
+
+def lock(descriptor: int) -> bool:
+    """Takes the lock on an open file or directory, without waiting; False if another process holds it.
+
+    It goes when the descriptor is closed, at the latest with the process.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _locked(directory: Path) -> int | None:
+    """A descriptor of the directory with the lock on it; None if there is no having it, or no directory any more."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):  # a file system without locks, where a left-over can't be told
+        if lock(descriptor):
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+# What is there already
+
+
+@dataclass(frozen=True, slots=True)
+class Occupied:
+    """What stands in the way of writing a directory at a path."""
+
+    needed: bool
+    """It is, or holds, a directory or file that the program needs."""
+    is_file: bool
+    names: list[str]
+    """What is in it, in order."""
+
+    def __bool__(self) -> bool:
+        return self.is_file or bool(self.names)
+
+    def foreign(self, ours: Container[str]) -> str | None:
+        """The first name in it that is not one of ours."""
+        return next((name for name in self.names if name not in ours), None)
+
+
+def occupied(output: Path, needed: Iterable[Path], *, deep: bool = False) -> Occupied:
+    """Asks what a path holds before a directory is written there; what to say of it is the caller's.
+
+    Args:
+        output: the directory to be; true of what is returned if something is there.
+        needed: what must not be replaced; the working directory always is among it.
+        deep: names the files at any depth, by their paths, rather than the entries of the directory itself.
+
+    Raises:
+        OSError: there can be no such path, or it can't be read.
+    """
+    try:
+        target = output.resolve()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    if not target.is_dir():
+        return Occupied(needed=False, is_file=target.exists(), names=[])
+    paths = (path for path in target.rglob("*") if not path.is_dir()) if deep else target.iterdir()
+    return Occupied(
+        needed=any(path.resolve().is_relative_to(target) for path in (Path.cwd(), *needed)),
+        is_file=False,
+        names=sorted(str(path.relative_to(target)) for path in paths),
+    )

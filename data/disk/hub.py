@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from configs.program.errors import UserError
 from configs.program.secrets import redact
-from data.disk.hub_refusals import LONGEST_WAIT, TRANSIENT, UnreachableError, cache_folder, refuse
+from data.disk.hub_refusals import LONGEST_WAIT, TRANSIENT, Commit, UnreachableError, cache_folder, refuse
 
 TRIES = 4
 """How often a question or a transfer is tried. Within a transfer, the client itself goes on up to five times where it
@@ -39,15 +39,8 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Repository:
-    """A repository of a hub at a commit."""
-
-    name: str
-    kind: str
-    """`dataset` or `model`."""
-    commit: str
-    named: str
-    """How errors call it: setting and value."""
+class Repository(Commit):
+    """A repository of a hub at a commit, whose files can be asked for."""
 
     @property
     def folder(self) -> Path:

@@ -1,10 +1,10 @@
 """What a hub or its client refuses, in one sentence with the reason."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from configs.program.errors import UserError, one_line
-from data.disk.hub import Repository
 
 LONGEST_WAIT = 120
 """Seconds of the longest wait that a hub may ask for by `Retry-After`; a longer one is told instead."""
@@ -14,6 +14,18 @@ MOST_NAMED = 5
 
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """Answers that may be others a moment later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit of a repository of a hub."""
+
+    name: str
+    kind: str
+    """`dataset` or `model`."""
+    commit: str
+    named: str
+    """How errors call it: setting and value."""
 
 
 class UnreachableError(UserError):
@@ -27,7 +39,7 @@ def cache_folder(kind: str, name: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=name, repo_type=kind)
 
 
-def refuse(error: Exception, repository: Repository) -> NoReturn:
+def refuse(error: Exception, repository: Commit) -> NoReturn:
     """Raises the sentence for an error of the client."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -43,7 +55,7 @@ def refuse(error: Exception, repository: Repository) -> NoReturn:
     raise kind(f"{repository.named}: {lead}{what}") from error
 
 
-def _answered(error: Any, repository: Repository) -> tuple[type[UserError], str]:
+def _answered(error: Any, repository: Commit) -> tuple[type[UserError], str]:
     """What to say of an answer that is an error."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -74,7 +86,7 @@ def _answered(error: Any, repository: Repository) -> tuple[type[UserError], str]
     return UserError, what
 
 
-def _not_answered(error: Exception, repository: Repository) -> tuple[type[UserError], str]:
+def _not_answered(error: Exception, repository: Commit) -> tuple[type[UserError], str]:
     """What to say if there was no whole answer, or no question."""
     import httpx2
     from huggingface_hub import constants
@@ -101,7 +113,7 @@ def _not_answered(error: Exception, repository: Repository) -> tuple[type[UserEr
     return UserError, what
 
 
-def _cached(repository: Repository) -> str:
+def _cached(repository: Commit) -> str:
     """What the end of a refusal says of the commits that are in the cache."""
     snapshots = cache_folder(repository.kind, repository.name) / "snapshots"
     commits = sorted(path.name for path in snapshots.iterdir()) if snapshots.is_dir() else []

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.console import Console
 
+from configs.program.console import console
 from configs.program.errors import UserError
 from data.config import PrepareConfig
 from data.prepared.layout import SPLITS, open_split, open_whole
@@ -101,7 +101,7 @@ def report(config: PrepareConfig) -> None:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"output={directory}: {path} can't be written ({error.strerror}); make it writable") from error
-    Console(stderr=True).print(f"Wrote {path}", soft_wrap=True, markup=False)
+    console.print(f"Wrote {path}", soft_wrap=True)
 
 
 def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Histogram]:

@@ -1,35 +1,9 @@
-"""The schemas that chat data comes in: their fields, what rows call them, and which other fields say nothing.
-
-A field stands in a row (`conversations`) or in each of its turns (`from`, `value`).
-"""
+"""What the rows of a source call the fields of their schema, and which other fields say nothing."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-KEY_FIELDS = {"messages": "messages", "sharegpt": "conversations", "instruction": "instruction"}
-"""Each schema and the field that speaks for it, in the order in which they are looked for."""
-
-SYSTEMS = ("system_prompt", "system")
-"""Fields beside the turns that hold a system message, the first that has one."""
-
-REPLIES = ("output", "response")
-"""The names under which instruction rows carry their reply, the first that is there."""
-
-FLAGS = ("weight", "train", "loss", "loss_weight")
-"""Fields of a turn that say whether it is trained. OpenAI and mistral-finetune write weight, axolotl train, xtuner
-loss."""
-
-ROW_FIELDS: dict[str, tuple[str, ...]] = {
-    "instruction": ("instruction", "input", *REPLIES, "history", *SYSTEMS),
-    "sharegpt": ("conversations", *SYSTEMS),
-    "messages": ("messages", *SYSTEMS),
-}
-TURN_FIELDS: dict[str, tuple[str, ...]] = {
-    "instruction": (),
-    "sharegpt": ("from", "value", *FLAGS),
-    "messages": ("role", "content", *FLAGS),
-}
-"""The fields of each schema; of a turn, first who speaks and then what is said."""
+from data.schema import ROW_FIELDS, TURN_FIELDS
 
 HARMLESS = {
     "id",
@@ -61,11 +35,6 @@ HARMLESS = {
     "views",
 }
 """Names of fields that describe a row and say nothing in it."""
-
-
-def fields_of(schema: str) -> tuple[str, ...]:
-    """All fields of a schema: what `columns` can rename in its rows."""
-    return (*ROW_FIELDS[schema], *TURN_FIELDS[schema])
 
 
 def harmless(fields: Iterable[str]) -> set[str]:

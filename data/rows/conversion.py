@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from data.rows.columns import FLAGS, KEY_FIELDS, REPLIES, SYSTEMS, TURN_FIELDS, Names, harmless
+from data.rows.columns import Names, harmless
 from data.rows.reading import RawRow, Reject, Unreadable
-from data.schema import Conversation, Message, Role
+from data.schema import FLAGS, KEY_FIELDS, REPLIES, SYSTEMS, TURN_FIELDS, Conversation, Message, Role
 from data.template import MARKERS
 
 SPEAKERS: dict[str, Role] = {

@@ -20,7 +20,8 @@ from data.schema import Conversation, TokenizedConversation
 from data.stages.contamination import Evaluations
 from data.stages.duplicates import Likeness, likeness
 from data.stages.overlong import split_turns, truncate
-from data.template import EOS_ID, ChatTokenizer, local_tokenizer
+from data.template import EOS_ID, ChatTokenizer
+from data.vocabulary import local_tokenizer
 
 AHEAD = 3
 """Chunks that are handed to each further process before it has encoded the first of them."""

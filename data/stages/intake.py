@@ -14,10 +14,11 @@ from typing import Any, TextIO
 
 from configs.program.errors import UserError
 from data.config import AUTO, PrepareConfig
-from data.rows.columns import fields_of, harmless
+from data.rows.columns import harmless
 from data.rows.conversion import detect_schema
 from data.rows.reading import Chunk, RawRow, Reject
 from data.rows.sources import Source
+from data.schema import fields_of
 from data.stages.duplicates import Seen
 from data.stages.encoding import EncodedChunk, Pool
 from data.stages.store import ConversationStore

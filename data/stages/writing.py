@@ -5,7 +5,6 @@
   dataset/               the new dataset; changes places with the old one when it is whole
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
-from data.disk.files import take_place
+from data.disk.files import occupied, sha256, take_place
 from data.prepared.layout import MANIFEST, ROW_SCHEMA, SPLITS, read_manifest
 from data.stages.store import ConversationStore, Index
 
@@ -25,12 +24,12 @@ ROWS_PER_BATCH = 256
 def refuse_foreign(output: Path, files: list[str]) -> None:
     """Raises `UserError` rather than replace what is not a prepared dataset, or what the rows are read from."""
     try:
-        place = output.resolve()
-    except (OSError, RuntimeError) as error:
+        there = occupied(output, map(Path, files), deep=True)
+    except OSError as error:
         raise UserError(f"output={output}: it is no place ({one_line(error)}); choose another directory") from error
-    if place.is_dir() and any(Path(path).resolve().is_relative_to(place) for path in [str(Path.cwd()), *files]):
+    if there.needed:
         raise UserError(f"output={output}: it holds the working directory or an input; choose a directory of its own")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not there:
         return
     try:
         manifest = read_manifest(output)
@@ -39,9 +38,8 @@ def refuse_foreign(output: Path, files: list[str]) -> None:
             f"output={output}: something else is there, not a prepared dataset; choose another directory"
         ) from error
     ours = {MANIFEST, "rejects.jsonl", *(f"{split}/rows.arrow" for split in SPLITS), *manifest.get("files", {})}
-    there = (str(path.relative_to(output)) for path in sorted(output.rglob("*")) if not path.is_dir())
-    if foreign := [name for name in there if name not in ours]:
-        raise UserError(f"output={output}: {foreign[0]} is in it, which is not part of a dataset; move it elsewhere")
+    if foreign := there.foreign(ours):
+        raise UserError(f"output={output}: {foreign} is in it, which is not part of a dataset; move it elsewhere")
 
 
 def write_rows(path: Path, plan: list[list[int]], store: ConversationStore, index: Index) -> None:
@@ -81,9 +79,7 @@ def publish(dataset: Path, output: Path, manifest: dict[str, Any]) -> None:
     """Completes the dataset with its manifest and puts it in the place of what was there, in one step."""
     files = {}
     for path in sorted(path for path in dataset.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[str(path.relative_to(dataset))] = {"bytes": path.stat().st_size, "sha256": digest}
+        files[str(path.relative_to(dataset))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     with (dataset / MANIFEST).open("w", encoding="utf-8") as text:
         text.write(json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False) + "\n")
     take_place(dataset, output)

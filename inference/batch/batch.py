@@ -13,17 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.program.console import console
 from configs.program.errors import UserError
 from inference.batch.journal import finish, identity, open_journal
 from inference.batch.rows import Prompt, read_prompts, read_rows
 from inference.config import InferenceConfig
 from inference.generate import Answer, Ending, context, generate_rows, sampling
 from inference.load import Loaded, is_spread, load
-
-console = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def batch(config: InferenceConfig) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Answers as they are written to disk, so that a killed run goes on where it was."""
 
-import fcntl
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.program.errors import UserError
-from data.disk.files import sha256, sync
+from data.disk.files import lock, replace_file, sha256, sync
 from inference.adapter import WEIGHTS
 from inference.batch.rows import encoded
 from inference.config import InferenceConfig
@@ -95,6 +95,8 @@ def open_journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
             os.ftruncate(descriptor, 0)
             head = json.dumps(identity).encode()
             os.write(descriptor, head + b"\n")
+            os.fsync(descriptor)
+            sync(path.parent)
         yield Journal(path, descriptor, len(head) + 1)
     finally:
         content = path.read_bytes() if path.exists() else b"-"
@@ -111,12 +113,12 @@ def _begins_as_ours(content: bytes) -> bool:
 def _line_of(answer: bytes) -> int:
     """The line that an answer is to; -1, which no row has, where a torn write or a damaged disk left something else."""
     try:
-        return _place(json.loads(answer))
+        return _index(json.loads(answer))
     except (ValueError, TypeError, KeyError):
         return -1
 
 
-def _place(answer: dict[str, Any]) -> int:
+def _index(answer: dict[str, Any]) -> int:
     """The line, or the row, that an answer is to."""
     return int(answer["line"] if "line" in answer else answer["row"])
 
@@ -128,11 +130,10 @@ def locked(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as error:
         raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise UserError(f"output={path}: another process is writing it; wait for it, or name another") from error
+    with contextlib.suppress(OSError):  # a file system without locks
+        if not lock(descriptor):
+            os.close(descriptor)
+            raise UserError(f"output={path}: another process is writing it; wait for it, or name another")
     return descriptor
 
 
@@ -148,11 +149,4 @@ def identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
 
 def finish(output: Path, answers: list[dict[str, Any]]) -> None:
     """Writes all lines in the input's order, and lets them appear at once."""
-    temporary = output.with_name(f".{output.name}.tmp")
-    with temporary.open("wb") as file:
-        for answer in sorted(answers, key=_place):
-            file.write(encoded(answer))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(output)
-    sync(output.parent)
+    replace_file(output, map(encoded, sorted(answers, key=_index)))

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from transformers import GenerationConfig
 
+from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from configs.program.provenance import machine, provenance
 from data.disk.architecture import exported
-from data.disk.files import staging, take_place
+from data.disk.files import occupied, staging, take_place
 from data.disk.mixtral_files import Piece, pieces
 from data.disk.plain_text import read_json
 from data.disk.tensor_file import header
@@ -52,8 +52,6 @@ COPIED_AT_ONCE = 4 << 20
 MOST_THREADS = 8
 """More would only wait for the disk."""
 
-console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-
 
 def merge(config: InferenceConfig) -> dict[str, Any]:
     """Writes `output` from base and adapter; returns its receipt.
@@ -73,7 +71,7 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
     story = read_story(source, adapter.directory, adapter.settings, training)
     settings = exported(json.loads((source / "config.json").read_text(encoding="utf-8")))
     for sentence in story.left_out:
-        console.print(sentence, markup=False, soft_wrap=True)
+        console.print(sentence, soft_wrap=True)
 
     output, size = Path(str(config.output)), sum(piece.size for piece in parts)
     _check_output(output, config.overwrite, source, adapter.directory)
@@ -206,12 +204,12 @@ def single_threaded_torch() -> Iterator[None]:
 def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) -> None:
     """Raises `UserError` rather than replace anything but a merged model, and that only where told."""
     try:
-        place = output.resolve()
-    except (OSError, RuntimeError) as error:
+        there = occupied(output, [source, adapter])
+    except OSError as error:
         raise UserError(f"output={output}: it is no place ({one_line(error)}); name another directory") from error
-    if any(path.resolve().is_relative_to(place) for path in (source, adapter, Path.cwd())):
+    if there.needed:
         raise UserError(f"output={output}: it holds the base, the adapter or the working directory; name another")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not there:
         return
     if not (output / RECEIPT).is_file():
         raise UserError(f"output={output}: something is there that no merge wrote; name another directory")
@@ -219,8 +217,8 @@ def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) ->
         raise UserError(f"output={output}: a merged model is there; name another, or give overwrite=true")
     ours = read_json(output / RECEIPT).get("files", [])
     ours = ours if isinstance(ours, list) else []
-    if foreign := sorted(path.name for path in output.iterdir() if path.name not in ours):
-        raise UserError(f"output={output}: {foreign[0]} is in it, which no merge wrote; move it elsewhere")
+    if foreign := there.foreign(ours):
+        raise UserError(f"output={output}: {foreign} is in it, which no merge wrote; move it elsewhere")
 
 
 def _check_room(output: Path, temporary: Path, size: int) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from configs.program.checks import choice, not_negative, positive
+from configs.program.checks import choice, not_negative, positive, share
 from configs.program.errors import UserError
 
 
@@ -30,9 +30,8 @@ class OptimConfig:
         positive("optim.eps", self.eps, "optim.eps=1e-8")
         not_negative("optim.weight_decay", self.weight_decay)
         positive("optim.clip", self.clip, "optim.clip=1.0")
-        for name in ("warmup_fraction", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optim.{name}={getattr(self, name)}: it is a share; give a number from 0 to 1")
+        share("optim.warmup_fraction", self.warmup_fraction)
+        share("optim.final_fraction", self.final_fraction)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas={self.betas}: give two numbers from 0 to below 1, such as [0.9,0.95]")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs.program.checks import choice, positive
+from configs.program.checks import BELOW_1, between, choice, positive
 from configs.program.errors import UserError
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -53,8 +53,8 @@ class LoraConfig:
         choice("lora.method", self.method, "lora", "none")
         positive("lora.rank", self.rank, "lora.rank=16")
         positive("lora.alpha", self.alpha, "lora.alpha=32")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout={self.dropout}: it is a probability; give a number from 0 to below 1")
+        wanted = "it is a probability; give a number from 0 to below 1"
+        between("lora.dropout", self.dropout, 0, BELOW_1, wanted)
         for name, known in (("attention", ATTENTION_TARGETS), ("projections", EXPERT_TARGETS)):
             targets = getattr(self, name)
             for target in targets:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from configs.program.checks import choice, not_negative, positive
+from configs.program.checks import between, choice, not_negative, positive
 from configs.program.errors import UserError
 from train.config.engine import DeepSpeedConfig, HardwareConfig, OptimConfig
 from train.config.lora import LoraConfig
@@ -152,10 +152,8 @@ class TrainConfig:
             positive(name, getattr(self, name), f"{name}=1")
         for name in ("max_steps", "eval_every", "save_every", "router_aux_loss", "seed"):
             not_negative(name, getattr(self, name))
-        if self.seed > GREATEST_SEED:
-            raise UserError(
-                f"seed={self.seed}: torch knows none above {GREATEST_SEED}; give a whole number from 0 to that"
-            )
+        wanted = f"torch knows none above {GREATEST_SEED}; give a whole number from 0 to that"
+        between("seed", self.seed, 0, GREATEST_SEED, wanted)
         sections = (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware, self.failures)
         for section in sections:
             section.check()

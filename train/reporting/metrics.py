@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
-from data.disk.files import sync
+from data.disk.files import replace_file
 from train.config.train import LoggingConfig
 from train.history import StepRecord, finite
 from train.model.routing import Routing
@@ -259,8 +259,4 @@ def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
         except (ValueError, KeyError, TypeError):
             continue
         kept.append(line)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"".join(kept))
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
+    replace_file(path, kept)

@@ -12,7 +12,6 @@ Nothing in it depends on the number of processes, and nothing is ever unpickled:
 written into a hidden sibling, forced to the disk, and takes its name last.
 """
 
-import contextlib
 import json
 import math
 import shutil
@@ -26,7 +25,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from configs.program.errors import one_line
-from data.disk.files import file_hash, sync, take_place
+from data.disk.files import discard, file_hash, publish, remove, sync
 from data.disk.tensor_file import TensorFile, read_header
 from train.saving.background import Background
 
@@ -90,29 +89,6 @@ class CheckpointWriter:
             files[name] = {"bytes": file.stat().st_size, "xxh3": hashes.get(name) or file_hash(file)}
         (self._temporary / MANIFEST).write_bytes(_sealed({"files": files}))
         publish(self._temporary, self._path)
-
-
-def publish(temporary: Path, place: Path) -> None:
-    """Gives a directory its name, once all in it is on the disk, in one exchange with what has the name already."""
-    take_place(temporary, place)
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove(place: Path) -> None:
-    """Removes a directory of a run: its name is gone first, so half of one is never seen."""
-    hidden = place.parent / f".{place.name}.old"
-    _discard(hidden)
-    place.rename(hidden)
-    _discard(hidden)
-
-
-def _discard(path: Path) -> None:
-    """Removes what has no name any more, as far as that goes: nobody reads it, and the next launch tries again."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 class DamagedError(ValueError):
@@ -215,7 +191,7 @@ def clean(run: Path) -> None:
     """Removes what a process that was killed left half-written or half-removed."""
     for pattern in (".*.tmp", ".*.old"):
         for path in [*(run / FOLDER).glob(pattern), *run.glob(pattern)]:
-            _discard(path)
+            discard(path)
 
 
 def prune(run: Path, *, newest: int, keep_last: int, best: int | None) -> None:

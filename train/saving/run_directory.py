@@ -10,8 +10,8 @@ runs/{name}-{date}-{time}/
   expert_load.json, .png    of task=profile: which experts the routers choose
 """
 
+import contextlib
 import datetime
-import fcntl
 import os
 import shutil
 import weakref
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from configs.program.console import console
 from configs.program.errors import UserError
-from data.disk.files import sync
+from data.disk.files import lock, occupied, replace_file, sync
 from train.config.train import TrainConfig
 from train.engine.processes import Processes, agree
 from train.saving import checkpoint
@@ -112,32 +112,28 @@ class RunDirectory:
         """
         if self._unlock is not None:
             return
-        locked = os.open(self.path, os.O_RDONLY)
-        self._unlock = weakref.finalize(self, os.close, locked)
-        try:
-            fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"run_dir={self.path}: another launch is at work in it; wait until that has ended, or name another "
-                f"directory"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, descriptor)
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not lock(descriptor):
+                raise UserError(
+                    f"run_dir={self.path}: another launch is at work in it; wait until that has ended, or name another "
+                    f"directory"
+                )
 
     def _problem(self, config: TrainConfig, dataset: Path) -> str | None:
         """Why the directory can't be used, as the end of a sentence; None if it can."""
-        path = self.path.resolve()
-        needed = [Path.cwd(), dataset, Path(config.model.path or ".")]
-        if any(other.resolve().is_relative_to(path) for other in needed):
+        found = occupied(self.path, [dataset, Path(config.model.path or ".")])
+        if found.needed:
             return "it holds the working directory, the dataset or the base; name a directory of its own"
-        if path.exists() and not path.is_dir():
+        if found.is_file:
             return "it is a file; name another directory"
-        entries = {entry.name for entry in path.iterdir() if not _half_written(entry)} if path.exists() else set()
+        entries = {name for name in found.names if not _half_written(Path(name))}
         goes_on = config.resume == "auto" and config.task == "train" and not config.overwrite
-        if goes_on and (RECEIPT in entries or checkpoint.paths(path)):
+        if goes_on and (RECEIPT in entries or checkpoint.paths(self.path)):
             return None  # nothing is replaced, whatever else the user keeps there
-        if entries - RUN_ENTRIES:
-            return f"{min(entries - RUN_ENTRIES)} is there, which no run writes; name another directory"
+        if foreign := entries - RUN_ENTRIES:
+            return f"{min(foreign)} is there, which no run writes; name another directory"
         if config.overwrite or (goes_on and not RESULTS & entries) or not entries:
             return None
         return "a run is there already; name another directory, or give overwrite=true to replace it"
@@ -166,15 +162,7 @@ class RunDirectory:
             for old in sorted(self.path.iterdir(), key=lambda path: path.name != RECEIPT):
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         checkpoint.clean(self.path)
-        self.replace(CONFIG, config_yaml)
-
-    def replace(self, name: str, text: str) -> None:
-        """Writes a file that is the old one or the new one whenever the process is killed, or the power fails."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.rename(self.path / name)
-        sync(self.path)
+        replace_file(self.path / CONFIG, [config_yaml.encode()])
 
 
 def _half_written(path: Path) -> bool:

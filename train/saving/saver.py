@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from data.disk.files import publish, replace_file
 from train.engine.engine import Engine
 from train.engine.processes import agree
 from train.health import Health
@@ -141,8 +142,8 @@ class Saver:
         for name, state in self._engine.state(moments=False):
             saved.write(name, state["master"])
         saved.finish(self._record.receipt(self._history), self._record.config_yaml)
-        self._background.submit(lambda: checkpoint.publish(temporary / self._name, path))
-        self._background.submit(lambda: self._directory.replace(RECEIPT, (path / RECEIPT).read_text()))
+        self._background.submit(lambda: publish(temporary / self._name, path))
+        self._background.submit(lambda: replace_file(run / RECEIPT, [(path / RECEIPT).read_bytes()]))
         self._background.submit(lambda: checkpoint.clean(run))
         self.wait()
         show_movements(saved.moved)

@@ -1,4 +1,4 @@
-"""What training says on the terminal: whole, and never in the way."""
+"""What the programs say on the terminal: whole, and never in the way."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from configs.program.console import console
 
 SAYING = """
 import os, sys
-from train.screen import console
+from configs.program.console import console
 for number in range(3):
     console.print(f"step {number} " + "." * 60_000, soft_wrap=True)
 os.write(1, b"went on")
@@ -57,7 +57,7 @@ def test_training_goes_on_whatever_becomes_of_the_terminal(project_root: Path, e
 def test_a_terminal_that_takes_text_again_gets_it(project_root: Path) -> None:
     program = """
 import os
-from train import screen
+from configs.program import console as screen
 screen.PATIENCE = 0.1
 screen.console.print("." * 70_000, soft_wrap=True)  # more than the pipe holds
 screen.console.print("left out")

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.program.errors import UserError
+from data.export import BREAK
 from data.schema import IGNORE_INDEX, Conversation, Message
-from data.template import BREAK, FIRST_PIECE, ChatTokenizer
+from data.template import ChatTokenizer
+from data.vocabulary import FIRST_PIECE
 from tests.conftest import golden
 
 GOLDEN = golden("llama2_mixtral")
@@ -70,7 +72,7 @@ def test_no_piece_crosses_the_border_of_two_units() -> None:
 
 
 def test_units_are_forgotten_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.template.CACHED_UNITS", 3)
+    monkeypatch.setattr("data.merges.CACHED_UNITS", 3)
     forgetful = ChatTokenizer.load()
     text = "one two three four five six one two " * 5
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A prepared dataset is whole or not there, whenever the process is killed."""
+"""Files and directories are whole or not there, whenever the process is killed; the directory is a prepared dataset."""
 
 import fcntl
 import json
@@ -18,7 +18,7 @@ import pytest
 
 from configs.program.errors import UserError
 from data.disk import files
-from data.disk.files import staging
+from data.disk.files import lock, occupied, remove, replace_file, staging
 from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND
 from data.stages import writing
@@ -151,6 +151,94 @@ def test_a_file_system_that_cannot_exchange_gets_two_renames(tmp_path: Path, mon
     assert manifest_of(place)["number"] == 2
     assert as_told(place)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # Without a staging directory around it, nothing of the old one is left either.
+    files.publish(dataset(tmp_path / "new", 3), place)
+    assert (place / "train" / "rows.arrow").read_bytes() == bytes([3]) * 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Single files
+
+
+def test_a_file_is_forced_to_the_disk_before_its_name_is(tmp_path: Path, on_disk: list[tuple[Path, set[str]]]) -> None:
+    replace_file(tmp_path / "a.txt", [b"one", b"two"])
+    assert on_disk == [(tmp_path / ".a.txt.tmp", set()), (tmp_path, {"a.txt"})]
+    assert (tmp_path / "a.txt").read_bytes() == b"onetwo"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_that_cannot_be_written_is_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, [b"new"])
+    assert path.read_bytes() == b"old"
+
+
+def test_what_is_removed_loses_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = dataset(tmp_path / "out", 1)
+    dataset(tmp_path / ".out.old", 2)  # of a removal that was killed
+    names: list[str] = []
+    rmtree = shutil.rmtree
+
+    def noting(path: Path, **settings: Any) -> None:
+        names.append(f"{path.name} {directory.exists()}")
+        rmtree(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", noting)
+    remove(directory)
+    assert names == [".out.old True", ".out.old False"]
+    assert list(tmp_path.iterdir()) == []
+
+
+# Locks and questions
+
+
+def test_a_lock_is_held_once_and_goes_with_its_descriptor(tmp_path: Path) -> None:
+    first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
+    assert lock(first)
+    assert not lock(second)
+    os.close(first)
+    assert lock(second)
+    os.close(second)
+
+
+def test_what_is_at_a_path(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert not occupied(out, [])
+    out.mkdir()
+    assert not occupied(out, [])
+    (out / "b" / "c").mkdir(parents=True)
+    assert occupied(out, [], deep=True).names == []  # folders hold nothing by themselves
+    (out / "b" / "c" / "rows").touch()
+    (out / "a").touch()
+    assert occupied(out, []).names == ["a", "b"]
+    assert occupied(out, [], deep=True).names == ["a", "b/c/rows"]
+    assert occupied(out, []).foreign({"a"}) == "b"
+    assert occupied(out, []).foreign({"a", "b"}) is None
+    assert occupied(out / "a", []).is_file
+    assert occupied(out / "a", [])
+    (tmp_path / "link").symlink_to(out)
+    for needed in (out, out / "b" / "c" / "rows", tmp_path / "link" / "a"):
+        assert occupied(out, [needed]).needed
+        assert occupied(tmp_path / "link", [needed]).needed
+    assert not occupied(out, [tmp_path, tmp_path / "outside"]).needed
+    assert not occupied(tmp_path / "no", [tmp_path / "no" / "base"]).needed  # nothing is there to be replaced
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(OSError, match="Symlink loop"):
+        occupied(tmp_path / "round", [])
+
+
+def test_the_working_directory_is_always_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert occupied(tmp_path / "a", []).needed
+    assert not occupied(tmp_path / "a" / "b" / "c", []).needed
 
 
 def test_a_reader_keeps_what_it_opened(run_program: Callable[..., Any], tmp_path: Path) -> None:
