@@ -20,10 +20,10 @@ Shape = tuple[int, ...]
 
 
 class ModelFiles:
-    """The files of one model; parameters come in the order in which they were announced."""
+    """The files of one model, to which parameters are written in the order in which they were announced."""
 
     def __init__(self, directory: Path, shapes: dict[str, Shape], dtype: torch.dtype):
-        """Divides the parameters, given by transformers' names and full shapes, among files; writes nothing yet."""
+        """Divides the parameters among files, by transformers' names and full shapes; writes nothing yet."""
         self._directory, self._shapes, self._dtype = directory, shapes, dtype
         self._files: list[dict[str, Shape]] = [{}]
         self._file_of: dict[str, int] = {}
@@ -42,7 +42,7 @@ class ModelFiles:
         self._number = -1
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes the next parameter, of full shape and on the CPU."""
+        """Writes the next parameter, in its full shape and on the CPU."""
         if self._file_of[name] != self._number:
             self._close()
             self._number += 1
@@ -55,7 +55,8 @@ class ModelFiles:
     def finish(self, model: MixtralForCausalLM, base: str | None = None) -> None:
         """Ends the last file; writes the index if there are several, the configuration and the tokenizer.
 
-        `base` is what the weights began as; if it is a directory, the tokenizer's SentencePiece model is taken from it.
+        `base` is the model that training started from; if it is a directory, the tokenizer's SentencePiece model is
+        taken from there.
         """
         self._close()
         if len(self._files) > 1:
