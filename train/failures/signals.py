@@ -19,7 +19,7 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h: the signal that a process gets when its parent ends."""
 TOGETHER = 1.0
-"""Seconds within which signals count as one: Ctrl-C reaches the launcher too, which passes it on as SIGTERM."""
+"""Seconds within which signals count as one."""
 LAST_WORDS = 2.0
 """Seconds that saying why may take: nobody may be reading at the other end."""
 
@@ -36,6 +36,7 @@ class Signals:
         self._grace = grace
         self._asked: int | None = None
         self._at = 0.0
+        self._passed_on = False
         self._training = False
         self.on_leaving: Callable[[str, int], None] | None = None
         """Told why, and the exit code, when this process leaves by itself instead of being waited for."""
@@ -68,6 +69,11 @@ class Signals:
     def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self._asked is not None:
+            if (self._asked, number, self._passed_on) == (signal.SIGINT, signal.SIGTERM, False):
+                # Ctrl-C reaches DeepSpeed's launcher too, which sends SIGTERM to one process after the other, to each
+                # when the one before has ended: seconds later.
+                self._passed_on = True
+                return
             if now - self._at >= TOGETHER and number != signal.SIGHUP:  # a terminal that closes is in no hurry
                 self._exit(128 + number, f"{signal.Signals(number).name} again: leaving at once")
             return

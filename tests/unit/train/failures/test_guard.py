@@ -26,7 +26,7 @@ KILLED = -signal.SIGKILL
 
 PROGRAM = """
 import json, os, sys, threading, time
-from train.guard import Guard
+from train.failures.guard import Guard
 
 rank, count, options = json.loads(sys.argv[1])
 guard = Guard(rank, count, **options)

@@ -19,7 +19,7 @@ LIMIT = 60.0
 
 PROGRAM = """
 import sys, time
-from train.signals import Signals
+from train.failures.signals import Signals
 signals = Signals(grace=float(sys.argv[1]))
 signals.on_leaving = lambda why, code: print(f"told {code}: {why}", flush=True)
 if sys.argv[2] == "training":
@@ -77,6 +77,18 @@ def test_the_second_leaves_at_once_unless_it_comes_with_the_first(project_root: 
         assert process.wait(LIMIT) == 128 + signal.SIGTERM
         assert process.stderr is not None
         assert "SIGTERM again: leaving at once" in process.stderr.read()
+
+
+def test_ctrl_c_that_a_launcher_passes_on_late_takes_no_time_from_the_save(project_root: Path) -> None:
+    """DeepSpeed's sends SIGTERM to a process when the one before has ended. Ctrl-C again is the user's."""
+    with started(project_root, 60, "training", "slow") as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(TOGETHER + 0.5)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT) == 128 + signal.SIGINT
 
 
 def test_a_terminal_that_closes_after_ctrl_c_takes_no_time_from_the_save(project_root: Path) -> None:
