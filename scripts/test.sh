@@ -16,5 +16,6 @@ if [ $# -gt 0 ]; then
     python -m pytest "$@"
 else
     python -m pytest --numprocesses 2 tests/unit # many of these wait for processes that they have started
-    python -m pytest tests/integration tests/gpu # these use all cores themselves
+    python -m pytest --numprocesses 2 --dist loadfile tests/integration # the tests of a file share runs
+    python -m pytest tests/gpu
 fi

@@ -1,4 +1,4 @@
-"""Whether the numbers are still good: updates that were refused, and losses that jump."""
+"""Whether the numbers are still good: updates that were skipped, and losses that jump."""
 
 import statistics
 from collections import deque
@@ -14,13 +14,16 @@ class Health:
     def __init__(self, config: FailureConfig):
         self._config = config
         self.refused = 0
-        """Updates that were refused, in a row."""
+        """Updates in a row that were skipped, up to the last step."""
         self.gives_up: str | None = None
-        """Why the run must stop, as a sentence: too many updates in a row were refused."""
+        """Why the run must stop, as a sentence, once too many updates in a row were skipped; else None."""
         self._recent: deque[float] = deque(maxlen=config.spike_window)
 
     def judge(self, record: StepRecord) -> str | None:
-        """What is wrong with a step, `refused` or `spike`; None where nothing is. May set `gives_up`."""
+        """What is wrong with a step, `refused` (its update was skipped) or `spike`; None if nothing is.
+
+        May set `gives_up`.
+        """
         if not record.applied:
             self.refused += 1
             if self.refused >= self._config.refused_in_a_row:
@@ -42,6 +45,6 @@ class Health:
         return {"refused": self.refused, "recent": list(self._recent)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave."""
+        """Goes on from what `state` returned."""
         self.refused = int(state["refused"])
         self._recent.extend(state["recent"])

@@ -16,7 +16,7 @@ class StepRecord:
     gradient_norm: float
     """Before clipping."""
     applied: bool
-    """False where the update was refused."""
+    """False if the update was skipped, because loss or gradient were not finite."""
     router_balance: float
     """The routers' load-balancing loss (the auxiliary loss before its weight)."""
     tokens: int
@@ -25,15 +25,17 @@ class StepRecord:
 
 
 class History:
-    """Decisions that all processes must take alike, such as whether a step is evaluated again, may rest on it."""
+    """Decisions that all processes must make alike, such as whether a step is evaluated again, may rest on it."""
 
     def __init__(self, resumed: dict[str, Any] | None = None):
-        """`resumed` is what `state` gave when the checkpoint was made that the run goes on from."""
+        """`resumed` is what `state` returned when the checkpoint was made from which the run goes on."""
         resumed = resumed or {}
         self.evaluations = {int(step): loss for step, loss in _floats(resumed.get("evaluations", {})).items()}
         """Evaluation losses by step."""
         self.last = StepRecord(**_floats(resumed["last"])) if resumed.get("last") else None
         """The last step."""
+        self.resumed_after = self.last.step if self.last else 0
+        """The step after which this launch goes on; 0 at the beginning of the run."""
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, fit for JSON."""
@@ -55,5 +57,5 @@ def finite(value: Any) -> Any:
 
 
 def _floats(named: dict[str, Any]) -> dict[str, Any]:
-    """The numbers whose names `finite` wrote."""
+    """The values with the numbers for which `finite` wrote names."""
     return {name: float(value) if isinstance(value, str) else value for name, value in named.items()}

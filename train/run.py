@@ -29,7 +29,9 @@ from train.model.loss import MixtralWithLoss
 from train.model.mixtral import build, check_embeddings
 from train.plan import show_plan
 from train.reporting.metrics import Metrics
-from train.saving.identity import same_everywhere, stored_settings
+from train.saving.identity import Inputs
+from train.saving.receipt import record_launch
+from train.saving.resume import check_same_run, find_checkpoint, restore
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
 from train.saving.starting_point import start_from
@@ -66,9 +68,12 @@ def run(config: TrainConfig) -> None:
 
 def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, guard: Guard, signals: Signals) -> bool:
     """Does the task on the processes of the launch; whether it was pre-empted."""
-    check_same(same_everywhere(config, dataset) | node_sizes(config))
+    inputs = Inputs(config, dataset.directory)
+    check_same(inputs.same_everywhere() | node_sizes(config))
     batch = config.batch(processes.count)
-    directory = RunDirectory(config, dataset, batch, processes)
+    directory = RunDirectory(config, dataset.directory, processes)
+    record = record_launch(directory, config, batch, inputs, processes, training_rows=len(dataset.train))
+    check_same_run(directory, record, dataset)
     if directory.finished:
         if processes.is_main:
             told = f"{directory.path}: the run is finished; give overwrite=true to do it again"
@@ -85,18 +90,16 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     start_from(model, built.lora)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     trainer = Engine(module, built, batch, processes, guard)
-    checkpoint = directory.find_checkpoint(trainer.shapes)
-    directory.create()
+    checkpoint = find_checkpoint(directory, record, trainer.shapes)
+    directory.create(record.config_yaml)
     if config.task == "profile":
         profile(trainer, dataset, config, batch=batch, run=directory)
         return False
     health = Health(config.failures)
-    resumed = directory.restore(trainer, checkpoint, health)
+    resumed = restore(directory, checkpoint, trainer, health, dataset.train.batch([None] * batch.micro_batch))
     history = History(resumed)
-    metrics = Metrics(
-        directory.path, config.logging, stored_settings(config), is_main=processes.is_main, resumed=resumed
-    )
-    saver = Saver(directory, trainer, history, metrics, health)
+    metrics = Metrics(directory.path, config.logging, record.settings, is_main=processes.is_main, resumed=resumed)
+    saver = Saver(directory, record, trainer, history, metrics, health)
     signals.begin_training()
     preempted = False
     try:
@@ -110,7 +113,7 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
             health=health,
             saver=saver,
             signals=signals,
-            done=directory.resumed_step,
+            done=history.resumed_after,
         )
     except Preempted as stop:
         if processes.is_main:

@@ -36,6 +36,8 @@ from train.model.loss import MixtralWithLoss
 from train.model.mixtral import build
 from train.reporting.metrics import Metrics
 from train.saving import checkpoint
+from train.saving.identity import Inputs
+from train.saving.receipt import record_launch
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
 
@@ -88,10 +90,12 @@ def _measure(
     with partitioned_loading(config, batch):
         model = build(config)
     trainer = Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
-    directory = RunDirectory(config, dataset, batch, processes)
-    directory.create()
+    directory = RunDirectory(config, dataset.directory, processes)
+    inputs = Inputs(config, dataset.directory)
+    record = record_launch(directory, config, batch, inputs, processes, training_rows=len(dataset.train))
+    directory.create(record.config_yaml)
     metrics = Metrics(directory.path, config.logging, {}, is_main=processes.is_main)
-    saver = Saver(directory, trainer, History(), metrics, health)
+    saver = Saver(directory, record, trainer, History(), metrics, health)
     trainer.train()
     taken = 0
     rows = settings.order(len(dataset.train))[: options.rows_per_step]  # the same in every step: so are the costs
@@ -128,7 +132,7 @@ def _measure(
             if number:  # the first of each warms up
                 costs[name].append(cost)
         bases.append(base)
-        size = {"ours": _bytes(checkpoint.places(directory.path)[0]), "deepspeed": _bytes(scratch / "deepspeed")}
+        size = {"ours": _bytes(checkpoint.paths(directory.path)[0]), "deepspeed": _bytes(scratch / "deepspeed")}
         shutil.rmtree(scratch / "deepspeed")
     metrics.close()
     lines = [json.loads(line) for line in (directory.path / "metrics.jsonl").read_text().splitlines()]

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Damages, looks, resumes, prints, and returns what was found."""
     with workplace(options) as place:
         stopped = place.interrupted("stopped", STOPPED, keep_last="3")
-        newest = checkpoint.places(stopped)[0]
+        newest = checkpoint.paths(stopped)[0]
         random = generator("damage", options.seed)
         everything = [*of_files(newest, options.flips, random), *of_tensors(newest)]
         trials = [
@@ -154,24 +154,24 @@ def resume_each(
 def resumed(place: Workplace, stopped: Path, whole: Path, name: str, damages: list[Damage]) -> dict[str, Any]:
     """Damages the newest checkpoints of a copy, one each, and goes on with it to its end."""
     run = place.copy(stopped, name)
-    there = checkpoint.places(run)
+    there = checkpoint.paths(run)
     named = [damage(newest) for newest, damage in zip(there, damages, strict=False)]
     launch = place.finish(run, 1, keep_last="3")
     for newest, what in zip(there, named, strict=False):
         told = next((line for line in launch.said().splitlines() if str(newest) in line and "is damaged" in line), "")
         require(what in told, f"the log does not say that {what} of {newest.name} is damaged:\n{launch.said()}")
-    before = checkpoint.number(there[len(damages)])
+    before = checkpoint.step_of(there[len(damages)])
     require(launch.resumed_step == before, f"it went on after step {launch.resumed_step}, not {before}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))
     shutil.rmtree(run)
-    return {"newest": checkpoint.number(there[0]), "resumed_after": before}
+    return {"newest": checkpoint.step_of(there[0]), "resumed_after": before}
 
 
 def refused(place: Workplace, stopped: Path, damages: list[Damage]) -> dict[str, Any]:
     """Damages all checkpoints of a copy: the run must not start over."""
     run = place.copy(stopped, "damaged-all")
-    there = checkpoint.places(run)
+    there = checkpoint.paths(run)
     require(len(there) == len(damages), f"there are {len(there)} checkpoints")
     for newest, damage in zip(there, damages, strict=True):
         damage(newest)
@@ -182,7 +182,7 @@ def refused(place: Workplace, stopped: Path, damages: list[Damage]) -> dict[str,
     sentence = next((line for line in launch.said().splitlines() if "none of them is whole" in line), None)
     require(sentence, f"it does not say that no checkpoint is whole:\n{launch.said()}")
     require(before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}, f"{run} was changed")
-    return {"newest": checkpoint.number(there[0]), "said": str(sentence).replace(str(run), "R")}
+    return {"newest": checkpoint.step_of(there[0]), "said": str(sentence).replace(str(run), "R")}
 
 
 def seal(place: Path, *names: str) -> None:

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"disk: {reason}; run it as root, outside of a container or in one that may mount")
     with workplace(options) as place:
         whole = place.reference(1, **SETTINGS)
-        size, result = pages(checkpoint.places(whole)[0]), pages(whole / "adapter")
+        size, result = pages(checkpoint.paths(whole)[0]), pages(whole / "adapter")
         offsets = [(number + 0.5) / options.offsets for number in range(options.offsets)]
         trials: list[tuple[str, Callable[[], dict[str, Any]]]] = [
             (f"second checkpoint, {offset:.0%}", partial(full, place, whole, size + offset * size, first=6))

@@ -216,7 +216,7 @@ class Garden:
 
 def resuming_beside_everything(garden: Garden) -> dict[str, Any]:
     run, base, rows = garden.run(), garden.base(), garden.rows()
-    for place in checkpoint.places(run):
+    for place in checkpoint.paths(run):
         garden.beside(place)
         garden.beside(place / "adapter")
     for directory in (run / checkpoint.FOLDER, base, rows, rows / "train", rows / "eval"):
@@ -238,7 +238,7 @@ def a_run_with_latest_in_it(garden: Garden) -> dict[str, Any]:
 
 def a_checkpoint_whose_tensors_are_a_pickle(garden: Garden) -> dict[str, Any]:
     run = garden.run()
-    newest = checkpoint.places(run)[0]
+    newest = checkpoint.paths(run)[0]
     for state in checkpoint.STATE:
         garden.pickle(newest / f"{state}.safetensors", torch_format=state == "exp_avg")
         seal(newest, f"{state}.safetensors")
@@ -247,7 +247,7 @@ def a_checkpoint_whose_tensors_are_a_pickle(garden: Garden) -> dict[str, Any]:
 
 def a_checkpoint_whose_settings_are_targets(garden: Garden) -> dict[str, Any]:
     run = garden.run()
-    for place in checkpoint.places(run):
+    for place in checkpoint.paths(run):
         trainer = json.loads((place / checkpoint.TRAINER).read_text())
         trainer["settings"] |= garden.target()
         trainer["settings"]["model"] |= garden.target()

@@ -162,7 +162,7 @@ def asked_once(
 
 def wandb_alone(place: Workplace, run: Path, number: signal.Signals) -> dict[str, Any]:
     """wandb's process gets a signal in the middle of a run, which goes on without it and ends as if it had none."""
-    settings = {"max_steps": "8", "global_batch": "24", "save_every": "4", "epochs": "20"}
+    settings = {"max_steps": "8", "global_batch": "8", "save_every": "4", "epochs": "20"}
     whole = place.reference(1, **settings)
     launch = place.launch(run, 1, **settings, **WANDB)
     launch.until(lambda: any(run.glob("wandb/*/run-*.wandb")))

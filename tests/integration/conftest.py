@@ -1,27 +1,27 @@
 """Real processes: what a user types, typed by the tests, or the same program in processes forked from a server that has
 imported what it needs. Nothing here is mocked, and nothing runs in this process."""
 
+import contextlib
+import fcntl
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from scripts.tortures.harness.launch import Launch
+from scripts.tortures.harness.launch import Launch, free_port
 from scripts.tortures.harness.workplace import Workplace
 
 ROOT = Path(__file__).parents[2]
 
-Program = Callable[..., subprocess.CompletedProcess[str]]
-
 
 def run(*command: str, expect: int = 0, timeout: float = 500) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the checkout and fails with its output where the exit code is not the expected one."""
+    """Runs a command in the checkout and fails with its output if the exit code is not the expected one."""
     env = os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     for secret in ("WANDB_API_KEY", "WANDB_MODE"):
         env.pop(secret, None)
@@ -35,35 +35,36 @@ def program(name: str, *overrides: str, **options: int) -> subprocess.CompletedP
     return run(sys.executable, "-m", name, *overrides, **options)
 
 
-def typed(processes: int, *overrides: str, **options: int) -> subprocess.CompletedProcess[str]:
-    """`python -m train …` for one process, `deepspeed … --module train …` for more; on the CPU, without wandb."""
-    quiet = ("hardware=cpu", "logging=quiet", *overrides)
-    if processes == 1:
-        return program("train", *quiet, **options)
-    return launch(processes, "train", *quiet, **options)
+def train(
+    processes: int,
+    *overrides: str,
+    expect: int = 0,
+    forked: bool = True,
+    nodes: int = 1,
+    module: str = "train",
+) -> str:
+    """`python -m train …` for one process, `deepspeed … --module train …` for more; on the CPU, without wandb.
 
+    Args:
+        processes: how many train.
+        overrides: the settings, `run_dir` among them.
+        expect: the exit code of each process, or of the command.
+        forked: without the time that starting Python takes (scripts/tortures/harness/launch.py), or as typed.
+        nodes: how many the forked processes take themselves to be on.
+        module: what the forked processes run, in the place of `train`.
 
-def train(processes: int, *overrides: str, expect: int = 0, nodes: int = 1) -> str:
-    """The same without the time that starting Python takes, by forked processes (scripts/tortures/_runs.py); what they
-    print. Fails with it where the exit codes are not the expected ones."""
+    Returns:
+        What was printed.
+    """
     (run_dir,) = (Path(setting.removeprefix("run_dir=")) for setting in overrides if setting.startswith("run_dir="))
-    forked = Launch(run_dir, ["hardware=cpu", "logging=quiet", *overrides], processes, forked=True, nodes=nodes)
+    settings = ["hardware=cpu", "logging=quiet", *overrides]
+    launch = Launch(run_dir, settings, processes, forked=forked, nodes=nodes, module=module)
     try:
-        codes = forked.wait(500)
+        codes = launch.wait(500)
     finally:
-        forked.end()
-    assert set(codes) == {expect}, f"{overrides} ended with {codes}:\n{forked.said()}"
-    return forked.said()
-
-
-def launch(processes: int, module: str, *overrides: str, **options: int) -> subprocess.CompletedProcess[str]:
-    """`deepspeed … --module {module} …`."""
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    where = ("--quiet", "--num_gpus", str(processes), "--master_port", port, "--no_local_rank", "--module")
-    return run(launcher, *where, module, *overrides, **options)
+        launch.end()
+    assert set(codes) == {expect}, f"{overrides} ended with {codes}:\n{launch.said()}"
+    return launch.said()
 
 
 def steps(run_dir: Path) -> list[dict[str, float]]:
@@ -78,9 +79,20 @@ def evaluations(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["evaluation_loss"] for line in lines if "evaluation_loss" in line}
 
 
+@contextlib.contextmanager
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A directory that all workers of pytest-xdist share; while one is within, the others wait before it."""
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent
+    with (top / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield top / name
+
+
 @dataclass(frozen=True)
 class Quickstart:
-    """What scripts/quickstart.sh makes, by the same commands, in a directory of the tests'."""
+    """What scripts/quickstart.sh makes, in a directory of the tests'."""
 
     general: Path
     sample: Path
@@ -90,27 +102,31 @@ class Quickstart:
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
-    """Prepares the sample and trains base and adapter, with ZeRO-3 on two processes."""
-    top = tmp_path_factory.mktemp("quickstart")
-    made = Quickstart(top / "general", top / "sample", top / "base", top / "run")
-    program("data", "data=sample_general", f"output={made.general}")
-    program("data", "data=sample", f"output={made.sample}")
-    typed(2, "recipe=quickstart_base", f"dataset={made.general}", f"run_dir={made.base_run}")
-    typed(
-        2,
-        "recipe=quickstart",
-        f"dataset={made.sample}",
-        f"model.path={made.base_run}/model",
-        f"run_dir={made.run}",
-        "logging=default",  # a progress bar, and wandb as it is for a user who is not logged in
-    )
+    """Prepares the sample and trains base and adapter, with ZeRO-3 on two processes; the adapter by its command."""
+    with made_once(tmp_path_factory, "quickstart") as top:
+        made = Quickstart(top / "general", top / "sample", top / "base", top / "run")
+        if not (made.run / "receipt.json").exists():
+            shutil.rmtree(top, ignore_errors=True)
+            top.mkdir()
+            program("data", "data=sample_general", f"output={made.general}")
+            program("data", "data=sample", f"output={made.sample}")
+            train(2, "recipe=quickstart_base", f"dataset={made.general}", f"run_dir={made.base_run}")
+            start = (f"dataset={made.sample}", f"model.path={made.base_run}/model", f"run_dir={made.run}")
+            # With a progress bar, and wandb as it is for a user who is not logged in.
+            deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+            launcher = (deepspeed, "--quiet", "--num_gpus", "2", "--master_port", free_port(), "--no_local_rank")
+            run(*launcher, "--module", "train", "recipe=quickstart", "hardware=cpu", *start)
     return made
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     """A place for small runs that are made to end badly, by the functions of scripts/torture.py."""
+    with made_once(tmp_path_factory, "workplace") as top:
+        top.mkdir(exist_ok=True)
+        Workplace(top).prepare()
     place = Workplace(tmp_path_factory.mktemp("runs"), typed=False)
-    place.prepare()
+    for made in ("base", "rows"):
+        shutil.copytree(top / made, place.scratch / made)
     yield place
     place.end_all()

@@ -1,4 +1,4 @@
-"""Training in which the routers of each process choose experts that no other process has; started by test_experts.py.
+"""Training in which the routers of each process choose experts that no other process has; see test_experts.py.
 
 The settings are those of `python -m train`. Process 0 uses experts 0 and 1 alone, process 1 experts 2 and 3; the others
 get no token anywhere.

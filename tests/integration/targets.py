@@ -1,6 +1,7 @@
-"""Two steps of every combination of what trains and how it is divided; started by test_targets.py, in one launch.
+"""Two steps of every combination of what trains and how it is divided; run by the processes of test_targets.py, which
+are forked once for all of them.
 
-    deepspeed … --module tests.integration.targets DIRECTORY
+    python -m tests.integration.targets run_dir=DIRECTORY
 
 writes DIRECTORY/{target}-{division}-{checkpointing}.json from process 0: losses, gradient norms, and what was trained.
 """
@@ -50,8 +51,17 @@ DIVISIONS = {
         stage=3, persistence_threshold=0, offload_optimizer="cpu", offload_param="cpu"
     ),
 }
-CHECKPOINTING = (False, True)
+CHECKPOINTING = ("none", "attention", "full")
 """Values of `activation_checkpointing`."""
+CASES = [
+    (target, division, checkpointing)
+    for target in TARGETS
+    for division in DIVISIONS
+    for checkpointing in CHECKPOINTING
+    if checkpointing != "attention" or division in ("none", "zero3")
+]
+"""Every target under every division, with all recomputed and with nothing; and attention alone, where nothing is
+sharded and where all is."""
 
 ARCHITECTURE = ArchitectureConfig(
     vocab_size=500,
@@ -67,12 +77,12 @@ STEPS, ACCUMULATION = 2, 2
 LEARNING_RATE = 1e-2
 
 
-def case(target: str, division: str, checkpointing: Any) -> str:
+def case(target: str, division: str, checkpointing: str) -> str:
     """The name of a combination."""
     return f"{target}-{division}-{checkpointing}"
 
 
-def settings(target: str, division: str, checkpointing: Any, directory: Path) -> TrainConfig:
+def settings(target: str, division: str, checkpointing: str, directory: Path) -> TrainConfig:
     """Of one combination."""
     lora = LoraConfig(rank=4, alpha=8, **TARGETS[target])
     if lora.experts == "by_load":
@@ -89,8 +99,8 @@ def settings(target: str, division: str, checkpointing: Any, directory: Path) ->
 def rows(number: int, rank: int) -> list[Batch]:
     """The micro-batches of a process in a step: two conversations and padding in each."""
     made = []
-    for place in range(ACCUMULATION):
-        generator = torch.Generator().manual_seed(100 * number + 10 * place + rank)
+    for index in range(ACCUMULATION):
+        generator = torch.Generator().manual_seed(100 * number + 10 * index + rank)
         ids = F.pad(torch.randint(3, 500, (1, 30), generator=generator), (0, 2))
         positions = torch.cat([torch.arange(18), torch.arange(12), torch.arange(2)])[None]
         targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -128,17 +138,16 @@ def main(directory: Path) -> None:
         mixtral.base(ModelConfig(architecture=ARCHITECTURE, dtype="float32")).save_pretrained(directory / "base")
         (directory / "load.json").write_text(json.dumps({"tokens_per_expert": [[1] * 4, [9] * 4]}))
     torch.distributed.barrier()
-    for target in TARGETS:
-        for division in DIVISIONS:
-            for checkpointing in CHECKPOINTING:
-                try:
-                    found = trained(settings(target, division, checkpointing, directory), processes)
-                except Exception as error:
-                    found = {"error": f"{type(error).__name__}: {error}"}
-                if processes.is_main:
-                    (directory / f"{case(target, division, checkpointing)}.json").write_text(json.dumps(found))
+    for which in CASES:
+        try:
+            found = trained(settings(*which, directory), processes)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        if processes.is_main:
+            (directory / f"{case(*which)}.json").write_text(json.dumps(found))
     leave_processes()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (run_dir,) = (word.removeprefix("run_dir=") for word in sys.argv if word.startswith("run_dir="))
+    main(Path(run_dir))

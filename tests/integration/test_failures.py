@@ -23,17 +23,15 @@ pytestmark = pytest.mark.slow
     ("way", "number"),
     [
         ("all", signal.SIGTERM),
-        ("one", signal.SIGINT),
-        ("one, under the launcher", signal.SIGTERM),
+        ("one, under the launcher", signal.SIGINT),
         ("the process group", signal.SIGINT),
         ("the process group of one process", signal.SIGINT),
     ],
 )
 def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, number: signal.Signals) -> None:
     run = runs.scratch / f"asked {way}".replace(" ", "-").replace(",", "")
-    brief = signals.LONG | {"max_steps": "3"}
-    if way == "the process group":  # DeepSpeed's launcher gives them 30 seconds, on a busy machine too
-        brief |= {"max_steps": "8", "global_batch": "8"}
+    # Steps that are short enough for DeepSpeed's launcher, which kills after 30 seconds, on a busy machine too.
+    brief = signals.LONG | {"max_steps": "10", "global_batch": "8"}
     signals.asked_once(runs, run, way, number, generator(way), after=1, settings=brief)
 
 
@@ -42,11 +40,9 @@ def test_what_becomes_of_wandb_is_nothing_to_the_run(runs: Workplace, number: si
     signals.wandb_alone(runs, runs.scratch / f"wandb-{number.name}", number)
 
 
-@pytest.mark.parametrize(("way", "rank", "phase"), [(signal.SIGKILL, 0, "backward"), (signal.SIGSTOP, 1, "saving")])
-def test_when_a_process_is_lost_the_other_says_where_it_was(
-    runs: Workplace, way: signal.Signals, rank: int, phase: str
-) -> None:
-    peers.lost(runs, runs.scratch / f"lost-{rank}", way, rank, phase, after=2)
+def test_when_a_process_hangs_the_other_says_where_it_was(runs: Workplace) -> None:
+    """One that is killed is in the short form of the torture, in test_scripts.py."""
+    peers.lost(runs, runs.scratch / "stopped", signal.SIGSTOP, 1, "saving", after=2)
 
 
 def test_a_run_that_is_killed_leaves_no_shared_memory(runs: Workplace) -> None:
@@ -65,11 +61,10 @@ def mounts() -> None:
 
 
 @pytest.mark.usefixtures("mounts")
-@pytest.mark.parametrize("offset", [0.2, 0.8])
-def test_a_full_disk_leaves_the_last_checkpoint(runs: Workplace, offset: float) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(runs: Workplace) -> None:
     whole = runs.reference(1, **disk.SETTINGS)
-    size = disk.pages(checkpoint.places(whole)[0])
-    disk.full(runs, whole, size + offset * size, first=6)
+    size = disk.pages(checkpoint.paths(whole)[0])
+    disk.full(runs, whole, 1.5 * size, first=6)
 
 
 @pytest.mark.usefixtures("mounts")
@@ -81,7 +76,7 @@ def test_a_disk_that_is_full_between_two_saves_ends_no_run(runs: Workplace) -> N
 def test_a_terminal_that_closes_costs_no_step(runs: Workplace, how: str) -> None:
     """Its progress bar then meets errors, and SIGHUP comes, which nohup lets the run ignore."""
     run = runs.scratch / f"closed-{how}"
-    settings = runs.settings(run, logging="default", logging__wandb="offline", max_steps="6", global_batch="24")
+    settings = runs.settings(run, logging="default", logging__wandb="offline", max_steps="6", global_batch="8")
     command = ["setsid", "--ctty", "env", *(["--ignore-signal=HUP"] if how == "nohup" else [])]
     command += [sys.executable, "-m", "train", *(f"{name}={value}" for name, value in settings.items())]
     ours, theirs = pty.openpty()
@@ -115,8 +110,3 @@ def test_a_read_only_directory_leaves_the_last_checkpoint(runs: Workplace) -> No
 )
 def test_planted_code_is_not_executed(runs: Workplace, tmp_path: Path, trial: planted.Trial) -> None:
     trial(planted.Garden(runs, tmp_path / "garden"))
-
-
-@pytest.mark.parametrize("kind", planted.CARELESS)
-def test_planted_code_is_executed_by_programs_that_trust_it(runs: Workplace, kind: str) -> None:
-    planted.careless(runs, kind, planted.CARELESS[kind])

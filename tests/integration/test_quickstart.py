@@ -45,13 +45,14 @@ def test_the_trained_model_answers_word_for_word_and_the_base_does_not(quickstar
 
 
 def test_sampling_is_seeded(quickstart: Quickstart) -> None:
-    def sample(seed: int) -> str:
+    """In another process too; that another seed gives another answer is in tests/unit/inference/test_generate.py."""
+
+    def sample() -> str:
         model = f"base={quickstart.base_run}/model"
-        how = ("temperature=1.5", "top_p=0.95", "top_k=100", "max_new_tokens=12", f"seed={seed}")
+        how = ("temperature=1.5", "top_p=0.95", "top_k=100", "max_new_tokens=12", "seed=1")
         return program("inference", model, "prompt=Name three colours.", "system=Be brief, [please].", *how).stdout
 
-    assert sample(1) == sample(1)
-    assert sample(1) != sample(2)
+    assert sample() == sample()
 
 
 def test_stock_peft_loads_the_adapter_and_stock_transformers_the_base(quickstart: Quickstart) -> None:

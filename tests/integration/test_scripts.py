@@ -41,19 +41,20 @@ def test_save_compares_both_ways(tmp_path: Path) -> None:
         assert figures[of]["bytes"].keys() == figures[of]["paused"].keys() == {"ours", "deepspeed"}
 
 
-def test_compiled_compares_both(tmp_path: Path) -> None:
+def test_compiled_compares_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for three kernels
     assert measured(tmp_path, "compiled")["median_seconds"].keys() == {"plain", "compiled"}
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("damage", ("--flips", "1", "--only", "newest two")),
+        ("damage", ("--flips", "2", "--only", "newest two|^all$")),
         ("disk", ("--offsets", "0", "--only", "result")),
-        ("kill", ("--points", "1", "--processes", "1")),
-        ("peers", ("--only", "SIGKILL to . in forward")),
-        ("planted", ("--only", "a careless program: tag|a recipe with a tag")),
-        ("signals", ("--trials", "1", "--only", "to all$|starting")),
+        ("kill", ("--points", "4", "--processes", "1")),
+        ("peers", ("--only", "SIGKILL to . in backward")),
+        ("planted", ("--only", "a careless program|a recipe with a tag")),
+        ("signals", ("--trials", "0", "--only", "starting")),
     ],
 )
 def test_torture(runs: Workplace, name: str, options: tuple[str, ...]) -> None:
@@ -67,8 +68,8 @@ def test_torture(runs: Workplace, name: str, options: tuple[str, ...]) -> None:
     assert figures["failed"] == []
 
 
-def test_torture_is_a_program_too(tmp_path: Path) -> None:
+def test_torture_is_a_program_too(runs: Workplace, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     only = ("--only", "a careless program: pickle", "--json", str(figures))
-    run(sys.executable, "scripts/torture.py", "planted", *only, "--scratch", str(tmp_path / "runs"))
+    run(sys.executable, "scripts/torture.py", "planted", *only, "--scratch", str(runs.scratch))
     assert [trial["failed"] for trial in json.loads(figures.read_text())["figures"]["trials"]] == [None]

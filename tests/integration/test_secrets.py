@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, Quickstart
+from scripts.tortures.harness.workplace import Workplace
+from tests.integration.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -18,10 +19,10 @@ SECRETS = {
 }
 
 
-def test_no_secret_is_written_or_said(quickstart: Quickstart, tmp_path: Path) -> None:
+def test_no_secret_is_written_or_said(runs: Workplace, tmp_path: Path) -> None:
     typed = "hf_TypedTypedTypedTypedTyped"
     command = [sys.executable, "-m", "train", "recipe=quickstart", "hardware=cpu", "max_steps=1", "save_every=1"]
-    command += [f"dataset={quickstart.sample}", f"model.path={quickstart.base_run}/model", f"run_dir={tmp_path}/run"]
+    command += [f"dataset={runs.rows}", f"model.path={runs.base}", f"run_dir={tmp_path}/run"]
     command += ["logging.wandb=offline", f"logging.project={SECRETS['CLUSTER_PASSWORD']}", f"name={typed}"]
     env = os.environ | SECRETS | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 

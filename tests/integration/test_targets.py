@@ -6,26 +6,23 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import launch
-from tests.integration.targets import CHECKPOINTING, DIVISIONS, STEPS, TARGETS, case
+from tests.integration.conftest import train
+from tests.integration.targets import CASES, CHECKPOINTING, STEPS, case
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Of every combination what it gave: all in one launch of two processes."""
-    place: Path = tmp_path_factory.mktemp("targets")
-    launch(2, "tests.integration.targets", str(place))
-    names = [case(*which) for which in ((t, d, c) for t in TARGETS for d in DIVISIONS for c in CHECKPOINTING)]
-    return {name: json.loads((place / f"{name}.json").read_text()) for name in names}
+    """What each combination gave: all in one launch of two processes."""
+    directory: Path = tmp_path_factory.mktemp("targets")
+    train(2, f"run_dir={directory}", module="tests.integration.targets")
+    return {name: json.loads((directory / f"{name}.json").read_text()) for name in (case(*which) for which in CASES)}
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("division", DIVISIONS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "division", "checkpointing"), CASES)
 def test_two_steps_equal_those_without_zero_and_without_checkpointing(
-    found: dict[str, dict[str, Any]], target: str, division: str, checkpointing: Any
+    found: dict[str, dict[str, Any]], target: str, division: str, checkpointing: str
 ) -> None:
     here, plain = found[case(target, division, checkpointing)], found[case(target, "none", CHECKPOINTING[0])]
     assert "error" not in here, here["error"]

@@ -1,7 +1,7 @@
-"""What a run tells while it trains: a progress bar, metrics.jsonl, wandb.
+"""What a run reports while it trains: a progress bar, metrics.jsonl, wandb.
 
-Nothing here raises into training or holds it up, whatever becomes of the terminal, the disk or wandb; nor does anything
-in training rest on it.
+Nothing here raises into training or holds it up, whatever becomes of the terminal, the disk or wandb; nor does training
+depend on anything here.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from train.reporting.wandb_run import Wandb
 
 METRICS = "metrics.jsonl"
 UNWRITTEN = 16 << 20
-"""Bytes of lines that wait for the disk at most, those of some ten thousand steps."""
+"""The most bytes of lines that wait for the disk: those of some ten thousand steps."""
 
 
 class Metrics:
-    """Writes on the main process; on the others every call does nothing."""
+    """Reports on the main process; on the others every call does nothing."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class Metrics:
             directory: the run directory.
             config: what is wanted.
             settings: of the whole run, for wandb.
-            is_main: whether this process writes.
-            resumed: what `History.state` and `state` gave when the checkpoint was made that the run goes on from. Lines
-                of later steps are dropped: those steps will be taken again.
+            is_main: whether this process reports.
+            resumed: what `History.state` and `state` returned when the checkpoint was made from which the run goes on.
+                Lines of later steps are dropped: those steps will be taken again.
 
         Raises:
             UserError: metrics.jsonl can't be written, before anything was trained.
@@ -75,7 +75,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def progress(self, steps: int, *, done: int) -> Iterator[None]:
-        """Shows a progress bar for that many steps while the body runs, where one is wanted."""
+        """Shows a progress bar for that many steps while the body runs, if one is wanted."""
         self._steps = steps
         if not (self._is_main and self._config.progress):
             yield
@@ -95,15 +95,15 @@ class Metrics:
         self._progress = None
 
     def stepped(self, record: StepRecord, wrong: str | None, rows: list[int | None]) -> None:
-        """Records a step; where something is `wrong` with it, `refused` or `spike`, with its rows."""
+        """Records a step; with its rows if something is `wrong`: `refused`, its update was skipped, or `spike`."""
         if not self._is_main:
             return
         if wrong is not None:
-            said = {
+            sentences = {
                 "refused": "loss or gradient not finite, the update was refused",
                 "spike": f"loss {record.loss:.3f} is far above the steps before; metrics.jsonl names its rows",
             }
-            console.print(f"step {record.step}: {said[wrong]}", style="bold red")
+            console.print(f"step {record.step}: {sentences[wrong]}", style="bold red")
         rate = record.tokens / record.seconds
         if self._progress is not None and self._task is not None:
             status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
@@ -158,12 +158,12 @@ class Metrics:
         self._line({"step": step, "checkpoint_paused_seconds": paused, "checkpoint_seconds": took})
 
     def sync(self) -> None:
-        """Forces the lines so far to the disk, so that a checkpoint never knows more than they, if the disk can."""
+        """Forces the lines so far to the disk, if it takes them: no checkpoint should know more steps than they."""
         if self._lines is not None:
             self._lines.sync()
 
     def close(self, within: float = 10.0) -> None:
-        """Ends what was begun; gives wandb, which may have to upload, so many seconds."""
+        """Closes metrics.jsonl and ends wandb's run; wandb, which may have to upload, gets `within` seconds."""
         if self._lines is not None:
             self._lines.close()
         if self._wandb is not None:
@@ -180,10 +180,10 @@ class Metrics:
 
 
 class _Lines:
-    """Appends lines to a file. Those that can't be written wait until they can be, and that is said once."""
+    """Appends lines to a file. Those that can't be written wait until they can be, which is reported once."""
 
     def __init__(self, descriptor: int, path: Path):
-        """`path` is that of the open file."""
+        """`descriptor` is the open file, `path` its path."""
         self._file, self._path = descriptor, path
         self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
         self._unwritten = b""
@@ -202,7 +202,7 @@ class _Lines:
             self._flush(sync=True)
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         with self._lock:
             self._flush()
             with contextlib.suppress(OSError):
@@ -217,22 +217,22 @@ class _Lines:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                why = error.strerror or one_line(error)
+                reason = error.strerror or one_line(error)
                 console.print(
-                    f"{self._path} can't be written ({why}); its lines wait, and training goes on", soft_wrap=True
+                    f"{self._path} can't be written ({reason}); its lines wait, and training goes on", soft_wrap=True
                 )
             self._failing = True
 
 
 def memory_gib() -> float:
-    """Peak memory of this process so far in GiB: allocated on its GPU where it has one, else resident."""
+    """Peak memory of this process so far in GiB: allocated on its GPU if it has one, else resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 def _opened(directory: Path, resumed: dict[str, Any]) -> int:
-    """metrics.jsonl, open for what comes next."""
+    """The descriptor of metrics.jsonl, open to append to what the checkpoint knows of."""
     path = directory / METRICS
     if path.exists() and not path.is_file():
         raise UserError(f"run_dir={directory}: its {METRICS} is no regular file; remove it")
@@ -240,21 +240,21 @@ def _opened(directory: Path, resumed: dict[str, Any]) -> int:
         _keep_lines(path, resumed.get("step", -1), resumed.get("evaluations", {}))
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
     except OSError as error:
-        why = error.strerror or one_line(error)
+        reason = error.strerror or one_line(error)
         raise UserError(
-            f"run_dir={directory}: its {METRICS} can't be written ({why}); free space or make it writable, and give "
+            f"run_dir={directory}: its {METRICS} can't be written ({reason}); free space or make it writable, and give "
             f"the same command again"
         ) from error
 
 
 def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
-    """Drops the lines of steps after the `last` from metrics.jsonl, evaluations that will be made again, and what a
+    """Drops from metrics.jsonl the lines of steps after the `last`, of evaluations that will be made again, and what a
     killed process left of a line."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            told = json.loads(line)
-            if told["step"] > last or ("evaluation_loss" in told and str(told["step"]) not in evaluations):
+            record = json.loads(line)
+            if record["step"] > last or ("evaluation_loss" in record and str(record["step"]) not in evaluations):
                 continue
         except (ValueError, KeyError, TypeError):
             continue

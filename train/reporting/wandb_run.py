@@ -16,15 +16,15 @@ from configs.program.secrets import redact, redacted
 from train.config.train import LoggingConfig
 
 WAITING = 10_000
-"""Records that wait for wandb at most; with more of them it counts as stuck."""
+"""The most records that wait for wandb; with more of them it counts as stuck."""
 
 
 class Wandb:
-    """One run of wandb's. Its methods never raise and never wait, but for `close`, whose wait has an end.
+    """One run of wandb's. Its methods never raise, and none of them waits but `close`, which has a time limit.
 
-    wandb's library talks with a helper process of its own and raises in whoever calls it, or waits, when that process
-    was killed or hangs. So a thread calls it, and takes from a queue what is to be told. The first failure is told in
-    one line, and from then on nothing is done any more.
+    wandb's library talks to a helper process of its own. If that process was killed or hangs, the library raises in its
+    caller, or waits. So a thread calls it, and takes from a queue what is to be logged. The first failure is reported
+    in one line, and from then on nothing is logged.
     """
 
     def __init__(self, directory: Path, config: LoggingConfig, settings: dict[str, Any], resumed: str | None):
@@ -34,10 +34,10 @@ class Wandb:
             directory: the run directory, in which wandb keeps its files.
             config: mode and project.
             settings: of the whole run.
-            resumed: the id of the run that this one goes on with.
+            resumed: the id of the run that this one continues; None for a new run.
         """
         self.id = resumed or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        """By which wandb knows the run."""
+        """wandb's id of the run."""
         self._directory, self._config, self._settings, self._resumed = directory, config, settings, resumed is not None
         self._records: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(WAITING)
         self._stopped = False
@@ -48,16 +48,16 @@ class Wandb:
         self._thread.start()
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Tells the values of a step."""
+        """Logs the values of a step."""
         self._put((step, values))
 
     def close(self, within: float) -> None:
-        """Ends the run, or gives up after so many seconds."""
+        """Ends the run, or gives up after `within` seconds."""
         self._put(None)
         if not self._stopped:
             self._thread.join(within)
         if self._stopped:
-            with self._lock:  # the line may be on its way
+            with self._lock:  # the line may be about to be printed
                 return
         if self._thread.is_alive():
             self._stop(f"it has not ended within {within:g} s")
@@ -73,7 +73,7 @@ class Wandb:
             self._stop("it has taken nothing for too long")
 
     def _stop(self, why: str) -> None:
-        """Nothing more goes to wandb; says so, the first time."""
+        """Logs nothing from now on, and reports that, the first time."""
         with self._lock:
             if not self._stopped:
                 self._stopped = True
@@ -88,13 +88,13 @@ class Wandb:
                 run.log(values, step=step)
             if not self._stopped:
                 _end(run)
-        except BaseException as error:  # whatever it is, it is not the run's
+        except BaseException as error:  # whatever it is, training goes on
             self._stop(one_line(error) if isinstance(error, Exception) else type(error).__name__)
 
     def _begin(self) -> Any:
         """A wandb run: online if that is asked for or the user is logged in, else offline."""
         os.environ.setdefault("WANDB_SILENT", "true")
-        quiet = logging.getLogger("wandb")  # it has a file of its own, and would write errors to the terminal too
+        quiet = logging.getLogger("wandb")  # it logs to a file of its own, and would print errors to the terminal too
         quiet.addHandler(logging.NullHandler())
         quiet.propagate = False
         import wandb
@@ -105,7 +105,7 @@ class Wandb:
             mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
         run: dict[str, Any] = redacted({"project": self._config.project, "name": self._directory.name})
         run |= {"id": self.id, "dir": str(self._directory), "config": self._settings}
-        # The terminal stays ours: what it captures goes through wandb's process before it returns to whoever prints.
+        # What wandb captures of the terminal goes through its process before `print` returns, so it captures nothing.
         run["settings"] = wandb.Settings(console="off")
         if self._resumed:
             run["resume"] = "allow"
@@ -119,15 +119,15 @@ class Wandb:
             )
             return wandb.init(mode="offline", **run)
         finally:
-            sys.exit, sys.excepthook = ending  # wandb's print tracebacks, with the keys that are in them
+            sys.exit, sys.excepthook = ending  # wandb's own print tracebacks, and the keys in them
 
-    def _error_in_thread(self, told: threading.ExceptHookArgs) -> None:
-        """Takes the place of threading.excepthook: what ends a thread of wandb's ends wandb alone."""
-        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(told.exc_traceback)]
+    def _error_in_thread(self, args: threading.ExceptHookArgs) -> None:
+        """Replaces threading.excepthook: an error in one of wandb's threads stops wandb alone."""
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(args.exc_traceback)]
         if not any(name.partition(".")[0] == "wandb" for name in modules):
-            self._excepthook(told)
+            self._excepthook(args)
         else:
-            self._stop(one_line(told.exc_value) if isinstance(told.exc_value, Exception) else told.exc_type.__name__)
+            self._stop(one_line(args.exc_value) if isinstance(args.exc_value, Exception) else args.exc_type.__name__)
 
 
 def _end(run: Any) -> None:

@@ -1,16 +1,16 @@
 """What a run leaves, and from where it goes on.
 
     run_directory.py   whether a directory can be used; locked, and created
-    identity.py        whether it is the same run: settings, rows and base, by hash
+    identity.py        whether it is the same run: settings, dataset and base, by hash
+    receipt.py         what a run records about itself, gathered when it is launched
     starting_point.py  lora.start: sets what trains to an adapter's numbers, and measures from them
-    resume.py          the newest whole checkpoint → engine and health
+    resume.py          the newest whole checkpoint → engine, health, history
     saver.py           when what is written
     checkpoint.py      one checkpoint: complete or invisible
     result.py          the adapter, or the whole model, of one save
     whole_model.py     a model's files, one parameter at a time
-    receipt.py         receipt.json: what was run, on what, from what, with what outcome
     background.py      the thread that writes
 
-May import train.engine, train.model, train.lora, train.metrics, train.health, train.config, data.prepared, data.disk,
-data.template and configs.program.
+May import train.engine, train.model, train.lora, train.reporting, train.history, train.health, train.config,
+data.prepared, data.disk, data.template and configs.program.
 """

@@ -5,12 +5,12 @@ import threading
 from collections.abc import Callable
 
 IN_FLIGHT = 4 << 30
-"""Bytes that wait to be written at most. The adapters of the full recipe with their optimizer state take 3 GB, so
-training goes on as soon as they are copied; a whole model's 560 GB pass through."""
+"""The most bytes that wait to be written. The adapters of the full recipe with their optimizer state take 3 GB, so
+training goes on as soon as they are copied; a whole model's 560 GB pass through in parts."""
 
 
 class Background:
-    """Runs jobs one after the other. After one has failed the others are left out, until the error is taken."""
+    """Runs jobs one after the other. After one has failed, the others are skipped until the error is taken."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], int] | None] = queue.SimpleQueue()
@@ -21,14 +21,14 @@ class Background:
         self._thread.start()
 
     def submit(self, job: Callable[[], None], size: int = 0) -> None:
-        """Queues a job that holds so many bytes; waits where more than `IN_FLIGHT` of them are held already."""
+        """Queues a job that holds `size` bytes; waits while more than `IN_FLIGHT` would be held with them."""
         with self._changed:
             self._changed.wait_for(lambda: not self._bytes or self._bytes + size <= IN_FLIGHT)
             self._waiting, self._bytes = self._waiting + 1, self._bytes + size
         self._jobs.put((job, size))
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Returns when all jobs are done, or that many seconds are over; whether they are done."""
+        """Waits until all jobs are done, or that many seconds are over; returns whether they are done."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, seconds)
 
@@ -38,7 +38,7 @@ class Background:
         return self._error is not None
 
     def take_error(self) -> Exception | None:
-        """The error of the first job that failed, once all are done; jobs are run again after that."""
+        """The error of the first job that failed, once all are done; from then on jobs are run again."""
         self.wait()
         error, self._error = self._error, None
         return error

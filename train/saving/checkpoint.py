@@ -1,11 +1,11 @@
 """One checkpoint: everything that a run needs to go on as if it had never stopped, complete or invisible.
 
 checkpoints/step-000123/
-  adapter/ or model/        what was learned so far, as the run's result has it
-  master.safetensors        the trained parameters in float32, whole, by name
+  adapter/ or model/        what was learned so far, laid out as the run's result is
+  master.safetensors        the trained parameters in float32, of full shape, by name
   exp_avg.safetensors       Adam's first moments
   exp_avg_sq.safetensors    Adam's second moments
-  trainer.json              step, schedule, data position, seed, settings, and what the run was fed
+  trainer.json              step, schedule, data position, seed, settings, and the hashes of the inputs
   manifest.json             every other file with its size and hash, and its own digest
 
 Nothing in it depends on the number of processes, and nothing is ever unpickled: safetensors and JSON only. It is
@@ -32,9 +32,9 @@ from train.saving.background import Background
 FOLDER = "checkpoints"
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
 FORMAT = 1
-"""Of trainer.json; another number is another program's."""
+"""Of trainer.json; a file with another number is of another version of this program."""
 STATE = ("master", "exp_avg", "exp_avg_sq")
-"""What is stored of every trained parameter, in float32: its value, and Adam's two moments by torch's names."""
+"""What is stored of every trained parameter, in float32: its value and Adam's two moments, by torch's names."""
 
 Shape = tuple[int, ...]
 
@@ -42,18 +42,17 @@ Shape = tuple[int, ...]
 class CheckpointWriter:
     """Writes one checkpoint, by the jobs of a `Background`."""
 
-    def __init__(self, place: Path, shapes: dict[str, Shape], background: Background):
-        """Begins.
+    def __init__(self, path: Path, shapes: dict[str, Shape], background: Background):
+        """Begins the files.
 
         Args:
-            place: checkpoints/step-…, the directory that it becomes.
+            path: checkpoints/step-…, the directory that it becomes.
             shapes: of the trained parameters, in the order in which they will come.
-            background: what does the work. After the first error nothing more is written.
+            background: does the work. After the first error nothing more is written.
         """
-        self._place, self._background = place, background
-        self._temporary = place.parent / f".{place.name}.tmp"
+        self._path, self._background = path, background
+        self._temporary = path.parent / f".{path.name}.tmp"
         self._files: dict[str, TensorFile] = {}
-        self._hashes: dict[str, str] = {}
         self._shapes = shapes
         background.submit(self._begin)
 
@@ -63,7 +62,7 @@ class CheckpointWriter:
         return self._temporary
 
     def write(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        """Writes what is stored of the next parameter, by `STATE`."""
+        """Writes what is stored of the next parameter, for each of `STATE`."""
         for kind in STATE:
             self._background.submit(partial(self._write, kind, name, state[kind]), state[kind].nbytes)
 
@@ -77,19 +76,19 @@ class CheckpointWriter:
     def _begin(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
-        sync(self._place.parent.parent)
+        sync(self._path.parent.parent)
         tensors = [(name, torch.float32, shape) for name, shape in self._shapes.items()]
         self._files = {kind: TensorFile(self._temporary / f"{kind}.safetensors", tensors) for kind in STATE}
 
     def _finish(self, trainer: dict[str, Any]) -> None:
-        hashes = {f"{kind}.safetensors": file.close() for kind, file in self._files.items()}
+        hashes = {f"{kind}.safetensors": tensors.close() for kind, tensors in self._files.items()}
         (self._temporary / TRAINER).write_bytes(_json({"format": FORMAT, **trainer}))
         files = {}
-        for path in sorted(path for path in self._temporary.rglob("*") if path.is_file()):
-            name = str(path.relative_to(self._temporary))
-            files[name] = {"bytes": path.stat().st_size, "xxh3": hashes.get(name) or file_hash(path)}
+        for file in sorted(path for path in self._temporary.rglob("*") if path.is_file()):
+            name = str(file.relative_to(self._temporary))
+            files[name] = {"bytes": file.stat().st_size, "xxh3": hashes.get(name) or file_hash(file)}
         (self._temporary / MANIFEST).write_bytes(_sealed({"files": files}))
-        publish(self._temporary, self._place)
+        publish(self._temporary, self._path)
 
 
 class DamagedError(ValueError):
@@ -99,29 +98,29 @@ class DamagedError(ValueError):
 class Checkpoint:
     """A checkpoint on disk whose manifest and trainer.json are whole."""
 
-    def __init__(self, place: Path):
+    def __init__(self, path: Path):
         """Opens it.
 
         Raises:
-            DamagedError: one of the two is not as it was written.
+            DamagedError: one of the two is missing, can't be read, or is not as it was written.
         """
-        self.place = place
-        self._files: dict[str, Any] = _unsealed(place / MANIFEST)["files"]
+        self.path = path
+        self._files: dict[str, Any] = _unsealed(path / MANIFEST)["files"]
         self._check(TRAINER)
-        self.trainer: dict[str, Any] = json.loads((place / TRAINER).read_bytes())
+        self.trainer: dict[str, Any] = json.loads((path / TRAINER).read_bytes())
         if not isinstance(self.trainer, dict) or self.trainer.get("format") != FORMAT:
             raise DamagedError(f"{TRAINER} is of another version of this program")
 
     @property
     def step(self) -> int:
-        """The optimizer steps that had been taken."""
+        """The number of steps that had been taken."""
         return int(self.trainer["step"])
 
     def check(self, shapes: dict[str, Shape]) -> None:
         """Compares every file with the manifest, and the tensors with the parameters that train.
 
         Raises:
-            DamagedError: a file or tensor is missing, other, or of another shape; it names the first.
+            DamagedError: a file or tensor is missing, unknown, changed, or of another shape; it names the first.
         """
         for name in self._files:
             self._check(name)
@@ -130,7 +129,7 @@ class Checkpoint:
             if file not in self._files:
                 raise DamagedError(f"{file} is missing")
             try:
-                stored = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_header(self.place / file)}
+                stored = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_header(self.path / file)}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise DamagedError(f"{file} can't be read: {one_line(error)}") from error
             for name, shape in shapes.items():
@@ -142,12 +141,12 @@ class Checkpoint:
                 raise DamagedError(f"{file} has a tensor {min(unknown)} that nothing here is called")
 
     def _check(self, name: str) -> None:
-        told = self._files.get(name)
-        if told is None:
+        written = self._files.get(name)
+        if written is None:
             raise DamagedError(f"{MANIFEST} lacks {name}")
-        path = self.place / name
+        path = self.path / name
         try:
-            if path.stat().st_size != told["bytes"] or file_hash(path) != told["xxh3"]:
+            if path.stat().st_size != written["bytes"] or file_hash(path) != written["xxh3"]:
                 raise DamagedError(f"{name} is not as it was written")
         except FileNotFoundError:
             raise DamagedError(f"{name} is missing") from None
@@ -155,35 +154,35 @@ class Checkpoint:
             raise DamagedError(f"{name} can't be read: {one_line(error)}") from error
 
     def read(self, name: str, kind: str) -> torch.Tensor:
-        """What is stored of a parameter, one of `STATE`, on the CPU.
+        """One of `STATE` of a parameter, in float32 on the CPU, of the parameter's full shape.
 
         Raises:
             DamagedError: it can't be read any more.
         """
         try:
-            with safe_open(self.place / f"{kind}.safetensors", "pt") as file:
+            with safe_open(self.path / f"{kind}.safetensors", "pt") as file:
                 return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DamagedError(f"{kind}.safetensors can't be read: {one_line(error)}") from error
 
 
-def places(run: Path) -> list[Path]:
-    """The checkpoints of a run, the newest first, whole or not."""
+def paths(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first, whole or damaged."""
     try:
-        there = list((run / FOLDER).iterdir())  # glob would take a folder that can't be read for an empty one
+        entries = list((run / FOLDER).iterdir())  # glob would take a folder that can't be read for an empty one
     except FileNotFoundError:
         return []
-    found = [(number(path), path) for path in there if number(path) is not None]
+    found = [(step_of(path), path) for path in entries if step_of(path) is not None]
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def place(run: Path, step: int) -> Path:
+def path_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / FOLDER / f"step-{step:06d}"
 
 
-def number(path: Path) -> int | None:
-    """The step in a checkpoint's name; None for a name that is none."""
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint's name; None if the name is not a checkpoint's."""
     digits = path.name.removeprefix("step-")
     return int(digits) if path.name.startswith("step-") and digits.isdecimal() else None
 
@@ -196,18 +195,18 @@ def clean(run: Path) -> None:
 
 
 def prune(run: Path, *, newest: int, keep_last: int, best: int | None) -> None:
-    """Removes all checkpoints but `keep_last` up to the step `newest`, which was just written, and that of `best`.
+    """Removes all checkpoints but the last `keep_last` up to the step `newest`, just written, and that of step `best`.
 
-    Later ones are damaged, or of a past that the run did not go on from.
+    Later ones are damaged, or of steps that the run has taken again since.
     """
-    past = [old for old in places(run) if (number(old) or 0) <= newest]
-    for old in places(run):
-        if old not in past[:keep_last] and number(old) != best:
+    past = [old for old in paths(run) if (step_of(old) or 0) <= newest]
+    for old in paths(run):
+        if old not in past[:keep_last] and step_of(old) != best:
             remove(old)
 
 
 def best(evaluations: dict[int, float], steps: Iterable[int]) -> int | None:
-    """Of these steps the one with the lowest evaluation loss; None where none was evaluated to a number."""
+    """The step with the lowest evaluation loss among these; None if none has one that is finite."""
     evaluated = (step for step in steps if math.isfinite(evaluations.get(step, math.nan)))
     return min(evaluated, key=lambda step: evaluations[step], default=None)
 
@@ -222,19 +221,19 @@ def _sealed(content: dict[str, Any]) -> bytes:
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
-    """What `_sealed` sealed."""
+    """The content of a file that `_sealed` made."""
     try:
         raw = path.read_bytes()
         content = json.loads(raw)
         del content["digest"]
-        whole = raw == _sealed(content) and all(
-            isinstance(told, dict) and {"bytes", "xxh3"} <= told.keys() for told in content["files"].values()
+        intact = raw == _sealed(content) and all(
+            isinstance(written, dict) and {"bytes", "xxh3"} <= written.keys() for written in content["files"].values()
         )
     except FileNotFoundError:
         raise DamagedError(f"{path.name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path.name} can't be read: {one_line(error)}") from error
-    if not whole:
+    if not intact:
         raise DamagedError(f"{path.name} is not as it was written")
     assert isinstance(content, dict)
     return content

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,44 +39,83 @@ FREE = (
     "deepspeed.max_live_parameters",
     "deepspeed.node_copy",
 )
-"""Settings and groups that may change under a run: they decide no number (hardware decides rounding alone), or what
-they name is compared instead."""
+"""Settings and groups that may change while a run goes on: they decide no number (hardware decides rounding alone), or
+what they name is compared instead."""
 
 BY_MACHINE = ("run_dir", "dataset", "hardware", "model.path", "model.revision", "lora.start", "lora.load")
 """Settings that may differ between the processes of one launch."""
 
 
-def fed(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
-    """What a run is fed, by hash: the prepared dataset, the base's weights and configuration, a load, an adapter that
-    it starts from.
+class Inputs:
+    """What a run is given beside its settings, by hash: dataset, base, a load, an adapter that it starts from.
 
-    Raises:
-        UserError: a file of them can't be read.
+    Each file is read once, when its hash is first asked for, so what is recorded is what the processes agreed on.
     """
-    path, revision = config.model.path, config.model.revision
-    base: dict[str, Any] = {"path": path, "revision": revision, "fingerprint": None, "files": {}}
-    with _reading():
-        if path is not None:
-            named = f"model.path={path}"
-            weights = StoredWeights(local_directory(path, revision, named), named)
-            architecture = weights.directory / "config.json"
-            base |= {"fingerprint": weights.fingerprint, "files": weights.contents()}
-            if architecture.is_file():
-                base["files"] |= {architecture.name: file_hash(architecture)}
-        manifest = {"path": str(dataset.directory), "manifest_sha256": sha256(dataset.directory / MANIFEST)}
-        return redacted({"base": base, "dataset": manifest, **_of_lora(config)})
 
+    def __init__(self, config: TrainConfig, dataset: Path):
+        """`dataset` is the directory of the prepared dataset."""
+        self._config, self._dataset = config, dataset
 
-def _of_lora(config: TrainConfig) -> dict[str, str | None]:
-    """The hashes of the files that `lora.load` and `lora.start` name; None where there is none."""
-    load, start = config.lora.load, config.lora.start
-    files = {"load": load and Path(load), "start": start and Path(start) / WEIGHTS}
-    return {name: file_hash(file) if file and file.is_file() else None for name, file in files.items()}
+    @cached_property
+    def _manifest(self) -> str:
+        return sha256(self._dataset / MANIFEST)
+
+    @cached_property
+    def _weights(self) -> StoredWeights | None:
+        base = self._config.model
+        if base.path is None:
+            return None
+        named = f"model.path={base.path}"
+        return StoredWeights(local_directory(base.path, base.revision, named), named)
+
+    @cached_property
+    def _lora(self) -> dict[str, str | None]:
+        """The hashes of the files that `lora.load` and `lora.start` name; None for one that is not there."""
+        load, start = self._config.lora.load, self._config.lora.start
+        files = {"load": load and Path(load), "start": start and Path(start) / WEIGHTS}
+        return {name: file_hash(file) if file and file.is_file() else None for name, file in files.items()}
+
+    def same_everywhere(self) -> dict[str, Any]:
+        """What all processes of a launch must have been given alike: settings, and the inputs by their hashes.
+
+        Raises:
+            UserError: a file can't be read.
+        """
+        given = {
+            name: value for name, value in _leaves(stored_settings(self._config)) if not _is_among(name, BY_MACHINE)
+        }
+        with _reading():
+            lora = self._lora
+            if self._weights is not None:  # a hub's branch may have moved between two downloads, and copies may differ
+                given["model.path (its weights)"] = self._weights.fingerprint
+            return given | {
+                "dataset (its manifest.json)": self._manifest,
+                "lora.load (its content)": lora["load"],
+                f"lora.start (its {WEIGHTS})": lora["start"],
+            }
+
+    def hashes(self) -> dict[str, Any]:
+        """What receipts and checkpoints record of the inputs; reads all of the base's weights.
+
+        Raises:
+            UserError: a file can't be read.
+        """
+        model = self._config.model
+        base: dict[str, Any] = {"path": model.path, "revision": model.revision, "fingerprint": None, "files": {}}
+        with _reading():
+            weights = self._weights
+            if weights is not None:
+                architecture = weights.directory / "config.json"
+                base |= {"fingerprint": weights.fingerprint, "files": weights.contents()}
+                if architecture.is_file():
+                    base["files"] |= {architecture.name: file_hash(architecture)}
+            dataset = {"path": str(self._dataset), "manifest_sha256": self._manifest}
+            return redacted({"base": base, "dataset": dataset, **self._lora})
 
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Within it, a file that can't be read is the user's matter."""
+    """Within it, a file that can't be read is a mistake of the user's."""
     try:
         yield
     except OSError as error:
@@ -89,65 +129,49 @@ def stored_settings(config: TrainConfig) -> dict[str, Any]:
     return redacted(asdict(config))
 
 
-def same_everywhere(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
-    """What all processes of a launch must have been given alike."""
-    given = {name: value for name, value in _leaves(stored_settings(config)) if not _among(name, BY_MACHINE)}
-    path, revision = config.model.path, config.model.revision
-    with _reading():
-        of_lora = _of_lora(config)
-        if path is not None:  # a hub's branch may have moved between two downloads, and copies may differ
-            named = f"model.path={path}"
-            given["model.path (its weights)"] = StoredWeights(local_directory(path, revision, named), named).fingerprint
-        return given | {
-            "dataset (its manifest.json)": sha256(dataset.directory / MANIFEST),
-            "lora.load (its content)": of_lora["load"],
-            f"lora.start (its {WEIGHTS})": of_lora["start"],
-        }
-
-
-def check(record: dict[str, Any], config: TrainConfig, now: dict[str, Any]) -> None:
-    """Compares a launch with the run that was, leaving out what `resume_despite` names.
+def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any]) -> None:
+    """Compares a launch with the run that is there, leaving out what `resume_despite` names.
 
     Args:
-        record: of the run that was: `settings`, and what `fed` found.
+        stored: what that run recorded: its `settings`, and the hashes of its inputs.
         config: of this launch.
-        now: what `fed` found.
+        hashes: of this launch's inputs, see `Inputs.hashes`.
 
     Raises:
-        UserError: something is not as it was; it names the first.
+        UserError: something differs; it names the first.
     """
-    anyway = tuple(config.resume_despite)
-    if "global_batch" in anyway:
+    despite = tuple(config.resume_despite)
+    if "global_batch" in despite:
         raise UserError(
             "resume_despite=[global_batch]: it decides which rows each step takes, and some would be left out or come "
             "twice; give the same global_batch, or a new run_dir"
         )
     remedy = "or give overwrite=true to start over"
-    was, asked = dict(_leaves(record["settings"])), dict(_leaves(stored_settings(config)))
-    for name, value in asked.items():
-        if name in was and was[name] != value and not _among(name, FREE) and not _among(name, anyway):
+    before, now = dict(_leaves(stored["settings"])), dict(_leaves(stored_settings(config)))
+    for name, value in now.items():
+        if name in before and before[name] != value and not _is_among(name, FREE) and not _is_among(name, despite):
             raise UserError(
-                f"{name}={value}: the run that is there was started with {was[name]}; give the same, "
+                f"{name}={value}: the run that is there was started with {before[name]}; give the same, "
                 f"resume_despite=[{name}], {remedy}"
             )
-    if record["dataset"]["manifest_sha256"] != now["dataset"]["manifest_sha256"] and "dataset" not in anyway:
+    if stored["dataset"]["manifest_sha256"] != hashes["dataset"]["manifest_sha256"] and "dataset" not in despite:
         raise UserError(
             f"dataset={config.dataset}: it is not the one that the run was started on (its manifest.json has changed); "
             f"give that one, resume_despite=[dataset], {remedy}"
         )
-    if record.get("load") != now["load"]:
+    if stored.get("load") != hashes["load"]:
         raise UserError(
             f"lora.load={config.lora.load}: it has changed since the run was started, and with it the experts' ranks; "
             f"give the file as it was, {remedy}"
         )
     # Older runs did not record it.
-    if record.get("start", now["start"]) != now["start"] and not _among("lora.start", anyway):
+    if stored.get("start", hashes["start"]) != hashes["start"] and not _is_among("lora.start", despite):
         raise UserError(
             f"lora.start={config.lora.start}: it has changed since the run was started, and how far the adapters have "
             f"moved is measured from it; give it as it was, resume_despite=[lora.start], {remedy}"
         )
-    if "model.path" not in anyway:
-        old, new = record["base"]["files"], now["base"]["files"]
+    if "model.path" not in despite:
+        old, new = stored["base"]["files"], hashes["base"]["files"]
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if changed:
             raise UserError(
@@ -157,9 +181,9 @@ def check(record: dict[str, Any], config: TrainConfig, now: dict[str, Any]) -> N
 
 
 def check_rows(dataset: PreparedDataset) -> None:
-    """Raises `UserError` for the first file of the dataset whose bytes are not those that its manifest tells."""
-    for name, told in dataset.manifest["files"].items():
-        if sha256(Path(dataset.directory) / name) != told["sha256"]:
+    """Raises `UserError` for the first file of the dataset whose bytes are not those that its manifest names."""
+    for name, recorded in dataset.manifest["files"].items():
+        if sha256(Path(dataset.directory) / name) != recorded["sha256"]:
             raise UserError(f"dataset={dataset.directory}: {name} has changed since it was prepared; prepare it again")
 
 
@@ -171,5 +195,5 @@ def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
-def _among(name: str, settings: tuple[str, ...]) -> bool:
+def _is_among(name: str, settings: tuple[str, ...]) -> bool:
     return any(name == setting or name.startswith(f"{setting}.") for setting in settings)

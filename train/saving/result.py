@@ -1,4 +1,4 @@
-"""The adapter, or the whole model, of one save, as its parameters come."""
+"""The adapter, or the whole model, of one save, written as its parameters come."""
 
 import json
 import shutil
@@ -33,34 +33,34 @@ def show_movements(movements: list[Movement]) -> None:
 
 
 def result_name(config: TrainConfig) -> str:
-    """What it is called in the run directory."""
+    """The name of the run's result in the run directory."""
     return "model" if config.lora.method == "none" else "adapter"
 
 
 class Result:
-    """Writes one, by the jobs of a `Background`: an adapter in PEFT's format, or a model's files."""
+    """Writes the result, by the jobs of a `Background`: an adapter in PEFT's format, or a model's files."""
 
     def __init__(
-        self, place: Path, config: TrainConfig, engine: Engine, background: Background, *, per_expert: bool = False
+        self, path: Path, config: TrainConfig, engine: Engine, background: Background, *, per_expert: bool = False
     ):
         """Begins.
 
         Args:
-            place: the directory that it becomes; what is there goes.
+            path: the directory that is written; what is there is removed.
             config: of the run.
-            engine: whose trained parameters will come, in its order.
-            background: what does the work. After the first error nothing more is written.
+            engine: whose trained parameters will follow, in its order.
+            background: does the work. After the first error nothing more is written.
             per_expert: whether an adapter also gets the export with keys for each expert.
         """
-        self._place, self._config, self._background, self._per_expert = place, config, background, per_expert
+        self._path, self._config, self._background, self._per_expert = path, config, background, per_expert
         self._model = engine.module.causal_lm
         self._dtype = self._model.dtype
         self._tensors: dict[str, torch.Tensor] = {}
         background.submit(self._begin)
-        whole = config.lora.method == "none"
-        self._files = ModelFiles(place, engine.shapes, self._dtype) if whole else None
+        in_full = config.lora.method == "none"
+        self._files = ModelFiles(path, engine.shapes, self._dtype) if in_full else None
         self.moved: list[Movement] = []
-        """How far each expert's adapter is from where it began; once all is written."""
+        """How far each expert's adapter is from where it began; known once all is written."""
 
     def write(self, name: str, master: torch.Tensor) -> None:
         """Takes the next parameter, in float32."""
@@ -75,8 +75,8 @@ class Result:
         self._background.submit(lambda: self._finish(receipt, settings))
 
     def _begin(self) -> None:
-        shutil.rmtree(self._place, ignore_errors=True)
-        self._place.mkdir(parents=True)
+        shutil.rmtree(self._path, ignore_errors=True)
+        self._path.mkdir(parents=True)
 
     def _finish(self, receipt: dict[str, Any], settings: str) -> None:
         if self._files is not None:
@@ -84,12 +84,12 @@ class Result:
         else:
             adapters = factors.adapters(self._model)
             content = (self._config.model, self._config.lora, self._tensors, adapters)
-            peft_files.write(self._place, *content)
+            peft_files.write(self._path, *content)
             if self._per_expert:
-                per_expert = self._place / "per_expert"
+                per_expert = self._path / "per_expert"
                 per_expert.mkdir()
                 peft_files.write_per_expert(per_expert, *content)
             self.moved = movements_of(self._config, self._model, self._tensors)
-        (self._place / "train_config.yaml").write_text(settings, encoding="utf-8")
-        whole = {**receipt, "experts_moved": [moved.record() for moved in self.moved]}
-        (self._place / RECEIPT).write_text(json.dumps(finite(whole), indent=2) + "\n", encoding="utf-8")
+        (self._path / "train_config.yaml").write_text(settings, encoding="utf-8")
+        complete = {**receipt, "experts_moved": [moved.record() for moved in self.moved]}
+        (self._path / RECEIPT).write_text(json.dumps(finite(complete), indent=2) + "\n", encoding="utf-8")

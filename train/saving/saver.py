@@ -1,81 +1,96 @@
-"""What is learned → checkpoints, the run's result, and the receipt, written while training goes on."""
+"""What is learned → checkpoints, the run's result and the receipt, written while training goes on."""
 
 import contextlib
-import datetime
 import errno
 import time
-from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from configs.program.console import console
 from configs.program.errors import UserError
-from data.disk.files import publish
+from data.disk.files import publish, replace_file
 from train.engine.engine import Engine
 from train.engine.processes import agree
 from train.health import Health
 from train.history import History
 from train.reporting.metrics import Metrics
-from train.saving import checkpoint, identity
+from train.saving import checkpoint
 from train.saving.background import Background
 from train.saving.checkpoint import CheckpointWriter
+from train.saving.receipt import Record
 from train.saving.result import Result, result_name, show_movements
 from train.saving.run_directory import RECEIPT, RunDirectory
 
 SIGN_OF_LIFE = 10.0
-"""Seconds after which a process that waits for the disk says that it does."""
+"""Seconds after which a process that waits for the disk reports that it lives."""
 
 
 class Saver:
     """Saves a run. Only the main process writes."""
 
-    def __init__(self, run: RunDirectory, engine: Engine, history: History, metrics: Metrics, health: Health):
-        """`run` is where to; the others are what of."""
-        self._run, self._engine, self._history, self._metrics, self._health = run, engine, history, metrics, health
-        self._background = Background() if run.processes.is_main else None
-        self._name = result_name(run.config)
+    def __init__(
+        self,
+        directory: RunDirectory,
+        record: Record,
+        engine: Engine,
+        history: History,
+        metrics: Metrics,
+        health: Health,
+    ):
+        """Saves into `directory` what `engine`, `history`, `metrics` and `health` hold, as the run of `record`."""
+        self._directory, self._record, self._engine = directory, record, engine
+        self._history, self._metrics, self._health = history, metrics, health
+        self._background = Background() if engine.processes.is_main else None
+        self._name = result_name(record.config)
 
     def checkpoint(self, step: int) -> None:
         """Copies what checkpoints/step-… will hold; a thread writes it while training goes on; collective."""
         began = time.perf_counter()
-        run, metrics = self._run, self._metrics
         if self._background is None:
-            self._take_part(moments=True)
+            self._gather_only(moments=True)
             return
-        place = checkpoint.place(run.path, step)
-        writer = CheckpointWriter(place, self._engine.shapes, self._background)
-        result = Result(writer.directory / self._name, run.config, self._engine, self._background)
+        path = checkpoint.path_of(self._directory.path, step)
+        writer = CheckpointWriter(path, self._engine.shapes, self._background)
+        result = Result(writer.directory / self._name, self._record.config, self._engine, self._background)
         for name, state in self._engine.state():
             writer.write(name, state)
             result.write(name, state["master"])
-        receipt = self._receipt()
-        result.finish(receipt, run.settings)
-        trainer = {
+        result.finish(self._record.receipt(self._history), self._record.config_yaml)
+        self._background.submit(self._metrics.sync)
+        writer.finish(self._trainer_state(step))
+        self._background.submit(partial(self._prune, step, dict(self._history.evaluations)))
+        paused = time.perf_counter() - began
+        self._background.submit(partial(self._report_times, step, began, paused))
+
+    def _trainer_state(self, step: int) -> dict[str, Any]:
+        """The content of trainer.json but for its format."""
+        record = self._record
+        return {
             "step": step,
             "optimizer_steps": self._engine.optimizer_steps,
-            "rows_seen": min(step * run.batch.rows, len(run.dataset.train) * run.config.epochs),
-            "random": {"seed": run.config.seed, "next_step": step + 1},
-            "processes": run.processes.count,
-            "settings": receipt["settings"],
-            **run.fed,
-            "metrics": self._history.state() | metrics.state(),
+            "rows_seen": record.rows_seen(step),
+            "random": {"seed": record.config.seed, "next_step": step + 1},
+            "processes": self._engine.processes.count,
+            "settings": record.settings,
+            **record.inputs,
+            "metrics": self._history.state() | self._metrics.state(),
             "health": self._health.state(),
         }
-        self._background.submit(metrics.sync)
-        writer.finish(trainer)
-        evaluations = dict(self._history.evaluations)
 
-        def prune() -> None:
-            steps = [n for n in map(checkpoint.number, checkpoint.places(run.path)) if n is not None and n <= step]
-            best = checkpoint.best(evaluations, steps)
-            checkpoint.prune(run.path, newest=step, keep_last=run.config.keep_last, best=best)
+    def _prune(self, newest: int, evaluations: dict[int, float]) -> None:
+        """Removes the checkpoints that are not kept, once that of the step `newest` is on the disk."""
+        run = self._directory.path
+        steps = [step for step in map(checkpoint.step_of, checkpoint.paths(run)) if step is not None and step <= newest]
+        best = checkpoint.best(evaluations, steps)
+        checkpoint.prune(run, newest=newest, keep_last=self._record.config.keep_last, best=best)
 
-        self._background.submit(prune)
-        paused = time.perf_counter() - began
-        self._background.submit(lambda: metrics.saved(step, paused, time.perf_counter() - began))
+    def _report_times(self, step: int, began: float, paused: float) -> None:
+        """Reports a checkpoint that is on the disk; `began` by time.perf_counter, `paused` in seconds."""
+        self._metrics.saved(step, paused, time.perf_counter() - began)
 
     @property
     def failed(self) -> bool:
-        """Whether what was to be written could not be, on this process."""
+        """Whether something could not be written; on the main process, else False."""
         return self._background is not None and self._background.failed
 
     def wait(self) -> None:
@@ -97,15 +112,15 @@ class Saver:
 
     def _unwritable(self, error: OSError) -> str:
         """Says what can't be written, what is safe, and what to do."""
-        place = self._run.path
+        run = self._directory.path
         with contextlib.suppress(OSError):
-            checkpoint.clean(place)
-        whole = checkpoint.places(place)
-        safe = f"{whole[0].name} is the last checkpoint and untouched" if whole else "there is no checkpoint yet"
+            checkpoint.clean(run)
+        left = checkpoint.paths(run)
+        safe = f"{left[0].name} is the last checkpoint and untouched" if left else "there is no checkpoint yet"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free space, or lower keep_last" if full else "make it writable"
         return (
-            f"run_dir={place}: what the run has learned can't be written ({error.strerror or error}); {safe}: "
+            f"run_dir={run}: what the run has learned can't be written ({error.strerror or error}); {safe}: "
             f"{remedy}, and give the same command again"
         )
 
@@ -117,39 +132,24 @@ class Saver:
         """
         self.wait()  # so that an error of an earlier checkpoint is not taken for one of this
         if self._background is None:
-            self._take_part(moments=False)
+            self._gather_only(moments=False)
             self.wait()
             return
-        run = self._run
-        place, temporary = run.path / self._name, run.path / f".{self._name}.tmp"
-        per_expert = run.config.lora.export_per_expert
-        saved = Result(temporary / self._name, run.config, self._engine, self._background, per_expert=per_expert)
+        run, config = self._directory.path, self._record.config
+        path, temporary = run / self._name, run / f".{self._name}.tmp"
+        per_expert = config.lora.export_per_expert
+        saved = Result(temporary / self._name, config, self._engine, self._background, per_expert=per_expert)
         for name, state in self._engine.state(moments=False):
             saved.write(name, state["master"])
-        saved.finish(self._receipt(), run.settings)
-        self._background.submit(lambda: publish(temporary / self._name, place))
-        self._background.submit(lambda: run.replace(RECEIPT, (place / RECEIPT).read_text()))
-        self._background.submit(lambda: checkpoint.clean(run.path))
+        saved.finish(self._record.receipt(self._history), self._record.config_yaml)
+        self._background.submit(lambda: publish(temporary / self._name, path))
+        self._background.submit(lambda: replace_file(run / RECEIPT, [(path / RECEIPT).read_bytes()]))
+        self._background.submit(lambda: checkpoint.clean(run))
         self.wait()
         show_movements(saved.moved)
-        console.print(f"Saved {place}", soft_wrap=True)
+        console.print(f"Saved {path}", soft_wrap=True)
 
-    def _take_part(self, *, moments: bool) -> None:
-        """What a process does that writes nothing: gathering takes all of them."""
+    def _gather_only(self, *, moments: bool) -> None:
+        """The part of a process that writes nothing: gathering is collective."""
         for _ in self._engine.state(moments=moments):
             pass
-
-    def _receipt(self) -> dict[str, Any]:
-        """What was run, on what, from what, and how far it came."""
-        run, history = self._run, self._history
-        return {
-            **run.launch,
-            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "batch": asdict(run.batch),
-            "resumed_after_step": run.resumed_step or None,
-            **run.fed,
-            "evaluation_loss": {str(step): loss for step, loss in history.evaluations.items()},
-            "steps": history.last.step if history.last else 0,
-            "loss": history.last.loss if history.last else None,
-            "settings": identity.stored_settings(run.config),
-        }

@@ -69,7 +69,15 @@ class Launch:
     """One launch of a run."""
 
     def __init__(
-        self, run: Path, arguments: list[str], processes: int, *, forked: bool, by_script: bool = False, nodes: int = 1
+        self,
+        run: Path,
+        arguments: list[str],
+        processes: int,
+        *,
+        forked: bool,
+        by_script: bool = False,
+        nodes: int = 1,
+        module: str = "train",
     ):
         """Starts it.
 
@@ -80,6 +88,7 @@ class Launch:
             forked: from the server, without a launcher, or as a user types it.
             by_script: typed with scripts/launch/per_node.sh instead of `deepspeed`.
             nodes: how many the forked processes take themselves to be on.
+            module: what the forked processes run, in the place of `train`.
         """
         self.run, self.count, self.forked = run, processes, forked
         self.log = run.with_name(f"{run.name}.{time.monotonic_ns()}.log")
@@ -91,7 +100,7 @@ class Launch:
         self.stale = hidden(run)
         """What an earlier launch left half-written."""
         self._metrics = _state(run / "metrics.jsonl")
-        self.port = port = _free_port()
+        self.port = port = free_port()
         if forked:
             # Of the server, which starts with the first process: it imports this checkout, wherever it is started.
             os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]))
@@ -103,7 +112,7 @@ class Launch:
                     of_node = processes // nodes
                     own |= {"RANK": str(rank), "LOCAL_RANK": str(rank % of_node), "WORLD_SIZE": str(processes)}
                     own |= {"LOCAL_SIZE": str(of_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                child = context.Process(target=_trainer, args=(arguments, own, str(self.log)))
+                child = context.Process(target=_trainer, args=(module, arguments, own, str(self.log)))
                 child.start()
                 self._children.append(child)
             return
@@ -168,7 +177,7 @@ class Launch:
     def wait_for_ranks(self) -> dict[int, int]:
         """The training processes by rank, when all are there, or the launch has ended."""
         while len(found := self.ranks()) < self.count and self.running:
-            time.sleep(0.02)
+            time.sleep(0.1)  # looking through all processes takes a while itself
         return found
 
     def place_of(self, rank: int) -> Callable[[], tuple[int, str]] | None:
@@ -265,18 +274,18 @@ class Launch:
         return hidden(self.run) - self.stale
 
 
-def _trainer(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """A forked process: `python -m train ARGUMENTS`."""
+def _trainer(module: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """A forked process: `python -m MODULE ARGUMENTS`."""
     with Path(log).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     os.chdir(ROOT)
-    sys.argv = ["python -m train", *arguments]
+    sys.argv = [f"python -m {module}", *arguments]
     import train
 
     assert train.__file__ is not None and Path(train.__file__).is_relative_to(ROOT), train.__file__
-    runpy.run_module("train", run_name="__main__", alter_sys=True)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
@@ -323,7 +332,8 @@ def _state(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

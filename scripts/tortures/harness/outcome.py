@@ -56,7 +56,7 @@ def last_step(run: Path) -> int:
 
 def last_checkpoint(run: Path) -> int:
     """The step of the newest checkpoint; 0 where there is none."""
-    return max((checkpoint.number(place) or 0 for place in checkpoint.places(run)), default=0)
+    return max((checkpoint.step_of(place) or 0 for place in checkpoint.paths(run)), default=0)
 
 
 def record(run: Path) -> list[dict[str, Any]]:
@@ -87,8 +87,8 @@ def check_newest(run: Path) -> int:
     Raises:
         DamagedError: it is not whole.
     """
-    found = Checkpoint(checkpoint.places(run)[0])
-    found.check(stored_shapes(found.place))
+    found = Checkpoint(checkpoint.paths(run)[0])
+    found.check(stored_shapes(found.path))
     return found.step
 
 

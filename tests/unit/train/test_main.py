@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import atexit, runpy, sys, types
-from configs import entry
+from configs.program import entry
 
 def main():
     sys.excepthook = entry._traceback

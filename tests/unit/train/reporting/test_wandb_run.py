@@ -12,9 +12,9 @@ PROGRAM = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import psutil
-from train import wandb_run
-from train.config import LoggingConfig
-from train.wandb_run import Wandb
+from train.reporting import wandb_run
+from train.config.train import LoggingConfig
+from train.reporting.wandb_run import Wandb
 
 sys.argv[:1] = []
 directory = Path(sys.argv[0])

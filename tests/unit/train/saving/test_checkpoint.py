@@ -30,7 +30,7 @@ def write(place: Path, background: Background, **trainer: object) -> dict[str, d
         writer.write(name, of_parameter)
     background.submit((writer.directory / "adapter").mkdir)
     background.submit(lambda: (writer.directory / "adapter" / "adapter_config.json").write_text("{}"))  # type: ignore[func-returns-value]
-    writer.finish({"step": checkpoint.number(place), **trainer})
+    writer.finish({"step": checkpoint.step_of(place), **trainer})
     return tensors
 
 
@@ -38,7 +38,7 @@ def write(place: Path, background: Background, **trainer: object) -> dict[str, d
 def whole(tmp_path: Path) -> Path:
     """A checkpoint that nothing is wrong with."""
     background = Background()
-    place = checkpoint.place(tmp_path, 12)
+    place = checkpoint.path_of(tmp_path, 12)
     write(place, background)
     assert background.take_error() is None
     return place
@@ -56,12 +56,12 @@ def test_what_is_read_is_what_was_written(whole: Path) -> None:
 def test_it_is_no_larger_than_what_it_holds(tmp_path: Path) -> None:
     shapes = {"a": (400, 300), "b": (500, 100)}
     background = Background()
-    writer = CheckpointWriter(checkpoint.place(tmp_path, 1), shapes, background)
+    writer = CheckpointWriter(checkpoint.path_of(tmp_path, 1), shapes, background)
     for name, shape in shapes.items():
         writer.write(name, dict.fromkeys(STATE, torch.zeros(shape)))
     writer.finish({"step": 1})
     background.wait()
-    size = sum(file.stat().st_size for file in checkpoint.place(tmp_path, 1).rglob("*"))
+    size = sum(file.stat().st_size for file in checkpoint.path_of(tmp_path, 1).rglob("*"))
     assert size < 1.1 * 3 * 4 * (400 * 300 + 500 * 100)
 
 
@@ -127,14 +127,14 @@ def test_tensors_that_do_not_fit_are_named_even_where_the_hashes_do(
 def test_half_of_one_is_never_seen(tmp_path: Path) -> None:
     """Whatever job is the last that is done, the checkpoint is not there before the last of all."""
     background = Background()
-    place = checkpoint.place(tmp_path, 3)
+    place = checkpoint.path_of(tmp_path, 3)
     go = threading.Event()
     background.submit(lambda: go.wait() and None)
     seen: list[list[Path]] = []
     submit = background.submit
 
     def watched(job: Callable[[], None], size: int = 0) -> None:
-        submit(lambda: seen.append(checkpoint.places(tmp_path)))
+        submit(lambda: seen.append(checkpoint.paths(tmp_path)))
         submit(job, size)
 
     background.submit = watched  # type: ignore[method-assign]
@@ -143,32 +143,32 @@ def test_half_of_one_is_never_seen(tmp_path: Path) -> None:
     background.wait()
     assert len(seen) > 10
     assert all(found == [] for found in seen)
-    assert checkpoint.places(tmp_path) == [place]
+    assert checkpoint.paths(tmp_path) == [place]
 
 
 def test_the_newest_are_kept_and_the_best_of_those_evaluated(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
-        checkpoint.place(tmp_path, step).mkdir(parents=True)
+        checkpoint.path_of(tmp_path, step).mkdir(parents=True)
     (tmp_path / checkpoint.FOLDER / "step-notes").mkdir()
-    steps = [checkpoint.number(place) for place in checkpoint.places(tmp_path)]
+    steps = [checkpoint.step_of(place) for place in checkpoint.paths(tmp_path)]
     assert steps == [10, 8, 6, 4, 2]
     best = checkpoint.best({2: 3.0, 4: 1.5, 8: 2.0, 12: 0.1}, [2, 4, 6, 8, 10])
     assert best == 4
     checkpoint.prune(tmp_path, newest=10, keep_last=2, best=best)
-    assert [checkpoint.number(place) for place in checkpoint.places(tmp_path)] == [10, 8, 4]
+    assert [checkpoint.step_of(place) for place in checkpoint.paths(tmp_path)] == [10, 8, 4]
     assert checkpoint.best({}, [8, 10]) is None
     assert checkpoint.best({8: float("nan"), 10: 2.0}, [10, 8]) == 10
 
 
 def test_one_that_was_just_written_stays_whatever_damaged_ones_are_newer(tmp_path: Path) -> None:
     for step in (10, 13, 20):
-        checkpoint.place(tmp_path, step).mkdir(parents=True)
+        checkpoint.path_of(tmp_path, step).mkdir(parents=True)
     checkpoint.prune(tmp_path, newest=13, keep_last=1, best=None)
-    assert [checkpoint.number(place) for place in checkpoint.places(tmp_path)] == [13]
+    assert [checkpoint.step_of(place) for place in checkpoint.paths(tmp_path)] == [13]
 
 
 def test_what_a_kill_left_is_cleaned_and_nothing_else(tmp_path: Path) -> None:
-    keep = checkpoint.place(tmp_path, 4)
+    keep = checkpoint.path_of(tmp_path, 4)
     for path in (
         keep,
         keep.with_name(".step-000006.tmp"),
@@ -186,13 +186,13 @@ def test_what_a_kill_left_is_cleaned_and_nothing_else(tmp_path: Path) -> None:
 def test_after_an_error_nothing_more_is_written_until_it_is_taken(tmp_path: Path) -> None:
     background = Background()
     (tmp_path / checkpoint.FOLDER).write_text("a file where a directory must be")
-    write(checkpoint.place(tmp_path, 1), background)
+    write(checkpoint.path_of(tmp_path, 1), background)
     assert isinstance(background.take_error(), OSError)
     assert not background.failed
     (tmp_path / checkpoint.FOLDER).unlink()
-    write(checkpoint.place(tmp_path, 2), background)
+    write(checkpoint.path_of(tmp_path, 2), background)
     assert background.take_error() is None
-    Checkpoint(checkpoint.place(tmp_path, 2)).check(SHAPES)
+    Checkpoint(checkpoint.path_of(tmp_path, 2)).check(SHAPES)
 
 
 def test_what_waits_to_be_written_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
