@@ -1,6 +1,7 @@
 """task=profile: which experts the routers choose for a dataset, by layer, as JSON and as a picture."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,31 @@ from rich.progress import track
 
 from configs.program.console import console
 from configs.program.errors import one_line
-from data.prepared.dataset import PreparedDataset, share
+from data.prepared.dataset import PreparedDataset, evaluation_batches
 from data.schema import IGNORE_INDEX
 from train.config.train import BatchArithmetic, TrainConfig
-from train.engine.engine import Engine
+from train.engine.engine import ForwardEngine
 from train.model.routing import Routing
 from train.saving.run_directory import RunDirectory
 
 
 def profile(
-    engine: Engine, dataset: PreparedDataset, config: TrainConfig, *, batch: BatchArithmetic, run: RunDirectory
+    engine: ForwardEngine, dataset: PreparedDataset, config: TrainConfig, *, batch: BatchArithmetic, run: RunDirectory
 ) -> None:
     """Runs the training rows through the base, `max_steps` global batches of them or all, and writes expert_load.json
     and expert_load.png into the run directory; collective."""
-    at_once = batch.micro_batch * batch.processes
-    rows: list[int | None] = list(rows_to_profile(dataset, config, batch))
-    count = len(rows)
-    rows += [None] * (-count % at_once)  # blank rows, so that every process makes the same number of forwards
-    micro_batches = share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
+    rows = rows_to_profile(dataset, config, batch)
+    rank, count = engine.processes.rank, engine.processes.count
+    micro_batches = evaluation_batches(dataset.train, rows, batch.micro_batch, rank, count)
+    forwards = math.ceil(len(rows) / (batch.micro_batch * count))
     shown = config.logging.progress and engine.processes.is_main
-    with engine.evaluating(), engine.watching(True):
-        for micro_batch in track(
-            micro_batches, "Profiling", total=len(rows) // at_once, console=console, disable=not shown
-        ):
+    with engine.evaluating(), engine.watching_routers():
+        for micro_batch in track(micro_batches, "Profiling", total=forwards, console=console, disable=not shown):
             nothing_supervised = torch.full_like(micro_batch.targets, IGNORE_INDEX)  # and so no work for the head
             engine.forward(replace(micro_batch, targets=nothing_supervised))
     routing = engine.take_routing()
     if engine.processes.is_main:
-        save(load_record(routing, config, rows=count), run.path)
+        save(load_record(routing, config, rows=len(rows)), run.path)
 
 
 def save(record: dict[str, Any], directory: Path) -> None:
@@ -53,8 +51,10 @@ def save(record: dict[str, Any], directory: Path) -> None:
 
 
 def rows_to_profile(dataset: PreparedDataset, config: TrainConfig, batch: BatchArithmetic) -> list[int]:
-    """Those of the first `max_steps` steps that training would take, or of a whole epoch: as they are stored, the rows
-    of the longest conversations come first."""
+    """The rows of the first `max_steps` steps that training would take, or of a whole epoch.
+
+    In training's order, not the stored one, in which rows of the longest conversations come first.
+    """
     schedule = dataset.schedule(epochs=1, rows_per_step=batch.rows, seed=config.seed)
     steps = min(schedule.steps, config.max_steps or schedule.steps)
     return [row for step in range(steps) for row in schedule.rows_of(step) if row is not None]

@@ -5,10 +5,10 @@ import time
 from dataclasses import dataclass
 
 from configs.program.errors import UserError
-from data.prepared.dataset import Batch, PackedTable, PreparedDataset, share
+from data.prepared.dataset import Batch, PackedTable, PreparedDataset, evaluation_batches, share
 from train.config.engine import OptimConfig
 from train.config.train import BatchArithmetic, TrainConfig
-from train.engine.engine import Engine, Update
+from train.engine.engine import Engine, ForwardEngine, Update
 from train.engine.processes import seed
 from train.failures.signals import Signals
 from train.health import Health
@@ -52,12 +52,12 @@ def train(
 
     Raises:
         Preempted: a signal came to any of the processes; a checkpoint of the last step is on the disk.
-        UserError: what was learned can't be written, or too many updates were refused.
+        UserError: what was learned can't be written, or too many updates were skipped.
     """
     schedule = dataset.schedule(epochs=config.epochs, rows_per_step=batch.rows, seed=config.seed)
     steps = min(schedule.steps, config.max_steps or schedule.steps)
 
-    def evaluate_where_due(number: int) -> None:
+    def evaluate_if_due(number: int) -> None:
         due = number in (0, steps) or (config.eval_every and number % config.eval_every == 0)
         if not due or number in history.evaluations:
             return
@@ -66,10 +66,11 @@ def train(
             history.evaluations[number] = loss
             metrics.evaluated(number, loss)
 
+    updated = engine.optimizer_steps > 0
     engine.train()
     with metrics.progress(steps, done=done):
-        evaluate_where_due(done)
-        if any(engine.any(signals.asked_to_stop)):
+        evaluate_if_due(done)
+        if engine.any_process(signals.asked_to_stop):
             raise Preempted(f"after step {done}")
         for number in range(done + 1, steps + 1):
             started = time.perf_counter()
@@ -79,8 +80,8 @@ def train(
                 share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
             )
             lr = learning_rate(number, steps, config.optim)
-            first = health.refused == number - 1  # no update has been made yet
-            result = watched_step(engine, micro_batches, number, lr, config, metrics, first=first)
+            result = watched_step(engine, micro_batches, number, lr, config, metrics, first=not updated)
+            updated = updated or result.update.applied
             record = _record(number, result, lr, time.perf_counter() - started)
             wrong = health.judge(record)
             history.last = record
@@ -88,8 +89,9 @@ def train(
             if health.gives_up:
                 saver.wait()
                 raise UserError(health.gives_up)
-            evaluate_where_due(number)
-            preempted, unsaved = engine.any(signals.asked_to_stop, saver.failed)
+            evaluate_if_due(number)
+            flags = engine.sum_over_processes(signals.asked_to_stop, saver.failed)
+            preempted, unsaved = (count > 0 for count in flags)
             due = number == steps or (config.save_every and number % config.save_every == 0)
             if preempted or due:
                 saver.checkpoint(number)
@@ -110,9 +112,9 @@ def watched_step(
     *,
     first: bool,
 ) -> StepResult:
-    """`step`, noting what the routers do in every `logging.routing_every`-th and until the `first` update; collective.
+    """`step`; in every `logging.routing_every`-th, what the routers do is noted; collective.
 
-    With `logging.routing_every=0` the first update is watched as well, for the gradients, and nothing is noted.
+    Before the `first` update it is watched in any case, for the gradients, and noted unless `logging.routing_every=0`.
 
     Raises:
         ExpertNotLearningError: before the first update a targeted expert got tokens and no gradient.
@@ -121,13 +123,13 @@ def watched_step(
     if not routers and not first:
         return step(engine, micro_batches, number, lr, config)
     gradients = FirstGradients(engine.module.causal_lm) if first else None
-    with engine.watching(True):
+    with engine.watching_routers():
         result = step(engine, micro_batches, number, lr, config)
     routing = engine.take_routing()
     if config.logging.routing_every:
         metrics.routed(number, routing)
     if gradients is not None:
-        found = engine.sum(*gradients.found())
+        found = engine.sum_over_processes(*gradients.found())
         if result.update.applied:
             gradients.check(found, routing.reaching_LE)
     return result
@@ -141,29 +143,29 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
         Σ cross-entropy / (supervised tokens)  +  c · Σ tokens_m · balance_m / (tokens),
 
     so it does not depend on how the rows are divided into micro-batches' owners: each m contributes what its tokens
-    weigh, also where a micro-batch holds few of them or none.
+    weigh, even if a micro-batch holds few of them or none.
 
-    Random numbers (dropout) follow from the seed, the step and the micro-batch alone: a run that is resumed draws those
-    that it would have drawn, on any number of processes.
+    Random numbers (dropout) follow from the seed, the step and the micro-batch alone: a resumed run draws the same
+    numbers as one that was never interrupted, on any number of processes.
     """
     own = [float(sum(batch.tokens for batch in micro_batches)), float(sum(b.supervised_tokens for b in micro_batches))]
-    tokens, supervised = engine.sum(*own)
+    tokens, supervised = engine.sum_over_processes(*own)
     cross_entropies, balances = 0.0, 0.0
     update = Update(math.nan, False)
-    for place, batch in enumerate(micro_batches):
-        seed(config.seed, number, place * engine.processes.count + engine.processes.rank)
+    for index, batch in enumerate(micro_batches):
+        seed(config.seed, number, index * engine.processes.count + engine.processes.rank)
         cross_entropy, balance = engine.forward(batch)
         share_of_tokens = batch.tokens / max(tokens, 1.0)
         loss = cross_entropy / max(supervised, 1.0) + config.router_aux_loss * balance * share_of_tokens
         cross_entropies += cross_entropy.item()
         balances += balance.item() * batch.tokens
-        if place < len(micro_batches) - 1:
+        if index < len(micro_batches) - 1:
             engine.backward(loss)
             engine.micro_step_done()
             continue
-        cross_entropies, balances = engine.sum(cross_entropies, balances)
+        cross_entropies, balances = engine.sum_over_processes(cross_entropies, balances)
         if not math.isfinite(cross_entropies + balances):
-            loss = loss * math.nan  # some process has a bad loss: make the refusal of the update certain, everywhere
+            loss = loss * math.nan  # some process has a bad loss: the update is skipped for certain, everywhere
         engine.backward(loss)
         update = engine.step(lr)
     return StepResult(
@@ -175,24 +177,23 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
     )
 
 
-def evaluate(engine: Engine, table: PackedTable, batch: BatchArithmetic, signals: Signals) -> float | None:
+def evaluate(engine: ForwardEngine, table: PackedTable, batch: BatchArithmetic, signals: Signals) -> float | None:
     """Cross-entropy on the held-out split in nats per supervised token; collective.
 
-    None where the split is empty, or where the run was asked to stop meanwhile: then there is no time for it.
+    None if the split is empty, or if the run was asked to stop meanwhile: then there is no time for it.
     """
     engine.at("evaluating")
-    at_once = batch.micro_batch * batch.processes
-    rows: list[int | None] = list(range(len(table)))
-    rows += [None] * (-len(rows) % at_once)  # blank rows, so that every process makes the same number of forwards
+    rows = range(len(table))
+    micro_batches = evaluation_batches(table, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
     loss, supervised = 0.0, 0.0
     with engine.evaluating():
-        for micro_batch in share(table, rows, batch.micro_batch, engine.processes.rank, engine.processes.count):
+        for micro_batch in micro_batches:
             cross_entropy, _ = engine.forward(micro_batch)
             loss += cross_entropy.item()
             supervised += micro_batch.supervised_tokens
-            if any(engine.any(signals.asked_to_stop)):
+            if engine.any_process(signals.asked_to_stop):
                 return None
-    loss, supervised = engine.sum(loss, supervised)
+    loss, supervised = engine.sum_over_processes(loss, supervised)
     return loss / supervised if supervised else None
 
 

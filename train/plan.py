@@ -19,10 +19,10 @@ from train.model import mixtral
 
 
 def show_plan(config: TrainConfig) -> None:
-    """Builds the model with its adapters on the meta device, where tensors have shapes and no numbers, and prints.
+    """Builds the model with its adapters on the meta device, on which tensors have shapes and no numbers, and prints.
 
-    The architecture is that of `model.path` where it is a directory, else `model.architecture`: no hub is asked. The
-    number of processes is that of the launch, or `hardware.processes` where there is one.
+    The architecture is that of `model.path` if that is a directory, else `model.architecture`: no hub is asked. The
+    number of processes is that of the launch, or `hardware.processes` if nothing was launched.
     """
     processes = int(os.environ.get("WORLD_SIZE", config.hardware.processes))
     if os.environ.get("RANK", "0") != "0":
@@ -49,7 +49,7 @@ def show_plan(config: TrainConfig) -> None:
 
 def _planned_base(config: ModelConfig) -> MixtralForCausalLM:
     if config.path is None or not Path(config.path).is_dir():
-        return mixtral.base(config)
+        return mixtral.random_base(config)
     try:
         architecture = read_architecture(config.path, None, f"model.path={config.path}")
         return MixtralForCausalLM._from_config(architecture, dtype=mixtral.DTYPES[config.dtype])

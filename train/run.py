@@ -1,7 +1,6 @@
 """`python -m train`: configuration → objects, each named once, in order → train()."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from configs.program import entry
@@ -12,10 +11,9 @@ from data.disk.weights import local_directory, pinned
 from data.prepared.dataset import PreparedDataset
 from data.template import ChatTokenizer
 from data.vocabulary import has_tokenizer
-from train.config.lora import LoraConfig
 from train.config.model import ModelConfig
 from train.config.train import TrainConfig
-from train.engine.engine import Engine
+from train.engine.engine import Engine, ForwardEngine
 from train.engine.processes import Processes, agree, check_same, join_processes, leave_processes, node_sizes
 from train.engine.zero import partitioned_loading
 from train.expert_load import profile
@@ -57,7 +55,7 @@ def run(config: TrainConfig) -> None:
     timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
     guard = Guard(processes.rank, processes.count, **timeouts)
     guard.join(agree(guard.listen()))
-    signals.on_leaving = guard.leaving
+    signals.tell(guard.leaving)
     with reporting_errors(guard, config, processes.rank):
         preempted = run_on(config, dataset, processes, guard, signals)
         guard.done()
@@ -76,35 +74,33 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     check_same_run(directory, record, dataset)
     if directory.finished:
         if processes.is_main:
-            told = f"{directory.path}: the run is finished; give overwrite=true to do it again"
-            console.print(told, soft_wrap=True)
+            finished = f"{directory.path}: the run is finished; give overwrite=true to do it again"
+            console.print(finished, soft_wrap=True)
         return False
-    built = config
-    if config.task == "profile":
-        # The engine asks for something that trains; fresh adapters change nothing that the routers see.
-        built = replace(config, lora=LoraConfig(attention=[], rank=8))
-    with partitioned_loading(built, batch):
-        # Sharded, weights come by way of the CPU, a layer at a time; else they would all stand there in every process.
+    with partitioned_loading(config, batch):
+        # Sharded, weights come by way of the CPU, a layer at a time; otherwise every process would hold them all there.
         straight_to = processes.device if processes.device.type == "cuda" and config.deepspeed.stage < 3 else None
-        model = build(built, straight_to)
-    start_from(model, built.lora)
+        model = build(config, straight_to)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
-    trainer = Engine(module, built, batch, processes, guard)
-    checkpoint = find_checkpoint(directory, record, trainer.shapes)
-    directory.create(record.config_yaml)
     if config.task == "profile":
-        profile(trainer, dataset, config, batch=batch, run=directory)
+        forward_engine = ForwardEngine(module, config, batch, processes, guard)
+        directory.create(record.config_yaml)
+        profile(forward_engine, dataset, config, batch=batch, run=directory)
         return False
+    start_from(model, config.lora)
+    engine = Engine(module, config, batch, processes, guard)
+    checkpoint = find_checkpoint(directory, record, engine.shapes)
+    directory.create(record.config_yaml)
     health = Health(config.failures)
-    resumed = restore(directory, checkpoint, trainer, health, dataset.train.batch([None] * batch.micro_batch))
+    resumed = restore(directory, checkpoint, engine, health, dataset.train.batch([None] * batch.micro_batch))
     history = History(resumed)
     metrics = Metrics(directory.path, config.logging, record.settings, is_main=processes.is_main, resumed=resumed)
-    saver = Saver(directory, record, trainer, history, metrics, health)
+    saver = Saver(directory, record, engine, history, metrics, health)
     signals.begin_training()
     preempted = False
     try:
         train(
-            trainer,
+            engine,
             dataset,
             config,
             batch=batch,

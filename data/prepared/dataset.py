@@ -1,6 +1,6 @@
 """The prepared dataset → batches, the same rows in the same order whatever the number of processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -232,3 +232,14 @@ def share(
     chunks = [indices[start : start + micro_batch] for start in range(0, len(indices), micro_batch)]
     for chunk in chunks[process_rank::processes]:
         yield table.batch(chunk)
+
+
+def evaluation_batches(
+    table: PackedTable, indices: Sequence[int], micro_batch: int, process_rank: int, processes: int
+) -> Iterator[Batch]:
+    """The micro-batches of one process, out of rows that are only run forward.
+
+    Blank rows fill the last ones, so that every process makes the same number of forwards.
+    """
+    blank = -len(indices) % (micro_batch * processes)
+    yield from share(table, [*indices, *[None] * blank], micro_batch, process_rank, processes)

@@ -154,7 +154,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> tuple[Settings, list[
         }
         config = ModelConfig(architecture=ArchitectureConfig(**sizes), dtype=options.dtype)
         disable_progress_bar()
-        mixtral.base(config).save_pretrained(path)
+        mixtral.random_base(config).save_pretrained(path)
     settings = Settings(
         model=str(path),
         dataset=str(dataset),

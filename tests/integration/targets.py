@@ -135,7 +135,7 @@ def main(directory: Path) -> None:
     processes = join_processes(HardwareConfig(device="cpu"))
     if processes.is_main:
         torch.manual_seed(0)
-        mixtral.base(ModelConfig(architecture=ARCHITECTURE, dtype="float32")).save_pretrained(directory / "base")
+        mixtral.random_base(ModelConfig(architecture=ARCHITECTURE, dtype="float32")).save_pretrained(directory / "base")
         (directory / "load.json").write_text(json.dumps({"tokens_per_expert": [[1] * 4, [9] * 4]}))
     torch.distributed.barrier()
     for which in CASES:

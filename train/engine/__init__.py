@@ -3,6 +3,7 @@
     processes.py  joins the processes; seeds, collectives, and what all must have been given alike
     cpu.py        what CPU processes need: DeepSpeed's compiled operator, shared memory, malloc
     zero.py       DeepSpeed's configuration, sharded loading, and whole parameters
+    optimizer.py  AdamW over what trains
     state.py      float32 masters and Adam's moments of what trains, whole and by name, whatever the ZeRO stage
     engine.py     forward, backward, step, and sums over the processes
 

@@ -19,7 +19,7 @@ VARIABLE = "TORCH_EXTENSIONS_DIR"
 MARK = "lock"
 """The file by which torch knows that an operator is being compiled."""
 PATIENCE = 2.0
-"""Seconds after which it is said what a start waits for."""
+"""Seconds after which a start says what it waits for."""
 
 
 @contextlib.contextmanager
@@ -28,31 +28,32 @@ def alone() -> Iterator[int]:
 
     torch waits without limit for the end of a build that another process has marked, and a process that is killed
     leaves its mark. So there is a folder of our own, and a lock on it that ends with the process that holds it: a mark
-    that is found then was left.
+    that is there once the lock is held was left by a process that is gone.
 
-    The environment's own ninja comes first. torch takes the first one on PATH, and a system's of another version would
-    not recognise what the environment's has built, and compile it anew, as the next start would.
+    The environment's own ninja comes first. torch takes the first one on PATH, and the system's, if it is of another
+    version, would not recognise what the environment's has built and would compile it anew, and so would the next
+    start.
 
     Raises:
         UserError: nothing can be written there.
     """
-    place = folder()
+    operators = folder()
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        lock = os.open(place, os.O_RDONLY)
+        operators.mkdir(parents=True, exist_ok=True)
+        lock = os.open(operators, os.O_RDONLY)
     except OSError as error:
         raise UserError(
-            f"{VARIABLE}={place.parent}: DeepSpeed's operator can't be compiled there ({error.strerror}); name a "
+            f"{VARIABLE}={operators.parent}: DeepSpeed's operator can't be compiled there ({error.strerror}); name a "
             f"directory that can be written"
         ) from error
     first = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), os.environ.get("PATH")]))
     try:
         with contextlib.suppress(OSError):  # a file system without locks
-            with _said(f"another process compiles DeepSpeed's operator in {place}; this one waits for it"):
+            with _said(f"another process compiles DeepSpeed's operator in {operators}; this one waits for it"):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            for mark in place.glob(f"*/{MARK}"):
+            for mark in operators.glob(f"*/{MARK}"):
                 mark.unlink()
-        with _variables({VARIABLE: str(place), "PATH": first}):
+        with _variables({VARIABLE: str(operators), "PATH": first}):
             yield lock
     finally:
         os.close(lock)
@@ -61,9 +62,9 @@ def alone() -> Iterator[int]:
 def compile_apart(operator: str, code: str, lock: int) -> None:
     """Runs Python code that compiles an operator, if it is not there, in a process that goes on if this one is ended.
 
-    It takes a minute or more, and what a compiler has not finished is lost. So it gets a session of its own, which no
-    Ctrl-C reaches, and it holds the lock too: the next start waits for it, and finds the operator there. Whether it
-    went well shows when the operator is loaded.
+    Compiling takes a minute or more, and an unfinished build is lost. So it gets a session of its own, which no Ctrl-C
+    reaches, and it holds the lock too: the next start waits for it, and finds the operator there. Whether it went well
+    shows when the operator is loaded.
     """
     if Path(os.environ[VARIABLE], operator, f"{operator}.so").exists():
         return
@@ -83,8 +84,8 @@ def compile_apart(operator: str, code: str, lock: int) -> None:
 
 
 def folder() -> Path:
-    """Where operators are compiled: of this environment, as each builds what another has built anew, and this machine,
-    as a home may be on a disk that several share."""
+    """Where operators are compiled: one folder for each environment, because each would compile another's anew, and for
+    each machine, because several may share a home directory."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = os.environ.get(VARIABLE) or get_default_build_root()
@@ -93,7 +94,7 @@ def folder() -> Path:
 
 @contextlib.contextmanager
 def _said(what: str) -> Iterator[None]:
-    """Says what takes time, once for the machine, if it takes more than `PATIENCE`."""
+    """Prints what takes time, once for each machine, if it takes longer than `PATIENCE`."""
     timer = threading.Timer(PATIENCE, say, ["train", what])
     timer.daemon = True
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -120,15 +121,15 @@ def _variables(changed: dict[str, str]) -> Iterator[None]:
 
 
 def forget_shared_memory() -> None:
-    """Takes the name from this process's buffer of DeepSpeed's shared-memory collective, which is freed with it then.
+    """Removes the name of this process's buffer of DeepSpeed's shared-memory collective: it is freed with the process.
 
     DeepSpeed 0.19 never removes it: 66 MiB of memory stay for each CPU process and port that was ever used, however the
     run ends. Collective, so that every process has opened all buffers by now.
     """
     if torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
-        place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{torch.distributed.get_rank()}"
-        Path("/dev/shm", f"deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)
+        owner = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{torch.distributed.get_rank()}"
+        Path("/dev/shm", f"deepspeed_allreduce_buffer_{owner}").unlink(missing_ok=True)
 
 
 def keep_freed_memory() -> None:
@@ -137,7 +138,7 @@ def keep_freed_memory() -> None:
     Each step frees and asks again for the same large tensors, and by default each time the kernel maps and zeroes the
     pages anew, a good part of a small step. The largest, logits and the like, are left to the kernel: they are few, so
     zeroing them costs little, and the holes that they leave in the heap, where others settle, would make it grow step
-    by step. Elsewhere than glibc this does nothing.
+    by step. Without glibc this does nothing.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -71,7 +71,7 @@ def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Proces
                 if deepspeed.ops.__compatible_ops__.get(OPERATOR):
                     code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
                     compile_apart(OPERATOR, code, lock)
-                build_shm_op()  # init_distributed would otherwise, behind a process that was killed for ever
+                build_shm_op()  # init_distributed would do it too, and wait for ever for a build that was killed
         waits = {"timeout": datetime.timedelta(seconds=timeout), "verbose": False}
         try:
             deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", **waits)
@@ -96,7 +96,7 @@ def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Proces
 
 
 def _check_launch() -> None:
-    """Raises `UserError` for variables of the launch that no process could be found by."""
+    """Raises `UserError` if a variable of the launch is missing, or has a value by which no process can be found."""
     if "RANK" not in os.environ:
         return
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -119,16 +119,17 @@ def _check_launch() -> None:
 
 
 def uses_cuda(config: HardwareConfig) -> bool:
-    """Whether it will be, where a run is planned on another machine."""
+    """Whether the run uses CUDA; a plan for another machine says so by `hardware.device`."""
     return config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
 
 
 def node_sizes(config: TrainConfig) -> dict[str, Any]:
-    """What must be the same on all nodes."""
+    """The variables that must be the same on all nodes."""
     return {"LOCAL_WORLD_SIZE": local_processes()} if config.deepspeed.node_copy else {}
 
 
 def free_port() -> str:
+    """A port of this machine at which nobody listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -159,10 +160,10 @@ def gathered(value: Any) -> list[Any]:
 
 
 def check_same(values: dict[str, Any]) -> None:
-    """Compares values across the processes; collective.
+    """Compares values, by name, across the processes; collective.
 
     Raises:
-        UserError: a process has another one than process 0; it names the first.
+        UserError: a process has another value than process 0. The sentence names the first that differs.
     """
     everywhere = gathered(values)
     for rank, theirs in enumerate(everywhere):

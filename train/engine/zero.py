@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration of a run, and parameters that ZeRO-3 has sharded made whole."""
+"""DeepSpeed's configuration of a run, loading into shards, and sharded parameters made whole."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -13,14 +13,16 @@ from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.processes import uses_cuda
 
 
-def deepspeed_config(config: TrainConfig, batch: BatchArithmetic) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run."""
-    zero: dict[str, Any] = {"stage": config.deepspeed.stage}
-    if config.deepspeed.stage > 0:
+def deepspeed_config(config: TrainConfig, batch: BatchArithmetic, *, trains: bool = True) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run, or of one that `trains` nothing and only goes forward."""
+    # Stages 1 and 2 shard what an optimizer has, and DeepSpeed asks for one.
+    stage = config.deepspeed.stage if trains or config.deepspeed.stage == 3 else 0
+    zero: dict[str, Any] = {"stage": stage}
+    if stage > 0:
         size = config.deepspeed.bucket_size
         # Overlapping needs streams, which only CUDA has.
         zero |= {"reduce_bucket_size": size, "overlap_comm": uses_cuda(config.hardware)}
-    if config.deepspeed.stage == 3:
+    if stage == 3:
         # The MoE block is gathered as one leaf by DeepSpeed's default list: naming leaves here would replace that list.
         zero |= {
             "stage3_prefetch_bucket_size": config.deepspeed.prefetch_bucket_size or size,
@@ -29,13 +31,14 @@ def deepspeed_config(config: TrainConfig, batch: BatchArithmetic) -> dict[str, A
         }
         if config.deepspeed.node_copy and (of_node := _processes_of_a_node(batch.processes)) < batch.processes:
             zero["zero_hpz_partition_size"] = of_node
-    for name in ("offload_optimizer", "offload_param"):
+    for name in ("offload_optimizer", "offload_param") if trains else ("offload_param",):
         if getattr(config.deepspeed, name) != "none":
             zero[name] = {"device": getattr(config.deepspeed, name), "pin_memory": uses_cuda(config.hardware)}
     # Sums of many micro-batches' gradients lose bits in bfloat16; only the shards of what trains pay for this.
-    sums: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if config.deepspeed.stage > 1 else {}
-    if config.deepspeed.stage == 0:
-        sums = {"communication_data_type": "fp32"}  # DeepSpeed would round them to bfloat16; `Engine` makes them
+    sums: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}
+    if stage == 0:
+        # `TrainedState` has gradients summed in float32 there; DeepSpeed would round the sums between processes.
+        sums = {"communication_data_type": "fp32"}
     return sums | {
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
@@ -44,13 +47,12 @@ def deepspeed_config(config: TrainConfig, batch: BatchArithmetic) -> dict[str, A
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # GuardedAdamW is an AdamW, which DeepSpeed knows by its exact type
         "steps_per_print": 2**31,
     }
 
 
 def _processes_of_a_node(count: int) -> int:
-    """Of `count` processes those on each node, for `deepspeed.node_copy`; all, where no launcher says.
+    """How many of `count` processes are on each node, for `deepspeed.node_copy`; all, if no launcher says.
 
     Raises:
         UserError: nodes differ, or have one each.
@@ -66,7 +68,7 @@ def _processes_of_a_node(count: int) -> int:
 
 @contextlib.contextmanager
 def partitioned_loading(config: TrainConfig, batch: BatchArithmetic) -> Iterator[None]:
-    """Within it, transformers loads pretrained weights straight into ZeRO-3's shards, where the run has any.
+    """Within it, transformers loads pretrained weights straight into ZeRO-3's shards, if the run has any.
 
     Process 0 reads the files, into CPU memory, and the others receive their parts; no GPU ever holds the whole model.
     """

@@ -38,8 +38,7 @@ class Signals:
         self._at = 0.0
         self._passed_on = False
         self._training = False
-        self.on_leaving: Callable[[str, int], None] | None = None
-        """Called with the reason and the exit code when this process leaves without waiting for the main thread."""
+        self._on_leaving: Callable[[str, int], None] | None = None
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         follow_launcher()
@@ -53,6 +52,10 @@ class Signals:
     def asked_to_stop(self) -> bool:
         """Whether a signal has come."""
         return self._asked is not None
+
+    def tell(self, on_leaving: Callable[[str, int], None]) -> None:
+        """Has `on_leaving` called with the reason and the exit code if this process leaves at once."""
+        self._on_leaving = on_leaving
 
     def begin_training(self) -> None:
         """From here on a signal leads to a checkpoint; before, the process leaves at once, with nothing to save."""
@@ -93,8 +96,8 @@ class Signals:
 
     def _exit(self, code: int, why: str) -> NoReturn:
         threading.Timer(LAST_WORDS, os._exit, [code]).start()
-        if self.on_leaving is not None:
-            self.on_leaving(why, code)
+        if self._on_leaving is not None:
+            self._on_leaving(why, code)
         say("train", why)
         os._exit(code)
 

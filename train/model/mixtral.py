@@ -23,17 +23,17 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def build(config: TrainConfig, device: torch.device | None = None) -> MixtralForCausalLM:
     """The base model with adapters attached and everything else frozen, or with everything trainable.
 
-    The caller decides where weights go: onto `device` straight from their files, or by the context in which it calls,
-    `engine.partitioned_loading` for ZeRO-3, the meta device for a plan. The seed decides random bases and initial
-    adapters, the same on every process.
+    For `task=profile` the base alone. The caller decides where weights go: onto `device` straight from their files, or
+    by the context of the call, `zero.partitioned_loading` for ZeRO-3, the meta device for a plan. The seed decides
+    random bases and initial adapters, the same on every process.
 
     Raises:
         UserError: there is no Mixtral at `model.path`.
     """
     torch.manual_seed(config.seed)
-    model = base(config.model) if config.model.path is None else pretrained(config.model, device)
+    model = random_base(config.model) if config.model.path is None else pretrained(config.model, device)
     model.config.use_cache = False
-    if config.lora.method == "none":
+    if config.lora.method == "none" or config.task == "profile":
         model.set_experts_implementation(split_experts.IMPLEMENTATION)  # the plain grouped products, without adapters
     else:
         torch.manual_seed(config.seed)  # again: how many numbers loading draws depends on the ZeRO stage
@@ -42,7 +42,7 @@ def build(config: TrainConfig, device: torch.device | None = None) -> MixtralFor
     return model
 
 
-def base(config: ModelConfig) -> MixtralForCausalLM:
+def random_base(config: ModelConfig) -> MixtralForCausalLM:
     """A random Mixtral of the configured architecture.
 
     Raises:

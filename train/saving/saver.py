@@ -99,7 +99,7 @@ class Saver:
         Raises:
             UserError: it can't be written, or could not be before.
         """
-        while any(self._engine.any(self._background is not None and not self._background.wait(SIGN_OF_LIFE))):
+        while self._engine.any_process(self._background is not None and not self._background.wait(SIGN_OF_LIFE)):
             self._engine.at("saving")  # all of them: none waits for longer than a collective may take
         error = self._background.take_error() if self._background is not None else None
         problem = None

@@ -82,7 +82,7 @@ class Workplace:
                 "torch.manual_seed(0);"
                 "sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, "
                 "num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.08);"
-                "made = mixtral.base(ModelConfig(architecture=ArchitectureConfig(**sizes)));"
+                "made = mixtral.random_base(ModelConfig(architecture=ArchitectureConfig(**sizes)));"
                 "made.save_pretrained(sys.argv[1])"
             )
             _typed(sys.executable, "-c", program, str(self.base))

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.program.errors import UserError
-from data.prepared.dataset import PAD_ID, PAD_RUN, Batch, PackedTable, PreparedDataset, Schedule, share
+from data.prepared.dataset import (
+    PAD_ID,
+    PAD_RUN,
+    Batch,
+    PackedTable,
+    PreparedDataset,
+    Schedule,
+    evaluation_batches,
+    share,
+)
 from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, open_split
 from data.schema import IGNORE_INDEX, PackedRow
 
@@ -109,6 +118,17 @@ def test_any_number_of_processes_shares_the_same_micro_batches(
     assert {len(dealt) for dealt in shares} == {len(alone) // processes}
     dealt_in_turn = [micro for turn in zip(*shares, strict=True) for micro in turn]
     assert all(same(a, b) for a, b in zip(alone, dealt_in_turn, strict=True))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_every_process_goes_forward_as_often(table: PackedTable, micro_batch: int, processes: int) -> None:
+    rows = [2, 0, 1, 1, 2]
+    shares = [list(evaluation_batches(table, rows, micro_batch, rank, processes)) for rank in range(processes)]
+    assert {len(dealt) for dealt in shares} == {-(-len(rows) // (micro_batch * processes))}
+    assert {len(batch.ids) for dealt in shares for batch in dealt} == {micro_batch}
+    expected = sum(table.batch([row]).tokens for row in rows)
+    assert sum(batch.tokens for dealt in shares for batch in dealt) == expected
 
 
 # Schedule

@@ -21,7 +21,7 @@ PROGRAM = """
 import sys, time
 from train.failures.signals import Signals
 signals = Signals(grace=float(sys.argv[1]))
-signals.on_leaving = lambda why, code: print(f"told {code}: {why}", flush=True)
+signals.tell(lambda why, code: print(f"told {code}: {why}", flush=True))
 if sys.argv[2] == "training":
     signals.begin_training()
 print("ready", flush=True)

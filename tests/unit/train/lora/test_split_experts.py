@@ -405,7 +405,7 @@ def test_a_seed_gives_the_same_start_whatever_the_device() -> None:
     """The numbers are drawn on the CPU; on the meta device, where a plan is made, there are none."""
     how = {"ranks": [[4] * 4] * 2, "projections": PROJECTIONS, "scaling": factors.Scaling(8)}
     with torch.device("meta"):
-        planned = mixtral.base(nano_config().model)
+        planned = mixtral.random_base(nano_config().model)
         with Calls() as calls:
             factors.attach(planned, **how)
     assert calls.of["uniform_"] == 0
@@ -414,7 +414,7 @@ def test_a_seed_gives_the_same_start_whatever_the_device() -> None:
     for dtype in ("float32", "bfloat16"):
         config = nano_config()
         config.model.dtype = dtype
-        base = mixtral.base(config.model)
+        base = mixtral.random_base(config.model)
         torch.manual_seed(3)
         factors.attach(base, **how)
         starts.append(base.model.layers[1].mlp.experts.down_proj_lora_A.detach())
@@ -438,7 +438,7 @@ def test_all_that_trains_has_the_dtype_of_the_base(dtype: str) -> None:
     """Mixed dtypes fail under ZeRO-3; float32 masters are DeepSpeed's."""
     config = nano_config(router="trained")
     config.model.dtype = dtype
-    adapted = mixtral.base(config.model)
+    adapted = mixtral.random_base(config.model)
     attach.add_adapters(adapted, config.lora)
     assert {parameter.dtype for parameter in adapted.parameters()} == {getattr(torch, dtype)}
 
@@ -448,7 +448,7 @@ def test_dropout_is_the_same_when_activations_are_computed_again() -> None:
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        adapted = mixtral.base(config.model).train()
+        adapted = mixtral.random_base(config.model).train()
         attach.add_adapters(adapted, config.lora)
         for _, factor in attach.trainable(adapted):
             nn.init.normal_(factor, std=0.2)
@@ -504,7 +504,7 @@ def test_a_token_routed_elsewhere_when_activations_are_computed_again_gives_the_
 def test_a_fresh_adapter_changes_nothing() -> None:
     torch.manual_seed(0)
     config = nano_config()
-    plain = mixtral.base(config.model).eval()
+    plain = mixtral.random_base(config.model).eval()
     adapted = copy.deepcopy(plain)
     attach.add_adapters(adapted, config.lora)
     ids = torch.randint(3, 500, (1, 30))
@@ -534,7 +534,7 @@ def nano_config(**lora: object) -> TrainConfig:
 def trained_nano(config: TrainConfig) -> tuple[MixtralForCausalLM, MixtralForCausalLM]:
     """A float64 base, and the same with adapters that are not zero."""
     torch.manual_seed(0)
-    base = mixtral.base(config.model).double().eval()
+    base = mixtral.random_base(config.model).double().eval()
     base.set_experts_implementation("eager")  # torch's grouped product knows no float64
     adapted = copy.deepcopy(base)
     attach.add_adapters(adapted, config.lora)

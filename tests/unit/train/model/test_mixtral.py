@@ -18,7 +18,7 @@ from train.model import mixtral
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    mixtral.base(nano_config().model).save_pretrained(tmp_path)
+    mixtral.random_base(nano_config().model).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -68,7 +68,7 @@ def test_attention_without_its_package_is_refused(base: Path, kind: str) -> None
     config.attention = "flash_attention_2"
     config.path = str(base) if kind == "stored" else None
     with pytest.raises(UserError, match=r"^model\.attention=flash_attention_2: the package for it is not installed"):
-        (mixtral.pretrained if kind == "stored" else mixtral.base)(config)
+        (mixtral.pretrained if kind == "stored" else mixtral.random_base)(config)
 
 
 def test_weights_in_a_pickle_are_not_opened(base: Path) -> None:
@@ -91,7 +91,7 @@ def test_code_that_comes_with_a_base_is_not_run(base: Path, kind: str) -> None:
 
 def test_the_defaults_are_mixtral_8x7b() -> None:
     with torch.device("meta"):
-        full = mixtral.base(ModelConfig())
+        full = mixtral.random_base(ModelConfig())
     assert sum(parameter.numel() for parameter in full.parameters()) == 46_702_792_704
 
 

@@ -30,7 +30,7 @@ def test_names_and_bits_are_those_of_save_pretrained(
 ) -> None:
     monkeypatch.setattr(whole_model, "LARGEST_FILE", largest)
     torch.manual_seed(0)
-    built = mixtral.base(ModelConfig(architecture=SIZES))
+    built = mixtral.random_base(ModelConfig(architecture=SIZES))
     built.save_pretrained(tmp_path / "theirs")
     parameters = dict(built.named_parameters())
     (tmp_path / "ours").mkdir()
