@@ -84,7 +84,7 @@ def test_gradients_of_micro_batches_are_summed_in_float32() -> None:
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 )  # torch's own, imported
-@pytest.mark.filterwarnings("ignore:.*torch.distributed.*is deprecated:FutureWarning")  # as engine.start says why
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*is deprecated:FutureWarning")  # as join_processes says why
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_under_zero3_a_moe_block_is_gathered_whole_once_a_pass(
     checkpointing: bool, monkeypatch: pytest.MonkeyPatch

@@ -14,10 +14,13 @@ import pytest
 from configs.program.errors import UserError
 from train.engine.cpu import MARK, VARIABLE, alone, folder
 
-START = "from train import engine; from train.config import HardwareConfig as H; engine.start(H(device='cpu'))"
+START = (
+    "from train.config.engine import HardwareConfig; from train.engine.processes import join_processes; "
+    "join_processes(HardwareConfig(device='cpu'))"
+)
 LOG = folder() / "deepspeed_shm_comm" / ".ninja_log"
 """What ninja has built there, a line for each time and file."""
-HOLD = "import sys; from train import compiling\nwith compiling.alone(): print('in', flush=True); sys.stdin.read()"
+HOLD = "import sys; from train.engine import cpu\nwith cpu.alone(): print('in', flush=True); sys.stdin.read()"
 
 
 def start(code: str, root: Path, *, start_new_session: bool = False, **more: str) -> subprocess.Popen[str]:
@@ -115,9 +118,7 @@ def test_what_compiles_goes_on_when_the_start_is_ended_and_the_next_waits_for_it
         "import os, pathlib, time; place = pathlib.Path(os.environ['TORCH_EXTENSIONS_DIR'], 'it'); place.mkdir();"
         "(place / 'begun').touch(); time.sleep(6); (place / 'it.so').touch()"
     )
-    compiles = (
-        f"from train import compiling\nwith compiling.alone() as lock: compiling.compile_apart('it', {slow!r}, lock)"
-    )
+    compiles = f"from train.engine import cpu\nwith cpu.alone() as lock: cpu.compile_apart('it', {slow!r}, lock)"
     first = start(compiles, project_root, start_new_session=True, **where)
     while not list(tmp_path.glob("*/it/begun")):
         assert first.poll() is None
@@ -134,8 +135,8 @@ def test_what_compiles_goes_on_when_the_start_is_ended_and_the_next_waits_for_it
 
 
 def test_a_build_that_takes_long_is_said(project_root: Path, tmp_path: Path) -> None:
-    compiles = "compiling.compile_apart('it', 'import time; time.sleep(4)', lock)"
-    code = f"from train import compiling\nwith compiling.alone() as lock: {compiles}"
+    compiles = "cpu.compile_apart('it', 'import time; time.sleep(4)', lock)"
+    code = f"from train.engine import cpu\nwith cpu.alone() as lock: {compiles}"
     for rank, said in (("0", 1), ("1", 0)):
         where = {VARIABLE: str(tmp_path), "LOCAL_RANK": rank}
         _, stderr = start(code, project_root, **where).communicate(timeout=120)

@@ -54,3 +54,13 @@ def test_a_bucket_for_what_is_gathered_ahead_is_that_of_sums_unless_told() -> No
 def test_a_plan_is_for_the_device_of_the_plan(device: str, overlap: bool) -> None:
     config = TrainConfig(hardware=HardwareConfig(device=device))
     assert deepspeed_config(config, BatchArithmetic(1, 1, 8))["zero_optimization"]["overlap_comm"] == overlap
+
+
+@pytest.mark.parametrize(("stage", "forward"), [(0, 0), (1, 0), (2, 0), (3, 3)])
+def test_what_only_goes_forward_shards_no_optimizer(stage: int, forward: int) -> None:
+    offload = {"offload_optimizer": "cpu" if stage else "none"}
+    config = TrainConfig(deepspeed=DeepSpeedConfig(stage=stage, **offload))
+    told = deepspeed_config(config, BatchArithmetic(1, 1, 1), trains=False)
+    assert told["zero_optimization"]["stage"] == forward
+    assert "offload_optimizer" not in told["zero_optimization"]
+    assert deepspeed_config(config, BatchArithmetic(1, 1, 1))["zero_optimization"]["stage"] == stage
