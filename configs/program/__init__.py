@@ -1,7 +1,7 @@
 """What makes a module a program: settings in, one sentence and an exit code out.
 
     entry.py       Hydra's YAML and the command line onto a program's dataclass; mistakes end with exit code 2
-    checks.py      what settings are checked for: a choice, a positive number, a share
+    checks.py      the checks of single settings: a choice, a positive number, a share
     errors.py      `UserError`, which holds one sentence: field, value, remedy
     console.py     the one console for stderr: no markup, and a closed terminal ends nothing
     secrets.py     hides keys in all that is written
