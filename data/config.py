@@ -1,4 +1,4 @@
-"""What preparing data can be told."""
+"""The settings of `python -m data`, and their checks."""
 
 import math
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ class PrepareConfig:
     """For a field of the schema, of a row or of a turn, that has another name in the rows, that name:
     `columns={output: answer}`. What is read as one field is not read as another too."""
     dataset: str | None = None
-    """A dataset of a hub, such as `teknium/openhermes`, or a directory that is laid out as one; where `files` is empty.
+    """A dataset of a hub, such as `teknium/openhermes`, or a directory that is laid out as one, if `files` is empty.
     Parquet, Arrow, JSON, JSON Lines, CSV and TSV are read."""
     dataset_config: str | None = None
     """The config of `dataset`, if it has several."""
@@ -60,7 +60,7 @@ class PrepareConfig:
     """Several conversations in a row, by best fit. Without, each has a row of its own, and training batches rows of
     like length and pads them to the longest."""
     eval_fraction: float = 0.02
-    """Share of the rows held out for evaluation, at least one where it is above 0."""
+    """Share of the rows held out for evaluation, at least one if it is above 0."""
     seed: int = 0
     """Decides which conversations are held out, and the order in which they are packed."""
     markers: str = "reject"
@@ -71,7 +71,7 @@ class PrepareConfig:
     max_reject_fraction: float = 0.1
     """Rejecting more than this share of the rows as unusable stops the run."""
     duplicates: str = "keep"
-    """What to do with a conversation that was there before: `keep`, `drop` where it is the same to the letter, or
+    """What to do with a conversation that was there before: `keep`, `drop` if it is the same to the letter, or
     `drop_near`, which drops also what is alike."""
     near_threshold: float = 0.8
     """From which estimated Jaccard similarity of their five-word sequences two conversations are alike."""
@@ -80,7 +80,7 @@ class PrepareConfig:
     (JSON, JSON Lines or text), or tasks of the Open LLM Leaderboard: arc, hellaswag, mmlu, truthfulqa, winogrande,
     gsm8k."""
     workers: int = 0
-    """Processes that encode, the first one included; 0 means one a core, fewer where there is little to do. What is
+    """Processes that encode, the first one included; 0 means one a core, fewer if there is little to do. What is
     written is the same."""
     rows: int = 3
     """Rows that `task=preview` prints."""

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, decoders, normalizers
 from data.merges import merges_only
 from data.vocabulary import SENTENCEPIECE, sentencepiece_model
 
-# Stock tokenizers match `<s>` and `</s>` anywhere in the rendered text, also where a message only spells them. So the
+# Stock tokenizers match `<s>` and `</s>` anywhere in the rendered text, even if a message only spells them. So the
 # stored template breaks up those of a message with a character that Unicode keeps for a program's own use, and the
 # stored tokenizer takes the breaks out again after it has looked for control tokens: the ids are those of `encode`
 # whatever a message says, that character among it.
@@ -55,7 +55,7 @@ def save(vocabulary: dict[str, int], directory: Path, base: Path | None) -> None
     stock.normalizer = normalizers.Sequence([*unescape, stock.normalizer])
     # Answers begin with the space that the template puts before them; stock programs show what is decoded.
     stock.decoder = decoders.Sequence([stock.decoder, decoders.Strip(" ", 1, 0)])
-    # Not by its own `save`, whose error is no OSError where the disk is full.
+    # Not by its own `save`, whose error is no OSError if the disk is full.
     (directory / "tokenizer.json").write_text(stock.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

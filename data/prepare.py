@@ -40,7 +40,7 @@ SOME = 5
 def prepare(config: PrepareConfig) -> None:
     """Reads, renders, encodes, splits and packs the rows of `config`, and writes the prepared dataset.
 
-    Where `output` already holds just that, nothing is done again.
+    If `output` already holds just that, nothing is done again.
     """
     config.check()
     output = Path(config.output)
@@ -124,15 +124,15 @@ def take_in(sources: list[Source], encoders: Pool, intake: Intake) -> Intake:
     """Encodes every row of every source into the intake's store, or writes why not to its rejects."""
     with _progress() as progress:
         task = progress.add_task("Encoding conversations", total=None)
-        for place, source in enumerate(sources, start=1):
-            for rows in intake.read(source, encoders, is_last=place == len(sources)):
+        for number, source in enumerate(sources, start=1):
+            for rows in intake.read(source, encoders, is_last=number == len(sources)):
                 progress.update(task, completed=rows)
     assert intake.rows == intake.kept + sum(intake.rejected.values())
     return intake
 
 
 def refuse_too_many(intake: Intake, allowed: float) -> None:
-    """Raises `UserError` where nothing is left, or where more than the allowed share can't be used."""
+    """Raises `UserError` if nothing is left, or if more than the allowed share can't be used."""
     if intake.rows == 0:
         raise UserError("files: they hold no rows; name files with at least one row")
     if intake.kept and intake.unusable / intake.rows <= allowed:
@@ -160,7 +160,7 @@ def refuse_unseen(intake: Intake, columns: dict[str, str]) -> None:
 
 
 def choose(index: Index, intake: Intake, config: PrepareConfig) -> dict[str, list[int]]:
-    """The conversations of each split, by their places in `index`; what is trained on more than once, so often."""
+    """The conversations of each split, by their positions in `index`; what is trained on more than once, so often."""
     held_out = choose_eval(np.unique(index.rows).tolist(), config.eval_fraction, config.seed)
     conversations = list(enumerate(index.rows.tolist()))
     return {
@@ -255,7 +255,7 @@ class RowsPerSecond(ProgressColumn):
     """How fast it goes."""
 
     def render(self, task: Task) -> Text:
-        """Over the whole time: what the last second did says little."""
+        """The mean over all the time so far: the last second alone says little."""
         return Text(f"{task.completed / task.elapsed:,.0f} rows/s" if task.elapsed else "", style="progress.data.speed")
 
 

@@ -75,10 +75,10 @@ class Conversation:
     def __post_init__(self) -> None:
         if not self.turns:
             raise ValueError("a conversation needs at least one user message")
-        for place, message in enumerate(self.turns):
-            expected = "user" if place % 2 == 0 else "assistant"
+        for index, message in enumerate(self.turns):
+            expected = "user" if index % 2 == 0 else "assistant"
             if message.role != expected:
-                raise ValueError(f"message {place + bool(self.system)}: expected role {expected}, found {message.role}")
+                raise ValueError(f"message {index + bool(self.system)}: expected role {expected}, found {message.role}")
 
     @property
     def system(self) -> Message | None:
@@ -126,7 +126,7 @@ class TokenizedConversation:
 
     @property
     def labels(self) -> list[int]:
-        """For each id, itself where trained, else `IGNORE_INDEX`."""
+        """For each id, itself if it is trained, else `IGNORE_INDEX`."""
         return labels_of(np.frombuffer(self.packed_ids, np.uint16), self.spans).tolist()
 
     def __len__(self) -> int:
@@ -154,11 +154,11 @@ class PackedRow:
 
     @property
     def labels(self) -> list[int]:
-        """For each id, itself where trained, else `IGNORE_INDEX`."""
+        """For each id, itself if it is trained, else `IGNORE_INDEX`."""
         return labels_of(np.array(self.ids), self.spans).tolist()
 
 
 def labels_of(ids: np.ndarray, spans: Sequence[int]) -> np.ndarray:
-    """[T] int64: each id where it is trained, else `IGNORE_INDEX`."""
+    """[T] int64: each id if it is trained, else `IGNORE_INDEX`."""
     trained = np.repeat(np.arange(len(spans)) % 2 == 1, spans)
     return np.where(trained, ids.astype(np.int64), IGNORE_INDEX)

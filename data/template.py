@@ -70,12 +70,12 @@ class ChatTokenizer:
         """For each turn the text up to `[/INST]`, the reply with its spaces, or None, and whether that is masked."""
         turns = conversation.turns
         texts: list[tuple[str, str | None, bool]] = []
-        for place in range(0, len(turns), 2):
-            user = turns[place].content
-            if place == 0 and conversation.system is not None:
+        for index in range(0, len(turns), 2):
+            user = turns[index].content
+            if index == 0 and conversation.system is not None:
                 user = f"<<SYS>>\n{conversation.system.content}\n<</SYS>>\n\n{user}"
             prompt = f"[INST] {user.strip()} [/INST]"
-            reply = turns[place + 1] if place + 1 < len(turns) else None
+            reply = turns[index + 1] if index + 1 < len(turns) else None
             texts.append(
                 (prompt, None, False) if reply is None else (prompt, f" {reply.content.strip()} ", reply.masked)
             )
@@ -116,16 +116,16 @@ class ChatTokenizer:
     def spell(self, ids: list[int]) -> str:
         """The text of ids, control tokens and surrounding space included: of `encode`'s ids what `render` gives.
 
-        Bytes that are no UTF-8, as where a character is cut, become U+FFFD.
+        Bytes that are no UTF-8, as those of a character that was cut, become U+FFFD.
         """
         text = b""
-        for place, token in enumerate(ids):
+        for index, token in enumerate(ids):
             piece = self.pieces[token]
             if EOS < token < FIRST_PIECE:
                 text += bytes([token - EOS - 1])
                 continue
             # After <s> stands a space that is SentencePiece's, not the text's.
-            piece = piece.removeprefix(SPACE) if place and ids[place - 1] == BOS else piece
+            piece = piece.removeprefix(SPACE) if index and ids[index - 1] == BOS else piece
             text += piece.replace(SPACE, " ").encode()
         return text.decode(errors="replace")
 
@@ -143,7 +143,7 @@ class ChatTokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, with the chat template, for stock transformers, and
         `tokenizer.model`, from which other programs take the pieces' scores.
 
-        The model is that of the directory `base` where it has one that says the same as the embedded one, which is
-        taken else.
+        `tokenizer.model` is that of the directory `base` if it has one that gives the same ids as the embedded one,
+        and the embedded one if not.
         """
         export.save(self._vocabulary, directory, base)

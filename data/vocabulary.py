@@ -105,11 +105,11 @@ def _read_sentencepiece(path: Path, named: str) -> dict[str, int]:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError lives in a different place in each of its implementations
         raise UserError(f"{named}: its {path.name} is no SentencePiece model; name a Mixtral-8x7B model") from error
-    return {piece.piece: place for place, piece in enumerate(model.pieces)}
+    return {piece.piece: index for index, piece in enumerate(model.pieces)}
 
 
 def sentencepiece_model(base: Path | None) -> bytes:
-    """Mixtral's SentencePiece model: the base's own, or the embedded one where that has other ids, or there is none."""
+    """Mixtral's SentencePiece model: the base's own, or the embedded one if that has other ids or there is none."""
     embedded = _locate(EMBEDDED, None, "tokenizer").read_bytes()
     own = None if base is None else base / SENTENCEPIECE
     if own is None or not own.is_file() or own.stat().st_size > LARGEST_MODEL:

@@ -5,7 +5,7 @@
     multirun.py    `--multirun`: which jobs it asks for
     launch.py      what the launcher says about this process
     gpus.py        NVIDIA's GPUs: why torch can't use them, and which one is this process's
-    checks.py      what settings are checked for: a choice, a positive number, a share
+    checks.py      the checks of single settings: a choice, a positive number, a share
     errors.py      `UserError`, which holds one sentence: field, value, remedy
     console.py     the one console for stderr: no markup, and a closed terminal ends nothing
     secrets.py     hides keys in all that is written

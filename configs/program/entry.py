@@ -64,7 +64,7 @@ def run(
 
     All other texts are read as `configs/arguments.py` says.
 
-    Exits 2 with one sentence where Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
+    Exits 2 with one sentence if Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
     error: what is not the user's to mend propagates.
     """
     sys.excepthook = _traceback
@@ -107,7 +107,7 @@ def run(
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(compose)()
             configs = [typed(one) for one in composed]
         sys.argv[1:] = map(redact, sys.argv[1:])  # libraries note the command in files of theirs
-        # Outside of Hydra, which would say the overrides, keys among them, where `main` raises.
+        # Outside of Hydra, which would say the overrides, keys among them, if `main` raises.
         if asked.multirun and sweep is not None:
             sys.exit(sweep(jobs))
         for config in configs:  # none with --help and the like

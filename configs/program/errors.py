@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def one_line(error: Exception, line: int = 0) -> str:
-    """One line of a library's error, the first unless told, to stand in a sentence; its type where it is empty."""
+    """One line of a library's error, the first unless told, to stand in a sentence; its type if it is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[line].strip().rstrip(".")
 
@@ -19,7 +19,7 @@ def one_line(error: Exception, line: int = 0) -> str:
 def say(program: str, sentence: str) -> None:
     """Writes a line to stderr, without secrets, if anyone still reads there; fit for threads and for the very end.
 
-    Not by sys.stderr, whose lock another thread may hold, and which raises where the terminal is gone.
+    Not by sys.stderr, whose lock another thread may hold, and which raises if the terminal is gone.
     """
     start = "\n" if os.isatty(2) else ""  # a progress bar may stand in the line
     with contextlib.suppress(OSError):

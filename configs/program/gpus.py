@@ -15,7 +15,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def check(device: str, setting: str) -> None:
-    """Raises `UserError` where `device`, the value of the setting of that name, is CUDA and torch can't use it."""
+    """Raises `UserError` if `device`, the value of the setting of that name, is CUDA and torch can't use it."""
     if device == "cuda" and not torch.cuda.is_available():
         why = unusable() or "torch finds no CUDA GPU here"
         raise UserError(f"{setting}=cuda: {why}; use {setting}=cpu to do without")

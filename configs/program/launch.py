@@ -3,7 +3,7 @@
 import os
 
 OWN_LOCAL_RANK = "OPENHERMES_LOCAL_RANK"
-"""Holds this process's number on its machine where LOCAL_RANK, by which DeepSpeed finds the device, is another."""
+"""Holds this process's number on its machine if LOCAL_RANK, by which DeepSpeed finds the device, is another."""
 
 
 def local_rank() -> int:
@@ -13,6 +13,6 @@ def local_rank() -> int:
 
 
 def local_processes() -> int | None:
-    """How many processes this machine has; None where no launcher says."""
+    """How many processes this machine has; None if no launcher says."""
     text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "0"
     return (int(text) or None) if text.isdecimal() else None

@@ -37,7 +37,7 @@ class Job(Generic[Config]):
 
 
 def flags(arguments: list[str]) -> argparse.Namespace:
-    """The command line as Hydra reads it; ends the process with its usage where it can't."""
+    """The command line as Hydra reads it; ends the process with its usage if it can't."""
     return get_args_parser().parse_known_args(arguments)[0]
 
 
@@ -51,9 +51,9 @@ def jobs(asked: argparse.Namespace, config_path: Path, config_name: str) -> Iter
     """
     given = {flag: value for flag in FLAGS if (value := getattr(asked, flag)) is not None}
     taken_over = [f"--{flag.replace('_', '-')}={value}" for flag, value in given.items()]
-    place = str(Path(given.get("config_path", config_path)).resolve())
+    directory = str(Path(given.get("config_path", config_path)).resolve())
     search = [f'hydra.searchpath=["file://{Path(given["config_dir"]).resolve()}"]'] if "config_dir" in given else []
-    with initialize_config_dir(place, version_base="1.3"):
+    with initialize_config_dir(directory, version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         choices = [_choices(override) for override in parser.parse_overrides(asked.overrides)]
         for chosen in itertools.product(*choices):
@@ -64,7 +64,7 @@ def jobs(asked: argparse.Namespace, config_path: Path, config_name: str) -> Iter
 
 
 def _choices(override: Override) -> list[tuple[str, tuple[str, str] | None]]:
-    """What one argument becomes in the jobs, with name and value where it differs between them."""
+    """What one argument becomes in the jobs, with name and value if it differs between them."""
     if not override.is_sweep_override():
         assert override.input_line is not None
         return [(override.input_line, None)]

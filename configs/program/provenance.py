@@ -20,7 +20,7 @@ def provenance(packages: Iterable[str]) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a mark where files differ from it; None outside a checkout."""
+    """The checkout's commit, with a mark if files differ from it; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -23,7 +23,7 @@ from configs.program.secrets import redact
 from data.disk.hub_refusals import LONGEST_WAIT, TRANSIENT, Commit, UnreachableError, cache_folder, refuse
 
 TRIES = 4
-"""How often a question or a transfer is tried. Within a transfer, the client itself goes on up to five times where it
+"""How often a question or a transfer is tried. Within a transfer, the client itself goes on up to five times after it
 was cut off."""
 
 SECONDS = 20.0
@@ -91,7 +91,7 @@ class Repository(Commit):
             with _alone(self.kind, self.name):
                 if missing := self._missing(wanted):
                     self._download(missing)
-        except OSError as error:  # of the cache: no room, no right to write
+        except OSError as error:  # of the cache: no space, or no right to write
             refuse(error, self)
         if missing := self._missing(wanted):
             raise UserError(

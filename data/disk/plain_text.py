@@ -21,7 +21,7 @@ LONGEST_TEXT = 300
 
 
 def read_json(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none, or something else, or of another hash than is asked for."""
+    """A JSON object from a file; empty if there is none, or if it is something else or has another hash."""
     content = read_bytes(path)
     if content is None or (sha256 is not None and hashlib.sha256(content).hexdigest() != sha256):
         return {}
@@ -39,7 +39,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes | None:
 
 
 def read_start(path: Path, size: int) -> bytes | None:
-    """The first bytes of a regular file; None where there is none, or it can't be read."""
+    """The first bytes of a regular file; None if there is none, or if it can't be read."""
     try:
         if not path.is_file():
             return None
@@ -50,7 +50,7 @@ def read_start(path: Path, size: int) -> bytes | None:
 
 
 def parse_yaml(text: str) -> dict[str, Any] | None:
-    """A YAML mapping with every scalar as the text that it is written in; None for anything else, and where there are
+    """A YAML mapping with every scalar as the text that it is written in; None for anything else, and if there are
     aliases, by which a few lines can stand for any amount of memory."""
     try:
         depth = 0
@@ -77,7 +77,7 @@ def plain(value: object) -> str | None:
 
 
 def member(value: object, name: str) -> dict[str, Any]:
-    """The object that an object holds under a name; empty where either is something else."""
+    """The object that an object holds under a name; empty if either is something else."""
     held = value.get(name) if isinstance(value, dict) else None
     return held if isinstance(held, dict) else {}
 

@@ -97,15 +97,15 @@ class PackedTable:
         positions = np.empty(shape, dtype=np.int64)
         labels = np.full((len(rows), width + 1), IGNORE_INDEX, dtype=np.int64)
         is_token = np.zeros(shape, dtype=bool)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             used = 0 if row is None else len(row.ids)
-            positions[place, used:] = np.arange(width - used) % PAD_RUN
+            positions[index, used:] = np.arange(width - used) % PAD_RUN
             if row is None:
                 continue
-            ids[place, :used] = row.ids
-            labels[place, :used] = labels_of(ids[place, :used], row.spans)
-            positions[place, :used] = np.concatenate([np.arange(length) for length in row.lengths])
-            is_token[place, :used] = True
+            ids[index, :used] = row.ids
+            labels[index, :used] = labels_of(ids[index, :used], row.spans)
+            positions[index, :used] = np.concatenate([np.arange(length) for length in row.lengths])
+            is_token[index, :used] = True
         # A conversation's first token is never trained, so shifting across a boundary trains nothing.
         targets = np.ascontiguousarray(labels[:, 1:])
         return Batch(
@@ -187,12 +187,12 @@ class Schedule:
     def rows_of(self, step: int) -> list[int | None]:
         """The rows of a step (from 0), always `rows_per_step` of them."""
         first = step * self.rows_per_step
-        places = range(first, first + self.rows_per_step)
-        epochs = {place // self.rows for place in places if place < self.rows * self.epochs}
+        positions = range(first, first + self.rows_per_step)
+        epochs = {position // self.rows for position in positions if position < self.rows * self.epochs}
         orders = {epoch: self._order(epoch) for epoch in epochs}
         return [
-            int(orders[place // self.rows][place % self.rows]) if place // self.rows in orders else None
-            for place in places
+            int(orders[position // self.rows][position % self.rows]) if position // self.rows in orders else None
+            for position in positions
         ]
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from data.template import ChatTokenizer
 TRAINED = "bold green"
 UNTRAINED = "dim"
 MARK = "^"
-"""Stands under trained tokens where there is no colour."""
+"""Stands under trained tokens if there is no colour."""
 
 NUMBER_WIDTH = 6
 
@@ -49,9 +49,9 @@ def preview(config: PrepareConfig) -> None:
 def _print_row(row: PackedRow, pieces: list[str], console: Console) -> None:
     start = 0
     labels = row.labels
-    for place, (length, source) in enumerate(zip(row.lengths, row.rows, strict=True), start=1):
+    for number, (length, source) in enumerate(zip(row.lengths, row.rows, strict=True), start=1):
         end = start + length
-        console.rule(f"conversation {place}, from input row {source}: {length} tokens", align="left", style="cyan")
+        console.rule(f"conversation {number}, from input row {source}: {length} tokens", align="left", style="cyan")
         tokens = [
             (pieces[token], label != IGNORE_INDEX)
             for token, label in zip(row.ids[start:end], labels[start:end], strict=True)

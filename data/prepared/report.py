@@ -19,7 +19,7 @@ from data.schema import PackedRow
 from data.template import BOS, ChatTokenizer
 
 BARS = 48
-"""Bars of a histogram, fewer where there are fewer values."""
+"""Bars of a histogram, fewer if there are fewer values."""
 
 EXAMPLES_OF_A_REASON = 3
 
@@ -138,22 +138,22 @@ def _rejects(directory: Path) -> list[dict[str, Any]]:
 def _some_rows(directory: Path, number: int) -> list[PackedRow]:
     """Rows from all over the training split."""
     table = open_split(directory, "train")
-    places = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
-    return [PackedRow(**table.slice(int(place), 1).to_pylist()[0]) for place in places]
+    indices = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
+    return [PackedRow(**table.slice(int(index), 1).to_pylist()[0]) for index in indices]
 
 
 def _example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
     """The conversations of a row, each in segments."""
     conversations = []
     spans = iter(row.spans)
-    place = 0
+    position = 0
     for number, length in zip(row.rows, row.lengths, strict=True):
-        segments, end = [], place + length
-        while place < end:
+        segments, end = [], position + length
+        while position < end:
             for trained in (False, True):
                 span = next(spans)
                 if span:  # a masked reply leaves its turn nothing that is trained
-                    segments.append(Segment(tokenizer.spell(row.ids[place : place + span]), trained))
-                place += span
+                    segments.append(Segment(tokenizer.spell(row.ids[position : position + span]), trained))
+                position += span
         conversations.append({"row": number, "tokens": length, "segments": segments})
     return conversations

@@ -126,10 +126,10 @@ class Converter:
         if not isinstance(pairs, list):
             raise UnusableError("not_a_list", f"the field {name} is {type(pairs).__name__}, not a list")
         messages = []
-        for place, pair in enumerate(pairs):
+        for index, pair in enumerate(pairs):
             if not isinstance(pair, list) or len(pair) != 2:
-                raise UnusableError("not_a_pair", f"{name}[{place}] is not a list of two, a question and its reply")
-            question, reply = (_usable(text, f"{name}[{place}][{part}]") for part, text in enumerate(pair))
+                raise UnusableError("not_a_pair", f"{name}[{index}] is not a list of two, a question and its reply")
+            question, reply = (_usable(text, f"{name}[{index}][{part}]") for part, text in enumerate(pair))
             messages += [Message("user", question), Message("assistant", reply, masked=True)]
         return messages
 
@@ -144,22 +144,22 @@ class Converter:
         if not isinstance(turns, list):
             raise UnusableError("not_a_list", f"the field {field} is {type(turns).__name__}, not a list")
         messages = []
-        for place, turn in enumerate(turns):
+        for index, turn in enumerate(turns):
             if not isinstance(turn, dict):
-                raise UnusableError("not_an_object", f"{field}[{place}] is {type(turn).__name__}, not an object")
+                raise UnusableError("not_an_object", f"{field}[{index}] is {type(turn).__name__}, not an object")
             if self.unseen:
                 self.unseen -= turn.keys()
             said_by = turn.get(speaker_name)
             if said_by is None:
-                raise UnusableError("missing_field", f"{field}[{place}] has no field {names.called(speaker)}")
+                raise UnusableError("missing_field", f"{field}[{index}] has no field {names.called(speaker)}")
             role = SPEAKERS.get(said_by) if isinstance(said_by, str) else None
             if role is None:
-                raise UnusableError("unknown_role", f"{field}[{place}] is said by {said_by!r}, whom the template lacks")
-            masked = len(turn) > 2 and self._beside(turn, role, f"{field}[{place}]")
+                raise UnusableError("unknown_role", f"{field}[{index}] is said by {said_by!r}, whom the template lacks")
+            masked = len(turn) > 2 and self._beside(turn, role, f"{field}[{index}]")
             if (content := turn.get(text_name)) is None and role != "system":
-                raise UnusableError("missing_field", f"there is no field {field}[{place}].{names.called(text)}")
+                raise UnusableError("missing_field", f"there is no field {field}[{index}].{names.called(text)}")
             # An empty system message is none.
-            if content := _usable(content, f"{field}[{place}].{text_name}", required=role != "system"):
+            if content := _usable(content, f"{field}[{index}].{text_name}", required=role != "system"):
                 messages.append(Message(role, content, masked))
         return self._with_system(value, messages)
 
@@ -219,12 +219,12 @@ def _in_order(messages: list[Message], reply_needed: bool) -> Conversation:
 
     Those of a system message stay, and so does the beginning of the text after it.
     """
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message.role != "system":
-            after_system = place > 0 and messages[place - 1].role == "system"
+            after_system = index > 0 and messages[index - 1].role == "system"
             text = message.content.rstrip() if after_system else message.content.strip()
             if text != message.content:
-                messages[place] = Message(message.role, text, message.masked)
+                messages[index] = Message(message.role, text, message.masked)
     try:
         conversation = Conversation(tuple(messages))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A file's bytes → chunks of rows that are not parsed yet → raw rows, or a `Reject` where a line can't be parsed.
+"""A file's bytes → chunks of rows that are not parsed yet → raw rows, or a `Reject` if a line can't be parsed.
 
 Finding where a row ends is done by one process, so that memory stays bounded whatever the file's size; parsing is done
 by whoever encodes. Items of an array are parsed twice by that, which costs less than handing over what was parsed.
@@ -75,12 +75,12 @@ class Chunk:
     """Rows of one source that follow each other."""
 
     ROWS: ClassVar[int] = 1000
-    """Rows of a chunk, fewer where they are long."""
+    """Rows of a chunk, fewer if they are long."""
 
     file: str
     unit: str
     numbers: list[int]
-    """Of each row, its line or its place in the list."""
+    """Line of each row, or its position in the list."""
     content: list[str | bytes] | bytes
     """For each row its JSON, or for all of them an Arrow stream."""
 
@@ -96,9 +96,9 @@ class Chunk:
         if isinstance(self.content, bytes):
             with pa.ipc.open_stream(self.content) as stream:
                 table = stream.read_all()
-            columns = {name: _values(table[place]) for place, name in enumerate(table.column_names)}
-            for place, number in enumerate(self.numbers):
-                yield RawRow({name: values[place] for name, values in columns.items()}, self.file, self.unit, number)
+            columns = {name: _values(table[number]) for number, name in enumerate(table.column_names)}
+            for index, number in enumerate(self.numbers):
+                yield RawRow({name: values[index] for name, values in columns.items()}, self.file, self.unit, number)
             return
         for number, text in zip(self.numbers, self.content, strict=False):
             try:
@@ -121,7 +121,7 @@ class Unreadable:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values; an `Unreadable` spoils its own row, and only where the column is needed."""
+    """A column's values; an `Unreadable` spoils its own row, and only if the column is needed."""
     try:
         return column.to_pylist()
     except Exception:  # Arrow raises errors of many kinds here
@@ -146,7 +146,7 @@ STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
 def _depth(text: str) -> int:
-    """How deep JSON is nested; 0 where it has too few opening signs to matter."""
+    """How deep JSON is nested; 0 if it has too few opening signs to matter."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return 0
     depth = deepest = 0

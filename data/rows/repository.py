@@ -85,7 +85,7 @@ class Wanted:
 
 
 def fetched(repository: Repository, wanted: Wanted, revision: str | None = None) -> list[DataFile]:
-    """The files of a config and split of a hub's dataset, downloaded where they are not in the cache.
+    """The files of a config and split of a hub's dataset, downloaded if they are not in the cache.
 
     Raises:
         UserError: there are none, or they can't be had.

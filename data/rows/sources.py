@@ -21,7 +21,7 @@ class Source:
 
     name: str
     description: dict[str, Any]
-    """What the manifest says of it; the same where the contents are the same."""
+    """What the manifest says of it; the same if the contents are the same."""
     files: tuple[DataFile, ...] = ()
     """Of a dataset, the files with its rows, in their order; empty before it is fetched."""
     repository: hub.Repository | None = None

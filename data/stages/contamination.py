@@ -27,8 +27,8 @@ GRAM = 13
 
 WORD = re.compile(r"\w+")
 
-# Odd factors make the place of a word count; their products wrap at 64 bits.
-FACTORS = np.array([pow(0x9E3779B97F4A7C15, place, 1 << 64) for place in range(1, GRAM + 1)], dtype=np.uint64)
+# Odd factors make the position of a word count; their products wrap at 64 bits.
+FACTORS = np.array([pow(0x9E3779B97F4A7C15, position, 1 << 64) for position in range(1, GRAM + 1)], dtype=np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,8 @@ class Evaluations:
         for message in conversation.messages:
             words = words_of(message.content)
             grams = grams_of(words)
-            places = np.searchsorted(self.grams, grams)
-            hits = np.flatnonzero(self.grams[np.minimum(places, len(self.grams) - 1)] == grams)
+            positions = np.searchsorted(self.grams, grams)
+            hits = np.flatnonzero(self.grams[np.minimum(positions, len(self.grams) - 1)] == grams)
             if len(hits):
                 return " ".join(words[hits[0] : hits[0] + GRAM])
         return None
@@ -89,7 +89,7 @@ def grams_of(words: list[str]) -> np.ndarray:
 
 
 def describe_evaluations(names: list[str]) -> list[dict[str, Any]]:
-    """What the manifest says of the named files and tasks: the same where their contents are.
+    """What the manifest says of the named files and tasks: the same if their contents are.
 
     Raises:
         UserError: a file can't be read, or a task's commit can't be had.
@@ -106,7 +106,7 @@ def describe_evaluations(names: list[str]) -> list[dict[str, Any]]:
 
 
 def load_evaluations(descriptions: list[dict[str, Any]]) -> Evaluations | None:
-    """The sequences of the described files and tasks; None where there are none.
+    """The sequences of the described files and tasks; None if there are none.
 
     Raises:
         UserError: one can't be read or had, or nothing in it is thirteen words long.

@@ -37,7 +37,7 @@ class Likeness:
     digest: bytes
     """Equal exactly for conversations with the same messages of which the same are trained."""
     signature: np.ndarray | None
-    """[PERMUTATIONS] uint32; None where only the digest counts, as for a text without words."""
+    """[PERMUTATIONS] uint32; None if only the digest counts, as for a text without words."""
 
 
 def likeness(conversation: Conversation, *, near: bool) -> Likeness:
@@ -52,7 +52,7 @@ def likeness(conversation: Conversation, *, near: bool) -> Likeness:
         return Likeness(exact.digest(), None)
     count = max(1, len(words) - SHINGLE + 1)
     minhash = _blank().copy()
-    minhash.update_batch({" ".join(words[place : place + SHINGLE]).encode() for place in range(count)})
+    minhash.update_batch({" ".join(words[first : first + SHINGLE]).encode() for first in range(count)})
     return Likeness(exact.digest(), minhash.hashvalues)
 
 
@@ -66,7 +66,7 @@ def _blank() -> "MinHash":
 class Seen:
     """The conversations so far.
 
-    They take memory, measured: 0.13 KB for each where digests are compared, 8 KB where signatures are, most of it the
+    They take memory, measured: 0.13 KB for each if digests are compared, 8 KB if signatures are, most of it the
     library's index.
     """
 
@@ -83,7 +83,7 @@ class Seen:
             self._index = MinHashLSH(threshold=loose, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
 
     def earlier(self, row: int, found: Likeness) -> tuple[int, float | None] | None:
-        """The row that was there before, and how alike they are, None where equal; or None, and then `row` is kept."""
+        """The row that was there before, and how alike they are, None if equal; or None, and then `row` is kept."""
         same = self._by_digest.get(found.digest)
         if same is not None:
             return same, None

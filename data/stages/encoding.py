@@ -49,16 +49,16 @@ class Shortened:
 
 @dataclass(slots=True)
 class EncodedChunk:
-    """What became of the rows of a chunk; `place` counts from 0 in the chunk."""
+    """What became of the rows of a chunk; `index` counts from 0 in the chunk."""
 
     file: str
     unit: str
     numbers: list[int]
-    """Of each row, its line or its place in the list."""
+    """Line of each row, or its position in the list."""
     kept: list[tuple[int, list[TokenizedConversation]]] = field(default_factory=list)
-    """Place of a row and what is kept of it: one conversation, or several where it was split."""
+    """Index of a row and what is kept of it: one conversation, or several if it was split."""
     likenesses: list[Likeness] = field(default_factory=list)
-    """Side by side with `kept`; empty where duplicates are kept."""
+    """Side by side with `kept`; empty if duplicates are kept."""
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
     """Place of a row that can't be used, and why."""
     shortened: dict[int, Shortened] = field(default_factory=dict)
@@ -85,14 +85,14 @@ class Encoder:
             refuse_unread=config.unread == "reject",
         )
         encoded = EncodedChunk(chunk.file, chunk.unit, chunk.numbers, unread=converter.unread)
-        for place, row in enumerate(chunk.rows()):
+        for index, row in enumerate(chunk.rows()):
             outcome = row if isinstance(row, Reject) else self._conversation(row, converter)
             if isinstance(outcome, Conversation) and isinstance(row, RawRow):
                 tokenized = self.tokenizer.encode(outcome)
                 if parts := self._fit(outcome, tokenized):
-                    encoded.kept.append((place, parts))
+                    encoded.kept.append((index, parts))
                     if len(tokenized) > config.seq_len:
-                        encoded.shortened[place] = Shortened.of(tokenized, parts)
+                        encoded.shortened[index] = Shortened.of(tokenized, parts)
                     if config.duplicates != "keep":
                         encoded.likenesses.append(likeness(outcome, near=config.duplicates == "drop_near"))
                     continue
@@ -102,7 +102,7 @@ class Encoder:
                 detail = f"{what} has {len(tokenized)} tokens, and a row holds {config.seq_len}"
                 outcome = Reject.of(row, "too_long", detail)
             assert isinstance(outcome, Reject)
-            encoded.rejects.append((place, outcome))
+            encoded.rejects.append((index, outcome))
         encoded.seen = names.renamed - converter.unseen
         return encoded
 
@@ -114,7 +114,7 @@ class Encoder:
         return outcome if shared is None else Reject.of(row, "contaminated", f"evaluation data has it too: {shared}")
 
     def _fit(self, conversation: Conversation, tokenized: TokenizedConversation) -> list[TokenizedConversation]:
-        """What is kept of a conversation: itself where it fits a row, else what the policy makes of it."""
+        """What is kept of a conversation: itself if it fits a row, else what the policy makes of it."""
         seq_len, overlong = self.config.seq_len, self.config.overlong
         if len(tokenized) <= seq_len:
             return [tokenized]
@@ -213,7 +213,7 @@ def without_interrupts() -> Iterator[None]:
 
 
 def number_of_workers(asked: int, total_bytes: int) -> int:
-    """As many as asked for; where that is left open, one a core, and fewer where `total_bytes` of rows are few."""
+    """As many as asked for; if that is left open, one a core, and fewer if `total_bytes` of rows are few."""
     if asked:
         return asked
     cores = len(os.sched_getaffinity(0))

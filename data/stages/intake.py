@@ -85,20 +85,20 @@ class Intake:
         rejects = dict(encoded.rejects)
         if self._seen is not None:
             self._places.add(self.rows, encoded)
-        for position, (place, parts) in enumerate(encoded.kept):
-            row = self.rows + place
+        for position, (index, parts) in enumerate(encoded.kept):
+            row = self.rows + index
             copies = copies_of(row, source.weight, self._config.seed)
             reject = None
             if copies == 0:
                 detail = f"the weight {source.weight} of its source leaves it out"
-                reject = Reject(encoded.file, encoded.unit, encoded.numbers[place], "left_out", detail)
+                reject = Reject(encoded.file, encoded.unit, encoded.numbers[index], "left_out", detail)
             elif self._seen is not None:
                 reject = self._duplicate(encoded, position, row)
             if reject is not None:
-                rejects[place] = reject
+                rejects[index] = reject
                 continue
             self.kept += 1
-            if lost := encoded.shortened.get(place):
+            if lost := encoded.shortened.get(index):
                 self.shortened.update(rows=1, turns_left_out=lost.turns_left_out, replies_cut=lost.replies_cut)
             for part in parts:
                 self._store.append(row, part)
@@ -169,7 +169,7 @@ def copies_of(row: int, weight: float, seed: int) -> int:
 
 
 def _with_schema(source: Source, config: PrepareConfig) -> tuple[str, Iterator[Chunk]]:
-    """The schema of a source's rows, found by its first ones where it is not given, and all its chunks."""
+    """The schema of a source's rows, found by its first ones if it is not given, and all its chunks."""
     chunks = source.chunks()
     if config.schema != AUTO:
         return config.schema, chunks

@@ -16,7 +16,7 @@ from data.template import ChatTokenizer
 
 
 def truncate(tokenized: TokenizedConversation, seq_len: int) -> TokenizedConversation | None:
-    """The beginning of a conversation, at most `seq_len` tokens, or None where nothing in it would be trained.
+    """The beginning of a conversation, at most `seq_len` tokens, or None if nothing in it would be trained.
 
     Whole last turns are dropped, and the end of the last reply is cut; a prompt is never cut, since nothing would be
     trained after it. A cut reply keeps its first trained token at least, and loses its `</s>`: the model must not learn
@@ -27,11 +27,11 @@ def truncate(tokenized: TokenizedConversation, seq_len: int) -> TokenizedConvers
     end = 0
     spans: list[int] = []
     for prompt, reply in zip(tokenized.spans[::2], tokenized.spans[1::2], strict=True):
-        room = seq_len - end - prompt
-        if room <= 0:
+        free = seq_len - end - prompt
+        if free <= 0:
             break
-        spans += (prompt, min(reply, room))
-        end += prompt + min(reply, room)
+        spans += (prompt, min(reply, free))
+        end += prompt + min(reply, free)
     while spans and not spans[-1]:  # a masked reply with nothing trained after it
         del spans[-2:]
     return TokenizedConversation(tokenized.packed_ids[: 2 * sum(spans)], tuple(spans)) if spans else None

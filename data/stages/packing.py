@@ -51,7 +51,7 @@ def best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     with_space: dict[int, list[int]] = {}
-    spaces = 0  # bit n is set where some row has exactly n tokens free
+    spaces = 0  # bit n is set if some row has exactly n tokens free
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if not 1 <= length <= seq_len:

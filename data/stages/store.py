@@ -95,4 +95,4 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 def _gather(file: int, starts: np.ndarray, members: Sequence[int], width: int) -> bytes:
     begin, end = starts[list(members)] * width, starts[[member + 1 for member in members]] * width
     sizes = (end - begin).tolist()
-    return b"".join(os.pread(file, size, place) for size, place in zip(sizes, begin.tolist(), strict=True))
+    return b"".join(os.pread(file, size, offset) for size, offset in zip(sizes, begin.tolist(), strict=True))

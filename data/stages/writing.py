@@ -1,8 +1,8 @@
-"""A prepared dataset on its way to the disk: whole or not there, whenever the process is killed.
+"""A prepared dataset on its way to the disk: complete or not there, whenever the process is killed.
 
 .{name}.{process}.tmp/   beside the target, locked while its process lives
   encoded/               conversations between encoding and packing
-  dataset/               the new dataset; changes places with the old one when it is whole
+  dataset/               the new dataset; exchanged with the old one when it is complete
 """
 
 import json
@@ -47,7 +47,7 @@ def write_rows(path: Path, plan: list[list[int]], store: ConversationStore, inde
 
     Args:
         path: the Arrow file.
-        plan: for each packed row, the conversations in it, by their places in `index`.
+        plan: for each packed row, the conversations in it, by their positions in `index`.
         store: has their tokens.
         index: has their lengths.
     """

@@ -89,7 +89,7 @@ class HardwareConfig:
     """What the processes run on."""
 
     device: str = "auto"
-    """`auto` takes CUDA where there is a GPU; `cuda`, `cpu`."""
+    """`auto` takes CUDA if there is a GPU; `cuda`, `cpu`."""
     threads: int = 0
     """CPU threads of each process; 0 divides the machine's cores among its processes."""
     processes: int = 1

@@ -99,7 +99,7 @@ class LoraConfig:
                     f"lora.{name}={getattr(self, name)}: no expert would have an adapter; use lora=attention for that"
                 )
         if numbers and self.expert_ranks:
-            # numbers of experts that the model hasn't are refused where the model is known
+            # experts that the model doesn't have are refused once the model is known
             known = [expert for expert in self.experts if 0 <= expert < len(self.expert_ranks)]
             if known and not any(self.expert_ranks[expert] for expert in known):
                 raise UserError(

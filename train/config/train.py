@@ -1,4 +1,4 @@
-"""What training can be told, the checks across fields, and the batch arithmetic."""
+"""The settings of `python -m train`, the checks across fields, and the batch arithmetic."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ GREATEST_SEED = 2**64 - 1
 
 @dataclass(kw_only=True, slots=True)
 class LoggingConfig:
-    """What is told, where, and how often."""
+    """What is logged, where, and how often."""
 
     every: int = 1
     """Steps between lines of metrics.jsonl."""
@@ -24,7 +24,7 @@ class LoggingConfig:
     progress: bool = True
     """A progress bar on process 0."""
     wandb: str = "auto"
-    """`auto` logs online where the user is logged in and offline else; `online`, `offline`, `off`."""
+    """`auto` logs online if the user is logged in, else offline; `online`, `offline`, `off`."""
     project: str = "openhermes-mixtral"
     """The wandb project."""
 
@@ -36,7 +36,7 @@ class LoggingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class FailureConfig:
-    """What a run bears, and how long it waits."""
+    """Which failures a run survives, and how long it waits."""
 
     grace: float = 120.0
     """Seconds from SIGTERM or SIGINT until a process leaves even if the step and its checkpoint are not done."""
@@ -44,7 +44,7 @@ class FailureConfig:
     """Seconds without a sign of life after which a process is given up, and the run ends everywhere. A process gives
     none while foreign code holds Python's lock, so leave it room."""
     stall_timeout: float = 3600.0
-    """Seconds after which the run ends where all processes live and none gets on. Loading the base is one such step."""
+    """Seconds after which the run ends if all processes live and none gets on. Loading the base is one such step."""
     refused_in_a_row: int = 10
     """The run stops after so many updates in a row whose loss or gradient was not finite."""
     spike: float = 3.0
@@ -86,7 +86,7 @@ class TrainConfig:
     task: str = "train"
     """`train`, or `profile` to measure which experts the routers choose for the dataset, without training."""
     name: str = "run"
-    """The start of the run directory's name, where `run_dir` is not given."""
+    """The start of the run directory's name, if `run_dir` is not given."""
     run_dir: str | None = None
     """The run directory; unset, `runs/{name}-{date}-{time}`."""
     overwrite: bool = False
@@ -114,7 +114,7 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints that are kept, the newest ones; the one with the best evaluation loss is kept beside them."""
     resume: str = "auto"
-    """`auto` goes on from the newest complete checkpoint of `run_dir` where there is one, `never` refuses a directory
+    """`auto` goes on from the newest complete checkpoint of `run_dir` if there is one, `never` refuses a directory
     that holds a run."""
     resume_despite: list[str] = field(default_factory=list)
     """Settings that may differ from those of the run that is resumed, such as [optim.lr]; `dataset` and `model.path`
@@ -132,7 +132,7 @@ class TrainConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     """How the work is divided."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """What is told."""
+    """What is logged."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """What it runs on."""
     failures: FailureConfig = field(default_factory=FailureConfig)

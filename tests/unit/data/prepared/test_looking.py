@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.disk.files import sha256
 from data.prepared.dataset import PreparedDataset
 from data.prepared.report import BARS, Histogram
 from data.schema import IGNORE_INDEX, Conversation, Message
@@ -193,7 +194,7 @@ def test_report_counts_lengths_turns_and_rows(run_program: Callable[..., Any], p
     assert turns.counts[1:4].tolist() == [20, 20, 20]
 
 
-def test_report_of_a_hub_dataset_and_without_packing(run_program: Callable[..., Any], tmp_path: Path) -> None:
+def test_report_of_a_directory_and_without_packing(run_program: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     rows = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(20)]
     (tmp_path / "hub" / "train.json").write_text(json.dumps(rows))
@@ -201,7 +202,7 @@ def test_report_of_a_hub_dataset_and_without_packing(run_program: Callable[..., 
     assert run_program("data", *settings).exit_code == 0
     assert run_program("data", "task=report", "output=out").exit_code == 0
     page = (tmp_path / "out-report.html").read_text()
-    assert "no known commit" in page
+    assert f"train.json {sha256(tmp_path / 'hub' / 'train.json')}" in page
     assert "None." in page
 
 
