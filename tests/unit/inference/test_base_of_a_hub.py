@@ -30,11 +30,12 @@ def files_of(base: Any, directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def versions(tmp_path: Path) -> list[dict[str, bytes]]:
-    """Two commits with other weights."""
+    """Two commits with different weights, of a base that has an embedding for each of a dataset's ids."""
     made = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        made.append(files_of(make_base(), tmp_path / f"base{seed}"))
+    for number in (1, 2):
+        base = make_base(vocab_size=32_000)
+        base.lm_head.weight.data += number
+        made.append(files_of(base, tmp_path / f"base{number}"))
     return made
 
 
