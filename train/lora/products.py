@@ -31,9 +31,10 @@ def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int] | None) -
     """Whether torch has a kernel for the grouped product; `capability` is that of a CUDA device, None for another.
 
     It has one for bfloat16 on Hopper and on data-centre Blackwell. Elsewhere `F.grouped_mm` asks the device for the
-    groups' ends and loops over them in every call; our own loop asks once in a forward and once in a backward.
+    groups' ends and loops over them in every call; our own loop asks once in a forward and once in a backward. AMD's
+    GPUs are among the rest, although ROCm's torch calls them CUDA devices and gives some of them Hopper's 9.
     """
-    return dtype == torch.bfloat16 and capability is not None and capability[0] in (9, 10)
+    return dtype == torch.bfloat16 and capability is not None and capability[0] in (9, 10) and torch.version.hip is None
 
 
 # What the CPU asks for. Neither of the two changes a result.

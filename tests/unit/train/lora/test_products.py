@@ -27,6 +27,14 @@ def test_the_grouped_product_is_used_where_torch_has_a_kernel_for_it(
     assert products.has_grouped_kernel(dtype, capability) == has
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (9, 4), (9, 5), (10, 0)])  # (9, 4) is an MI300
+def test_amds_gpus_have_none_whatever_number_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    assert not products.has_grouped_kernel(torch.bfloat16, capability)
+
+
 @pytest.mark.parametrize(
     ("dtype", "sizes", "expected"),
     [
