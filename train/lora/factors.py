@@ -118,7 +118,7 @@ def attach(
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """s of a rank: alpha / r, or rank-stabilised alpha / √r."""
+    """The scale s of a rank: alpha / r, or alpha / √r if rank-stabilised."""
 
     alpha: float
     rank_stabilised: bool = False
@@ -133,5 +133,5 @@ def expert_modules(model: nn.Module) -> dict[str, MixtralExperts]:
 
 
 def adapters(model: nn.Module) -> dict[str, dict[str, Adapter]]:
-    """The adapters of each block, none for some: by the name of its `MixtralExperts`, then by projection."""
+    """The adapters of each block, by the name of its `MixtralExperts`, then by projection; a block may have none."""
     return {name: getattr(experts, "lora", {}) for name, experts in expert_modules(model).items()}

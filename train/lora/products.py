@@ -37,7 +37,7 @@ def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int] | None) -
     return dtype == torch.bfloat16 and capability is not None and capability[0] in (9, 10) and torch.version.hip is None
 
 
-# What the CPU asks for. Neither of the two changes a result.
+# Tuning for the CPU: a GPU would need neither filled rows nor tensors of one size.
 
 ROW_MULTIPLE = 32
 """What an expert's rows are filled up to on the CPU in half precision.
