@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from tests.unit.train.lora.test_split_experts import forward_and_gradients, make_experts, masks, nano_config, reference
+from tests.support.experts import forward_and_gradients, make_experts, masks, reference
+from tests.support.nano import nano_config
 from tests.unit.train.model.test_attention import masked, positions_of
 from tests.unit.train.model.test_head import chunked, whole
 from train.config.lora import EXPERT_TARGETS
-from train.lora import dispatch, split_experts
+from train.lora import products, split_experts
 from train.model import mixtral
 from train.model.attention import packed_attention
 
@@ -116,11 +117,11 @@ def test_at_mixtrals_size_the_grouped_product_equals_the_loop(monkeypatch: pytes
         experts = make_experts(**sizes, dtype=torch.bfloat16, targets=EXPERT_TARGETS)
         x, weights = torch.randn(4096, 4096, dtype=torch.bfloat16), torch.rand(4096, 2, dtype=torch.bfloat16)
         index = torch.rand(4096, 8).topk(2).indices
-    if not dispatch.in_one_product(x, (4096, 14336)):
+    if products.way(x, (4096, 14336)) is not products.AllExperts:
         pytest.skip("this GPU has no kernel for the grouped product")
     results = []
-    for together in (True, False):
-        monkeypatch.setattr(dispatch, "in_one_product", lambda x, sizes, together=together: together)
+    for way in (products.AllExperts, products.OneExpert):
+        monkeypatch.setattr(products, "way", lambda x, sizes, way=way: way)
         results.append(forward_and_gradients(split_experts.split_lora_forward, experts, x, index, weights))
     for a, b in zip(*results, strict=True):
         assert (a.float() - b.float()).norm() <= 2**-6 * b.float().norm()

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import IGNORE_INDEX
-from tests.unit.train.model.test_loss import LENGTHS, losses, nano, packed
+from tests.support.nano import LENGTHS, losses, nano, packed
 from train.model.loss import MixtralWithLoss
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -3,7 +3,8 @@
     attach.py         freezes the base and adds adapters: PEFT's on attention, ours on experts
     allocation.py     which expert gets an adapter, and of which rank
     factors.py        the factors of a block's experts as parameters, and their scaling
-    dispatch.py       tokens sorted by expert; one product for all experts, or one for each
+    dispatch.py       tokens sorted by expert
+    products.py       matrix products over sorted rows: one expert after another, or all experts in one
     split_experts.py  the experts' forward and backward
     proof.py          whether every targeted expert gets a gradient, and how far each has moved
     peft_files.py     adapters in PEFT's format, written and read

@@ -1,4 +1,4 @@
-"""Which experts get an adapter, and of which rank: as told, or from the load that was measured."""
+"""Which experts get an adapter, and of which rank: as the settings say, or from a measured load."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ STEP = 8
 
 
 def expert_ranks(config: LoraConfig, layers: int, experts: int, parameters_per_rank: int) -> list[list[int]]:
-    """The LoRA rank of each expert of each layer; 0 where it has no adapter.
+    """The LoRA rank of each expert of each layer; 0 if it gets no adapter.
 
     Args:
-        config: what was asked.
+        config: the settings.
         layers: of the model.
         experts: of a layer.
         parameters_per_rank: what one rank on one expert costs in trained parameters.
@@ -53,35 +53,36 @@ def _by_load(config: LoraConfig, layers: int, experts: int, parameters_per_rank:
         raise UserError(
             f"lora.budget={config.budget}: rank {step} on one expert takes {cost:,} parameters; give at least that many"
         )
-    places = [(layer, expert) for layer in range(layers) for expert in range(experts)]
-    share = {(layer, expert): load[layer][expert] / sum(load[layer]) for layer, expert in places}
+    share = {
+        (layer, expert): load[layer][expert] / sum(load[layer]) for layer in range(layers) for expert in range(experts)
+    }
     ranks = [[0] * experts for _ in range(layers)]
     if config.by_load == "experts":
-        for layer, expert in sorted(places, key=lambda place: -share[place])[:portions]:
+        for layer, expert in sorted(share, key=lambda which: -share[which])[:portions]:
             ranks[layer][expert] = config.rank
         return ranks
     # Whole portions in proportion, then what is left by the largest remainders.
     total = sum(share.values())
-    exact = {place: portions * share[place] / total for place in places}
-    whole = {place: int(exact[place]) for place in places}
-    left = portions - sum(whole.values())
-    for place in sorted(places, key=lambda place: whole[place] - exact[place])[:left]:
-        whole[place] += 1
-    for (layer, expert), number in whole.items():
+    exact = {which: portions * part / total for which, part in share.items()}
+    given = {which: int(number) for which, number in exact.items()}
+    left = portions - sum(given.values())
+    for which in sorted(share, key=lambda which: given[which] - exact[which])[:left]:
+        given[which] += 1
+    for (layer, expert), number in given.items():
         ranks[layer][expert] = number * step
     return ranks
 
 
 def read_load(path: Path) -> list[list[int]]:
-    """Tokens of each expert of each layer, out of an expert_load.json.
+    """Tokens of each expert of each layer, from an expert_load.json.
 
     Raises:
-        UserError: it is not one.
+        UserError: the file is not one.
     """
     try:
         tokens: list[list[int]] = json.loads(path.read_text())["tokens_per_expert"]
         if any(type(number) is not int or number < 0 for of_layer in tokens for number in of_layer):
-            raise ValueError("tokens_per_expert holds something else than numbers of tokens")
+            raise ValueError("tokens_per_expert holds something other than numbers of tokens")
         if not tokens or not all(sum(of_layer) for of_layer in tokens):
             raise ValueError("a layer has no tokens")
         if len({len(of_layer) for of_layer in tokens}) > 1:

@@ -1,4 +1,7 @@
-"""The low-rank factors of a block's experts, as parameters of its `MixtralExperts`."""
+"""The low-rank factors of a block's experts, as parameters of its `MixtralExperts`.
+
+Shapes: E experts, r LoRA rank, R all ranks of a block one after another, Q the largest rank, filled up.
+"""
 
 import functools
 import itertools
@@ -11,30 +14,67 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from train.config.lora import EXPERT_TARGETS
 
-# Factors
-
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """The adapter of one projection of one block; its factors are parameters of the `MixtralExperts`."""
+    """The adapter of one projection of one block; its factors are parameters of the `MixtralExperts`.
+
+    They are stored with the experts' rows one below the other, A as [R, in] and the transposed B as [R, out]. A grouped
+    product needs the same rank for all: `filled`.
+    """
 
     ranks: tuple[int, ...]
-    """r_e of each expert; 0 where it has no adapter."""
+    """r_e of each expert; 0 for one without an adapter."""
     scales: tuple[float, ...]
-    """s_e of each expert."""
+    """s_e of each expert; 0 for one without an adapter."""
     dropout: float
     """The probability with which an input is dropped."""
 
     @property
     def rows(self) -> tuple[slice, ...]:
-        """Those of each expert in A and B, none for one without."""
+        """Those of each expert in A and B, none for one without an adapter."""
         return _rows(self.ranks)
+
+    def filled(self, factor: torch.Tensor) -> torch.Tensor:
+        """[E, Q, …] of [R, …]: each expert's rows, and zeros up to one rank for all, whole 16 bytes of it."""
+        unit = 16 // factor.dtype.itemsize
+        experts, filled = len(self.ranks), -(-max(self.ranks) // unit) * unit
+        if len(factor) == experts * filled:
+            return factor.view(experts, filled, -1)
+        zeros = factor.new_zeros(experts * filled, factor.shape[1])
+        return zeros.index_copy_(0, _filled_rows(self.ranks, filled, factor.device), factor).view(experts, filled, -1)
+
+    def unfilled(self, gradient_EQ: torch.Tensor) -> torch.Tensor:
+        """The inverse of `filled`, for a gradient."""
+        flat = gradient_EQ.flatten(0, 1)
+        if len(flat) == sum(self.ranks):
+            return flat
+        return flat.index_select(0, _filled_rows(self.ranks, gradient_EQ.shape[1], flat.device))
+
+    def scales_on(self, device: torch.device) -> torch.Tensor:
+        """The scales as [E] float32."""
+        return _scales(self.scales, device)
 
 
 @functools.cache
 def _rows(ranks: tuple[int, ...]) -> tuple[slice, ...]:
     ends = itertools.accumulate(ranks)
     return tuple(slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True))
+
+
+# Cached, because the way from a Python list to a CUDA device makes the host wait, and both are constants of an adapter.
+
+
+@functools.cache
+def _filled_rows(ranks: tuple[int, ...], filled: int, device: torch.device) -> torch.Tensor:
+    """[R] int64: the row that each row of a factor gets when every expert has `filled` of them."""
+    rows = [expert * filled + row for expert, rank in enumerate(ranks) for row in range(rank)]
+    return torch.tensor(rows, device=device)
+
+
+@functools.cache
+def _scales(scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(scales, device=device)
 
 
 def attach(
@@ -78,7 +118,7 @@ def attach(
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """s of a rank: alpha / r, or rank-stabilised alpha / √r."""
+    """The scale s of a rank: alpha / r, or alpha / √r if rank-stabilised."""
 
     alpha: float
     rank_stabilised: bool = False
@@ -93,5 +133,5 @@ def expert_modules(model: nn.Module) -> dict[str, MixtralExperts]:
 
 
 def adapters(model: nn.Module) -> dict[str, dict[str, Adapter]]:
-    """The adapters of each block, none for some: by the name of its `MixtralExperts`, then by projection."""
+    """The adapters of each block, by the name of its `MixtralExperts`, then by projection; a block may have none."""
     return {name: getattr(experts, "lora", {}) for name, experts in expert_modules(model).items()}

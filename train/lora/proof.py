@@ -16,13 +16,13 @@ class ExpertNotLearningError(RuntimeError):
 class FirstGradients:
     """Watches the experts' factors B through the backward of the first step.
 
-    At first B is zero, and with it the gradient of A; that of B is zero only where something between it and the loss is
-    cut off.
+    At first B is zero, and with it the gradient of A. The gradient of B is zero only if something between it and the
+    loss is cut off.
     """
 
     def __init__(self, model: nn.Module):
         """Begins to watch."""
-        self._places: list[tuple[int, str, Adapter]] = []
+        self._factors: list[tuple[int, str, Adapter]] = []
         self._alive: list[torch.Tensor] = []
         self._hooks = []
         for layer, (block, of_block) in enumerate(adapters(model).items()):
@@ -30,7 +30,7 @@ class FirstGradients:
                 factor = model.get_parameter(f"{block}.{projection}_lora_B")
                 alive_R = torch.zeros(sum(adapter.ranks), dtype=torch.bool)
                 self._hooks.append(factor.register_hook(lambda gradient, alive_R=alive_R: _mark(alive_R, gradient)))
-                self._places.append((layer, projection, adapter))
+                self._factors.append((layer, projection, adapter))
                 self._alive.append(alive_R)
 
     def found(self) -> list[float]:
@@ -39,7 +39,7 @@ class FirstGradients:
             hook.remove()
         return [
             float(alive_R[rows].any())
-            for (_, _, adapter), alive_R in zip(self._places, self._alive, strict=True)
+            for (_, _, adapter), alive_R in zip(self._factors, self._alive, strict=True)
             for rows in adapter.rows
         ]
 
@@ -50,7 +50,7 @@ class FirstGradients:
             ExpertNotLearningError: an expert has such tokens, and no gradient.
         """
         numbers = iter(found)
-        for layer, projection, adapter in self._places:
+        for layer, projection, adapter in self._factors:
             for expert, rank in enumerate(adapter.ranks):
                 alive, tokens = next(numbers) > 0, int(reaching_LE[layer, expert])
                 if rank and tokens and not alive:
@@ -74,10 +74,10 @@ class Movement:
     """Of each expert's adapter."""
     norms_E: list[float]
     """‖s_e · (B_e A_e − B₀ A₀)‖ (Frobenius) for each expert: how far what its adapter adds to the base's weight is from
-    where it began. A fresh one begins at 0."""
+    its beginning. A fresh one begins at 0."""
 
     def record(self) -> dict[str, Any]:
-        """For the receipt."""
+        """The fields of the receipt."""
         return {"layer": self.layer, "projection": self.projection, "ranks": self.ranks, "norms": self.norms_E}
 
 
@@ -89,7 +89,7 @@ def movements(
     Args:
         model: holds the adapters.
         tensors: the trained parameters, whole, by our names.
-        start: those that training began from, where they were not fresh.
+        start: those that training began from, if they were not fresh.
     """
     moved = []
     for layer, (block, of_block) in enumerate(adapters(model).items()):

@@ -1,9 +1,9 @@
-"""Attention over packed rows: each conversation sees itself alone, and what none can see is not computed.
+"""Attention over packed rows: each conversation sees itself alone, and what no query can see is not computed.
 
 transformers knows it as `packed`, through its attention interface. On CUDA in half precision it is torch's own
 variable-length flash attention. Elsewhere queries are taken in blocks, each with the keys from the start of its first
-conversation on; a [T, T] mask exists nowhere, and memory grows with T, because a block's mask and probabilities exist
-while it is computed, and the backward computes them again.
+conversation on. There is no [T, T] mask anywhere, and memory grows linearly with T: the mask and the probabilities of a
+block exist only while it is computed, and the backward computes them again.
 
     keys       | a a a a a a b b b b c c |
     queries 0-3| # # # #                 |
@@ -30,14 +30,15 @@ IMPLEMENTATION = "packed"
 know."""
 
 QUERIES = 128
-"""Queries of a block: fewer compute less that is masked, more make larger products."""
+"""Queries of a block: with fewer, less is computed that is masked; with more, products are larger."""
 KEYS = 64
-"""Blocks' keys start at multiples of this, so that shapes repeat and oneDNN finds its generated code again."""
+"""Tuning for the CPU: blocks' keys start at multiples of this, so that shapes repeat and oneDNN finds the code that it
+generated for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some queries of a row, and the keys among which they find all that they may see."""
+    """Some queries of a row, and the keys that contain all they may see."""
 
     queries: slice
     keys: slice
@@ -45,10 +46,10 @@ class Block:
     """int32: the first token of each query's conversation."""
 
     def bias(self) -> torch.Tensor:
-        """[Q, S] float32: -inf where the key is of another conversation, or later than the query; 0 elsewhere."""
-        place_S = torch.arange(self.keys.start, self.keys.stop, dtype=torch.int32, device=self.begin_Q.device)
-        place_Q = place_S[self.queries.start - self.keys.start :]
-        hidden_QS = (place_S < self.begin_Q[:, None]) | (place_S > place_Q[:, None])
+        """[Q, S] float32: -inf if the key is of another conversation or later than the query, else 0."""
+        position_S = torch.arange(self.keys.start, self.keys.stop, dtype=torch.int32, device=self.begin_Q.device)
+        position_Q = position_S[self.queries.start - self.keys.start :]
+        hidden_QS = (position_S < self.begin_Q[:, None]) | (position_S > position_Q[:, None])
         return torch.where(hidden_QS, -torch.inf, 0.0)
 
 
@@ -61,10 +62,10 @@ def beginnings(positions_T: torch.Tensor) -> torch.Tensor:
 
 
 class Conversations:
-    """Where the conversations of a micro-batch begin and end: found once, used by every layer."""
+    """The bounds of a micro-batch's conversations: found once, used by every layer."""
 
     def __init__(self, positions_T: torch.Tensor):
-        """Reads them from positions, as `beginnings` does."""
+        """Finds them in positions, as `beginnings` does."""
         self._tokens = len(positions_T)
         starts = beginnings(positions_T).nonzero().flatten()
         self.bounds = torch.nn.functional.pad(starts, (0, 1), value=self._tokens).to(torch.int32)
@@ -107,8 +108,8 @@ def packed_attention(
         attention_mask: None; the conversations say what may be seen.
         scaling: of the scores.
         dropout: 0; Mixtral has none.
-        position_ids: [rows or 1, row length], where the conversations are not given.
-        conversations: those of all rows.
+        position_ids: [rows or 1, row length]; needed if the conversations are not given.
+        conversations: the bounds of all rows' conversations.
 
     Returns:
         [rows, row length, N, D], and no weights.

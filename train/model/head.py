@@ -1,9 +1,9 @@
 """The head and its cross-entropy, in chunks of positions: logits of a whole row never exist.
 
 torch's F.linear_cross_entropy (2.13) is not used because in every setting it rounds its result to the dtype of the
-logits: a sum over a row's tokens would keep three digits of it in bfloat16. Liger's fused linear cross-entropy goes the
-same way as this, chunk by chunk with the gradients beside the loss, but in Triton kernels, for GPUs alone; this is
-plain torch for both.
+logits: a sum over a row's tokens would keep three digits of it in bfloat16. Liger's fused linear cross-entropy also
+computes gradients with the loss, chunk by chunk, but in Triton kernels, for GPUs alone; this is plain torch, for the
+CPU as well.
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from torch import nn
 CHUNK = 256
 """Positions whose logits exist at once: 32 MiB in float32 for 32,000 pieces."""
 UNLIKELY = 1e-30
-"""Probabilities below are near the end of float32, where their logarithm loses its precision and then its value."""
+"""Probabilities below this are near the end of float32, where a logarithm loses its precision and then its value."""
 
 
 class CrossEntropyHead(nn.Module):
     """The output head as part of the loss.
 
-    A module of its own, which holds the head's weight a second time: under ZeRO-3 a parameter is whole only inside the
-    forward of a module that it belongs to.
+    It is a module of its own that also holds the head's weight, because under ZeRO-3 a parameter is whole only inside
+    the forward of a module that it belongs to.
     """
 
     def __init__(self, head: nn.Linear):
@@ -36,7 +36,7 @@ class CrossEntropyHead(nn.Module):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes gradients with the loss, while a chunk's logits are there, and only those that are needed."""
+    """Computes the gradients with the loss, while a chunk's logits exist, and only those that are needed."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -46,12 +46,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None,
             torch.zeros(weight_VH.shape, dtype=wide, device=hidden_NH.device) if ctx.needs_input_grad[1] else None,
         )
-        # of one size in every step: tensors of other sizes each time would break glibc's heap into pieces
-        room, room_wide = (hidden_NH.new_empty(CHUNK, len(weight_VH), dtype=dtype) for dtype in (hidden_NH.dtype, wide))
+        # Tuning for the CPU: of one size in every step, because tensors of ever other sizes break up glibc's heap.
+        buffers = [hidden_NH.new_empty(CHUNK, len(weight_VH), dtype=dtype) for dtype in (hidden_NH.dtype, wide)]
         for start in range(0, len(hidden_NH), CHUNK):
             hidden, targets = hidden_NH[start : start + CHUNK], targets_N[start : start + CHUNK].unsqueeze(1)
-            logits = torch.mm(hidden, weight_VH.T, out=room[: len(hidden)])
-            p = room_wide[: len(hidden)].copy_(logits)
+            logits = torch.mm(hidden, weight_VH.T, out=buffers[0][: len(hidden)])
+            p = buffers[1][: len(hidden)].copy_(logits)
             torch.softmax(p, -1, out=p)
             of_target = p.gather(1, targets)
             logp = of_target.log()

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: cross-entropy summed over supervised tokens, and the router's load-balancing loss."""
+"""The losses of a micro-batch: cross-entropy summed over supervised tokens, and the routers' load-balancing loss."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from train.model.routing import Routing
 class MixtralWithLoss(nn.Module):
     """Mixtral from token ids to losses, in one forward.
 
-    One forward, because under ZeRO-3 a parameter is whole only inside the forward of its own module: the loss belongs
-    inside the model that the engine calls.
+    Under ZeRO-3 a parameter is whole only inside the forward of its own module, so the losses belong inside the model
+    that the engine calls.
     """
 
     def __init__(self, causal_lm: MixtralForCausalLM, *, with_router_loss: bool):
@@ -27,15 +27,14 @@ class MixtralWithLoss(nn.Module):
         self.head = CrossEntropyHead(causal_lm.lm_head)
         self.with_router_loss = with_router_loss
         self.differentiates_input = False
-        """Whether gradients are taken down to the embedding's output, though nothing below it trains.
+        """Whether the embedding's output gets a gradient, although nothing below it trains.
 
-        ZeRO-3 gives a module's weights back when the gradient of its input is there. Where no input needs one, as in
-        blocks before the first adapter on attention, it would give them back before their backward (DeepSpeed issue
-        5524)."""
+        ZeRO-3 releases a module's weights once the gradient of its input is there. If no input needs one, as in blocks
+        before the first adapter on attention, it would release them before their backward (DeepSpeed issue 5524)."""
         self.watches_routing = False
         """Whether forwards add to `routing`."""
         self.routing: Routing | None = None
-        """What the routers did since it was last taken."""
+        """What the routers did since this was last reset."""
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, is_token: torch.Tensor
@@ -44,11 +43,11 @@ class MixtralWithLoss(nn.Module):
 
         Returns:
             The cross-entropy in nats, summed over the supervised tokens, and the load-balancing loss averaged over the
-            tokens (1 at perfect balance times the experts per token), each a float32 scalar; the second is 0 where it
-            is left out, and in evaluation.
+            tokens (1 at perfect balance times the experts per token), each a float32 scalar; the second is 0 if it is
+            left out, and in evaluation.
         """
-        # No attention mask: attention reads from the restarting positions where conversations begin. So rows can stand
-        # in one behind the other, which transformers' flash attention asks for; its other implementations make a mask
+        # There is no attention mask: attention sees from the restarting positions where conversations begin. So several
+        # rows can be one long row, as transformers' flash attention wants them; its other implementations make a mask
         # for each row.
         more: dict[str, Any] = {}
         row_ids, row_positions = ids, positions
@@ -58,7 +57,7 @@ class MixtralWithLoss(nn.Module):
             more["conversations"] = Conversations(positions.flatten())
         embedded = self.causal_lm.model.embed_tokens(row_ids)
         if self.differentiates_input and torch.is_grad_enabled():
-            # Marked behind the embedding, whose own weights would be gathered once more in the backward otherwise.
+            # Marked after the embedding: marked earlier, its weights would be gathered once more in the backward.
             embedded.requires_grad_()
         with_router_loss = self.with_router_loss and self.training
         with_routers = with_router_loss or self.watches_routing
@@ -69,7 +68,7 @@ class MixtralWithLoss(nn.Module):
             output_router_logits=with_routers,
             **more,
         )
-        # The head is the largest product of all, and unsupervised positions do not need it.
+        # The head is the largest product of all, and unsupervised positions don't need it.
         supervised_N = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         cross_entropy = self.head(
             outputs.last_hidden_state.flatten(0, 1)[supervised_N], targets.flatten()[supervised_N]

@@ -1,7 +1,7 @@
 """Which activations are computed again in the backward instead of being kept for it.
 
-Of a layer the two halves differ: attention costs a tenth of the products, and the experts nine tenths, with most of
-what is kept. Where only attention is computed again, the routers choose once.
+The halves of a layer differ: attention costs a tenth of the products, the experts nine tenths, and most of what is kept
+is theirs. If only attention is computed again, the routers choose once.
 """
 
 import functools
@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 
 def enable(model: MixtralForCausalLM, what: str, *, dropout: float) -> None:
-    """Has every layer compute again what the setting `activation_checkpointing` says.
+    """Makes every layer compute again what the setting `activation_checkpointing` says.
 
     Args:
         model: its layers are changed in place.
@@ -27,7 +27,7 @@ def enable(model: MixtralForCausalLM, what: str, *, dropout: float) -> None:
     # Non-reentrant: the reentrant form runs the first forward without a graph, and the router logits recorded in it
     # would lose their gradient.
     how: dict[str, Any] = {"use_reentrant": False}
-    # The generators' states come from the device, for which the host waits: only where something is drawn.
+    # The generators' states come from the device, for which the host waits: only if something is drawn.
     how["preserve_rng_state"] = bool(dropout or config.attention_dropout or config.router_jitter_noise)
     if what == "full":
         model.activation_checkpointing_enable(how)
@@ -37,7 +37,7 @@ def enable(model: MixtralForCausalLM, what: str, *, dropout: float) -> None:
 
 
 def _forward(layer: MixtralDecoderLayer, how: dict[str, Any], x: torch.Tensor, **others: Any) -> torch.Tensor:
-    """The layer's forward, of which everything before the experts is computed again in the backward."""
+    """The layer's forward; everything before the experts is computed again in the backward."""
     if layer.training and torch.is_grad_enabled():
         residual, normed = checkpoint(_up_to_the_experts, layer, x, **others, **how)
     else:
@@ -47,7 +47,7 @@ def _forward(layer: MixtralDecoderLayer, how: dict[str, Any], x: torch.Tensor, *
 
 
 def _up_to_the_experts(layer: MixtralDecoderLayer, x: torch.Tensor, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual stream after attention, and what the routers and experts see of it."""
+    """The residual stream after attention, and its norm, which the router and the experts see."""
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **others)
     residual = x + attended
     return residual, layer.post_attention_layernorm(residual)

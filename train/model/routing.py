@@ -1,4 +1,4 @@
-"""What the routers do, seen from their logits: expert load, entropy, auxiliary loss, unused experts.
+"""What the routers do, as their logits show it: expert load, entropy, auxiliary loss, unused experts.
 
 Shapes: L layers, E experts, T tokens, k experts per token.
 """
@@ -14,12 +14,12 @@ from train.model.attention import beginnings
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Sums over the tokens of a step; those of several processes or micro-batches add up."""
+    """Sums over the tokens of a step; those of several processes or micro-batches can be added."""
 
     tokens: torch.Tensor
     """Scalar float64: tokens that are not padding."""
     load_LE: torch.Tensor
-    """float64: those that chose each expert."""
+    """float64: the tokens that chose each expert."""
     probability_LE: torch.Tensor
     """float64: their summed probabilities."""
     entropy_L: torch.Tensor
@@ -81,7 +81,7 @@ class Routing:
         return cls(parts[0][0], parts[1].view(shape), parts[2].view(shape), parts[3], parts[4].view(shape))
 
     def record(self) -> dict[str, Any]:
-        """What metrics.jsonl gets; lists by layer.
+        """The fields of metrics.jsonl; lists by layer.
 
         `expert_load`: each expert's share of the token-expert pairs. `router_entropy`: nats per token, at most ln E.
         `router_auxiliary_loss`: E · Σ_e (share of tokens that chose e) · (mean probability of e), as in the Switch
@@ -101,7 +101,7 @@ class Routing:
 def _reaches_the_loss(positions_T: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
     """bool [T]: whether a position at or after this one in its conversation is supervised."""
     conversation_T = beginnings(positions_T).cumsum(0) - 1
-    place_T = torch.arange(len(positions_T), device=positions_T.device)
-    supervised_T = torch.where(targets_T != IGNORE_INDEX, place_T, -1)
-    last = torch.full_like(place_T, -1).scatter_reduce_(0, conversation_T, supervised_T, "amax")
-    return place_T <= last[conversation_T]
+    index_T = torch.arange(len(positions_T), device=positions_T.device)
+    supervised_T = torch.where(targets_T != IGNORE_INDEX, index_T, -1)
+    last = torch.full_like(index_T, -1).scatter_reduce_(0, conversation_T, supervised_T, "amax")
+    return index_T <= last[conversation_T]

@@ -13,7 +13,7 @@ from configs.program.errors import UserError
 from inference.adapter import Adapter
 from inference.config import InferenceConfig
 from inference.load import choose_dtype, fold, is_spread, load, one_gpu
-from tests.unit.train.lora.test_split_experts import nano_config, save, trained_nano
+from tests.support.nano import nano_config, save, trained_nano
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from data.prepared.dataset import Batch
-from tests.unit.train.model.test_loss import LENGTHS, losses, nano, packed
+from tests.support.nano import LENGTHS, losses, nano, packed
 from train.config.engine import DeepSpeedConfig, HardwareConfig, OptimConfig
 from train.config.model import ModelConfig
 from train.config.train import BatchArithmetic, LoggingConfig, TrainConfig

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import MixtralForCausalLM
 
 from configs.program.errors import UserError
-from tests.unit.train.lora.test_split_experts import nano_config, save, trained_nano
+from tests.support.nano import nano_config, save, trained_nano
 from train.config.lora import LoraConfig
 from train.lora import attach, factors, peft_files
 from train.lora.proof import movements

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.prepared.dataset import Batch
-from tests.unit.train.model.test_loss import losses, nano, packed
+from tests.support.nano import losses, nano, packed
 from train.lora.proof import ExpertNotLearningError, FirstGradients
 from train.model.loss import MixtralWithLoss
 from train.model.routing import Routing

@@ -6,48 +6,9 @@ from torch.nn import functional as F
 
 from data.prepared.dataset import Batch
 from data.schema import IGNORE_INDEX
-from train.config.model import ArchitectureConfig, ModelConfig
-from train.config.train import TrainConfig
+from tests.support.nano import LENGTHS, losses, nano, packed
 from train.lora import attach
-from train.model import mixtral
 from train.model.loss import MixtralWithLoss
-
-LENGTHS = [70, 37, 21]
-
-
-def nano(dtype: str) -> mixtral.MixtralForCausalLM:
-    architecture = ArchitectureConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    config = TrainConfig(model=ModelConfig(architecture=architecture, dtype=dtype))
-    built = mixtral.build(config)
-    for _, factor in attach.trainable(built):
-        torch.nn.init.normal_(factor, std=0.1)
-    return built
-
-
-def packed(ids: torch.Tensor) -> Batch:
-    """One row of LENGTHS with every second token trained, and 10 slots of padding."""
-    padded = F.pad(ids, (0, 10))[None]
-    positions = torch.cat([torch.arange(length) for length in [*LENGTHS, 10]])[None]
-    labels = padded.clone()
-    labels[:, ::2] = IGNORE_INDEX
-    starts = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()[:-1]]
-    labels[:, starts] = IGNORE_INDEX
-    labels[:, sum(LENGTHS) :] = IGNORE_INDEX
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    is_token = torch.arange(padded.shape[1])[None] < sum(LENGTHS)
-    return Batch(ids=padded, positions=positions, targets=targets, is_token=is_token)
-
-
-def losses(module: MixtralWithLoss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return module(batch.ids, batch.positions, batch.targets, batch.is_token)
 
 
 def test_a_packed_row_has_the_summed_loss_of_its_conversations_alone() -> None:
@@ -75,24 +36,24 @@ def test_a_packed_row_has_the_summed_loss_of_its_conversations_alone() -> None:
     assert float(balance.detach()) == pytest.approx(float(stock.aux_loss.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_conversation_does_not_see_its_neighbours_not_by_one_bit(place: int) -> None:
+@pytest.mark.parametrize("conversation", [0, 1, 2])
+def test_a_conversation_does_not_see_its_neighbours_not_by_one_bit(conversation: int) -> None:
     """In bfloat16, the dtype of training.
 
     Other tokens in one conversation change how many rows each expert's product has, and with it, in float32, the order
     in which the BLAS adds a row's terms; bfloat16's products give each row the same bits at any size.
     """
     causal_lm = nano("bfloat16").eval()
-    generator = torch.Generator().manual_seed(place)
+    generator = torch.Generator().manual_seed(conversation)
     starts = [0, LENGTHS[0], LENGTHS[0] + LENGTHS[1], sum(LENGTHS)]
-    inside = slice(starts[place], starts[place + 1])
+    inside = slice(starts[conversation], starts[conversation + 1])
     outside = torch.ones(sum(LENGTHS), dtype=torch.bool)
     outside[inside] = False
     moved = 0.0
     for _ in range(20):
         ids = torch.randint(3, 400, (sum(LENGTHS),), generator=generator)
         changed = ids.clone()
-        changed[inside] = torch.randint(3, 400, (LENGTHS[place],), generator=generator)
+        changed[inside] = torch.randint(3, 400, (LENGTHS[conversation],), generator=generator)
         with torch.no_grad():
             logits, other = (
                 causal_lm(packed(x).ids, position_ids=packed(x).positions, use_cache=False).logits[0, : sum(LENGTHS)]

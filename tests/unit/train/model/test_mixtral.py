@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
 
 from configs.program.errors import UserError
-from tests.unit.train.lora.test_split_experts import nano_config
+from tests.support.nano import nano_config
 from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import TrainConfig
 from train.model import mixtral

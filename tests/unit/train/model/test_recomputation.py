@@ -9,7 +9,7 @@ from torch.utils import checkpoint
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from configs.program.errors import UserError
-from tests.unit.train.lora.test_split_experts import nano_config
+from tests.support.nano import nano_config
 from train.config.train import TrainConfig
 from train.lora import attach
 from train.model import mixtral

@@ -1,0 +1,1 @@
+"""Builders and measures that several tests use."""
