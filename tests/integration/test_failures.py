@@ -34,7 +34,8 @@ def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, numbe
     if way != "all":
         # DeepSpeed's launcher kills what has not saved after 30 seconds: steps that are short on a busy machine too.
         settings |= {"max_steps": "40", "global_batch": "2", "eval_every": "20"}
-    signals.asked_once(runs, run, way, number, generator(way), after=1, settings=settings)
+    random = generator(way, 1)  # gives less than half a second from the step before to the signal
+    signals.asked_once(runs, run, way, number, random, after=1, settings=settings)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
