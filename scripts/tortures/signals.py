@@ -150,6 +150,7 @@ def asked_once(
         expected |= {1, -number}  # DeepSpeed's own codes if it was signalled itself
     require(set(codes) <= expected, f"it ended with {codes}:\n{launch.said()}")
     require(f"Pre-empted after step {stopped}" in launch.said(), f"it does not say after which step:\n{launch.said()}")
+    require("leaving at once" not in launch.said(), f"one signal counts as two:\n{launch.said()}")
     if not through_launcher:  # `deepspeed` prints one of its own
         require("Traceback" not in launch.said(), f"it prints a traceback:\n{launch.said()}")
     require(last_step(run) == stopped == check_newest(run), f"the checkpoint is that of step {stopped}")
@@ -175,7 +176,8 @@ def wandb_alone(place: Workplace, run: Path, number: signal.Signals) -> dict[str
         process.kill()  # nobody else does
     launch.wait_for_none_left(5)
     require(codes == [0], f"it ended with {codes}:\n{launch.said()}")
-    told = [line for line in launch.said().splitlines() if "wandb" in line or "Traceback" in line]
+    said = launch.said().replace(str(run), "")  # its name has wandb in it
+    told = [line for line in said.splitlines() if "wandb" in line or "Traceback" in line]
     once = len(told) == 1 and told[0].startswith("wandb stopped: ")
     require(once, f"it does not say once that wandb stopped:\n{launch.said()}")
     difference = first_difference(run, whole)
