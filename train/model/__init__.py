@@ -1,10 +1,11 @@
 """Mixtral from ids to losses.
 
-    mixtral.py    the base, random or pretrained, with adapters attached
-    attention.py  attention of packed rows: each conversation sees itself alone
-    head.py       the head and its cross-entropy, in chunks of positions
-    routing.py    what the routers do: expert load, entropy, auxiliary loss
-    loss.py       all of it in one forward: ids → cross-entropy and the routers' loss
+    mixtral.py        the base, random or pretrained, with adapters attached
+    attention.py      attention of packed rows: each conversation sees itself alone
+    head.py           the head and its cross-entropy, in chunks of positions
+    routing.py        what the routers do: expert load, entropy, auxiliary loss
+    loss.py           all of it in one forward: ids → cross-entropy and the routers' loss
+    recomputation.py  which activations are computed again in the backward
 
 May import train.lora, train.config, data.schema, data.disk and configs.program.
 """
