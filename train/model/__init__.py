@@ -5,7 +5,7 @@
     head.py           the head and its cross-entropy, in chunks of positions
     routing.py        what the routers do: expert load, entropy, auxiliary loss
     loss.py           all of it in one forward: ids → cross-entropy and the routers' loss
-    recomputation.py  what the backward computes again instead of having kept it
+    recomputation.py  which activations are computed again in the backward
 
 May import train.lora, train.config, data.schema, data.disk and configs.program.
 """

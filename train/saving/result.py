@@ -9,13 +9,13 @@ import torch
 from rich.table import Table
 
 from configs.program.console import console
+from data.disk.adapter_directory import RECEIPT, TRAIN_CONFIG
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
 from train.history import finite
 from train.lora import factors, peft_files
 from train.lora.proof import Movement
 from train.saving.background import Background
-from train.saving.run_directory import RECEIPT
 from train.saving.starting_point import movements_of
 from train.saving.whole_model import ModelFiles
 
@@ -90,6 +90,6 @@ class Result:
                 per_expert.mkdir()
                 peft_files.write_per_expert(per_expert, *content)
             self.moved = movements_of(self._config, self._model, self._tensors)
-        (self._path / "train_config.yaml").write_text(settings, encoding="utf-8")
+        (self._path / TRAIN_CONFIG).write_text(settings, encoding="utf-8")
         complete = {**receipt, "experts_moved": [moved.record() for moved in self.moved]}
         (self._path / RECEIPT).write_text(json.dumps(finite(complete), indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from configs.program.launch import local_rank
+from data.disk.adapter_directory import RECEIPT
 from data.prepared.dataset import Batch, PreparedDataset
 from train.engine.engine import Engine
 from train.engine.processes import agree, gathered
@@ -16,7 +17,7 @@ from train.health import Health
 from train.saving import checkpoint, identity
 from train.saving.checkpoint import Checkpoint, DamagedError
 from train.saving.receipt import Record
-from train.saving.run_directory import RECEIPT, RunDirectory
+from train.saving.run_directory import RunDirectory
 
 
 def check_same_run(directory: RunDirectory, record: Record, dataset: PreparedDataset) -> None:

@@ -21,12 +21,13 @@ from typing import Any, TypeVar
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from data.disk.adapter_directory import RECEIPT
 from data.disk.files import lock, occupied, replace_file, sync
 from train.config.train import TrainConfig
 from train.engine.processes import Processes, agree
 from train.saving import checkpoint
 
-CONFIG, RECEIPT = "config.yaml", "receipt.json"
+CONFIG = "config.yaml"
 RESULTS = {"adapter", "model", RECEIPT, "expert_load.json", "expert_load.png"}
 """What only a run that came to its end has written."""
 RUN_ENTRIES = {CONFIG, "metrics.jsonl", checkpoint.FOLDER, "wandb"} | RESULTS

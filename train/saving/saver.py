@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from data.disk.adapter_directory import RECEIPT
 from data.disk.files import publish, replace_file
 from train.engine.engine import Engine
 from train.engine.processes import agree
@@ -19,7 +20,7 @@ from train.saving.background import Background
 from train.saving.checkpoint import CheckpointWriter
 from train.saving.receipt import Record
 from train.saving.result import Result, result_name, show_movements
-from train.saving.run_directory import RECEIPT, RunDirectory
+from train.saving.run_directory import RunDirectory
 
 SIGN_OF_LIFE = 10.0
 """Seconds after which a process that waits for the disk reports that it lives."""

@@ -214,11 +214,12 @@ class Hub(Guardian):
         self.conclude([], f"nothing has moved for {duration(self.stall_timeout)}: {who} in {behind[0].position}")
 
     def speakers(self, lost: list[Member]) -> set[int]:
-        """For each launcher one process that is not lost; it tells the user what happened."""
+        """For each launcher one process; it tells the user what happened. A lost one speaks only if all are lost: a
+        machine that was too busy to give signs of life may still print a line."""
         chosen: dict[str, int] = {}
-        for member in sorted(self.members.values(), key=lambda member: (member.local_rank, member.rank)):
-            if member not in lost:
-                chosen.setdefault(member.site, member.rank)
+        remaining = [member for member in self.members.values() if member not in lost] or list(self.members.values())
+        for member in sorted(remaining, key=lambda member: (member.local_rank, member.rank)):
+            chosen.setdefault(member.site, member.rank)
         return set(chosen.values())
 
     def conclude(self, lost: list[Member], verdict: str, code: int | None = None) -> NoReturn:
