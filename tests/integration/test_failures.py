@@ -80,7 +80,8 @@ def test_a_terminal_that_closes_costs_no_step(runs: Workplace, how: str) -> None
     """Its progress bar then meets errors, and SIGHUP comes, which nohup lets the run ignore."""
     run = runs.scratch / f"closed-{how}"
     settings = runs.settings(run, logging="default", logging__wandb="offline", max_steps="6", global_batch="8")
-    command = ["setsid", "--ctty", "env", *(["--ignore-signal=HUP"] if how == "nohup" else [])]
+    # The tests themselves may have been started with nohup, which is inherited.
+    command = ["setsid", "--ctty", "env", f"--{'ignore' if how == 'nohup' else 'default'}-signal=HUP"]
     command += [sys.executable, "-m", "train", *(f"{name}={value}" for name, value in settings.items())]
     ours, theirs = pty.openpty()
     env = os.environ | ENVIRONMENT
