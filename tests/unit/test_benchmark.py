@@ -41,7 +41,7 @@ def test_a_step_does_what_must_be_done_and_the_adapters_work_and_nothing_else(st
     matrices = sum(flops for op, flops in counted.items() if op in ("aten.mm", "aten.addmm"))
     assert counted.keys() == {"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"}
 
-    hidden, width, inner, rank = config.hidden_size, config.head_dim or 16, config.intermediate_size, 16
+    hidden, width, inner, rank = config.hidden_size, config.head_dim or 16, config.intermediate_size, 4
     layers, heads, key_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
     tokens = batch.ids.numel()  # padding is computed as well
     supervised = int((batch.targets != IGNORE_INDEX).sum())

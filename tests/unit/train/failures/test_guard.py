@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from configs.program import entry
 from configs.program.errors import UserError
 from train.failures.guard import EXIT_PEER_LOST, Guard, Meeting
 from train.failures.guardian.channel import Channel
+from train.failures.guardian.judge import Hub, Member
 
 HANG = 60.0
 """Seconds after which something that should have happened is taken not to happen. Nothing depends on how fast it is."""
@@ -481,3 +483,14 @@ def test_a_full_socket_takes_whole_lines_or_none() -> None:
         assert numbers == sorted(numbers)
         assert numbers[0] == 0
         assert 19_999 not in numbers  # it was full
+
+
+@pytest.mark.parametrize(("lost", "speaking"), [([1], {0, 2}), ([0, 1], {2}), ([0, 1, 2, 3], {0, 2})])
+def test_one_process_of_each_launcher_speaks_also_if_all_are_lost(lost: list[int], speaking: set[int]) -> None:
+    """All fall silent at once on a machine that is too busy: then a lost one says so, or nobody would."""
+    members = {
+        rank: Member(rank, rank % 2, f"host{rank // 2}", f"launcher{rank // 2}", None, None, heard=0.0)
+        for rank in range(4)
+    }
+    hub = types.SimpleNamespace(members=members)
+    assert Hub.speakers(hub, [members[rank] for rank in lost]) == speaking  # type: ignore[arg-type]

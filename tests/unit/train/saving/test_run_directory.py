@@ -51,7 +51,7 @@ def test_a_start_that_fails_leaves_the_old_run(run_program, dataset: PreparedDat
         "train", "run_dir=run", "overwrite=true", "model.path=/nowhere", "dataset=prepared", "hardware=cpu"
     )
     assert outcome.exit_code == 2
-    assert "model.path=/nowhere: it is neither a directory nor a name on a hub" in outcome.stderr
+    assert "model.path=/nowhere: there is no such directory" in outcome.stderr
     assert (place / "config.yaml").read_text() == "name: old\n"
 
 
