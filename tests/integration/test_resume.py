@@ -20,7 +20,7 @@ STOPPED: dict[str, Any] = {"step": 13, "keep_last": "3"}
 @pytest.fixture
 def stopped(runs: Workplace) -> Path:
     """A run on one process that was asked to stop, with three checkpoints."""
-    return runs.interrupted("stopped", **STOPPED)
+    return runs.interrupted("asked-to-stop", **STOPPED)
 
 
 def test_killed_anywhere_it_ends_as_if_it_had_not_been(runs: Workplace) -> None:
