@@ -4,7 +4,6 @@ from importlib import import_module
 
 from configs.program import entry
 from inference.config import InferenceConfig
-from inference.prompt import ask
 
 FUNCTIONS = {
     "generate": ("inference.generate", "answer"),
@@ -23,6 +22,10 @@ def main() -> None:
 def run(config: InferenceConfig) -> None:
     """Does the task. Its module, which needs torch, is imported after the checks, so that mistakes are told at once."""
     config.check()
-    arguments = (config, ask(config)) if config.task == "generate" else (config,)
+    arguments: list[object] = [config]
+    if config.task == "generate":
+        from inference.prompt import ask  # here, because numpy comes with it, which no setting needs
+
+        arguments.append(ask(config))
     module, function = FUNCTIONS[config.task]
     getattr(import_module(module), function)(*arguments)
