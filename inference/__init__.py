@@ -6,8 +6,8 @@
     load.py      base and adapter → a model that is ready to generate
     prompt.py    what the user says → a conversation, or why not
     generate.py  a conversation → an answer, token by token
-    chat.py      a conversation in the terminal
 
+    chat/        a conversation in the terminal
     batch/       a file of prompts → a file of answers, which goes on after a kill
     merging/     base and adapter → one checkpoint, verified
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.program.checks import ABOVE_0, between, choice
+from configs.program.checks import ABOVE_0, between, choice, positive, share
 from configs.program.errors import UserError
 
 TASKS = ("generate", "chat", "batch", "merge")
@@ -66,8 +66,15 @@ class InferenceConfig:
     """Samples among the likeliest tokens that have this probability together."""
     top_k: int = 0
     """Samples among this many of the likeliest tokens; 0 means all."""
+    min_p: float = 0.0
+    """Samples among the tokens that are at least this share as likely as the likeliest; 0 means all."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that the prompt or the answer already holds less likely: positive logits are divided by it, negative
+    ones multiplied. 1 leaves them alone."""
     seed: int = 0
-    """Decides what is sampled."""
+    """Decides what is sampled; in `chat`, each further answer has the next seed."""
+    history: bool = True
+    """For `chat`: keeps what is typed for later sessions, in ~/.local/state/openhermes-mixtral (XDG_STATE_HOME)."""
 
     # Files
 
@@ -106,10 +113,9 @@ class InferenceConfig:
             check_utf8(name, text)
         if self.adapter is None and self.base is None:
             raise UserError("adapter: no model is named; give adapter=runs/…/adapter, or base= for a model without one")
-        self._check_sampling()
+        self.check_sampling()
         between("batch_size", self.batch_size, 1, math.inf, "it must be at least 1; give for example 16")
         choice("batching", self.batching, "continuous", "padded")
-        choice("markers", self.markers, "reject", "keep")
         choice("dtype", self.dtype, "auto", "bfloat16", "float16", "float32")
         choice("device", self.device, "auto", "cpu", "cuda")
 
@@ -121,7 +127,8 @@ class InferenceConfig:
         if self.prompt_file is None and not self.prompt.strip():
             raise UserError('prompt: there is nothing to answer; give for example prompt="Hello, who are you?"')
 
-    def _check_sampling(self) -> None:
+    def check_sampling(self) -> None:
+        """The same for how an answer is drawn and where it ends."""
         between("max_new_tokens", self.max_new_tokens, 1, math.inf, "it must be at least 1; give for example 512")
         if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(
@@ -130,6 +137,14 @@ class InferenceConfig:
             )
         between("top_p", self.top_p, ABOVE_0, 1, "it is a probability; give a number above 0, at most 1")
         between("top_k", self.top_k, 0, math.inf, "it can't be negative; give 0 for all tokens, or such as 50")
+        share("min_p", self.min_p)
+        positive("repetition_penalty", self.repetition_penalty, "1.1")
+        for name, value, everything in (("top_p", self.top_p, 1), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0)):
+            if self.temperature == 0 and value != everything:
+                raise UserError(
+                    f"{name}={value}: temperature=0 takes the likeliest token whatever it is; give such as "
+                    f"temperature=0.7 with it, or leave it out"
+                )
         between("seed", self.seed, 0, 2**32 - 1, f"it must be from 0 to {2**32 - 1}; give for example 0")
         for text in self.stop:
             if not isinstance(text, str):  # OmegaConf lets a dictionary pass
@@ -137,6 +152,7 @@ class InferenceConfig:
             if not text:
                 raise UserError("stop=: an empty string would end every answer at once; leave it out")
             check_utf8("stop", text)
+        choice("markers", self.markers, "reject", "keep")
 
 
 def check_utf8(name: str, text: str) -> None:

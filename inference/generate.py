@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -193,11 +194,12 @@ def generate_rows(
 
 def sampling(config: InferenceConfig, max_tokens: int) -> GenerationConfig:
     """The settings in transformers' words; `max_tokens` is how many tokens the context still takes."""
-    chosen = (
-        {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-        if config.temperature > 0
-        else {"do_sample": False}
-    )
+    chosen: dict[str, Any] = {"do_sample": config.temperature > 0}
+    if config.temperature > 0:
+        chosen |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        chosen |= {"min_p": config.min_p or None}
+    if config.repetition_penalty != 1:
+        chosen |= {"repetition_penalty": config.repetition_penalty}
     limit = min(config.max_new_tokens, max_tokens)
     return GenerationConfig(max_new_tokens=limit, eos_token_id=EOS, pad_token_id=UNK, **chosen)
 

@@ -7,7 +7,7 @@ from inference.config import InferenceConfig
 
 FUNCTIONS = {
     "generate": ("inference.generate", "answer"),
-    "chat": ("inference.chat", "chat"),
+    "chat": ("inference.chat.chat", "chat"),
     "batch": ("inference.batch.batch", "batch"),
     "merge": ("inference.merging.merge", "merge"),
 }

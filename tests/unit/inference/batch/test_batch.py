@@ -144,6 +144,21 @@ def test_a_model_that_is_spread_over_devices_answers_in_padded_batches(
     assert len(taken) == 2
 
 
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.7}, {"temperature": 5.0, "min_p": 0.5}])
+def test_what_continuous_batching_would_leave_out_is_done_in_padded_batches(
+    tmp_path: Path, loaded: Loaded, capsys: pytest.CaptureFixture[str], settings: dict[str, float]
+) -> None:
+    batch(config(tmp_path, **settings))
+    expected = (tmp_path / "out.jsonl").read_text()
+    capsys.readouterr()
+    batch(config(tmp_path, batching="continuous", overwrite=True, **settings))
+    assert (tmp_path / "out.jsonl").read_text() == expected
+    name = list(settings)[-1]
+    assert f"transformers' continuous batching doesn't know {name}; padded" in capsys.readouterr().err
+    batch(config(tmp_path, overwrite=True))
+    assert (tmp_path / "out.jsonl").read_text() != expected
+
+
 def test_bad_rows_become_error_lines(tmp_path: Path, loaded: Loaded) -> None:
     good = json.dumps(ROWS[0])
     rows = [good, *BAD, "", good, b"\xff\xfe".decode("latin-1")]
