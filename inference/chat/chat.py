@@ -48,7 +48,7 @@ def _converse(commands: Commands, config: InferenceConfig) -> None:
             if not commands.take(line):
                 break
         except UserError as error:
-            console.print(str(error), style="red", soft_wrap=True)
+            console.print(str(error), style="red", soft_wrap=not console.is_terminal)
 
 
 def piped_lines() -> Iterator[str]:

@@ -122,9 +122,8 @@ class Commands:
             speed = "stopped" if last.tokens is None else f"{last.tokens} tokens, {last.tokens / seconds:.1f} tokens/s"
             first = "" if last.first is None else f"the first words after {last.first - last.started:.2f} s, "
             tell(f"The last answer: {speed}; {first}all after {seconds:.2f} s; the prompt had {last.prompt} tokens.")
-        turns, window = len(talk.turns) // 2, context(talk.loaded)
-        said = f"{turns} turn{'' if turns == 1 else 's'}"
-        tell(f"The conversation: {said}, {talk.tokens():,} tokens; the context has room for {window:,}.")
+        room = context(talk.loaded)
+        tell(f"The conversation: {_turns(talk.turns)}, {talk.tokens():,} tokens; the context has room for {room:,}.")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -146,7 +145,7 @@ class Commands:
             raise UserError("/load: it names no file; give for example /load chat.jsonl")
         conversation = last_conversation(name, self.talk.config)
         turns = list(conversation.turns)
-        tell(f"Read from {name}: {len(turns) // 2} turns{', and a message to answer' if len(turns) % 2 else ''}.")
+        tell(f"Read from {name}: {_turns(turns)}{', and a message to answer' if len(turns) % 2 else ''}.")
         for message in turns[-2:]:
             tell(f"{'> ' if message.role == 'user' else ''}{message.content}")
         self.talk.begin(None if conversation.system is None else conversation.system.content, turns)
@@ -209,6 +208,11 @@ def last_conversation(name: str, config: InferenceConfig) -> Conversation:
         raise UserError(f"/load {name}: {where} can't be used ({row.detail}); give a file that /save has written")
     check(row, config.markers)
     return row
+
+
+def _turns(turns: list[Message]) -> str:
+    count = len(turns) // 2
+    return "1 turn" if count == 1 else f"{count} turns"
 
 
 def _shown(value: object) -> str:

@@ -117,9 +117,10 @@ class Talk:
 
         config = replace(self.config, seed=(self.config.seed + self.answers) % SEEDS)
         self.answers += 1
-        note = ""
+        note, cut = "", False
         try:
-            timing.tokens = len(generate(self.loaded, config, conversation, write).ids)
+            answer = generate(self.loaded, config, conversation, write)
+            timing.tokens, cut = len(answer.ids), answer.finish_reason == "length"
         except KeyboardInterrupt:
             if not self.may_be_stopped:
                 raise
@@ -133,11 +134,16 @@ class Talk:
             self.turns = turns
         if not text.strip() and not note:
             tell("The answer is empty, and not kept; /retry asks again.")
+        elif cut:
+            whole = timing.tokens == config.max_new_tokens
+            tell(
+                f"The answer is cut off {f'by max_new_tokens={config.max_new_tokens}' if whole else 'by the context'}."
+            )
 
 
 def tell(sentence: str) -> None:
     """Says something about the conversation that is no part of it."""
-    console.print(sentence, style="dim", soft_wrap=True)
+    console.print(sentence, style="dim", soft_wrap=not console.is_terminal)
 
 
 def fit(

@@ -20,10 +20,11 @@ from tests.unit.inference.test_adapter import make_base
 
 
 class Asked(list[Conversation]):
-    """The conversations that the model was asked; `seeds` of each, and what it is to answer."""
+    """The conversations that the model was asked, with their seeds; and what it is to answer."""
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
+        self.reason = "stop"
         self.say: Callable[[int], str] = lambda number: f"Answer {number}."
 
 
@@ -36,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         seen.seeds.append(config.seed)
         text = seen.say(len(seen))
         write(text)
-        return Answer(text, [1] * 5, "stop")
+        return Answer(text, [1] * 5, seen.reason)
 
     monkeypatch.setattr(module, "generate", generate)
     return seen

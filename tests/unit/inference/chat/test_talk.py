@@ -77,6 +77,21 @@ def test_an_empty_answer_is_said_and_can_be_asked_for_again(asked: Asked, capsys
     assert contents(asked[7])[-1] == "Four?"
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"max_new_tokens": 5}, "by max_new_tokens=5."), ({"max_new_tokens": 32}, "by the context.")],
+)
+def test_an_answer_that_is_cut_off_is_said(
+    asked: Asked, capsys: pytest.CaptureFixture[str], settings: dict[str, int], told: str
+) -> None:
+    session = commands(**settings)
+    session.take("One?")
+    assert "cut off" not in capsys.readouterr().err
+    asked.reason = "length"
+    session.take("Two?")
+    assert f"The answer is cut off {told}" in capsys.readouterr().err
+
+
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
