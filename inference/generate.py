@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from configs.program.errors import UserError
 from data.schema import Conversation
-from data.template import EOS, MARKERS, UNK, ChatTokenizer
+from data.template import BOS, EOS, MARKERS, UNK, ChatTokenizer
 from inference.config import InferenceConfig
 from inference.load import Loaded, load
 
@@ -178,7 +178,9 @@ def generate_rows(
     if left < 1:
         raise UserError(f"prompt: it takes {longest} tokens, and the model's context is {context(loaded)}; shorten it")
     device = loaded.model.device
-    ids = torch.tensor([[UNK] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    # The mask hides the padding from the model, but not from a repetition penalty: so it is `<s>`, which every prompt
+    # has anyway.
+    ids = torch.tensor([[BOS] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     torch.manual_seed(seed)
     with torch.inference_mode():
