@@ -99,7 +99,8 @@ class Talk:
         head = [Message("system", self.system)] if self.system else []
         return len(self.loaded.tokenizer.encode(Conversation((*head, *self.answered))).ids) if self.answered else 0
 
-    def _answer(self, turns: list[Message]) -> None:
+    def _seen(self, turns: list[Message]) -> Conversation:
+        """What the context has room for, beside an answer; if it is less than before, it is said."""
         window = context(self.loaded)
         limit = window - min(self.config.max_new_tokens, window // 2)
         conversation, dropped = fit(self.loaded.tokenizer, self.system, turns, limit)
@@ -107,8 +108,12 @@ class Talk:
             seen = "turn is" if dropped == 1 else f"{dropped} turns are"
             tell(f"The context is full: the oldest {seen} no longer seen.")
         self._dropped = dropped
-        said: list[str] = []
+        return conversation
+
+    def _answer(self, turns: list[Message]) -> None:
+        conversation = self._seen(turns)
         timing = self.timing = Timing(len(self.loaded.tokenizer.encode_prompt(conversation)), time.perf_counter())
+        said: list[str] = []
 
         def write(piece: str) -> None:
             timing.first = timing.first or time.perf_counter()
@@ -117,10 +122,10 @@ class Talk:
 
         config = replace(self.config, seed=(self.config.seed + self.answers) % SEEDS)
         self.answers += 1
-        note, cut = "", False
+        answer, note = None, ""
         try:
             answer = generate(self.loaded, config, conversation, write)
-            timing.tokens, cut = len(answer.ids), answer.finish_reason == "length"
+            timing.tokens = len(answer.ids)
         except KeyboardInterrupt:
             if not self.may_be_stopped:
                 raise
@@ -132,13 +137,11 @@ class Talk:
             self.turns = [*turns, Message("assistant", text)]
         elif self.turns[: len(turns)] != turns:  # else it was asked again, and the old answer stays
             self.turns = turns
-        if not text.strip() and not note:
+        if answer is not None and not text.strip():
             tell("The answer is empty, and not kept; /retry asks again.")
-        elif cut:
-            whole = timing.tokens == config.max_new_tokens
-            tell(
-                f"The answer is cut off {f'by max_new_tokens={config.max_new_tokens}' if whole else 'by the context'}."
-            )
+        elif answer is not None and answer.finish_reason == "length":
+            whole = len(answer.ids) == config.max_new_tokens
+            tell(f"The answer is cut off by {f'max_new_tokens={config.max_new_tokens}' if whole else 'the context'}.")
 
 
 def tell(sentence: str) -> None:

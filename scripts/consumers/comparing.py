@@ -38,11 +38,13 @@ class Job:
         equal = [theirs == ours for theirs, ours in pairs]
         self._note(what, cases=len(equal), equal=sum(equal), holds=all(equal) or not needed)
 
-    def near(self, what: str, theirs: np.ndarray, ours: np.ndarray, tolerance: float = TOLERANCE) -> None:
-        """Notes how far numbers [cases, …] are apart, as a share of the largest."""
+    def near(
+        self, what: str, theirs: np.ndarray, ours: np.ndarray, tolerance: float = TOLERANCE, *, needed: bool = True
+    ) -> None:
+        """Notes how far numbers [cases, …] are apart, as a share of the largest; one not `needed` can't fail."""
         assert theirs.shape == ours.shape, (theirs.shape, ours.shape)
         difference = float(np.abs(theirs - ours).max() / np.abs(ours).max())
-        self._note(what, cases=len(ours), difference=difference, holds=difference <= tolerance)
+        self._note(what, cases=len(ours), difference=difference, holds=difference <= tolerance or not needed)
 
     def attempt(self, what: str, compare: Callable[[], None]) -> None:
         """Compares, and notes what the library says if it can't."""
