@@ -5,6 +5,7 @@
 
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,13 @@ from configs.program import gpus
 from configs.program.errors import UserError
 from data.disk.adapter_directory import CONFIG
 from data.disk.architecture import find_mixtral
-from data.disk.mixtral_files import load_mixtral
+from data.disk.mixtral_files import load_mixtral, stored_parts
 from data.disk.weights import StoredWeights, local_directory
 from data.template import ChatTokenizer
 from data.vocabulary import EMBEDDED, has_tokenizer
 from inference.adapter import Adapter, is_finite, read_settings
 from inference.config import InferenceConfig
+from inference.unfused import by_its_names, unfuse
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -178,8 +180,11 @@ def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
     adapter.check_foldable()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     holders = Counter(map(_storage, parameters.values()))
-    for name in adapter.updates:
-        parameter = parameters[name]
+    left = set(adapter.updates)
+    for name, parameter in parameters.items():
+        changed = {matrix: part for matrix, part in stored_parts(name, parameter.data) if matrix in left}
+        if not changed:
+            continue
         if parameter.is_meta:
             raise UserError(
                 f"adapter={adapter.directory}: the base does not fit into this machine's memory, so the adapter can't "
@@ -190,12 +195,15 @@ def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
                 f"adapter={adapter.directory}: it changes {name}, which shares its memory with another parameter of "
                 f"this base; give fold=false, which leaves it to stock PEFT"
             )
-        adapter.fold(name, parameter.data)
+        for matrix, part in changed.items():
+            adapter.fold(matrix, part)
+        left -= changed.keys()
         if not is_finite(parameter.data):
             raise UserError(
                 f"adapter={adapter.directory}: what it makes of {name} is not finite in {parameter.dtype}, as of a "
                 f"training that diverged; give an earlier checkpoint, or train again"
             )
+    assert not left, left
     return model
 
 
@@ -211,7 +219,9 @@ def keep_apart(model: MixtralForCausalLM, adapter: Adapter, **how: Any) -> PreTr
     """
     from peft import PeftModel
 
-    with warnings.catch_warnings():
+    if adapter.is_unfused:
+        unfuse(model)
+    with warnings.catch_warnings(), by_its_names(model) if adapter.is_unfused else nullcontext():
         # PEFT 0.21 asks transformers 5.23 for a property by its old name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
         return PeftModel.from_pretrained(model, str(adapter.directory), **how)

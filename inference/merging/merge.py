@@ -140,19 +140,18 @@ def write_piece(piece: Piece, adapter: Adapter, file: BinaryIO, at: int) -> int:
     A few hundred kilobytes are read, summed and written at a time, so that they never leave the processor's cache.
     """
     with piece.stored.file.open("rb", buffering=0) as source:
-        if piece.parameter not in adapter.updates:
+        if piece.stored.name not in adapter.updates:
             copy(source.fileno(), piece.stored.begin, file.fileno(), at, piece.size)
             return piece.size
         height = piece.stored.shape[0]
         row_bytes = piece.size // height
         step = max(1, BLOCK["cpu"] * piece.dtype.itemsize // row_bytes)
-        first = piece.rows.start or 0
         buffer = bytearray(step * row_bytes)
         for row in range(0, height, step):
             view = memoryview(buffer)[: min(step, height - row) * row_bytes]
             _exactly(os.preadv(source.fileno(), [view], piece.stored.begin + row * row_bytes), view)
             block = torch.frombuffer(view, dtype=piece.dtype).view(-1, *piece.stored.shape[1:])
-            adapter.fold(piece.parameter, block, piece.expert, slice(first + row, first + row + len(block)))
+            adapter.fold(piece.stored.name, block, slice(row, row + len(block)))
             _exactly(os.pwrite(file.fileno(), view, at + row * row_bytes), view)
     return piece.size
 

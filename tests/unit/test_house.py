@@ -67,7 +67,15 @@ MAY_IMPORT = {
     ),
     "train": ("train", "data", "configs.program"),
     "inference": ("inference", "data", "configs.program"),
-    "inference.merging": ("inference.load", "inference.adapter", "inference.config", "data", "configs.program"),
+    "inference.merging": (
+        "inference.load",
+        "inference.adapter",
+        "inference.peft_layers",
+        "inference.unfused",
+        "inference.config",
+        "data",
+        "configs.program",
+    ),
 }
 """What the files of a room, or of a hall, may import beside their own room. The longest name that fits counts."""
 
