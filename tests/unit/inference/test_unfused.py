@@ -109,7 +109,7 @@ def test_unfusing_takes_the_weights_and_copies_none(base: MixtralForCausalLM, tm
     ("change", "told"),
     [
         (lambda t, k: t.pop(k), "its tensor {key} is missing; "),
-        (lambda t, k: t.update({k.replace("experts.2", "experts.3"): t[k].clone()}), r"experts\.3\.w2\.lora_A\S+ is unknown; "),
+        (lambda t, k: t.update({k.replace("ts.2", "ts.3"): t[k].clone()}), r"experts\.3\.w2\.lora_A\S+ is unknown; "),
         (lambda t, k: t.update({k: t[k][:1]}), r"its tensor {key} is \[1, 24\], and this base takes \[2, 24\]; "),
     ],
     ids=["missing", "unknown", "shape"],
