@@ -114,9 +114,9 @@ class Adapter:
         if trained_on is not None and trained_on != weights.fingerprint:
             raise UserError(
                 f"{weights.named}: its fingerprint is {weights.fingerprint[:16]}…, and base.fingerprint in the "
-                f"adapter's {RECEIPT} is {trained_on[:16]}…: the adapter was trained on other weights, or on the same in "
-                f"another dtype or layout (the experts in one tensor, or apart); give those, or check_base=false to use "
-                f"these all the same"
+                f"adapter's {RECEIPT} is {trained_on[:16]}…: the adapter was trained on other weights, or on the same "
+                f"in another dtype or layout (the experts in one tensor, or apart); give those, or check_base=false to "
+                f"use these all the same"
             )
 
     def check_numbers(self) -> None:

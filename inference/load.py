@@ -16,9 +16,12 @@ from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, Pr
 
 from configs.program import gpus
 from configs.program.errors import UserError
-from data.disk.adapter_directory import CONFIG
+from data.disk import hub
+from data.disk.adapter_directory import CONFIG, RECEIPT, public
+from data.disk.adapter_directory import FILES as ADAPTER_FILES
 from data.disk.architecture import find_mixtral
 from data.disk.mixtral_files import load_mixtral, stored_parts
+from data.disk.plain_text import member, read_json
 from data.disk.weights import StoredWeights, local_directory
 from data.template import ChatTokenizer
 from data.vocabulary import EMBEDDED, has_tokenizer
@@ -39,6 +42,8 @@ class Base:
     named: str
     """How errors call it."""
     architecture: MixtralConfig
+    adapter: Path | None = None
+    """The directory of the adapter that is to be used with it."""
 
     @cached_property
     def directory(self) -> Path:
@@ -85,30 +90,54 @@ def load(config: InferenceConfig) -> Loaded:
     return Loaded(model.eval(), tokenizer)
 
 
+def adapter_directory(config: InferenceConfig) -> Path | None:
+    """The directory of the adapter, downloaded if it is on the hub; None if there is to be none.
+
+    Raises:
+        UserError: there is no such directory, and the hub doesn't give it.
+    """
+    if config.adapter is None or Path(config.adapter).is_dir():
+        return None if config.adapter is None else Path(config.adapter)
+    repository = hub.find("model", config.adapter, config.adapter_revision, f"adapter={config.adapter}")
+    return repository.fetch(hub.matching(repository.files(), ADAPTER_FILES))
+
+
 def find_base(config: InferenceConfig) -> Base:
     """The base that the configuration names, or else the adapter.
 
     Raises:
         UserError: nothing names one, it is no Mixtral, or a quantised one.
     """
-    adapter = None if config.adapter is None else Path(config.adapter)
+    adapter = adapter_directory(config)
     settings = {} if adapter is None else read_settings(adapter)
     source, revision, named = config.base, config.revision, f"base={config.base}"
     if source is None:
         source = settings.get("base_model_name_or_path")
-        if not source:
-            raise UserError(f"base: the adapter {adapter} names no base model; give it, as in base=path/to/model")
+        if not source or adapter is None:
+            raise UserError(
+                f"base: the adapter {config.adapter} names no base model; give it, as in base=path/to/model"
+            )
         revision, named = revision or settings.get("revision"), f"base: the adapter names {source}"
+        source = _find_named(source, adapter)
     if (Path(source) / CONFIG).is_file():
         raise UserError(f"{named}: it is an adapter; give it as adapter={source}")
     revision, architecture = find_mixtral(source, revision, named)
-    return Base(source, revision, named, architecture)
+    return Base(source, revision, named, architecture, adapter)
+
+
+def _find_named(source: str, adapter: Path) -> str:
+    """The directory that an adapter calls by this name, as it was called when it was trained: from here, by the path in
+    its receipt, or from a directory above it. What is no directory is a hub id."""
+    path = member(read_json(adapter / RECEIPT), "base").get("path")
+    noted = [Path(path)] if isinstance(path, str) and public(path) == source else []
+    above = (parent / source for parent in adapter.resolve().parents)
+    return next((str(place) for place in (Path(source), *noted, *above) if place.is_dir()), source)
 
 
 def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
     """The adapter, checked against the base: keys, shapes, numbers, and the fingerprint in its receipt."""
-    assert config.adapter is not None
-    adapter = Adapter(Path(config.adapter), base.architecture)
+    assert base.adapter is not None
+    adapter = Adapter(base.adapter, base.architecture)
     if config.fold or config.task == "merge":
         adapter.check_foldable()
     adapter.check_numbers()

@@ -106,7 +106,9 @@ def pinned(source: str, revision: str | None, named: str) -> str | None:
 def refuse_pickles(names: Iterable[str], named: str, source: str) -> None:
     """Raises `UserError` if a model without safetensors has weights that are pickled; it says how to convert them."""
     if pickled := sorted(matching(names, PICKLED)):
-        convert = f"from transformers import MixtralForCausalLM as M; M.from_pretrained({source!r}).save_pretrained('new')"
+        convert = (
+            f"from transformers import MixtralForCausalLM as M; M.from_pretrained({source!r}).save_pretrained('new')"
+        )
         raise UserError(
             f"{named}: its weights are pickled ({pickled[0]}), a format that can run code, and safetensors alone are "
             f'read; convert them once, python -c "{convert}", and name new'

@@ -26,6 +26,8 @@ from transformers import GenerationConfig
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from configs.program.provenance import machine, provenance
+from data.card import read_story
+from data.disk.adapter_directory import public
 from data.disk.architecture import exported
 from data.disk.files import occupied, staging, take_place
 from data.disk.mixtral_files import Piece, pieces
@@ -36,7 +38,7 @@ from data.template import BOS, EOS, UNK
 from inference.adapter import BLOCK, Adapter
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, load_tokenizer
-from inference.merging.card import read_story, write_card
+from inference.merging.card import write_card
 from inference.merging.verify import verify
 
 RECEIPT = "merge.json"
@@ -82,18 +84,24 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
         (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=UNK).save_pretrained(directory)
         tokenizer.save(directory, base.directory)
+        of_hub = adapter.directory != Path(str(config.adapter))
         receipt = {
             "started": started,
             **provenance(PACKAGES),
             "hardware": machine(),
             "base": {"path": base.source, "revision": base.revision, "fingerprint": base.weights.fingerprint},
-            "adapter": {"path": str(adapter.directory), "settings": adapter.settings, "receipt": training},
+            "adapter": {
+                "path": config.adapter,
+                "revision": adapter.directory.name if of_hub else None,
+                "settings": adapter.settings,
+                "receipt": training,
+            },
             "merged": {"bytes": size, "seconds": seconds},
             "verification": verify(directory, parts, adapter, tokenizer) if config.verify else None,
         }
         write_card(directory, output.name, story, receipt, config.licence)
         receipt["files"] = sorted([RECEIPT, *(path.name for path in directory.iterdir())])
-        (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        (directory / RECEIPT).write_text(json.dumps(public(receipt), indent=2) + "\n", encoding="utf-8")
         # once more: another process may have been faster
         _check_output(output, config.overwrite, base.directory, adapter.directory)
         take_place(directory, output)

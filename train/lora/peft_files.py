@@ -20,7 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from configs.program.errors import UserError, one_line
-from data.disk.adapter_directory import CONFIG, PREFIX, WEIGHTS, check_settings, join_experts, separate_experts
+from data.disk.adapter_directory import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    check_settings,
+    join_experts,
+    public,
+    separate_experts,
+)
 from data.disk.mixtral_files import MATRICES, original_name
 from data.disk.tensor_file import TensorFile
 from train.config.lora import LoraConfig
@@ -76,11 +84,9 @@ def _write_settings(
     """Writes adapter_config.json, the same bytes for the same settings."""
     from peft import LoraConfig as PeftConfig
 
-    # The absolute path of a local base, so that it is found from any working directory.
-    local = model.path is not None and Path(model.path).is_dir()
     largest = _largest(adapters)
     config = PeftConfig(
-        base_model_name_or_path=str(Path(str(model.path)).resolve()) if local else model.path,
+        base_model_name_or_path=public(model.path),
         revision=model.revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
