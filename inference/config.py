@@ -24,11 +24,13 @@ class InferenceConfig:
     # The model
 
     adapter: str | None = None
-    """The adapter directory of a run (`runs/…/adapter`). Unset, the base answers alone."""
+    """The adapter directory of a run (`runs/…/adapter`), or a hub id. Unset, the base answers alone."""
+    adapter_revision: str | None = None
+    """The commit, tag or branch of an adapter's hub id."""
     base: str | None = None
     """The base model, or a merged one: a directory or a hub id; unset, the one that the adapter was trained on."""
     revision: str | None = None
-    """The commit, tag or branch of a hub id; unset, the one that the adapter names."""
+    """The commit, tag or branch of the base's hub id; unset, the one that the adapter names."""
     check_base: bool = True
     """Refuses a base whose weights are not those that the adapter's receipt names."""
     fold: bool = True
