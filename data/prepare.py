@@ -22,13 +22,14 @@ from configs.program.errors import UserError
 from data.config import SHAPELESS, PrepareConfig
 from data.disk.files import staging
 from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, SPLITS, damage, read_manifest
+from data.rows.reading import as_arguments
 from data.rows.sources import Source, find_sources
 from data.stages.contamination import describe_evaluations, load_evaluations
 from data.stages.encoding import Pool, number_of_workers, pool
 from data.stages.intake import CLEANED, Intake
 from data.stages.packing import pack
 from data.stages.store import Index, conversation_store
-from data.stages.writing import publish, refuse_foreign, write_rows
+from data.stages.writing import REJECTS, keep_rejects, publish, refuse_foreign, write_rows
 
 PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash")
 """Those whose version can change what is written; Python's can too, by the Unicode tables that tell what a word is."""
@@ -62,9 +63,9 @@ def prepare(config: PrepareConfig) -> None:
     ):
         dataset = temporary / "dataset"
         dataset.mkdir()
-        with (dataset / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
+        with (dataset / REJECTS).open("w", encoding="utf-8") as rejects:
             intake = take_in(sources, encoders, Intake(config, store, rejects))
-        refuse_too_many(intake, config.max_reject_fraction)
+        refuse_too_many(intake, config.max_reject_fraction, dataset / REJECTS, output)
         refuse_unseen(intake, config.columns)
         index = store.index()
         manifest = {
@@ -78,6 +79,7 @@ def prepare(config: PrepareConfig) -> None:
                 "rejected": intake.rows - intake.kept,
                 "rejected_by_reason": dict(sorted(intake.rejected.items())),
             },
+            "repaired": dict(sorted(intake.repaired.items())),
             "shortened": {name: intake.shortened[name] for name in ("rows", "turns_left_out", "replies_cut")},
         }
         for split, chosen in choose(index, intake, config).items():
@@ -131,8 +133,8 @@ def take_in(sources: list[Source], encoders: Pool, intake: Intake) -> Intake:
     return intake
 
 
-def refuse_too_many(intake: Intake, allowed: float) -> None:
-    """Raises `UserError` if nothing is left, or if more than the allowed share can't be used."""
+def refuse_too_many(intake: Intake, allowed: float, rejects: Path, output: Path) -> None:
+    """Raises `UserError` if nothing is left, or if more than the allowed share can't be used; keeps `rejects` then."""
     if intake.rows == 0:
         raise UserError("files: they hold no rows; name files with at least one row")
     if intake.kept and intake.unusable / intake.rows <= allowed:
@@ -144,9 +146,11 @@ def refuse_too_many(intake: Intake, allowed: float) -> None:
         )
     unusable = Counter({reason: n for reason, n in intake.rejected.items() if reason not in CLEANED})
     reasons = ", ".join(f"{reason} {number}×" for reason, number in unusable.most_common(3))
+    give = "".join(f"give {argument}, " for argument in as_arguments(intake.helpful_settings))
+    kept = keep_rejects(rejects, output)
     raise UserError(
         f"max_reject_fraction={allowed}: {intake.unusable} of {intake.rows} rows can't be used ({reasons}; the first: "
-        f"{intake.first_unusable}); mend the rows, or allow more where at least one can be used"
+        f"{intake.first_unusable}); {give}mend the rows, or allow more where at least one can be used{kept}"
     )
 
 
@@ -228,7 +232,17 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
     table.add_row("packing efficiency", *("–" if share is None else f"{share:.1%}" for share in efficiencies))
     reasons = ", ".join(f"{reason} {number}" for reason, number in rows["rejected_by_reason"].items()) or "none"
     console.print(table)
-    console.print(f"{rows['in']:,} rows in = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({reasons})")
+    where = f", listed in {output / REJECTS}" if rows["rejected"] else ""
+    console.print(
+        f"{rows['in']:,} rows in = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({reasons}){where}",
+        soft_wrap=True,
+    )
+    for source in manifest["inputs"]:
+        if source["columns"]:
+            (found,) = as_arguments({"columns": source["columns"]})
+            console.print(f"{named(source)}: found to be {source['schema']} rows with {found}", soft_wrap=True)
+    if manifest["repaired"]:
+        console.print(f"Repaired rows: {', '.join(f'{name} {n:,}' for name, n in manifest['repaired'].items())}")
     if told := unread_line(manifest["inputs"]):
         console.print(told, soft_wrap=True)
     if (shortened := manifest["shortened"])["rows"]:
@@ -236,6 +250,11 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
             f"{shortened['rows']:,} of the kept rows were longer than a row may be and lost "
             f"{shortened['turns_left_out']:,} turns; {shortened['replies_cut']:,} of their replies are cut"
         )
+
+
+def named(source: dict[str, Any]) -> str:
+    """What the manifest calls a source."""
+    return str(source.get("file") or source.get("dataset"))
 
 
 def unread_line(inputs: list[dict[str, Any]]) -> str:
@@ -246,7 +265,7 @@ def unread_line(inputs: list[dict[str, Any]]) -> str:
         if source["harmless_fields"]:
             fields.append(f"describing the rows {', '.join(source['harmless_fields'])}")
         if fields:
-            told.append(f"{source.get('file') or source.get('dataset')}: {', '.join(fields)}")
+            told.append(f"{named(source)}: {', '.join(fields)}")
     more = f"; {len(told) - SOME} more sources in {MANIFEST}" if len(told) > SOME else ""
     return f"Fields that were not read: {'; '.join(told[:SOME])}{more}" if told else ""
 

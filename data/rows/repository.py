@@ -18,11 +18,12 @@ import yaml
 
 from configs.program.errors import UserError, one_line
 from data.disk.hub import Repository
-from data.rows.reading import COMPRESSIONS, Chunk, read_file
-from data.rows.tables import read_arrow_file, read_csv
+from data.rows.containers import plain_name
+from data.rows.reading import Chunk, read_file
 
 KINDS = {
     ".parquet": "Parquet",
+    ".pq": "Parquet",
     ".arrow": "Arrow",
     ".json": "JSON",
     ".jsonl": "JSON",
@@ -31,7 +32,6 @@ KINDS = {
     ".tsv": "CSV",
 }
 """What is read, by the ends of names; of two kinds that are equally frequent, the first."""
-COMPRESSIBLE = ("Parquet", "JSON", "CSV")
 
 IGNORED = ("state.json",)
 """Files that describe others, beside those that `datasets` leaves out by itself."""
@@ -63,11 +63,9 @@ class DataFile:
         Raises:
             UserError: it is damaged, or not what its name says; the text begins with `named`.
         """
-        kind = kind_of(self.name)
-        read = read_csv if kind == "CSV" else read_arrow_file if kind == "Arrow" else read_file
         shown = f"{dataset}/{self.name}"
         try:
-            for chunk in read(self.path):
+            for chunk in read_file(self.path):
                 yield replace(chunk, file=shown)
         except UserError as error:
             raise UserError(str(error).replace(f"files={self.path}:", f"{named}: {self.name}:", 1)) from error
@@ -162,11 +160,7 @@ def choose(
 
 def kind_of(name: str) -> str | None:
     """What the end of a file's name says that it is; None if it can't be read here."""
-    path = PurePosixPath(name)
-    if path.name in IGNORED:
-        return None
-    kind = KINDS.get((path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix.lower())
-    return None if path.suffix in COMPRESSIONS and kind not in COMPRESSIBLE else kind
+    return None if PurePosixPath(name).name in IGNORED else KINDS.get(plain_name(name).suffix.lower())
 
 
 def _is_plain(name: str) -> bool:
