@@ -33,7 +33,7 @@ class PrepareConfig:
     and completion. The summary says what was found."""
     limits: dict[str, int] = field(default_factory=dict)
     """Rows to read of a source, from its beginning: `limits={rows.jsonl: 1000}`. A source is called as in `files` or
-    `dataset`; what is said of a pattern goes for each of its files."""
+    `dataset`; what is said of a pattern goes for each of its files, unless the file is named too."""
     weights: dict[str, float] = field(default_factory=dict)
     """How often an epoch trains on each conversation of a source: 2 is twice, 0.5 a seeded half of them. Called as in
     `limits`. What is held out is held out once."""
@@ -126,14 +126,11 @@ class PrepareConfig:
             if name not in known:
                 who = "no schema has" if self.schema == AUTO else f"schema={self.schema} does not have"
                 raise UserError(f"columns.{name}: {who} such a field; it is one of {', '.join(known)}")
-        self._check_sources()
+        self._check_shares()
 
-    def _check_sources(self) -> None:
-        named = [self.dataset] if self.dataset else self.files
+    def _check_shares(self) -> None:
         for setting, of_source in (("limits", self.limits), ("weights", self.weights)):
             for name, value in of_source.items():
-                if name not in named:
-                    raise UserError(f"{setting}.{name}: no source is called so; it is one of {', '.join(named)}")
                 least, most = (1, math.inf) if setting == "limits" else (0, 1000)
                 if not least <= value <= most:
                     raise UserError(f"{setting}.{name}={value}: it can't be; give a number from {least} up")

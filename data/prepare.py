@@ -5,6 +5,7 @@ read → convert → encode → split → pack → write
 
 import platform
 import random
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
@@ -240,7 +241,7 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
     for source in manifest["inputs"]:
         if source["columns"]:
             (found,) = as_arguments({"columns": source["columns"]})
-            console.print(f"{named(source)}: found to be {source['schema']} rows with {found}", soft_wrap=True)
+            console.print(f"{named(source)}: read as {source['schema']} rows, by looking: {found}", soft_wrap=True)
     if manifest["repaired"]:
         console.print(f"Repaired rows: {', '.join(f'{name} {n:,}' for name, n in manifest['repaired'].items())}")
     if told := unread_line(manifest["inputs"]):
@@ -250,6 +251,10 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
             f"{shortened['rows']:,} of the kept rows were longer than a row may be and lost "
             f"{shortened['turns_left_out']:,} turns; {shortened['replies_cut']:,} of their replies are cut"
         )
+    dataset, run = shlex.quote(str(output)), shlex.quote(f"runs/{output.name}")
+    train = f"deepspeed --no_local_rank --module train recipe=openhermes_mixtral_8x7b dataset={dataset} run_dir={run}"
+    console.print(f"Look at it:  python -m data task=preview output={dataset}", soft_wrap=True)
+    console.print(f"Train on it: {train}", soft_wrap=True)
 
 
 def named(source: dict[str, Any]) -> str:

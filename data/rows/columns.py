@@ -61,6 +61,9 @@ PAIR_PROMPTS = ("human", "user", "instruction", *PROMPTS)
 PAIR_REPLIES = ("assistant", "gpt", "bot", *REPLIES, *ANSWERS)
 """Fields of what holds both a prompt and its reply."""
 
+CHOSEN = "chosen"
+"""Of the two replies that preference data holds for a prompt, the better one."""
+
 MOST_NAMES = 12
 """Fields that a sentence lists at most."""
 
@@ -261,16 +264,23 @@ def fields_there(row: dict[str, Any], names: Names) -> str:
 
 def proposed(row: dict[str, Any], names: Names, missing: str) -> dict[str, str]:
     """What `columns` could say of a row that lacks a field; empty if nothing in it comes into question."""
+    if no_row(row):
+        return {}
     there = [name for name, value in row.items() if says_something(value) and name not in HARMLESS]
     whole = [name for name in there if is_conversation(row[name]) or is_transcript(row[name])]
     prompt = names.row.get("instruction")
     asked = ([prompt] if prompt in there else []) + whole
-    if "chosen" in there and "chosen" not in whole and asked:
-        return _differing({"instruction": asked[0], "output": "chosen"}, {})
-    if whole:
-        key = KEY_FIELDS["messages" if names.schema == "instruction" else names.schema]
-        return {key: "chosen" if "chosen" in whole else whole[0]}
+    if CHOSEN in whole and not _begins_with_reply(row[CHOSEN]):
+        return {KEY_FIELDS["messages" if names.schema == "instruction" else names.schema]: CHOSEN}
+    if CHOSEN in there and asked:
+        return _differing({"instruction": asked[0], "output": CHOSEN}, {})
     free = [name for name in there if isinstance(row[name], str) and name not in names.row.values()]
     if missing in REPLIES and asked:
         return _differing({"output": free[-1]} if free else {}, {})
+    if whole:
+        return {KEY_FIELDS["messages" if names.schema == "instruction" else names.schema]: whole[0]}
     return {"instruction": free[0], "output": free[1]} if missing == "instruction" and len(free) > 1 else {}
+
+
+def _begins_with_reply(turns: Any) -> bool:
+    return any(str(_first_turn(turns).get(speaker)).lower() in PAIR_REPLIES for speaker in SPEAKERS)

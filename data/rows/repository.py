@@ -6,6 +6,7 @@ is decided on are the names alone, so that no pattern of a repository reaches an
 """
 
 import contextlib
+import json
 import os
 import tempfile
 from collections import Counter
@@ -33,7 +34,10 @@ KINDS = {
 }
 """What is read, by the ends of names; of two kinds that are equally frequent, the first."""
 
-IGNORED = ("state.json",)
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Which files, or which splits in folders, are in a directory that `datasets` saved."""
+
+IGNORED = (SAVED,)
 """Files that describe others, beside those that `datasets` leaves out by itself."""
 
 CONVERTED = "refs/convert/parquet"
@@ -111,9 +115,46 @@ def found(directory: Path, wanted: Wanted) -> list[DataFile]:
             raise UserError(
                 f"{wanted.named}: it holds more than {MOST_FILES:,} files; name those with rows, as files=[…]"
             )
+    if SAVED in names or SAVED_SPLITS in names:
+        return _saved(directory, set(names), wanted)
     readme = (directory / README).read_bytes() if README in names else b""
     script = (f"{directory.resolve().name}.py", "name the files with rows, as files=[…]")
     return [DataFile(str(directory / name), name) for name in choose(names, readme, wanted, script=script)]
+
+
+def _saved(directory: Path, names: set[str], wanted: Wanted) -> list[DataFile]:
+    """The files of a split of what the library `datasets` saved to disk, without those that it keeps there as a cache.
+
+    Raises:
+        UserError: there is no such split, or what lists the files can't be read.
+    """
+    _config({}, wanted)
+    folder = ""
+    if SAVED_SPLITS in names:
+        splits = _listed(directory, SAVED_SPLITS, "splits", wanted.named)
+        if wanted.split not in splits:
+            raise _no_split(wanted, map(str, splits))
+        folder = f"{wanted.split}/"
+    elif wanted.split != "train":
+        raise _no_split(wanted, ["train"])
+    entries = _listed(directory, folder + SAVED, "_data_files", wanted.named)
+    files = [f"{folder}{entry.get('filename')}" if isinstance(entry, dict) else "" for entry in entries]
+    if missing := [name for name in files if name not in names]:
+        raise UserError(f"{wanted.named}: {missing[0]}, which {folder + SAVED} names, is missing; save it anew")
+    return [DataFile(str(directory / name), name) for name in files]
+
+
+def _listed(directory: Path, name: str, key: str, named: str) -> list[Any]:
+    """What a file of a saved dataset lists."""
+    try:
+        listed = json.loads((directory / name).read_bytes())[key]
+        if not isinstance(listed, list):
+            raise TypeError(f"{key} is not a list")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{named}: its {name} can't be read ({one_line(error)}); name its files, as files=[…]"
+        ) from error
+    return listed
 
 
 def choose(
@@ -142,12 +183,7 @@ def choose(
     config = _config(configs, wanted)
     splits = _splits(rows, config, named)
     if wanted.split not in splits:
-        part = wanted.split.partition("[")[0]
-        sliced = " whole splits are read, and limits says how many rows;" if part != wanted.split else ""
-        there = ", ".join(splits)
-        raise UserError(
-            f"{wanted.split_setting}={wanted.split}: {named} has no such split;{sliced} it is one of {there}"
-        )
+        raise _no_split(wanted, splits)
     files = splits[wanted.split]
     if not files:
         raise UserError(
@@ -156,6 +192,13 @@ def choose(
     counts = Counter(kind_of(name) for name in files)
     most = max((kind for kind in dict.fromkeys(KINDS.values()) if counts[kind]), key=lambda kind: counts[kind])
     return [name for name in files if kind_of(name) == most]
+
+
+def _no_split(wanted: Wanted, there: Iterable[str]) -> UserError:
+    part = wanted.split.partition("[")[0]
+    sliced = " whole splits are read, and limits says how many rows;" if part != wanted.split else ""
+    which = f"{sliced} it is one of {', '.join(there)}"
+    return UserError(f"{wanted.split_setting}={wanted.split}: {wanted.named} has no such split;{which}")
 
 
 def kind_of(name: str) -> str | None:

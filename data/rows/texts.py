@@ -95,7 +95,7 @@ def trained(flag: Any, role: Role, where: str) -> bool:
 # Transcripts: who speaks stands in the text itself.
 
 TRANSCRIPTS = (
-    re.compile(r"(?:\A|\n)\s*###\s*(Human|User|Assistant|System)\s*:"),
+    re.compile(r"###\s*(Human|User|Assistant|System)\s*:"),
     re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):"),
     re.compile(r"\[\|(Human|AI)\|\]"),
 )
@@ -117,7 +117,7 @@ def turns_of(text: str) -> list[tuple[str, str]] | None:
     for style in TRANSCRIPTS:
         before, *turns = style.split(text)
         if turns:
-            said = [("system", before)] if says_something(before) else []
-            said += zip(turns[::2], turns[1::2], strict=True)
-            return said if says_something(said[-1][1]) else said[:-1]
+            said = [("system", before.strip())] if says_something(before) else []
+            said += [(speaker, text.strip()) for speaker, text in zip(turns[::2], turns[1::2], strict=True)]
+            return said if said[-1][1] else said[:-1]
     return None
