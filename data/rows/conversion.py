@@ -90,6 +90,8 @@ class Converter:
         self._said = frozenset(names.turn.values()) - self._flags
         self._systems = [names.row[field] for field in SYSTEMS if field in names.row]
         self._key = KEY_FIELDS[names.schema]
+        self._asked, self._context = names.row.get("instruction", ""), names.row.get("input", "")
+        self._replies = [names.row[field] for field in REPLIES if field in names.row]
         self._of_turn = (TURN_FIELDS[names.schema] or TURN_FIELDS["messages"])[:2]
         self._speaker, self._text_of_turn = (names.turn.get(field, "") for field in self._of_turn)
         self._convert = SCHEMAS[names.schema]
@@ -137,27 +139,30 @@ class Converter:
     def _from_instruction(self, value: dict[str, Any]) -> list[Said]:
         """instruction, input, output: one turn, after those of history. `response` stands for `output` as well."""
         names = self._names.row
-        asked = value.get(names.get("instruction", ""))
+        asked = value.get(self._asked)
         if isinstance(asked, list) and is_conversation(asked, unnamed=False):
-            said = self._turns(asked, names["instruction"])
+            said = self._turns(asked, self._asked)
         else:
-            said = [("user", self._prompt(value), False)]
-        replies = [field for field in REPLIES if field in names and value.get(names[field]) is not None]
-        field = replies[0] if replies else REPLIES[0]
-        reply = value.get(names.get(field, ""))
-        answers = reply if isinstance(reply, list) else [reply]
-        if is_turn(answers[0] if answers else None):
-            said += self._turns(answers, names[field])
-        elif text := self._text(value, field, required=self._reply_needed):
+            said = [("user", self._prompt(value, asked), False)]
+        answers = [name for name in self._replies if value.get(name) is not None]
+        reply = value[answers[0]] if answers else None
+        if not isinstance(reply, str) and is_turn(reply[0] if isinstance(reply, list) and reply else reply):
+            said += self._turns(reply if isinstance(reply, list) else [reply], answers[0])
+        elif reply is None and self._reply_needed:
+            raise self._missing(value, REPLIES[0])
+        elif text := usable(reply, answers[0] if answers else "", required=self._reply_needed):
             said.append(("assistant", text, False))
-        if len(replies) > 1:
-            self._not_read |= {names[field] for field in replies[1:] if says_something(value[names[field]])}
-        history = value.get(names.get("history", ""))
+        if len(answers) > 1:
+            self._not_read |= {name for name in answers[1:] if says_something(value[name])}
+        history = value.get(names["history"]) if "history" in names else None
         return self._with_system(value, [*self._history(history), *said] if history else said)
 
-    def _prompt(self, value: dict[str, Any]) -> str:
-        context = self._text(value, "input", required=False)
-        instruction = self._text(value, "instruction", required=not context)
+    def _prompt(self, value: dict[str, Any], asked: Any) -> str:
+        """The question, and what it is about below it; if one of the two is empty, the other."""
+        context = usable(value.get(self._context), self._context, required=False)
+        if asked is None and (self._asked not in value or not context):
+            raise self._missing(value, "instruction")
+        instruction = usable(asked, self._asked, required=not context)
         # A blank line between the two: ours, as the datasets do not say how they belong together.
         return f"{instruction.rstrip()}\n\n{context.strip()}" if instruction and context else instruction or context
 
@@ -320,14 +325,6 @@ class Converter:
         if len(set(told.values())) > 1:
             raise UnusableError("unsupported_weight", f"{where}: {' and '.join(told)} contradict each other")
         return False in told.values()
-
-    def _text(self, value: dict[str, Any], field: str, *, required: bool = True) -> str:
-        """The text of a field of the row, as `usable` takes it."""
-        name = self._names.row.get(field, "")
-        text = value.get(name)
-        if text is None and required:
-            raise self._missing(value, field)
-        return usable(text, name, required=required)
 
     def _missing(self, value: dict[str, Any], field: str) -> UnusableError:
         """What to say of a row that lacks a field, or has null in it."""
