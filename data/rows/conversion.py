@@ -275,11 +275,11 @@ class Converter:
         if not isinstance(speaker, str) or name in TOOLS:
             why = "a tool, for which the LLaMA-2 template has no place" if name in TOOLS else "whom the template lacks"
             raise UnusableError("unknown_role", f"{field}[{index}] is said by {speaker!r}, {why}")
-        strangers: dict[str, str] = {}
-        for place, turn in enumerate(turns):
-            other = turn.get(self._speaker) if isinstance(turn, dict) else None
-            if isinstance(other, str) and other.strip().lower() not in self._roles.keys() | TOOLS:
-                strangers.setdefault(other.strip(), "assistant" if place % 2 else "user")
+        others = [turn.get(self._speaker) for turn in turns if isinstance(turn, dict)]
+        names = dict.fromkeys(other.strip().lower() for other in others if isinstance(other, str))
+        known = {self._roles[name] for name in names if name in self._roles}
+        free = iter([role for role in ("user", "assistant") if role not in known])
+        strangers = {name: next(free, "assistant") for name in names if name not in self._roles.keys() | TOOLS}
         raise UnusableError(
             "unknown_role", f"{field}[{index}] is said by {speaker!r}, whom no role is known for", roles=strangers
         )

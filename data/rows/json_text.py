@@ -101,6 +101,9 @@ def _is_array(text: str, end: int | None, *, known_lines: bool) -> bool:
     first_ends = _end_of_value(text, start)
     if first_ends is None:  # empty, broken, or an item that is longer than the block
         return end is not None or not known_lines or "\n" not in text
+    follows = _spaces(text, first_ends)
+    if known_lines and text[follows : follows + 1] not in ",]":
+        return False
     return not (known_lines and _is_turn(json.loads(text[start:first_ends], parse_int=len, parse_float=len)))
 
 

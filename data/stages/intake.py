@@ -91,7 +91,8 @@ class Intake:
         """Settings with which unusable rows could be used; one that concerns all rows has to help most of them."""
         found: dict[str, dict[str, str]] = {}
         for (setting, entry, value), rows in self.helpful.most_common():
-            least = {"columns": self.rows / 2, "schema": self.rows / 2, "roles": self.unusable / 10}
+            most = self.rows // 2 + 1
+            least = {"columns": most, "schema": most, "roles": self.unusable / 10}
             if rows >= least.get(setting, 1):
                 found.setdefault(setting, {}).setdefault(entry, value)
         return {name: entries if any(entries.values()) else tuple(entries) for name, entries in found.items()}
