@@ -1,6 +1,6 @@
 """What the rows of a source call the fields of their schema, as `columns` says or found by looking at them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ HARMLESS = {
 
 PROMPTS = ("prompt", "query", "question", "problem", "message_1", "inputs", "input")
 ANSWERS = ("completion", "answer", "target", "targets", "solution", "message_2")
-CONTEXTS = ("context",)
+INPUTS = ("input", "context")
 LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "items", "data")
 TEXTS = ("content", "value", "text")
 
@@ -57,9 +57,8 @@ UNNAMED = ("conversations", "conversation", "dialogue", "dialog", "data")
 TRANSCRIPTS = ("text", *PROMPTS)
 """Fields that may hold a whole conversation as one text, if nothing stands beside it that answers."""
 
-PAIR_PROMPTS = ("human", "user", "instruction", *PROMPTS)
-PAIR_REPLIES = ("assistant", "gpt", "bot", *REPLIES, *ANSWERS)
-"""Fields of what holds both a prompt and its reply."""
+PAIRS = ((("instruction", *PROMPTS), (*REPLIES, *ANSWERS)), (("human", "user"), ("assistant", "gpt", "bot")))
+"""Fields of what holds both a prompt and its reply: named by what they are, or by who speaks."""
 
 CHOSEN = "chosen"
 """Of the two replies that preference data holds for a prompt, the better one."""
@@ -159,15 +158,14 @@ def _named_key(row: dict[str, Any], columns: dict[str, str]) -> tuple[str, str] 
 def _usual_key(row: dict[str, Any], columns: dict[str, str]) -> tuple[str, str] | None:
     """The same, for a field that has another usual name."""
     free = {name.lower(): name for name in row if name not in columns.values() and says_something(row[name])}
-    for usual in LISTS:
-        if usual in free and is_conversation(row[free[usual]], unnamed=usual in UNNAMED):
-            return "messages", free[usual]
-    if free.keys().isdisjoint(PAIR_REPLIES):
-        for usual in TRANSCRIPTS:
-            if usual in free and is_transcript(row[free[usual]]):
-                return "messages", free[usual]
     pair = pair_of(free)
-    prompt = pair[0] if pair else next((usual for usual in ("instruction", *PROMPTS) if usual in free), None)
+    for usual in LISTS:
+        if usual in free and is_conversation(row[free[usual]], unnamed=usual in UNNAMED and pair is None):
+            return "messages", free[usual]
+    for usual in TRANSCRIPTS:
+        if usual in free and pair is None and is_transcript(row[free[usual]]):
+            return "messages", free[usual]
+    prompt = pair[0] if pair else _first(PAIRS[0][0], free)
     return None if prompt is None or "instruction" in columns else ("instruction", free[prompt])
 
 
@@ -206,8 +204,8 @@ def _of_pairs(prompt: str, asked: Any, columns: dict[str, str], fields: set[str]
     """The schema of instructions for rows with these fields, of which one is the prompt, a text or a list of turns."""
     found = {"instruction": prompt} | _turn_names(TURN_FIELDS["messages"][:2], asked)
     free = {name.lower(): name for name in fields if name not in columns.values() and name != prompt}
-    for own, usual in ((REPLIES, PAIR_REPLIES), (("input",), ("input", *CONTEXTS))):
-        if fields.isdisjoint(own) and (name := next((name for name in usual if name in free), None)):
+    for own, usual in ((REPLIES, [reply for _, replies in PAIRS for reply in replies]), (INPUTS[:1], INPUTS)):
+        if fields.isdisjoint(own) and (name := _first(usual, free)):
             found[own[0]] = free[name]
     return Names.of("instruction", columns, _differing(found, columns))
 
@@ -235,9 +233,15 @@ def is_turn(item: Any) -> bool:
 
 def pair_of(item: dict[str, Any]) -> tuple[str, str] | None:
     """The fields of an item that holds a prompt and its reply."""
-    prompt = next((name for name in PAIR_PROMPTS if name in item), None)
-    reply = next((name for name in PAIR_REPLIES if name in item), None)
-    return None if prompt is None or reply is None else (prompt, reply)
+    for prompts, replies in PAIRS:
+        prompt, reply = _first(prompts, item), _first(replies, item)
+        if prompt is not None and reply is not None:
+            return prompt, reply
+    return None
+
+
+def _first(names: Iterable[str], there: Container[str]) -> str | None:
+    return next((name for name in names if name in there), None)
 
 
 # What to say of a row that lacks a field
@@ -267,7 +271,7 @@ def proposed(row: dict[str, Any], names: Names, missing: str) -> dict[str, str]:
     if no_row(row):
         return {}
     there = [name for name, value in row.items() if says_something(value) and name not in HARMLESS]
-    whole = [name for name in there if is_conversation(row[name]) or is_transcript(row[name])]
+    whole = [name for name in there if is_conversation(row[name], unnamed=False) or is_transcript(row[name])]
     prompt = names.row.get("instruction")
     asked = ([prompt] if prompt in there else []) + whole
     if CHOSEN in whole and not _begins_with_reply(row[CHOSEN]):
@@ -276,11 +280,11 @@ def proposed(row: dict[str, Any], names: Names, missing: str) -> dict[str, str]:
         return _differing({"instruction": asked[0], "output": CHOSEN}, {})
     free = [name for name in there if isinstance(row[name], str) and name not in names.row.values()]
     if missing in REPLIES and asked:
-        return _differing({"output": free[-1]} if free else {}, {})
+        return _differing({"output": max(free, key=lambda name: len(row[name]))} if free else {}, {})
     if whole:
         return {KEY_FIELDS["messages" if names.schema == "instruction" else names.schema]: whole[0]}
     return {"instruction": free[0], "output": free[1]} if missing == "instruction" and len(free) > 1 else {}
 
 
 def _begins_with_reply(turns: Any) -> bool:
-    return any(str(_first_turn(turns).get(speaker)).lower() in PAIR_REPLIES for speaker in SPEAKERS)
+    return any(str(_first_turn(turns).get(speaker)).lower() in PAIRS[1][1] for speaker in SPEAKERS)

@@ -105,7 +105,7 @@ class Converter:
             if not isinstance(value, dict):
                 if self._names.schema == "instruction" or not is_conversation(value, unnamed=False):
                     raise UnusableError("not_an_object", f"expected an object, found {type(value).__name__}")
-                value = {self._names.row[self._key]: value}
+                value = {self._names.row.get(self._key, ""): value}
             if self.unseen:
                 self.unseen.difference_update(value)
             self._not_read = set()

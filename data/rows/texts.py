@@ -96,7 +96,7 @@ def trained(flag: Any, role: Role, where: str) -> bool:
 
 TRANSCRIPTS = (
     re.compile(r"###\s*(Human|User|Assistant|System)\s*:"),
-    re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):"),
+    re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"),
     re.compile(r"\[\|(Human|AI)\|\]"),
 )
 """As the Guanaco, HH-RLHF and Baize data have it."""

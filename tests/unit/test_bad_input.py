@@ -18,7 +18,7 @@ GOOD = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
 def place(tmp_path: Path) -> Path:
     """The working directory of `run_program`, with the files that the cases below name."""
     (tmp_path / "good.jsonl").write_text("\n".join([json.dumps(GOOD)] * 4))
-    (tmp_path / "table.csv").write_text("instruction,output\nx,y\n")
+    (tmp_path / "table.txt").write_text("instruction,output\nx,y\n")
     (tmp_path / "no_reply.jsonl").write_text(json.dumps({"instruction": "Speak."}))
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "some_directory").mkdir()
@@ -61,7 +61,7 @@ CASES = {
     "train overwrite=perhaps": ["overwrite=perhaps", "not of type"],
     "inference temperature=hot": ["temperature=hot", "not of type"],
     "data files=[absent.jsonl]": ["files=absent.jsonl", "no such file"],
-    "data files=[table.csv]": ["files=table.csv", "not JSON"],
+    "data files=[table.txt]": ["files=table.txt", "not JSON"],
     "data files=[no_reply.jsonl]": ["max_reject_fraction=0.1", "no_reply.jsonl", "line 1", "output"],
     "data files=[empty.json]": ["files", "no rows"],
     "data": ["files", "nothing to prepare"],

@@ -314,3 +314,17 @@ def test_a_list_of_questions_is_no_conversation() -> None:
     """As MT-bench has them: the second is not the answer to the first."""
     outcome = read({"question_id": 81, "category": "writing", "turns": [ASK, MORE]})
     assert isinstance(outcome, Reject)
+    assert outcome.settings == {}
+
+
+def test_names_of_fields_come_before_names_of_people() -> None:
+    row = {"user": "u_17", "assistant": "v2", "bot": "b", "question": ASK, "answer": SAY}
+    assert said(read(row)) == ONE
+    assert said(read({"user": "u_17", "prompt": ASK, "completion": SAY, "dialogue": ["x", "y"]})) == ONE
+
+
+@pytest.mark.parametrize("text", ["\n" * 300_000, "### " * 100_000, "Human: " * 50_000, "[|Human|]" * 50_000])
+def test_looking_for_a_transcript_takes_linear_time(text: str) -> None:
+    """These took minutes, or would, if a pattern went back over what it has seen."""
+    outcome = read({"text": f"{text}::"})
+    assert isinstance(outcome, Reject)
