@@ -3,7 +3,7 @@
     sources.py     files, each hashed, or a dataset at a commit
     repository.py  which files of a dataset of a hub, or of a folder laid out as one, are its split
     containers.py  a file's first bytes → its content unpacked, and what that is
-    json_text.py   JSON in whatever layout → the text of each row, whatever the size of the file
+    json_rows.py   JSON in whatever layout → the text of each row, whatever the size of the file
     tables.py      CSV, TSV, Parquet and Arrow → rows or tables
     reading.py     these → chunks of rows → rows
     texts.py       what the value of a field says

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
 from data.rows.containers import BLOCK, opened
-from data.rows.json_text import LONGEST_ROW, row_texts
+from data.rows.json_rows import LONGEST_ROW, row_texts
 from data.rows.tables import arrow_tables, csv_texts, parquet_tables
 
 LONGEST_DETAIL = 500

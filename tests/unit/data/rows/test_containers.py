@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.program.errors import UserError
-from data.rows import json_text
-from data.rows.json_text import row_texts
+from data.rows import json_rows
+from data.rows.json_rows import row_texts
 from data.rows.reading import RawRow, Reject, read_file
 
 ROWS = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two\n", "thrée", "{[")]
@@ -91,7 +91,7 @@ rows_of_texts = st.lists(
 @given(rows_of_texts, st.sampled_from([*LAYOUTS]), st.integers(200, 400))
 def test_rows_come_in_pieces_of_any_size(rows: list[Any], layout: str, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_text, "BLOCK", block)
+        patch.setattr(json_rows, "BLOCK", block)
         _, found = row_texts("rows.json", io.BytesIO(LAYOUTS[layout](rows).encode()), known_lines=True)
         assert [json.loads(text or b"") for _, text in found] == rows
 
@@ -146,8 +146,8 @@ def test_leading_blank_lines_cost_little(tmp_path: Path) -> None:
 def test_a_line_longer_than_a_row_is_a_reject(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, end: bytes
 ) -> None:
-    monkeypatch.setattr(json_text, "LONGEST_ROW", 1000)
-    monkeypatch.setattr(json_text, "BLOCK", 300)
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(json_rows, "BLOCK", 300)
     lines = [json.dumps(row).encode() for row in ROWS[:2]]
     lines.insert(place, b'{"instruction": "' + b"x" * 5000 + b'"}')
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines) + end)
@@ -158,7 +158,7 @@ def test_a_line_longer_than_a_row_is_a_reject(
 
 
 def test_a_line_without_end_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_text, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 1000)
     asked: list[int] = []
 
     class Endless(io.BytesIO):

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.program.errors import UserError
-from data.rows import json_text
+from data.rows import json_rows
 from data.rows.conversion import to_conversation
-from data.rows.json_text import JsonRows
+from data.rows.json_rows import JsonRows
 from data.rows.reading import DEEPEST, Chunk, RawRow, Reject, read_arrow, read_file
 
 values = st.recursive(
@@ -72,8 +72,8 @@ def test_what_is_no_array_is_refused_with_the_place(content: bytes, why: str, pi
 
 
 def test_an_item_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_text, "LONGEST_ROW", 1000)
-    monkeypatch.setattr(json_text, "BLOCK", 100)
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(json_rows, "BLOCK", 100)
     endless = io.BytesIO(b'"' + b"x" * 100_000)
     with pytest.raises(UserError, match="can't be parsed at item 0"):
         list(JsonRows("rows.json", b"[", endless).array())
@@ -81,7 +81,7 @@ def test_an_item_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_memory_does_not_hold_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_text, "BLOCK", 100)
+    monkeypatch.setattr(json_rows, "BLOCK", 100)
     file = io.BytesIO(json.dumps([{"n": n, "text": "x" * 50} for n in range(1000)]).encode())
     array = JsonRows("rows.json", file.read(1), file)
     for read, _ in enumerate(array.array(), start=1):
