@@ -3,6 +3,7 @@
 read → convert → encode → split → pack → write
 """
 
+import math
 import platform
 import random
 import shlex
@@ -147,11 +148,14 @@ def refuse_too_many(intake: Intake, allowed: float, rejects: Path, output: Path)
         )
     unusable = Counter({reason: n for reason, n in intake.rejected.items() if reason not in CLEANED})
     reasons = ", ".join(f"{reason} {number}×" for reason, number in unusable.most_common(3))
-    give = "".join(f"give {argument}, " for argument in as_arguments(intake.helpful_settings))
+    ways = [f"give {argument}" for argument in as_arguments(intake.helpful_settings)] + ["mend the rows"]
+    if intake.kept:
+        share = math.ceil(100 * intake.unusable / intake.rows) / 100
+        ways.append(f"leave them out by max_reject_fraction={share}")
     kept = keep_rejects(rejects, output)
     raise UserError(
         f"max_reject_fraction={allowed}: {intake.unusable} of {intake.rows} rows can't be used ({reasons}; the first: "
-        f"{intake.first_unusable}); {give}mend the rows, or allow more where at least one can be used{kept}"
+        f"{intake.first_unusable}); {', or '.join(ways)}{kept}"
     )
 
 

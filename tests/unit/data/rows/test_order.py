@@ -129,7 +129,7 @@ def test_a_run_that_stops_proposes_the_repairs_of_all_its_rows(
     rows = [row("user", "assistant", "user"), row("user", "user", "assistant"), row("assistant", "user", "assistant")]
     outcome, _ = prepare([*rows, row("user", "assistant")])
     assert outcome.exit_code == 2
-    proposed = re.search(r"give '(repair=\[[^']*\])', ", outcome.stderr)
+    proposed = re.search(r"give '(repair=\[[^']*\])', or ", outcome.stderr)
     assert proposed is not None
     assert set(REPAIRS) == set(proposed[1].removeprefix("repair=[").removesuffix("]").split(","))
     lines = (tmp_path / "out-rejects.jsonl").read_text().splitlines()
@@ -167,7 +167,7 @@ def test_roles_by_a_map(prepare: Prepare) -> None:
     assert outcome.exit_code == 2
     assert "said by 'Customer', whom no role is known for" in outcome.stderr
     proposed = "roles={customer: user, agent: assistant}"
-    assert f"give '{proposed}', " in outcome.stderr
+    assert f"give '{proposed}', or mend" in outcome.stderr
     outcome, manifest = prepare(rows, "roles={customer: user, agent: assistant, bot: system}")
     assert outcome.exit_code == 0
     assert manifest["config"]["roles"] == {"customer": "user", "agent": "assistant", "bot": "system"}
@@ -186,7 +186,7 @@ def test_roles_by_a_map(prepare: Prepare) -> None:
 def test_names_that_need_quotes_are_proposed_in_quotes(prepare: Prepare) -> None:
     rows = [{"the question, asked": "Hi", 'what "it" says': "Hello."}]
     outcome, _ = prepare(rows)
-    proposed = re.search(r"give '(columns=[^']*)', ", outcome.stderr)
+    proposed = re.search(r"give '(columns=[^']*)', or ", outcome.stderr)
     assert proposed is not None
     assert prepare(rows, proposed[1])[0].exit_code == 0
     assert as_arguments({"overlong": ("truncate",)}) == ["overlong=truncate"]
@@ -222,7 +222,7 @@ def test_rows_of_another_schema_are_told(prepare: Prepare) -> None:
     assert outcome.exit_code == 2
     assert "other_schema 10×" in outcome.stderr
     assert "it is a row of the schema instruction, and its source is read as messages" in outcome.stderr
-    assert "give schema=instruction, " in outcome.stderr
+    assert "give schema=instruction, or " in outcome.stderr
     assert prepare([stray, *others], "schema=instruction")[1]["rows"]["kept"] == 10
     assert "give schema" not in prepare([stray, *others[:1]])[0].stderr  # it would take half of them at most
 
@@ -230,7 +230,7 @@ def test_rows_of_another_schema_are_told(prepare: Prepare) -> None:
 def test_a_missing_field_lists_those_that_are_there(prepare: Prepare) -> None:
     outcome, _ = prepare([{"instruction": "Hi", "reply_text": "Hello.", "score": 3}])
     assert "there is no field output; there are instruction, reply_text, score" in outcome.stderr
-    assert "give 'columns={output: reply_text}', mend the rows" in outcome.stderr
+    assert "give 'columns={output: reply_text}', or mend the rows; " in outcome.stderr
 
 
 def test_a_row_that_is_too_long_names_the_settings(prepare: Prepare) -> None:
@@ -238,7 +238,7 @@ def test_a_row_that_is_too_long_names_the_settings(prepare: Prepare) -> None:
         [row("user", "assistant"), *[{"messages": row("user", "assistant")["messages"] * 30}]], "seq_len=64"
     )
     assert "and a row holds 64 (seq_len)" in outcome.stderr
-    assert "give overlong=truncate, " in outcome.stderr
+    assert "give overlong=truncate, or mend the rows, or leave them out by max_reject_fraction=0.5; " in outcome.stderr
 
 
 def test_the_summary_says_what_to_type_next(prepare: Prepare) -> None:
