@@ -1,11 +1,13 @@
 """Raw rows → `Conversation`, or a `Reject` that says why not. One method for each kind of schema."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from data.rows.columns import (
+    CHOSEN,
     Names,
     fields_there,
     harmless,
@@ -129,10 +131,10 @@ class Converter:
 
     def _settings(self, value: Any, unusable: UnusableError) -> dict[str, Any]:
         """The settings with which the row could be used, as far as it is known."""
-        settings = {name: given for name, given in unusable.settings.items() if given}
-        if unusable.reason == "no_reply" and isinstance(value, dict) and "chosen" in value:
+        settings = dict(unusable.settings)
+        if unusable.reason == "no_reply" and CHOSEN in value:
             settings = {"columns": proposed(value, self._names, "output")}
-        return settings
+        return {name: given for name, given in settings.items() if given}
 
     # Schemas
 
@@ -199,14 +201,12 @@ class Converter:
 
     def _written_out(self, text: str, field: str) -> Any:
         """The turns of a transcript, or of a list that is JSON in a text."""
+        if text.lstrip().startswith("["):
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(text)
         if (said := turns_of(text)) is not None:
             return [{self._speaker: speaker, self._text_of_turn: words} for speaker, words in said]
-        if not text.lstrip().startswith("["):
-            raise UnusableError("not_a_list", f"the field {field} is a text, not a list")
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UnusableError("not_a_list", f"the field {field} is a text, and no JSON list ({error})") from None
+        raise UnusableError("not_a_list", f"the field {field} is a text, not a list")
 
     def _turns(self, turns: list[Any], field: str) -> list[Said]:
         """What is said in a list of turns: objects with a speaker and a text, pairs, or texts in turn."""

@@ -17,7 +17,7 @@ from data.config import AUTO, PrepareConfig
 from data.rows.columns import Names, harmless, look
 from data.rows.reading import Chunk, RawRow, Reject, Settings
 from data.rows.sources import Source
-from data.schema import fields_of
+from data.schema import KEY_FIELDS, fields_of
 from data.stages.duplicates import Seen
 from data.stages.encoding import EncodedChunk, Pool
 from data.stages.store import ConversationStore
@@ -200,6 +200,7 @@ def _with_names(source: Source, config: PrepareConfig) -> tuple[Names, Iterator[
         return Names.of(config.schema, config.columns), chunks
     first = next(chunks, None)
     rows = [] if first is None else [row.value for row in first.rows() if isinstance(row, RawRow)]
-    # Where none fits, the plainest: its rejects say what is missing.
-    names = look(rows, config.columns) or Names.of("instruction", config.columns)
+    # If none fits, the one whose field has a name, or the plainest: its rejects say what is missing.
+    schema = next((schema for schema, key in KEY_FIELDS.items() if key in config.columns), "instruction")
+    names = look(rows, config.columns) or Names.of(schema, config.columns)
     return names, chain([] if first is None else [first], chunks)

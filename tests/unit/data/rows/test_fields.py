@@ -246,6 +246,8 @@ def test_a_renamed_field_decides_the_schema_under_its_new_name(prepare: Callable
     both = {**row, "chat": row["messages"]}
     assert schema_of(both, {}) == "sharegpt"
     assert schema_of({**both, "messages": []}, {}) == "messages"
+    refused, _ = prepare([row], "columns={conversations: mesages}")
+    assert "there is no field mesages, which columns.conversations names; there is messages" in refused.stderr
     assert schema_of(both, {"conversations": "chat"}) == "sharegpt"
     outcome, manifest = prepare([row], "columns={conversations: messages}")
     assert outcome.exit_code == 0

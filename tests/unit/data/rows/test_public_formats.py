@@ -1,6 +1,7 @@
 """The shapes in which chat data is published: each is taken by looking at it, or by the setting that its refusal
 proposes, or refused with the true reason. The rows are written here; only their shapes are others'."""
 
+import json
 from typing import Any
 
 import pytest
@@ -321,6 +322,13 @@ def test_names_of_fields_come_before_names_of_people() -> None:
     row = {"user": "u_17", "assistant": "v2", "bot": "b", "question": ASK, "answer": SAY}
     assert said(read(row)) == ONE
     assert said(read({"user": "u_17", "prompt": ASK, "completion": SAY, "dialogue": ["x", "y"]})) == ONE
+
+
+def test_what_a_reply_quotes_is_no_turn() -> None:
+    written = [{"from": "human", "value": ASK}, {"from": "gpt", "value": "### Human: Hi ### Assistant: Hello"}]
+    assert len(said(read({"conversations": json.dumps(written)}))) == 2
+    broken = read({"conversations": json.dumps([written[0]])[:-1] + ","})
+    assert isinstance(broken, Reject)
 
 
 @pytest.mark.parametrize("text", ["\n" * 300_000, "### " * 100_000, "Human: " * 50_000, "[|Human|]" * 50_000])
