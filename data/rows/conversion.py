@@ -41,6 +41,9 @@ TOOLS = {
 CALLS = ("tool_calls", "function_call")
 """Fields of a turn that calls tools instead of saying something."""
 
+LONGEST_SETTING = 300
+"""Characters of a setting that is proposed; names of fields may be of any length."""
+
 PARTS = "train_detail"
 """In axolotl's rows, which parts of a turn are trained: read to be rejected."""
 
@@ -134,7 +137,7 @@ class Converter:
         settings = dict(unusable.settings)
         if unusable.reason == "no_reply" and CHOSEN in value:
             settings = {"columns": proposed(value, self._names, "output")}
-        return {name: given for name, given in settings.items() if given}
+        return {name: given for name, given in settings.items() if given and len(str(given)) <= LONGEST_SETTING}
 
     # Schemas
 
@@ -214,7 +217,9 @@ class Converter:
         roles, speaker_name, text_name, unseen = self._roles, self._speaker, self._text_of_turn, self.unseen
         for index, turn in enumerate(turns):
             if not isinstance(turn, dict):
-                return self._unnamed(turns, field)
+                if index == 0:
+                    return self._unnamed(turns, field)
+                raise UnusableError("not_an_object", f"{field}[{index}] is {type(turn).__name__}, not an object")
             if unseen:
                 unseen.difference_update(turn)
             speaker = turn.get(speaker_name)
@@ -240,7 +245,8 @@ class Converter:
         said: list[Said] = []
         for index, text in enumerate(turns):
             if not isinstance(text, str):
-                raise UnusableError("not_an_object", f"{field}[{index}] is {type(text).__name__}, not an object")
+                wanted = "a text as those before it" if index else "an object"
+                raise UnusableError("not_an_object", f"{field}[{index}] is {type(text).__name__}, not {wanted}")
             said.append(("assistant" if index % 2 else "user", usable(text, f"{field}[{index}]"), False))
         if len(said) == 1:
             raise UnusableError("not_an_object", f"{field}[0] is str, not an object")
@@ -304,7 +310,8 @@ class Converter:
             return said
         system = next((text for role, text, _ in said if role == "system"), None)
         if system is None:
-            system = usable(value[beside[0]], beside[0])
+            read = beside.pop(0)
+            system = usable(value[read], read)
             said = [("system", system, False), *said]
         self._not_read |= {name for name in beside if value[name] != system}
         return said

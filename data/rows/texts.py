@@ -37,7 +37,7 @@ def readable(value: Any, field: str) -> Any:
 
 def usable(text: Any, field: str, *, required: bool = True) -> str:
     """A text as it stands, fit to be encoded; empty if it is blank and not required."""
-    if type(text) is not str:
+    if not isinstance(text, str):
         text = _as_text(readable(text, field), field)
     if not text or text.isspace():
         if not required:
@@ -57,8 +57,6 @@ def _as_text(value: Any, field: str) -> str:
     """The text of text parts, end to end, and the digits of a whole number; empty for null."""
     if value is None:
         return ""
-    if isinstance(value, str):
-        return str(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):

@@ -26,6 +26,10 @@ CLEANED = ("contaminated", "duplicate", "near_duplicate", "left_out")
 """Reasons of rejects that were asked for, and say nothing against the data."""
 
 
+MOST_PROPOSALS = 10_000
+"""Settings that are counted, each with an entry."""
+
+
 class Intake:
     """Takes in the rows of all sources and keeps the count: rows = kept + rejected, always."""
 
@@ -124,7 +128,8 @@ class Intake:
             self.rejected[reject.reason] += 1
             if self.first_unusable is None and reject.reason not in CLEANED:
                 self.first_unusable = reject
-            self.helpful.update(_entries(reject))
+            if len(self.helpful) < MOST_PROPOSALS:  # rows that each propose something else propose nothing
+                self.helpful.update(_entries(reject))
             self._rejects.write(json.dumps(reject.record(), ensure_ascii=False) + "\n")
         self.rows += len(encoded.numbers)
 

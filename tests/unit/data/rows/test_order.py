@@ -192,6 +192,13 @@ def test_names_that_need_quotes_are_proposed_in_quotes(prepare: Prepare) -> None
     assert as_arguments({"overlong": ("truncate",)}) == ["overlong=truncate"]
 
 
+def test_names_of_any_length_are_cut(prepare: Prepare) -> None:
+    for rows in ([row("x" * 100_000, "y" * 100_000)], [{"q" * 100_000: "Hi", "a" * 100_000: "Hello."}]):
+        outcome, _ = prepare(rows)
+        assert outcome.exit_code == 2
+        assert len(outcome.stderr) < 1500
+
+
 # Names and schemas
 
 

@@ -324,6 +324,26 @@ def test_names_of_fields_come_before_names_of_people() -> None:
     assert said(read({"user": "u_17", "prompt": ASK, "completion": SAY, "dialogue": ["x", "y"]})) == ONE
 
 
+def test_lists_that_are_mixed_are_refused_at_the_odd_place() -> None:
+    for mixed, told in (
+        ([*human(ASK), SAY], "conversations[1] is str, not an object"),
+        ([ASK, *human(SAY)], "conversations[1] is dict, not a text as those before it"),
+        ([[ASK, SAY], ASK], "conversations[0] is list, not an object"),
+        ([ASK], "conversations[0] is str, not an object"),
+        ([5], "conversations[0] is int, not an object"),
+    ):
+        outcome = read({"conversations": mixed})
+        assert isinstance(outcome, Reject)
+        assert (outcome.reason, outcome.detail) == ("not_an_object", told)
+
+
+def test_a_system_message_in_parts_beside_the_turns_is_read() -> None:
+    row = {"system": [{"type": "text", "text": BRIEF}], "messages": user(ASK, SAY)}
+    converter = Converter(Names.of("messages", {}))
+    assert said(converter.convert(RawRow(row, "rows.jsonl", "line", 1))) == LED
+    assert not converter.unread
+
+
 def test_what_a_reply_quotes_is_no_turn() -> None:
     written = [{"from": "human", "value": ASK}, {"from": "gpt", "value": "### Human: Hi ### Assistant: Hello"}]
     assert len(said(read({"conversations": json.dumps(written)}))) == 2
