@@ -21,7 +21,7 @@ def make_model(window: int | None = None) -> MixtralForCausalLM:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=4,
@@ -63,12 +63,12 @@ def alone(model: MixtralForCausalLM, sequence: Scored) -> LogLikelihood:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_continuation_has_the_log_likelihood_that_it_has_alone(seed: int, window: int | None) -> None:
     model = make_model(window)
     groups = make_groups(seed)
     expected = [[alone(model, sequence) for sequence in group] for group in groups]
-    for max_tokens in (1, 24, 10_000):
+    for max_tokens in (24, 10_000):
         found: dict[int, list[LogLikelihood]] = {}
         for unit in units_of(groups, max_tokens):
             results = iter(log_likelihoods(model, unit.packed))
