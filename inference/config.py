@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from configs.program.checks import ABOVE_0, between, choice
@@ -75,7 +76,8 @@ class InferenceConfig:
     # For `evaluate`
 
     tasks: list[str] = field(default_factory=lambda: list(SCORED))
-    """Tasks of the card: arc, hellaswag, mmlu, truthfulqa, winogrande, gsm8k."""
+    """Tasks of the card: arc, hellaswag, mmlu, truthfulqa, winogrande, gsm8k; or any of lm-eval's, such as `ifeval`, if
+    the extra `eval` is installed."""
     data: str | None = None
     """A directory with the tasks' rows, a folder for each; unset, the hub's datasets at fixed commits."""
     limit: int | None = None
@@ -145,8 +147,11 @@ class InferenceConfig:
         if not self.tasks:
             raise UserError(f"tasks: there is nothing to score; give some of {', '.join(SCORED)}")
         for name in self.tasks:
-            if name not in SCORED:
-                raise UserError(f"tasks={name}: there is no such task; it is one of {', '.join(SCORED)}")
+            if name not in SCORED and find_spec("lm_eval") is None:
+                raise UserError(
+                    f"tasks={name}: it is none of {', '.join(SCORED)}; for the tasks of lm-eval, install the extra: "
+                    f'pip install -e ".[eval]"'
+                )
             if self.tasks.count(name) > 1:
                 raise UserError(f"tasks={name}: it is named twice; name each task once")
         if self.data is not None and not Path(self.data).is_dir():

@@ -19,8 +19,9 @@ from data.disk.files import replace_file, sha256
 from inference.config import InferenceConfig
 from inference.evaluation.answering import Answered, answer_all, record
 from inference.evaluation.contamination import trained_on
-from inference.evaluation.journal import open_journal
+from inference.evaluation.journal import Journal, open_journal
 from inference.evaluation.leaderboard.rows import read_task
+from inference.evaluation.leaderboard.tasks import TASKS
 from inference.evaluation.results import (
     QUESTIONS,
     QUESTIONS_OF_BASE,
@@ -53,7 +54,8 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
         raise UserError(f"output={output}: it holds an evaluation; name another directory, or give overwrite=true")
     base = find_base(config)
     adapter = None if config.adapter is None else find_adapter(config, base)
-    rows = {name: read_task(name, config.data) for name in config.tasks}
+    others = [name for name in config.tasks if name not in TASKS]
+    rows = {name: read_task(name, config.data) for name in config.tasks if name in TASKS}
     questions = [question for name in rows for question in rows[name].questions[: config.limit]]
     earlier = read_earlier(Path(config.compare)) if config.compare not in (None, BASE) else None
     before = None if earlier is None else earlier.scores(questions)
@@ -72,10 +74,12 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
             alone = identity(replace(config, adapter=None), base)
             journals.append(stack.enter_context(open_journal(output / "answers_of_base.part", alone)))
             of_base = answer_all(loaded, config, questions, journals[-1], bar)
+            metrics_of_base = _others(others, loaded, config, journals[-1])
             before = {name: grouped(_of(name, of_base)) for name in rows}
         if adapter is not None:
             loaded = replace(loaded, model=add_adapter(loaded.model, adapter, config).eval())
         answered = answer_all(loaded, config, questions, journal, bar)
+        metrics = _others(others, loaded, config, journal)
         result = {
             "model": described(config, base),
             "settings": {name: getattr(config, name) for name in SETTINGS} | {"dtype": str(loaded.model.dtype)},
@@ -83,7 +87,8 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
             **scores(answered, clean),
             "compared_with": config.compare,
             "comparison": None if before is None else compare(before, {n: grouped(_of(n, answered)) for n in rows}),
-            "before": None if config.compare != BASE else scores(of_base, clean),
+            "before": None if config.compare != BASE else scores(of_base, clean) | {"others": metrics_of_base},
+            "others": metrics,
             "seconds": time.perf_counter() - started,
             "device": str(loaded.model.device),
             **provenance(PACKAGES),
@@ -106,6 +111,14 @@ def output_of(config: InferenceConfig) -> Path:
         return Path(config.output)
     beside = None if config.adapter is None else Path(config.adapter)
     return Path("evaluation") if beside is None or not beside.is_dir() else beside.parent / "evaluation"
+
+
+def _others(names: list[str], loaded: Loaded, config: InferenceConfig, journal: Journal) -> dict[str, dict[str, Any]]:
+    if not names:
+        return {}
+    from inference.evaluation.harness import score_others  # an extra
+
+    return score_others(names, loaded, config, journal, lambda _: None)
 
 
 def described(config: InferenceConfig, base: Base) -> dict[str, Any]:

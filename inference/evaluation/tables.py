@@ -23,6 +23,8 @@ def show(result: dict[str, Any]) -> None:
         console.print(line, soft_wrap=True)
     if result["comparison"] is not None:
         console.print(before_and_after(result))
+    if result["others"]:
+        console.print(others(result))
     if any("clean" in scores for scores in result["tasks"].values()):
         console.print(without_trained_on(result))
 
@@ -95,6 +97,18 @@ def before_and_after(result: dict[str, Any]) -> Table:
         after_average = result["average"]["score"]
         before = f"{100 * (after_average - average['value']):.2f}"
         table.add_row("average", before, f"{100 * after_average:.2f}", _signed(average), "", "", "")
+    return table
+
+
+def others(result: dict[str, Any]) -> Table:
+    """The metrics of lm-eval's tasks."""
+    before = (result["before"] or {}).get("others", {})
+    table = _table("Of lm-eval", "task", "metric", *(["before"] if before else []), "score")
+    for name, metrics in result["others"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, float) and "stderr" not in metric:
+                earlier = [f"{before[name][metric]:.4f}"] if before else []
+                table.add_row(name, metric.partition(",")[0], *earlier, f"{value:.4f}")
     return table
 
 

@@ -67,6 +67,16 @@ MAY_IMPORT = {
     ),
     "train": ("train", "data", "configs.program"),
     "inference": ("inference", "data", "configs.program"),
+    "inference.evaluation": (
+        "inference.evaluation.leaderboard",
+        "inference.load",
+        "inference.adapter",
+        "inference.generate",
+        "inference.config",
+        "data",
+        "configs.program",
+    ),
+    "inference.evaluation.leaderboard": ("data.rows", "data.disk", "configs.program"),
     "inference.merging": ("inference.load", "inference.adapter", "inference.config", "data", "configs.program"),
 }
 """What the files of a room, or of a hall, may import beside their own room. The longest name that fits counts."""

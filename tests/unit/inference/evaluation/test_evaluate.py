@@ -208,7 +208,6 @@ def test_limit_takes_the_first_of_the_same_questions(given: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"tasks": ["ifevil"]}, "tasks=ifevil: there is no such task"),
         ({"tasks": []}, "tasks: there is nothing to score"),
         ({"tasks": ["arc", "arc"]}, "tasks=arc: it is named twice"),
         ({"limit": 0}, "limit=0"),
