@@ -16,6 +16,7 @@ OURS = {*PACKAGES, "scripts", "tests"}
 
 MAY_IMPORT = {
     "configs.program": (),
+    "configs.program.page": ("configs.program",),
     "data.disk": ("configs.program",),
     "data.schema": (),
     "data.vocabulary": ("data.disk", "configs.program"),
@@ -51,7 +52,15 @@ MAY_IMPORT = {
     ),
     "train.history": (),
     "train.health": ("train.history", "train.config"),
-    "train.reporting": ("train.history", "train.model.routing", "train.config", "data.disk", "configs.program"),
+    "train.report": ("train.config", "data", "configs.program"),
+    "train.reporting": (
+        "train.history",
+        "train.model.routing",
+        "train.report",
+        "train.config",
+        "data.disk",
+        "configs.program",
+    ),
     "train.saving": (
         "train.engine",
         "train.model",

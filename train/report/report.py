@@ -19,7 +19,7 @@ from data.prepared.report import example, some_rows
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.report.answers import ANSWERS, ask
-from train.report.recorded import Recorded, changed_settings, read_run
+from train.report.recorded import CONFIG, Recorded, changed_settings, read_run
 
 PAGE = "report.html"
 EXAMPLES = 3
@@ -39,14 +39,14 @@ def report(config: TrainConfig) -> None:
     console.print(f"Wrote {path}", soft_wrap=True)
 
 
-def write_report(directory: Path) -> Path:
-    """Writes `report.html` of what the run directory holds now.
+def write_report(directory: Path, *, with_examples: bool = True) -> Path:
+    """Writes `report.html` of what the run directory holds now; `with_examples` of the dataset's rows.
 
     Raises:
         UserError: there is no run, or the page can't be written.
     """
     run = read_run(directory)
-    page = render(Path(__file__).with_name("report.html.j2"), **content(run))
+    page = render(Path(__file__).with_name("report.html.j2"), **content(run, with_examples=with_examples))
     try:
         replace_file(directory / PAGE, [page.encode()])
     except OSError as error:
@@ -56,15 +56,17 @@ def write_report(directory: Path) -> Path:
     return directory / PAGE
 
 
-def try_report(directory: Path) -> None:
+def try_report(directory: Path, *, with_examples: bool = True) -> None:
     """The same while a run is on: what can't be reported costs a line and nothing else."""
+    if not (directory / CONFIG).is_file():  # nothing of the run was written yet
+        return
     try:
-        write_report(directory)
+        write_report(directory, with_examples=with_examples)
     except Exception as error:  # of any kind: the run is worth more than its report
         console.print(f"{PAGE} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
 
 
-def content(run: Recorded) -> dict[str, Any]:
+def content(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
     """The values of the page."""
     evaluation = read_json(run.directory / "evaluation" / "results.json")
     return {
@@ -75,7 +77,7 @@ def content(run: Recorded) -> dict[str, Any]:
         "charts": charts(run),
         "heatmaps": heatmaps(run),
         "timeline": when(run),
-        "dataset": dataset(run),
+        "dataset": dataset(run, with_examples=with_examples),
         "evaluation": scored(evaluation),
         "answers": _list(run.directory / ANSWERS),
         "plan": run.receipt.get("plan"),
@@ -180,13 +182,13 @@ def when(run: Recorded) -> Markup:
     return timeline(run.steps, saved, resumed, label="Checkpoints and interruptions over the steps of the run")
 
 
-def dataset(run: Recorded) -> dict[str, Any]:
-    """The dataset's counts and a few of its rows, if it is still the one of the run."""
+def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
+    """The dataset's counts, and a few of its rows, if it is still the one of the run."""
     named = run.receipt.get("dataset") or {}
     path = Path(str(run.settings.get("dataset")))
     manifest = read_json(path / MANIFEST, sha256=named.get("manifest_sha256"))
     found: dict[str, Any] = {"path": str(path), "manifest": manifest, "examples": []}
-    if manifest:
+    if manifest and with_examples:
         try:
             tokenizer = ChatTokenizer.load(PrepareConfig().tokenizer)
             found["examples"] = [example(row, tokenizer) for row in some_rows(path, EXAMPLES)]
