@@ -30,7 +30,7 @@ from data.stages.packing import pack
 from data.stages.store import Index, conversation_store
 from data.stages.writing import publish, refuse_foreign, write_rows
 
-PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash")
+PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash", "regex")
 """Those whose version can change what is written; Python's can too, by the Unicode tables that tell what a word is."""
 
 SOME = 5
