@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from configs.program.console import console
 from configs.program.errors import UserError
 from data.config import PrepareConfig
-from data.prepared.layout import SPLITS, open_split, open_whole
-from data.schema import PackedRow
+from data.prepared.layout import REJECTS, SPLITS, open_split, open_whole
+from data.prepared.selection import ShownRow, selected
 from data.template import BOS, ChatTokenizer
 
 BARS = 48
@@ -79,6 +79,7 @@ def report(config: PrepareConfig) -> None:
     """Writes the page beside the prepared dataset in `output`."""
     directory = Path(config.output)
     manifest = open_whole(directory, "output")
+    rows = selected(directory, manifest, config, spread=True)
     tokenizer = ChatTokenizer.load(config.tokenizer)
     lengths, turns, used = _histograms(directory, manifest["seq_len"])
     environment = Environment(
@@ -94,7 +95,7 @@ def report(config: PrepareConfig) -> None:
             ("Tokens in rows", f"tokens of {manifest['seq_len']:,}", used),
         ],
         rejects=_rejects(directory),
-        examples=[_example(row, tokenizer) for row in _some_rows(directory, config.rows)],
+        examples=[_example(row, tokenizer) for row in rows],
     )
     path = directory.with_name(f"{directory.name}-report.html")
     try:
@@ -127,7 +128,7 @@ def _rejects(directory: Path) -> list[dict[str, Any]]:
     """Each reason with its number and its first examples, the commonest first."""
     numbers: Counter[str] = Counter()
     examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    with (directory / "rejects.jsonl").open(encoding="utf-8") as file:
+    with (directory / REJECTS).open(encoding="utf-8") as file:
         for reject in map(json.loads, file):
             numbers[reject["reason"]] += 1
             if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
@@ -135,25 +136,14 @@ def _rejects(directory: Path) -> list[dict[str, Any]]:
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 
-def _some_rows(directory: Path, number: int) -> list[PackedRow]:
-    """Rows from all over the training split."""
-    table = open_split(directory, "train")
-    indices = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
-    return [PackedRow(**table.slice(int(index), 1).to_pylist()[0]) for index in indices]
-
-
-def _example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+def _example(row: ShownRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """The conversations of a row, each in segments."""
     conversations = []
-    spans = iter(row.spans)
-    position = 0
-    for number, length in zip(row.rows, row.lengths, strict=True):
-        segments, end = [], position + length
-        while position < end:
-            for trained in (False, True):
-                span = next(spans)
-                if span:  # a masked reply leaves its turn nothing that is trained
-                    segments.append(Segment(tokenizer.spell(row.ids[position : position + span]), trained))
-                position += span
-        conversations.append({"row": number, "tokens": length, "segments": segments})
-    return conversations
+    for conversation in row.conversations:
+        segments, position, ids = [], 0, conversation.tokenized.ids
+        for index, span in enumerate(conversation.tokenized.spans):
+            if span:  # a masked reply leaves its turn nothing that is trained
+                segments.append(Segment(tokenizer.spell(ids[position : position + span]), trained=index % 2 == 1))
+            position += span
+        conversations.append({"place": str(conversation.place), "tokens": len(ids), "segments": segments})
+    return {"split": row.split, "number": row.number, "packed": row.packed, "conversations": conversations}
