@@ -28,7 +28,8 @@ import xxhash
 from configs.program.errors import UserError, one_line
 from data.disk import hub
 from data.disk.files import sha256
-from data.rows.reading import RawRow, _open
+from data.rows.containers import opened
+from data.rows.reading import RawRow
 from data.rows.repository import DataFile, Wanted, fetched, kind_of
 from data.rows.sources import files_of
 from data.schema import Conversation
@@ -198,7 +199,8 @@ def _texts_of_file(name: str) -> Iterator[str]:
 
 def _content(name: str) -> str:
     """A file's text, unpacked."""
-    with _open(name) as file:
+    file, _ = opened(name)
+    with file:
         return file.read().decode("utf-8-sig")
 
 

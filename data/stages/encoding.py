@@ -68,6 +68,8 @@ class EncodedChunk:
     """Places of kept rows that lost something."""
     unread: Counter[str] = field(default_factory=Counter)
     """Fields that are not read, and in how many rows."""
+    repaired: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Places of rows whose turns were put in order, and by which repairs."""
     seen: set[str] = field(default_factory=set)
     """Those names in `columns` that a row has."""
 
@@ -78,12 +80,13 @@ class Encoder:
     def __init__(self, config: PrepareConfig, tokenizer: ChatTokenizer, evaluations: Evaluations | None):
         self.config, self.tokenizer, self.evaluations = config, tokenizer, evaluations
 
-    def encode(self, chunk: Chunk, schema: str) -> EncodedChunk:
-        """What became of each row."""
+    def encode(self, chunk: Chunk, names: Names) -> EncodedChunk:
+        """What became of each row; `names` are those of its source."""
         config = self.config
-        names = Names.of(schema, config.columns)
         converter = Converter(
             names,
+            roles=config.roles,
+            repair=tuple(config.repair),
             keep_markers=config.markers == "keep",
             refuse_unread=config.unread == "reject",
         )
@@ -94,6 +97,8 @@ class Encoder:
                 tokenized = self.tokenizer.encode(outcome)
                 if parts := self._fit(outcome, tokenized):
                     encoded.kept.append((index, parts))
+                    if converter.repaired:
+                        encoded.repaired[index] = converter.repaired
                     if len(tokenized) > config.seq_len:
                         encoded.shortened[index] = Shortened.of(tokenized, parts)
                     if config.duplicates != "keep":
@@ -102,7 +107,7 @@ class Encoder:
                 outcome = self._too_long(row, f"{len(tokenized)} tokens")
             assert isinstance(outcome, Reject)
             encoded.rejects.append((index, outcome))
-        encoded.seen = names.renamed - converter.unseen
+        encoded.seen = set(names.given) - converter.unseen
         return encoded
 
     def _conversation(self, row: RawRow, converter: Converter) -> Conversation | Reject:
@@ -122,7 +127,8 @@ class Encoder:
     def _too_long(self, row: RawRow, has: str) -> Reject:
         dropped = self.config.overlong == "drop"
         what = "the conversation" if dropped else "no prompt fits with something to train after it: the conversation"
-        return Reject.of(row, "too_long", f"{what} has {has}, and a row holds {self.config.seq_len}")
+        detail = f"{what} has {has}, and a row holds {self.config.seq_len} (seq_len)"
+        return Reject.of(row, "too_long", detail, {"overlong": ("truncate",)} if dropped else {})
 
     def _fit(self, conversation: Conversation, tokenized: TokenizedConversation) -> list[TokenizedConversation]:
         """What is kept of a conversation: itself if it fits a row, else what the policy makes of it."""
@@ -158,15 +164,15 @@ class Pool:
                 self._executor.submit(_ready)  # starts one, which gets ready while this one does
         self.encoder = Encoder(config, ChatTokenizer.load(tokenizer), evaluations)
 
-    def encode(self, chunks: Iterable[Chunk], schema: str) -> Iterator[EncodedChunk]:
-        """The encoded chunks, in the order of the chunks.
+    def encode(self, chunks: Iterable[Chunk], names: Names) -> Iterator[EncodedChunk]:
+        """The encoded chunks, in the order of the chunks; `names` are those of their source.
 
         Raises:
             UserError: a process was killed, most likely for lack of memory.
         """
         if self._executor is None:
             for chunk in chunks:
-                yield self.encoder.encode(chunk, schema)
+                yield self.encoder.encode(chunk, names)
             return
         # In their order: what others encode, done or not, and between it what was encoded here while all of them had
         # enough to do.
@@ -174,13 +180,13 @@ class Pool:
         try:
             for chunk in chunks:
                 # A large row is encoded here, as handing it over would copy it twice.
-                large = isinstance(chunk.content, list) and len(chunk) == 1 and len(chunk.content[0]) > LARGE_ROW
+                large = isinstance(chunk.content, list) and len(chunk) == 1 and len(chunk.content[0] or ()) > LARGE_ROW
                 waiting = sum(isinstance(piece, Future) and not piece.done() for piece in under_way)
                 if waiting < AHEAD * self._others and not large:
                     with without_interrupts():
-                        under_way.append(self._executor.submit(_encode, chunk, schema))
+                        under_way.append(self._executor.submit(_encode, chunk, names))
                 else:
-                    under_way.append(self.encoder.encode(chunk, schema))
+                    under_way.append(self.encoder.encode(chunk, names))
                 while under_way and (_is_there(under_way[0]) or len(under_way) > LONGEST_QUEUE * self._others):
                     yield _result(under_way.popleft())
             while under_way:
@@ -256,5 +262,5 @@ def _ready() -> None:
     """Nothing to do but to be there."""
 
 
-def _encode(chunk: Chunk, schema: str) -> EncodedChunk:
-    return _encoder.encode(chunk, schema)
+def _encode(chunk: Chunk, names: Names) -> EncodedChunk:
+    return _encoder.encode(chunk, names)

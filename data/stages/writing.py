@@ -5,7 +5,9 @@
   dataset/               the new dataset; exchanged with the old one when it is complete
 """
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from data.disk.files import occupied, sha256, take_place
 from data.prepared.layout import MANIFEST, REJECTS, ROW_SCHEMA, SPLITS, read_manifest
 from data.prepared.places import PLACES
 from data.stages.store import ConversationStore, Index
+
+FIRST_BYTES = b'{"file": '
+"""How a file of rejects begins."""
 
 ROWS_PER_BATCH = 256
 """Packed rows that are put together in memory at a time."""
@@ -79,6 +84,16 @@ def _lists(values: np.ndarray, sizes: np.ndarray, last: np.ndarray) -> pa.ListAr
 def _array(values: np.ndarray) -> pa.Array:
     """The same numbers without a copy; `pa.array` would import pandas first, which takes a quarter of a second."""
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def keep_rejects(rejects: Path, output: Path) -> str:
+    """Keeps the rejects of a run that stops, beside its output; returns the end of the sentence that says where."""
+    kept = output.with_name(f"{output.name}-{REJECTS}")
+    with contextlib.suppress(OSError):
+        if not kept.exists() or kept.read_bytes()[: len(FIRST_BYTES)] == FIRST_BYTES:  # no other file goes for it
+            shutil.copyfile(rejects, kept)
+            return f"; {kept} lists them"
+    return ""
 
 
 def publish(dataset: Path, output: Path, manifest: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.config import PrepareConfig
+from data.rows.columns import Names
 from data.rows.reading import Chunk
 from data.schema import IGNORE_INDEX, Conversation, Message
 from data.stages.encoding import Encoder, Shortened
@@ -242,7 +243,7 @@ def test_what_can_not_fit_is_not_encoded(overlong: str) -> None:
 
     encoder = Encoder(PrepareConfig(seq_len=64, overlong=overlong), Counting.load(), None)
     row = json.dumps({"instruction": "Go on.", "output": "x" * 5_000_000})
-    encoded = encoder.encode(Chunk("rows.jsonl", "line", [1], [row]), "instruction")
+    encoded = encoder.encode(Chunk("rows.jsonl", "line", [1], [row]), Names.of("instruction", {}))
     assert all(size < 64 * LONGEST_PIECE + MARGIN + 100 for size in seen)
     if overlong == "drop":
         assert not seen
