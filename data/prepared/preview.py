@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from data.config import PrepareConfig
-from data.prepared.layout import SPLITS, open_whole
+from data.prepared.layout import SPLITS, open_split, open_whole
 from data.prepared.selection import ShownConversation, selected
 from data.schema import IGNORE_INDEX
 from data.template import ChatTokenizer
@@ -24,7 +24,8 @@ def preview(config: PrepareConfig) -> None:
     """Prints rows or conversations: tokens, which of them are trained, positions, pack boundaries."""
     directory = Path(config.output)
     manifest = open_whole(directory, "output")
-    rows = selected(directory, manifest, config, spread=False)
+    tables = {split: open_split(directory, split) for split in SPLITS}
+    rows = selected(directory, manifest, tables, config, spread=False)
     pieces = ChatTokenizer.load(config.tokenizer).pieces
     console = Console(highlight=False, markup=False)
     sign = f"marked {MARK}" if console.no_color or console.color_system is None else "green"

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +78,10 @@ def report(config: PrepareConfig) -> None:
     """Writes the page beside the prepared dataset in `output`."""
     directory = Path(config.output)
     manifest = open_whole(directory, "output")
-    rows = selected(directory, manifest, config, spread=True)
+    tables = {split: open_split(directory, split) for split in SPLITS}
+    rows = selected(directory, manifest, tables, config, spread=True)
     tokenizer = ChatTokenizer.load(config.tokenizer)
-    lengths, turns, used = _histograms(directory, manifest["seq_len"])
+    lengths, turns, used = _histograms(tables, manifest["seq_len"])
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -105,10 +105,10 @@ def report(config: PrepareConfig) -> None:
     console.print(f"Wrote {path}", soft_wrap=True)
 
 
-def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
+def _histograms(tables: dict[str, pa.Table], seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
     """Tokens and turns of each conversation, tokens of each row; both splits, a batch in memory at a time."""
     of_lengths, of_turns, of_used = (np.zeros(seq_len + 1, np.int64) for _ in range(3))
-    for batch in _batches(directory):
+    for batch in (batch for table in tables.values() for batch in table.to_batches()):
         ids, lengths = batch["ids"].flatten().to_numpy(), batch["lengths"].flatten().to_numpy()
         starts = np.cumsum(lengths) - lengths
         turns = np.add.reduceat(ids == BOS, starts, dtype=np.int64)
@@ -117,11 +117,6 @@ def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Hi
         of_turns += np.bincount(turns, minlength=seq_len + 1)
         of_used += np.bincount(used, minlength=seq_len + 1)
     return Histogram(of_lengths), Histogram(of_turns), Histogram(of_used)
-
-
-def _batches(directory: Path) -> Iterator[pa.RecordBatch]:
-    for split in SPLITS:
-        yield from open_split(directory, split).to_batches()
 
 
 def _rejects(directory: Path) -> list[dict[str, Any]]:

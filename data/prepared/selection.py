@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from configs.program.errors import UserError
 from data.config import PrepareConfig
-from data.prepared.layout import REJECTS, SPLITS, open_split
+from data.prepared.layout import REJECTS
 from data.prepared.places import Place, Places
 from data.schema import PackedRow, TokenizedConversation
 
@@ -38,8 +38,10 @@ class ShownRow:
     conversations: list[ShownConversation]
 
 
-def selected(directory: Path, manifest: dict[str, Any], config: PrepareConfig, *, spread: bool) -> list[ShownRow]:
-    """What `where`, `train_rows`, `conversations` and `rows` ask for.
+def selected(
+    directory: Path, manifest: dict[str, Any], tables: dict[str, pa.Table], config: PrepareConfig, *, spread: bool
+) -> list[ShownRow]:
+    """What `where`, `train_rows`, `conversations` and `rows` ask for; `tables` are the rows of the splits.
 
     If they name nothing, the first rows of the training split, or with `spread` rows from all over it.
 
@@ -48,8 +50,8 @@ def selected(directory: Path, manifest: dict[str, Any], config: PrepareConfig, *
     """
     places = Places.read(directory, manifest["rows"]["in"])
     if config.where is not None:
-        return list(_made_of(directory, config.where, places))
-    train = open_split(directory, "train")
+        return list(_made_of(directory, tables, config.where, places))
+    train = tables["train"]
     rows, wanted = train.num_rows, config.conversations
     if not rows:
         raise UserError(f"output={directory}: it holds no rows; prepare more")
@@ -77,12 +79,11 @@ def _first(rows: list[ShownRow], wanted: int, *, spread: bool) -> list[ShownRow]
     return some
 
 
-def _made_of(directory: Path, where: str, places: Places) -> Iterator[ShownRow]:
+def _made_of(directory: Path, tables: dict[str, pa.Table], where: str, places: Places) -> Iterator[ShownRow]:
     """The rows with what was made of the row at a place, each conversation once."""
     row = places.row_at(where, "where")
     seen = set()
-    for split in SPLITS:
-        table = open_split(directory, split)
+    for split, table in tables.items():
         for number in _rows_with(table, row):
             shown = _shown(split, number, table, places)
             own = [

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from data.disk.files import sha256
 from data.prepared.dataset import PreparedDataset
+from data.prepared.layout import SPLITS, open_split
 from data.prepared.report import BARS, Histogram
 from data.schema import IGNORE_INDEX, Conversation, Message
 from data.template import ChatTokenizer
@@ -276,7 +277,8 @@ def test_report_is_one_page_that_tells_the_truth(run_program: Callable[..., Any]
 def test_report_counts_lengths_turns_and_rows(run_program: Callable[..., Any], prepared: Path) -> None:
     from data.prepared.report import _histograms
 
-    lengths, turns, used = _histograms(prepared, 128)
+    tables = {split: open_split(prepared, split) for split in SPLITS}
+    lengths, turns, used = _histograms(tables, 128)
     dataset = PreparedDataset(prepared)
     rows = [table[i] for table in (dataset.train, dataset.eval) for i in range(len(table))]
     assert sorted(np.repeat(np.arange(129), lengths.counts)) == sorted(n for row in rows for n in row.lengths)
