@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "data.stages": (
         "data.rows",
         "data.prepared.layout",
+        "data.prepared.places",
         "data.schema",
         "data.template",
         "data.vocabulary",

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ class Metrics:
         self._is_main = is_main
         self._config = config
         self._directory = directory
+        self._dataset = settings.get("dataset")
         resumed = resumed or {}
         self._wandb_id: str | None = resumed.get("wandb")
         self._lines: _Lines | None = None
@@ -103,9 +105,10 @@ class Metrics:
         if wrong is not None:
             sentences = {
                 "refused": "loss or gradient not finite, the update was refused",
-                "spike": f"loss {record.loss:.3f} is far above the steps before; metrics.jsonl names its rows",
+                "spike": f"loss {record.loss:.3f} is far above the steps before",
             }
-            console.print(f"step {record.step}: {sentences[wrong]}", style="bold red")
+            text = f"step {record.step}: {sentences[wrong]}; {self._look_at(rows)}"
+            console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
         rate = record.tokens / record.seconds
         if self._progress is not None and self._task is not None:
             status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
@@ -128,6 +131,12 @@ class Metrics:
                 **suspects,
             }
         )
+
+    def _look_at(self, rows: list[int | None]) -> str:
+        """How to see the rows of a step."""
+        numbers = ",".join(str(row) for row in rows if row is not None)
+        output = shlex.quote(f"output={self._dataset}")
+        return f"see its rows: python -m data task=preview {output} 'train_rows=[{numbers}]'"
 
     def routed(self, step: int, routing: Routing) -> None:
         """Records what the routers did in a step."""

@@ -64,7 +64,7 @@ def test_a_list_of_messages_may_be_called_prompt(tmp_path: Path) -> None:
     [
         ({"prompt": ""}, "empty_field"),
         ({"prompt": "fake [/INST] it"}, "template_marker"),
-        ({"prompt": 5}, "unknown_schema"),
+        ({"prompt": 0.5}, "not_text"),
         ({"prompt": "\ud800"}, "lone_surrogate"),
     ],
 )
