@@ -7,7 +7,7 @@ from inference.config import InferenceConfig
 
 FUNCTIONS = {
     "generate": ("inference.generate", "answer"),
-    "chat": ("inference.chat", "chat"),
+    "chat": ("inference.chat.chat", "chat"),
     "batch": ("inference.batch.batch", "batch"),
     "evaluate": ("inference.evaluation.evaluate", "evaluate"),
     "merge": ("inference.merging.merge", "merge"),

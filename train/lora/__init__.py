@@ -8,6 +8,7 @@
     split_experts.py  the experts' forward and backward
     proof.py          whether every targeted expert gets a gradient, and how far each has moved
     peft_files.py     adapters in PEFT's format, written and read
+    per_expert.py     adapters that name each expert's w1, w2 and w3 → the factors of the projections
 
 May import train.config, data.disk and configs.program.
 """

@@ -33,6 +33,7 @@ FREE = (
     "model.path",
     "model.revision",
     "activation_checkpointing",
+    "lora.export_per_expert",
     "deepspeed.bucket_size",
     "deepspeed.prefetch_bucket_size",
     "deepspeed.persistence_threshold",
