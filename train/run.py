@@ -1,11 +1,11 @@
-"""`python -m train`: configuration → objects, each named once, in order → train()."""
+"""One launch: configuration → objects, each named once, in order → train()."""
 
 import sys
 from pathlib import Path
 
-from configs.program import entry
 from configs.program.console import console
 from configs.program.errors import UserError
+from configs.program.explanations.again import command
 from data.disk.architecture import read_architecture
 from data.disk.weights import local_directory, pinned
 from data.prepared.dataset import PreparedDataset
@@ -33,17 +33,13 @@ from train.saving.resume import check_same_run, find_checkpoint, restore
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
 from train.saving.starting_point import start_from
-from train.sweep import sweep
-
-
-def main() -> None:
-    """The program."""
-    entry.run("train", "train", TrainConfig, run, sweep=sweep)
 
 
 def run(config: TrainConfig) -> None:
-    """Trains, or measures the routers (`task=profile`), or with `dry_run` shows the plan."""
-    config.check()
+    """Trains, or measures the routers (`task=profile`), or with `dry_run` shows the plan.
+
+    The settings are checked.
+    """
     if config.dry_run:
         show_plan(config)
         return
@@ -114,8 +110,9 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     except Preempted as stop:
         if processes.is_main:
             without = ", without overwrite," if config.overwrite else ""
-            again = f"the same command with run_dir={directory.path}{without} goes on from there"
-            console.print(f"Pre-empted {stop}; {again}", soft_wrap=True)
+            same = f"give the same command{without} with run_dir={directory.path}"
+            again = command("train", directory.path) or same
+            console.print(f"Stopped and saved {stop}; to go on: {again}", soft_wrap=True)
         preempted = True
     except Exception:
         metrics.close(within=2.0)  # the other processes are waiting to be told

@@ -14,7 +14,7 @@ import torch
 
 from configs.program import gpus
 from configs.program.errors import UserError, say
-from configs.program.launch import local_processes, local_rank
+from configs.program.launch import local_processes, local_rank, threads
 from train.config.engine import HardwareConfig
 from train.config.train import TrainConfig
 from train.engine.cpu import alone, compile_apart, forget_shared_memory, keep_freed_memory
@@ -56,7 +56,7 @@ def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Proces
     if not on_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # The processes of a machine share its cores; left alone, each would start a thread for every one of them.
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (local_processes() or 1)))
+        torch.set_num_threads(config.threads or threads())
         keep_freed_memory()
     else:
         torch.cuda.set_device(gpus.take_device())  # before deepspeed is imported, which may touch the current device

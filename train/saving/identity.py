@@ -129,35 +129,44 @@ def stored_settings(config: TrainConfig) -> dict[str, Any]:
     return redacted(asdict(config))
 
 
-def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any]) -> None:
+def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any], *, finished: Path | None = None) -> None:
     """Compares a launch with the run that is there, leaving out what `resume_despite` names.
 
     Args:
         stored: what that run recorded: its `settings`, and the hashes of its inputs.
         config: of this launch.
         hashes: of this launch's inputs, see `Inputs.hashes`.
+        finished: the run directory, if the run has come to its end, and nothing in it goes on.
 
     Raises:
         UserError: something differs; it names the first.
     """
-    despite = tuple(config.resume_despite)
+    despite = tuple(config.resume_despite) if finished is None else ()
     if "global_batch" in despite:
         raise UserError(
             "resume_despite=[global_batch]: it decides which rows each step takes, and some would be left out or come "
             "twice; give the same global_batch, or a new run_dir"
         )
     remedy = "or give overwrite=true to start over"
+
+    def despite_or(same: str, name: str) -> str:
+        """What there is to do if the input of that name differs."""
+        if finished is None:
+            return f"{same}, resume_despite=[{name}], {remedy}"
+        start = f"lora.start={finished}/adapter" if config.lora.method == "lora" else f"model.path={finished}/model"
+        return f"that run is finished; to train its result further, give {start} and a new run_dir, {remedy}"
+
     before, now = dict(_leaves(stored["settings"])), dict(_leaves(stored_settings(config)))
     for name, value in now.items():
         if name in before and before[name] != value and not _is_among(name, FREE) and not _is_among(name, despite):
             raise UserError(
-                f"{name}={value}: the run that is there was started with {before[name]}; give the same, "
-                f"resume_despite=[{name}], {remedy}"
+                f"{name}={value}: the run that is there was started with {before[name]}; "
+                f"{despite_or('give the same', name)}"
             )
     if stored["dataset"]["manifest_sha256"] != hashes["dataset"]["manifest_sha256"] and "dataset" not in despite:
         raise UserError(
             f"dataset={config.dataset}: it is not the one that the run was started on (its manifest.json has changed); "
-            f"give that one, resume_despite=[dataset], {remedy}"
+            f"{despite_or('give that one', 'dataset')}"
         )
     if stored.get("load") != hashes["load"]:
         raise UserError(
@@ -168,7 +177,7 @@ def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any]) -
     if stored.get("start", hashes["start"]) != hashes["start"] and not _is_among("lora.start", despite):
         raise UserError(
             f"lora.start={config.lora.start}: it has changed since the run was started, and how far the adapters have "
-            f"moved is measured from it; give it as it was, resume_despite=[lora.start], {remedy}"
+            f"moved is measured from it; {despite_or('give it as it was', 'lora.start')}"
         )
     if "model.path" not in despite:
         old, new = stored["base"]["files"], hashes["base"]["files"]
@@ -176,7 +185,7 @@ def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any]) -
         if changed:
             raise UserError(
                 f"model.path={config.model.path}: it is not the base that the run was started on ({changed[0]} has "
-                f"changed); give that one, resume_despite=[model.path], {remedy}"
+                f"changed); {despite_or('give that one', 'model.path')}"
             )
 
 

@@ -35,7 +35,7 @@ def _compare(directory: RunDirectory, record: Record) -> None:
     if directory.finished:
         try:
             receipt = json.loads((directory.path / RECEIPT).read_text(encoding="utf-8"))
-            identity.check(receipt, record.config, record.inputs)
+            identity.check(receipt, record.config, record.inputs, finished=directory.path)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
