@@ -248,6 +248,8 @@ def test_one_sentence_and_exit_code_2(run_program: Callable[..., Any], project_r
     assert outcome.stdout == ""
     assert re.fullmatch(rf"{program}: [\w.-]+(=[^:]*)?: .*\n", outcome.stderr), outcome.stderr  # field, value, the rest
     assert "Traceback" not in outcome.stderr
+    remedy = re.sub(r"'[^']*'", "", outcome.stderr.partition(";")[2])
+    assert not re.search(r"\w=[\[{]", remedy), remedy  # a shell would read the brackets
     for file in re.findall(r"configs/\S*\.yaml", outcome.stderr):  # a remedy that sends to a file sends to a real one
         assert (project_root / file).is_file(), outcome.stderr
     for part in CASES[command]:

@@ -192,7 +192,7 @@ def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any], *
     def despite_or(same: str, name: str) -> str:
         """What there is to do if the input of that name differs."""
         if finished is None:
-            return f"{same}, resume_despite=[{name}], {remedy}"
+            return f"{same}, 'resume_despite=[{name}]', {remedy}"
         start = f"lora.start={finished}/adapter" if config.lora.method == "lora" else f"model.path={finished}/model"
         return f"that run is finished; to train its result further, give {start} and a new run_dir, {remedy}"
 

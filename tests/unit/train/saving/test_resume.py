@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 
 EARLY = {
-    "seed=5": "seed=5: the run that is there was started with 0; give the same, resume_despite=[seed], or give",
+    "seed=5": "seed=5: the run that is there was started with 0; give the same, 'resume_despite=[seed]', or give",
     "resume=never": ": a run is there already; name another directory, or give overwrite=true to replace it",
     "global_batch=3 micro_batch=2": "global_batch=3: it is no multiple of micro_batch 2",
     "lora=experts lora.start=nowhere": "lora.start=nowhere: it is no adapter directory",
