@@ -156,7 +156,8 @@ def test_interpolations_in_a_list_are_resolved(config_of: Callable[..., Any], mo
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["limits={rows.jsonl:"], ["limits={rows.jsonl:", "not closed", "in quotes"]),  # what a shell leaves of it
+        (["limits={rows.jsonl:", "10}"], ["limits={rows.jsonl:: it is not closed", "'limits={rows.jsonl: 10}'"]),
+        (["limits={rows.jsonl:"], ["limits={rows.jsonl:: it is not closed", "in quotes: 'limits={rows.jsonl:…}'"]),
         (["files=[two"], ["files=[two", "not closed", "in quotes"]),
         (["files=a,b"], ["files=a,b: it takes a list; write 'files=[a,b]'"]),
         (["files=chats (v2).jsonl"], ["write 'files=[chats (v2).jsonl]'"]),
