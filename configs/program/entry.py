@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 from configs.program import multirun
 from configs.program.arguments import readable
 from configs.program.errors import UserError
-from configs.program.explanations import command_line, composing, help, names
+from configs.program.explanations import command_line, composing, help
+from configs.program.explanations.program import Program
 from configs.program.launch import local_rank
 from configs.program.multirun import Job
 from configs.program.secrets import redact
@@ -81,22 +82,22 @@ def run(
             setattr(config, name, text)
         return config
 
-    directories = [CONFIG_DIR]
+    known, directories = Program(program, config_name, schema, CONFIG_DIR), [CONFIG_DIR]
     composed: list[Any] = []
     jobs: list[Job[Config]] = []
     try:
         try:
             arguments, entries = readable(typed_in, schema)
-            asked = command_line.flags(program, arguments, schema)
+            asked = command_line.flags(known, arguments)
             if asked.config_dir is not None:
                 directories.insert(0, Path(asked.config_dir))
             if asked.multirun and sweep is None:
                 raise UserError(f"--multirun: {program} does not sweep; give the command once for each value")
-            command_line.check(program, config_name, schema, asked, CONFIG_DIR)
-            sys.argv[1:], asked.overrides = _for_hydra(arguments, schema), _for_hydra(asked.overrides, schema)
+            command_line.check(known, asked)
+            sys.argv[1:], asked.overrides = _for_hydra(arguments, known), _for_hydra(asked.overrides, known)
             if asked.help:
                 as_given = next(multirun.jobs(asked, CONFIG_DIR, config_name)).config
-                help.stdout(help.text(program, config_name, schema, as_given, CONFIG_DIR))
+                help.stdout(help.text(known, as_given))
             elif asked.multirun:
                 jobs = [replace(job, config=typed(job.config)) for job in multirun.jobs(asked, CONFIG_DIR, config_name)]
             else:
@@ -104,7 +105,7 @@ def run(
                 hydras(composed.append)()
             configs = [typed(one) for one in composed]
         except composing.ERRORS as error:
-            raise UserError(composing.explain(error, program, config_name, schema, directories)) from error
+            raise UserError(composing.explain(error, known, directories)) from error
         sys.argv[1:] = map(redact, sys.argv[1:])  # libraries note the command in files of theirs
         # Outside of Hydra, which would say the overrides, keys among them, if `main` raises.
         if jobs and sweep is not None:
@@ -118,11 +119,11 @@ def run(
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _for_hydra(arguments: list[str], schema: type) -> list[str]:
+def _for_hydra(arguments: list[str], program: Program) -> list[str]:
     """The arguments as Hydra has to get them."""
     # Hydra lets no one give a new key to a dictionary, such as `columns`, unless a plus says so.
-    open_to_keys = names.dictionaries(schema)
-    given = _without_null_groups(arguments, schema)
+    open_to_keys = program.dictionaries()
+    given = _without_null_groups(arguments, program.schema)
     return [f"+{argument}" if _names_one_of(argument, open_to_keys) else argument for argument in given]
 
 

@@ -1,5 +1,6 @@
 """What the programs tell a person about the command line: what can be typed, what is wrong with it, how to go on.
 
+    program.py       a program as its command line knows it: name, settings, groups
     environment.py   a package that is missing: the environment is not active
     help.py          `--help`: commands, groups, and every setting with its docstring
     command_line.py  what can be told before Hydra composes: options, plus and tilde, commas, unknown names

@@ -10,11 +10,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from configs.program.arguments import settings_of_text
 from configs.program.errors import UserError
 from configs.program.explanations import names, recipes
+from configs.program.explanations.program import Program, groups
 from configs.program.explanations.recipes import Choice
 
 REPLACED = {
@@ -24,7 +24,7 @@ REPLACED = {
 }
 
 
-def flags(program: str, arguments: list[str], schema: type) -> argparse.Namespace:
+def flags(program: Program, arguments: list[str]) -> argparse.Namespace:
     """What Hydra reads in the command line.
 
     Raises:
@@ -35,53 +35,53 @@ def flags(program: str, arguments: list[str], schema: type) -> argparse.Namespac
 
     def refuse(message: str) -> NoReturn:
         what, _, why = message.rpartition(": ")
-        option = next((word for word in what.split() if word.startswith("-")), arguments[0] if arguments else program)
-        raise UserError(f"{option}: {why}; `python -m {program} --help` shows what can be given")
+        option = next((word for word in what.split() if word.startswith("-")), arguments[0])
+        raise UserError(f"{option}: {why}; `python -m {program.name} --help` shows what can be given")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]  # it would print a usage of eight lines
     asked, unknown = parser.parse_known_args(arguments)
     for option in unknown:
         if option.startswith("-"):
-            raise UserError(_as_setting(option, arguments, program, schema))
+            raise UserError(_as_setting(option, arguments, program))
     if asked.experimental_rerun is not None:
         raise UserError(
             f"--experimental-rerun={asked.experimental_rerun}: it would run what a pickle says; give the settings, or "
             f"the same command again"
         )
     if asked.multirun and (asked.run or asked.cfg or asked.info or asked.shell_completion):
-        raise UserError(f"--multirun: it can't be asked for together with another task; give `{program}` one of them")
+        raise UserError(
+            f"--multirun: it can't be asked for together with another task; give {program.name} one of them"
+        )
     for flag in ("config_dir", "config_path"):
         if (given := getattr(asked, flag)) is not None and not Path(given).is_dir():
             raise UserError(f"--{flag.replace('_', '-')}={given}: there is no such directory; check the path")
     return asked
 
 
-def _as_setting(option: str, arguments: list[str], program: str, schema: type) -> str:
+def _as_setting(option: str, arguments: list[str], program: Program) -> str:
     """The sentence for an option that there is not."""
     name, equals, value = option.partition("=")
     if not equals:
         following = arguments[arguments.index(option) + 1 :][:1]
         value = following[0] if following and "=" not in following[0] and following[0][:1] != "-" else "…"
     setting = name.lstrip("-").replace("-", "_")
-    if setting not in names.settings(schema):
-        return names.unknown(setting, program, schema)
-    kind = settings_of_text(schema).get(setting)
+    if setting not in program.settings():
+        return names.unknown(setting, program)
+    kind = settings_of_text(program.schema).get(setting)
     listed = value if kind in (None, str) or value[:1] in ("[", "{") else f"[{value}]"
     return f"{name}: settings have no dashes in front; write {shlex.quote(f'{setting}={listed}')}"
 
 
-def check(program: str, config_name: str, schema: type, asked: argparse.Namespace, config_dir: Path) -> None:
+def check(program: Program, asked: argparse.Namespace) -> None:
     """Raises `UserError` for settings, groups and files that there are not, and for what is typed in a wrong way."""
     directories = [Path(given) for given in (asked.config_dir, asked.config_path) if given is not None]
-    directories += [] if asked.config_path is not None else [config_dir]
+    directories += [] if asked.config_path is not None else [program.configs]
     if (name := asked.config_name) is not None and not any((path / f"{name}.yaml").is_file() for path in directories):
         raise UserError(f"--config-name={name}: there is no {name}.yaml; leave it out")
     if asked.config_path is not None:
         return  # other groups than ours
-    own = groups(config_name, schema, config_dir)
-    known, open_to_keys = names.settings(schema), names.dictionaries(schema)
-    chosen = []
+    own, chosen = program.groups(), []
     for argument in asked.overrides:
         try:
             override = OverridesParser.create().parse_override(argument)
@@ -96,37 +96,19 @@ def check(program: str, config_name: str, schema: type, asked: argparse.Namespac
             raise UserError(_comma(key, argument))
         if key in own and override.is_add():
             raise UserError(f"{key}: the group is there, and takes no plus; write {argument.lstrip('+')}")
-        if key in own or any((path / key).is_dir() for path in directories if path != config_dir):
+        if key in own or any((path / key).is_dir() for path in directories if path != program.configs):
             chosen += [Choice(key, value) for value in _texts(override, multirun=asked.multirun)]
         elif key.split(".")[0].split("/")[0] != "hydra":
-            _check_setting(argument, override, program, schema, known, open_to_keys, config_dir)
+            _check_setting(argument, override, program)
     recipes.check(chosen, directories, own)
 
 
-def groups(config_name: str, schema: type, config_dir: Path) -> dict[str, bool]:
-    """The groups of YAML files that a program has → whether they are about settings of the same name."""
-    listed = OmegaConf.to_container(OmegaConf.load(config_dir / f"{config_name}.yaml"))
-    assert isinstance(listed, dict)
-    named = [key for item in listed["defaults"] if isinstance(item, dict) for key in item]
-    settings = OmegaConf.structured(schema)
-    return {str(name): name in settings for name in named if not str(name).startswith("override ")}
-
-
-def _check_setting(
-    argument: str,
-    override: Override,
-    program: str,
-    schema: type,
-    known: list[str],
-    open_to_keys: tuple[str, ...],
-    config_dir: Path,
-) -> None:
+def _check_setting(argument: str, override: Override, program: Program) -> None:
     name = override.key_or_group
-    if name not in known and (config_dir / name).is_dir() and any((config_dir / name).glob("*.yaml")):
-        raise UserError(f"{name}: `python -m {program}` has no such group; {_whose(name, config_dir)}")
-    of_user = any(name == setting or name.startswith(f"{setting}.") for setting in open_to_keys)
-    if name not in known and not of_user:
-        raise UserError(names.unknown(name, program, schema))
+    of_user = any(name == setting or name.startswith(f"{setting}.") for setting in program.dictionaries())
+    if name not in program.settings() and not of_user:
+        others = _others_group(name, program) if name not in names.CALLED.get(program.name, {}) else None
+        raise UserError(others or names.unknown(name, program))
     if override.is_delete():
         raise UserError(
             f"{name}: ~ takes away a group's choice, and a setting needs a value; give it the one that you want, or "
@@ -136,13 +118,14 @@ def _check_setting(
         raise UserError(f"{name}: the setting is there, and takes no plus; write {argument.removeprefix('+')}")
 
 
-def _whose(group: str, config_dir: Path) -> str:
-    """Which program has the group."""
-    for path in sorted(config_dir.glob("*.yaml")):
-        if any(not isinstance(item, str) and group in item for item in OmegaConf.load(path).defaults):
-            program = "data" if path.stem == "prepare" else path.stem
-            return f"it is one of `python -m {program}`, and what that writes is named by dataset=prepared/…"
-    return "leave it out"
+def _others_group(name: str, program: Program) -> str | None:
+    """The sentence for a group of another program."""
+    for path in sorted(program.configs.glob("*.yaml")):
+        if name in groups(path):
+            owner = "data" if path.stem == "prepare" else path.stem
+            writes = "; what that writes is named by dataset" if (owner, program.name) == ("data", "train") else ""
+            return f"{name}: `python -m {program.name}` has no such group; it is one of `python -m {owner}`{writes}"
+    return None
 
 
 def _without_value(argument: str, own: dict[str, bool], directories: list[Path]) -> str:

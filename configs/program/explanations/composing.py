@@ -11,16 +11,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.program.errors import one_line
 from configs.program.explanations import names, recipes
+from configs.program.explanations.program import Program
 
 ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError)
 """All that they raise for a user's input."""
 
 
-def explain(error: Exception, program: str, config_name: str, schema: type, directories: list[Path]) -> str:  # noqa: PLR0911 - one per kind
+def explain(error: Exception, program: Program, directories: list[Path]) -> str:  # noqa: PLR0911 - one per kind
     """The sentence; `directories` are those in which groups are looked for."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
-        where = f"{mark.name}, line {mark.line + 1}" if mark else config_name
+        where = f"{mark.name}, line {mark.line + 1}" if mark else program.file
         return f"{where}: it can't be read ({error.problem}); write plain YAML there"
     if isinstance(error, UnicodeDecodeError | yaml.YAMLError):
         return f"{_unreadable(directories)}: it is not UTF-8 text ({one_line(error)}); write plain YAML there"
@@ -29,7 +30,7 @@ def explain(error: Exception, program: str, config_name: str, schema: type, dire
     for sentence in (_interpolation, _wrong_type, _null, _dictionary):
         if said := sentence(text):
             return said
-    if said := _unknown(text, lambda name: names.unknown(name, program, schema)):
+    if said := _unknown(text, lambda name: names.unknown(name, program)):
         return said
     if said := _group(text, directories):
         return said
@@ -39,10 +40,10 @@ def explain(error: Exception, program: str, config_name: str, schema: type, dire
         if "is not a ListConfig" in text:
             name, _, value = setting.partition("=")
             return f"{setting}: it takes a list; write '{name}=[{value}]'"
-        return f"{setting}: the setting can't have that value; `python -m {program} --help` shows its default"
+        return f"{setting}: the setting can't have that value; `python -m {program.name} --help` shows its default"
     if unread := [cause.override for cause in causes if isinstance(cause, OverrideParseException)]:
         return f"{unread[0]}: that can't be read; write field=value, and a list as 'field=[a,b]'"
-    return f"{first_lines[0] if first_lines else type(error).__name__}; check it against configs/{config_name}.yaml"
+    return f"{first_lines[0] if first_lines else type(error).__name__}; check it against configs/{program.file}.yaml"
 
 
 def _causes(error: Exception) -> list[Exception]:

@@ -13,24 +13,24 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from configs.program.explanations import command_line, recipes
+from configs.program.explanations import recipes
+from configs.program.explanations.program import Program
 
 WIDEST = 120
 
 
-def text(program: str, config_name: str, schema: type, composed: DictConfig, config_dir: Path) -> str:
+def text(program: Program, composed: DictConfig) -> str:
     """The text; `composed` are the settings as they are with those that were given beside --help."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
-    file = OmegaConf.load(config_dir / f"{config_name}.yaml")
+    file = OmegaConf.load(program.configs / f"{program.file}.yaml")
     lines = [str(file.hydra.help.header).rstrip(), ""]
-    groups = command_line.groups(config_name, schema, config_dir)
-    if groups:
+    if groups := program.groups():
         lines += ["Groups, each a folder of configs/ with a file for each choice (* is taken by itself):", ""]
-        lines += [_group(name, file.defaults, config_dir) for name in groups]
+        lines += [_group(name, file.defaults, program.configs) for name in groups]
         lines.append("")
     lines += ["Settings, each with the value that it has:", ""]
-    lines += _settings(schema, composed, width)
-    lines += [f"`python -m {program} --cfg job`, with settings, prints all of them as YAML."]
+    lines += _settings(program.schema, composed, width)
+    lines += [f"`python -m {program.name} --cfg job`, with settings, prints all of them as YAML."]
     return "\n".join(lines)
 
 

@@ -1,9 +1,8 @@
 """Which setting an unknown name stands for: by its last part, by what other projects call it, or by its letters."""
 
 import difflib
-from typing import Any
 
-from omegaconf import OmegaConf
+from configs.program.explanations.program import Program
 
 BATCH = "it is global_batch / (micro_batch × processes): give global_batch, and micro_batch by what fits in memory"
 COSINE = "the schedule is a warm-up and a cosine, which optim.warmup_fraction and optim.final_fraction shape"
@@ -142,15 +141,14 @@ CALLED: dict[str, dict[str, str]] = {
 there is to say in its place."""
 
 
-def unknown(name: str, program: str, schema: type) -> str:
+def unknown(name: str, program: Program) -> str:
     """The sentence for a name that is no setting of the program."""
-    meant = _meant(name, program, settings(schema))
-    return f"{name}: there is no such setting; {meant}`python -m {program} --help` lists them all"
+    meant = _meant(name, CALLED.get(program.name, {}), program.settings())
+    return f"{name}: there is no such setting; {meant}`python -m {program.name} --help` lists them all"
 
 
-def _meant(name: str, program: str, known: list[str]) -> str:
+def _meant(name: str, called: dict[str, str], known: list[str]) -> str:
     last = name.rpartition(".")[2]
-    called = CALLED.get(program, {})
     for given in (name, name.replace("-", "_"), last):
         if given in called:
             target = called[given]
@@ -162,34 +160,3 @@ def _meant(name: str, program: str, known: list[str]) -> str:
         by_last = {setting.rpartition(".")[2]: setting for setting in reversed(known)}
         alike = [by_last[close] for close in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
     return f"did you mean {alike[0]}? " if alike else ""
-
-
-def settings(schema: type) -> list[str]:
-    """Every setting and every group of settings, as dotted names."""
-    return _settings(OmegaConf.structured(schema))
-
-
-def _settings(node: Any, prefix: str = "") -> list[str]:
-    names = []
-    for key in node:
-        name = f"{prefix}{key}"
-        names.append(name)
-        child = node._get_node(key)
-        if OmegaConf.is_config(child) and OmegaConf.is_dict(child) and not child._is_none():
-            names += _settings(child, f"{name}.")
-    return names
-
-
-def dictionaries(schema: type) -> tuple[str, ...]:
-    """The settings whose keys the user chooses, as dotted names."""
-    return _dictionaries(OmegaConf.structured(schema))
-
-
-def _dictionaries(node: Any, prefix: str = "") -> tuple[str, ...]:
-    found: tuple[str, ...] = ()
-    for key in node:
-        child = node._get_node(key)
-        if OmegaConf.is_dict(child) and not child._is_none():
-            of_user = OmegaConf.get_type(child) is dict
-            found += (f"{prefix}{key}",) if of_user else _dictionaries(child, f"{prefix}{key}.")
-    return found

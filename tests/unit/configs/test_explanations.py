@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from configs.program.entry import CONFIG_DIR
 from configs.program.explanations import again, names
 from configs.program.explanations.help import docstrings
+from configs.program.explanations.program import Program
 from data.config import PrepareConfig
 from inference.config import InferenceConfig
 from tests.unit.test_readmes import problem, settings_of
@@ -23,6 +24,7 @@ from train.config.train import TrainConfig
 
 SCHEMAS: dict[str, type] = {"data": PrepareConfig, "train": TrainConfig, "inference": InferenceConfig}
 FILES = {"data": "prepare", "train": "train", "inference": "inference"}
+PROGRAMS = {name: Program(name, FILES[name], schema, CONFIG_DIR) for name, schema in SCHEMAS.items()}
 
 WRONG = {
     "train lora=none +optim.lr=1": "optim.lr: the setting is there, and takes no plus; write optim.lr=1",
@@ -36,7 +38,9 @@ WRONG = {
     "train max_length=1024": "seq_len of `python -m data`",
     "data max_length=1024": "did you mean seq_len?",
     "inference max_tokens=5 prompt=hi": "did you mean max_new_tokens?",
-    "train +data=sample": "data: `python -m train` has no such group; it is one of `python -m data`",
+    "train +data=sample": "data: `python -m train` has no such group; it is one of `python -m data`; what that writes",
+    "data recipe=quickstart": "recipe: `python -m data` has no such group; it is one of `python -m train`\n",
+    "inference model=x prompt=hi": "model: there is no such setting; did you mean base?",
     "train router_aux_loss=inf": "router_aux_loss=inf: it must be finite",
     "train optim.weight_decay=nan": "optim.weight_decay=nan: it must be finite",
     "train optim.lr=1e-3,1e-4": "optim.lr=1e-3,1e-4: it takes one value; several are a sweep, which -m asks for",
@@ -72,12 +76,12 @@ def test_the_sentence_says_what_is_wrong(run_program: Callable[..., Any], comman
 
 @pytest.mark.parametrize("program", SCHEMAS)
 def test_other_projects_names_stand_for_settings_that_there_are(program: str) -> None:
-    known = names.settings(SCHEMAS[program])
+    known = PROGRAMS[program].settings()
     for name, target in names.CALLED[program].items():
         assert name not in known
         if " " not in target:
             assert target in known
-        assert "`--help`" not in names.unknown(name, program, SCHEMAS[program])
+        assert "`--help`" not in names.unknown(name, PROGRAMS[program])
 
 
 OWN = {
