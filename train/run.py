@@ -36,6 +36,8 @@ from train.lora.attach import ranks_of_experts
 from train.model.loss import MixtralWithLoss
 from train.model.mixtral import build, check_embeddings
 from train.plan import show_plan
+from train.report.recorded import note_launch
+from train.report.report import report
 from train.reporting.metrics import Metrics
 from train.saving.identity import Inputs
 from train.saving.receipt import record_launch
@@ -46,12 +48,15 @@ from train.saving.starting_point import check_is_there, start_from
 
 
 def run(config: TrainConfig) -> None:
-    """Trains, or measures the routers (`task=profile`), or with `dry_run` shows the plan.
+    """Trains, measures the routers (`task=profile`), reports on a run, or with `dry_run` shows the plan.
 
     The settings are checked.
     """
     if config.dry_run:
         show_plan(config)
+        return
+    if config.task == "report":
+        report(config)
         return
     signals = Signals(config.failures.grace)
     count = check_launch(config.hardware)
@@ -116,6 +121,8 @@ def run_on(
     health = Health(config.failures)
     resumed = restore(directory, checkpoint, engine, health, dataset.train.batch([None] * batch.micro_batch))
     history = History(resumed)
+    if processes.is_main:
+        note_launch(directory.path, record.launch["started"], processes.count, history.resumed_after)
     metrics = Metrics(directory.path, config.logging, record.settings, is_main=processes.is_main, resumed=resumed)
     saver = Saver(directory, record, engine, history, metrics, health)
     signals.begin_training()

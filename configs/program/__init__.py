@@ -9,6 +9,7 @@
     errors.py      `UserError`, which holds one sentence: field, value, remedy
     console.py     the one console for stderr: no markup, and a closed terminal ends nothing
     secrets.py     hides keys in all that is written
+    page/          pages that open anywhere, and their charts
     provenance.py  commit, versions, machine and command, for receipts
     explanations/  what a person is told about the command line: help, what is wrong with it, how to go on
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.prepared.layout import SPLITS, open_split, open_whole
 from data.schema import PackedRow
@@ -81,10 +81,8 @@ def report(config: PrepareConfig) -> None:
     manifest = open_whole(directory, "output")
     tokenizer = ChatTokenizer.load(config.tokenizer)
     lengths, turns, used = _histograms(directory, manifest["seq_len"])
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        Path(__file__).with_name("report.html.j2"),
         name=directory.name,
         manifest=manifest,
         splits=SPLITS,
@@ -94,7 +92,7 @@ def report(config: PrepareConfig) -> None:
             ("Tokens in rows", f"tokens of {manifest['seq_len']:,}", used),
         ],
         rejects=_rejects(directory),
-        examples=[_example(row, tokenizer) for row in _some_rows(directory, config.rows)],
+        examples=[example(row, tokenizer) for row in some_rows(directory, config.rows)],
     )
     path = directory.with_name(f"{directory.name}-report.html")
     try:
@@ -135,14 +133,14 @@ def _rejects(directory: Path) -> list[dict[str, Any]]:
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 
-def _some_rows(directory: Path, number: int) -> list[PackedRow]:
+def some_rows(directory: Path, number: int) -> list[PackedRow]:
     """Rows from all over the training split."""
     table = open_split(directory, "train")
     indices = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
     return [PackedRow(**table.slice(int(index), 1).to_pylist()[0]) for index in indices]
 
 
-def _example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+def example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
     """The conversations of a row, each in segments."""
     conversations = []
     spans = iter(row.spans)
