@@ -126,7 +126,9 @@ class PrepareConfig:
         if self.task != "prepare":
             return
         if not self.files and not self.dataset:
-            raise UserError("files: nothing to prepare; name files, as in files=[rows.jsonl], or a dataset on the hub")
+            raise UserError(
+                "files: nothing to prepare; name files, as in 'files=[rows.jsonl]', or a dataset on the hub"
+            )
         if self.files and self.dataset:
             raise UserError(f"dataset={self.dataset}: files are named too; keep one of the two")
         schemas = SCHEMAS if self.schema == AUTO else (self.schema,)

@@ -24,7 +24,7 @@ PROJECT_ROOT = Path(__file__).parents[1]
 SHARED = PROJECT_ROOT.parent / "shared"
 """Golden files and real data that belong to no checkout; tests that need them skip where they are not."""
 
-PROGRAMS = {"data": "data.run", "train": "train.run", "inference": "inference.run"}
+PROGRAMS = {"data": "data.run", "train": "train.program", "inference": "inference.run"}
 
 # How long an example takes says nothing about whether it holds.
 settings.register_profile("project", deadline=None, print_blob=True)

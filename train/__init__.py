@@ -1,6 +1,7 @@
 """A prepared dataset and a base → an adapter, or a whole model, trained through DeepSpeed.
 
-    run.py          the program: settings → objects, each named once, in order → `train()`
+    program.py      the way in: mistakes in settings are told before torch is imported
+    run.py          one launch: settings → objects, each named once, in order → `train()`
     loop.py         `train()`, `step()` and `evaluate()`
     plan.py         dry_run: what a run would be, found out without weights
     sweep.py        --multirun: jobs in processes of their own, and a table of them

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
 
 from configs.program.errors import UserError
+from configs.program.launch import cores
 from data.config import PrepareConfig
 from data.rows.columns import Names
 from data.rows.conversion import Converter
@@ -235,8 +236,7 @@ def number_of_workers(asked: int, total_bytes: int) -> int:
     """As many as asked for; if that is left open, one a core, and fewer if `total_bytes` of rows are few."""
     if asked:
         return asked
-    cores = len(os.sched_getaffinity(0))
-    return min(cores, 1 + total_bytes // BYTES_PER_WORKER)
+    return min(cores(), 1 + total_bytes // BYTES_PER_WORKER)
 
 
 # In the other processes

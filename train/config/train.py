@@ -123,7 +123,7 @@ class TrainConfig:
     seed: int = 0
     """Decides the initial adapters (or the random base) and the order of rows."""
     dry_run: bool = False
-    """Plans the run on the meta device, prints parameters, batch and DeepSpeed config, and trains nothing."""
+    """Plans the run without weights: prints parameters, batch, steps, tokens and DeepSpeed config, trains nothing."""
     answers: bool = True
     """For `report`: asks base and tuned model the prompts, and shows their answers beside each other."""
     prompts: str | None = None
