@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 MOVES_NOTHING = {"empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "detach", "_unsafe_view"}
 """Beside views, the operations that touch no element."""
@@ -15,6 +15,13 @@ ONLY_WRITES = {"copy_", "zero_", "fill_", "bernoulli_", "uniform_", "normal_"}
 """Operations that change a tensor without reading it."""
 PICKS = {"index_select", "index", "gather", "embedding"}
 """Operations that read as much of their first tensor as they give, and no more."""
+
+
+@register_flop_formula(torch.ops.aten._grouped_mm)
+def _grouped_mm_flops(x: Any, weight: Any, *others: Any, out_shape: Any, **more: Any) -> int:
+    """Of all groups together: each row meets one matrix, or each pair of rows gives one."""
+    *_, size_out = out_shape
+    return 2 * x[0] * x[1] * (size_out if len(weight) == 3 else weight[1])
 
 
 @dataclass(slots=True)
@@ -51,7 +58,7 @@ class Trace(TorchDispatchMode):
         self.phase = ""
         """Under which what follows is counted."""
         self.counted: dict[tuple[str, str, tuple[int, ...]], list[Sum]] = defaultdict(list)
-        """The operations by phase, name, and shape of the largest tensor."""
+        """Each operation, by phase, name, and shape of the largest tensor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,7 +85,9 @@ def _count(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Sum:
     if all(result.alias_info is None for result in func._schema.returns):
         written += outputs
     count = flop_registry.get(func.overloadpacket)
-    return Sum(1, read, written, count(*args, **kwargs, out_val=out) if count else 0)
+    flops = count(*args, **kwargs, out_val=out) if count else 0
+    # torch counts attention as if every token saw all others
+    return Sum(1, read, written, flops // 2 if "attn" in name else flops)
 
 
 def _changed(name: str, given: dict[str, Any], size: int) -> int:

@@ -1,11 +1,13 @@
-"""What one decoder layer's forward and backward move through the GPU's memory, by operation; needs no GPU.
+"""What one decoder layer's forward and backward move through a GPU's memory, by operation; needs no GPU.
 
-The layer is traced on the meta device at Mixtral's real size, on the way that a Hopper GPU takes: every operation's
-bytes and floating-point operations follow from the sizes of its tensors. Times are arithmetic: an operation takes as
-long as its products at a rate that a GPU reaches, or as its bytes do, whichever is longer.
+The layer is traced on the meta device at Mixtral's real size, on the way that a Hopper GPU takes: bytes and
+floating-point operations follow from the sizes of the tensors. The times are arithmetic too: an operation takes as long
+as its arithmetic at the rate that products reach, or as its bytes at the rate that memory reaches, whichever is longer.
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -21,6 +23,7 @@ from train.lora import products
 from train.model import attention, mixtral
 from train.model.attention import Conversations
 
+PHASES = ("forward", "backward")
 console = Console(width=120)
 
 
@@ -32,34 +35,36 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", choices=("none", "attention", "full"), default="none")
     parser.add_argument("--tflops", type=float, default=600, help="TFLOP/s that products reach (600, an H100)")
     parser.add_argument("--bandwidth", type=float, default=2.4, help="TB/s that memory reaches (2.4, an H100)")
-    parser.add_argument("--least", type=float, default=0.05, help="GB that an operation must move to be listed (0.05)")
+    parser.add_argument("--least", type=float, default=0.05, help="GB that operations must move to be listed (0.05)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Traces, prints, and returns the figures."""
     trace = trace_layer(options.tokens, options.lora_rank, options.dropout, options.checkpointing)
-    _print(trace, options)
     figures: dict[str, Any] = {"settings": {key: str(value) for key, value in vars(options).items()}}
-    for phase in ("forward", "backward"):
-        products_of, others = totals(trace, phase)
-        figures[phase] = {"products": _record(products_of), "others": _record(others)}
+    for phase in PHASES:
+        figures[phase] = {name: record(of, options) for name, of in totals(trace, phase).items()}
+        _print(trace, phase, options, figures[phase])
+    beside = sum(figures[phase]["beside products"]["gigabytes"] for phase in PHASES)
+    ms = sum(of["ms"] for phase in PHASES for of in figures[phase].values())
+    figures |= {"beside_products_gigabytes": beside, "layer_ms": ms}
+    console.print(f"Beside products and attention the layer moves {beside:.2f} GB, and takes {ms:.1f} ms in all")
     return figures
 
 
 def trace_layer(tokens: int, lora_rank: int, dropout: float, checkpointing: str) -> Trace:
-    """The second of two layers, so that its input needs a gradient as in all but the first."""
+    """A layer whose input needs a gradient, as that of all but the first does."""
     config = TrainConfig(
         model=ModelConfig(architecture=ArchitectureConfig(num_hidden_layers=1)),
         lora=LoraConfig(rank=lora_rank, alpha=2 * lora_rank, dropout=dropout),
         activation_checkpointing=checkpointing,
     )
+    conversations = Conversations(torch.arange(tokens))
     with torch.device("meta"):
         model = mixtral.build(config).train().model
         x = torch.empty(1, tokens, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        positions = torch.arange(tokens)[None]
-    conversations = Conversations(torch.arange(tokens))
+        rotary = model.rotary_emb(x, torch.arange(tokens)[None])
     conversations.bounds = conversations.bounds.to("meta")
-    rotary = model.rotary_emb(x, positions)
     trace = Trace()
     with _as_on_hopper(), trace:
         trace.phase = "forward"
@@ -69,46 +74,48 @@ def trace_layer(tokens: int, lora_rank: int, dropout: float, checkpointing: str)
     return trace
 
 
-def _as_on_hopper() -> Any:
-    """The layer takes the ways that it takes on a Hopper GPU."""
-    stack = mock.patch.multiple(products, way=lambda x, sizes: products.AllExperts)
-    flash = mock.patch.multiple(attention, _in_flash_attention=lambda query: True)
-    from contextlib import ExitStack
-
-    both = ExitStack()
-    both.enter_context(stack)
-    both.enter_context(flash)
-    return both
+@contextlib.contextmanager
+def _as_on_hopper() -> Iterator[None]:
+    """Within it the layer goes the ways that are chosen on a Hopper GPU."""
+    with (
+        mock.patch.object(products, "way", lambda x, sizes: products.AllExperts),
+        mock.patch.object(attention, "_in_flash_attention", lambda query: True),
+    ):
+        yield
 
 
-def totals(trace: Trace, phase: str) -> tuple[Sum, Sum]:
-    """Of matrix products and attention, and of all else."""
-    found = (Sum(), Sum())
-    for (of_phase, _, _), sums in trace.counted.items():
-        if of_phase == phase:
-            for one in sums:
-                which = 0 if one.flops else 1
-                found = (found[0] + one, found[1]) if which == 0 else (found[0], found[1] + one)
-    return found
+def totals(trace: Trace, phase: str) -> dict[str, list[Sum]]:
+    """The operations of a phase: matrix products and attention, and all else."""
+    of_phase = [one for (where, _, _), each in trace.counted.items() if where == phase for one in each]
+    return {
+        "products": [one for one in of_phase if one.flops],
+        "beside products": [one for one in of_phase if not one.flops],
+    }
 
 
-def _record(total: Sum) -> dict[str, Any]:
-    return {"kernels": total.kernels, "gigabytes": total.moved / 1e9, "tflop": total.flops / 1e12}
+def milliseconds(each: list[Sum], options: argparse.Namespace) -> float:
+    """That operations take, by arithmetic."""
+    return 1e3 * sum(one.seconds(options.tflops * 1e12, options.bandwidth * 1e12) for one in each)
 
 
-def _print(trace: Trace, options: argparse.Namespace) -> None:
-    for phase in ("forward", "backward"):
-        table = Table("operation", "largest tensor", "kernels", "GB read", "GB written", "TFLOP", "ms", title=phase)
-        rows = []
-        for (of_phase, name, shape), sums in trace.counted.items():
-            if of_phase == phase:
-                total = sum(sums, Sum())
-                ms = sum(one.seconds(options.tflops * 1e12, options.bandwidth * 1e12) for one in sums) * 1e3
-                rows.append((total, name, shape, ms))
-        for total, name, shape, ms in sorted(rows, key=lambda row: -row[0].moved):
-            if total.moved >= options.least * 1e9:
-                gigabytes = (f"{total.read / 1e9:.2f}", f"{total.written / 1e9:.2f}")
-                table.add_row(name, str(list(shape)), str(total.kernels), *gigabytes, f"{total.flops / 1e12:.2f}", f"{ms:.2f}")
-        console.print(table)
-        of_products, others = totals(trace, phase)
-        console.print(f"{phase}: products and attention {of_products.moved / 1e9:.2f} GB in {of_products.kernels} kernels, all else {others.moved / 1e9:.2f} GB in {others.kernels}")
+def record(each: list[Sum], options: argparse.Namespace) -> dict[str, Any]:
+    """The sums, fit for JSON."""
+    total = sum(each, Sum())
+    figures = {"kernels": total.kernels, "gigabytes": total.moved / 1e9, "tflop": total.flops / 1e12}
+    return figures | {"ms": milliseconds(each, options)}
+
+
+def _print(trace: Trace, phase: str, options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    table = Table("operation", "largest tensor", title=phase)
+    for name in ("kernels", "GB read", "GB written", "TFLOP", "ms"):
+        table.add_column(name, justify="right")
+    rows = [(name, shape, each) for (where, name, shape), each in trace.counted.items() if where == phase]
+    for name, shape, each in sorted(rows, key=lambda row: -sum(row[2], Sum()).moved):
+        total = sum(each, Sum())
+        if total.moved >= options.least * 1e9:
+            numbers = (total.read / 1e9, total.written / 1e9, total.flops / 1e12, milliseconds(each, options))
+            table.add_row(name, str(list(shape)), str(total.kernels), *(f"{number:.2f}" for number in numbers))
+    for name, of in figures.items():
+        moved = f"{of['gigabytes']:.2f} GB in all"
+        table.add_row(name, moved, str(of["kernels"]), "", "", f"{of['tflop']:.2f}", f"{of['ms']:.2f}")
+    console.print(table)

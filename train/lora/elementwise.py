@@ -1,4 +1,4 @@
-"""What a block computes element by element, as operators of torch (`torch.ops.openhermes`) with one kernel each on CUDA.
+"""What a block computes element by element, as operators of torch (`torch.ops.openhermes`), on CUDA one kernel each.
 
 On the CPU they are plain torch, whose passes find a group's rows in the caches. On a GPU every pass goes through the
 memory, and in plain torch these passes would take as long as half of the matrix products. So there an operator is a
@@ -11,7 +11,7 @@ intermediate. Sums and products are in float32 at least, whatever is read and wr
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,14 @@ from configs.program.errors import one_line, say
 _library = torch.library.Library("openhermes", "FRAGMENT")
 
 
-def operator(schema: str, *, shapes: Callable[..., Any], on_cuda: Callable[..., Any] | None = None) -> Any:
-    """Makes an operator of a function in plain torch; inside it, and so in its name, nothing is known of autograd.
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def operator(
+    schema: str, *, shapes: Callable[..., Any], on_cuda: Callable[..., Any] | None = None
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Makes an operator of a function in plain torch; autograd knows nothing of it.
 
     Args:
         schema: its arguments and results.
@@ -30,17 +36,19 @@ def operator(schema: str, *, shapes: Callable[..., Any], on_cuda: Callable[..., 
         on_cuda: stands in for plain torch on CUDA; the function of the same name in `kernels.py` unless told.
     """
 
-    def define(plain: Callable[..., Any]) -> Any:
+    def define(plain: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         name = plain.__name__
 
         def in_triton(*arguments: Any) -> Any:
             kernels = _kernels()
-            return (plain if kernels is None else getattr(kernels, name))(*arguments)
+            function: Callable[..., Any] = plain if kernels is None else getattr(kernels, name)
+            return function(*arguments)
 
         _library.define(name + schema)
         for device, function in (("CPU", plain), ("Meta", shapes), ("CUDA", on_cuda or in_triton)):
             _library.impl(name, function, device)
-        return getattr(torch.ops.openhermes, name)
+        made: Callable[Arguments, Result] = getattr(torch.ops.openhermes, name)
+        return made
 
     return define
 

@@ -102,8 +102,10 @@ class Group(ABC):
 
     @abstractmethod
     def times(self, x: torch.Tensor, weight: torch.Tensor, into: Buffer) -> torch.Tensor:
-        """x W, [rows, out], which then is in the group's part of the buffer; `weight` is [in, out], or [E, in, out] of all
-        experts."""
+        """x W, [rows, out], which then is in the group's part of the buffer.
+
+        `weight` is [in, out], or [E, in, out] with a matrix for each expert of the group.
+        """
 
     @abstractmethod
     def outer(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

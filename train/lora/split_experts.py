@@ -148,8 +148,8 @@ class _Projection:
         """From the gradient of the outputs, [rows, out].
 
         Returns:
-            The gradient of the inputs, [rows, in], which then is in `dx` as well, None without `dx`; and that of A m(x),
-            [rows, r], for `backward_of_weights`, None without an adapter.
+            The gradient of the inputs, [rows, in], which then is in `dx` as well, or None without `dx`; and that of
+            A m(x), [rows, r], for `backward_of_weights`, or None without an adapter.
         """
         gradient = None if dx is None else group.times(dy, self.weight[group.experts], dx)
         if (adapter := self._adapter_of(group)) is None:
@@ -251,9 +251,7 @@ class _SplitExperts(torch.autograd.Function):
         _, _, _, x_needed, _, *needed = ctx.needs_input_grad
         of_gate_up, of_down = (p.gradients(n) for p, n in zip((gate_up, down), _from_flat(needed), strict=True))
 
-        d_PH, d_weights_Tk = elementwise.weighted_sum_backward(
-            d_TH, y_PH, routed.row_of_Tk, routed.token_P, weights_Tk
-        )
+        d_PH, d_weights_Tk = elementwise.weighted_sum_backward(d_TH, y_PH, routed.row_of_Tk, routed.token_P, weights_Tk)
         dx_PH = way.buffer(routed, x_TH, x_TH.shape[1]) if x_needed else None
         d_PI = way.buffer(routed, x_TH, down.weight.shape[2])
         for group in way.of(routed):

@@ -39,8 +39,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, d_weight_H = rms_norm_backward(d, *ctx.saved_tensors, ctx.needs_input_grad[1])
-        return dx, d_weight_H if ctx.needs_input_grad[1] else None, None
+        x, weight_H, inverse = ctx.saved_tensors
+        of_weight = ctx.needs_input_grad[1]
+        dx, d_weight_H = rms_norm_backward(d, x, weight_H, inverse, of_weight)
+        return dx, d_weight_H if of_weight else None, None
 
 
 def _per_row(x: torch.Tensor) -> torch.Tensor:
