@@ -8,6 +8,7 @@ as its arithmetic at the rate that products reach, or as its bytes at the rate t
 import argparse
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
@@ -72,6 +73,39 @@ def trace_layer(tokens: int, lora_rank: int, dropout: float, checkpointing: str)
         trace.phase = "backward"
         torch.autograd.backward(out, torch.empty_like(out))
     return trace
+
+
+def kept_by_a_layer(tokens: int) -> int:
+    """Bytes that a layer keeps for its backward, without its weights."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trace_layer(tokens, 16, 0.0, "none")
+    return sum(kept.values())
+
+
+def expected(tokens: int, layers: int, tflops: float, bandwidth: float) -> dict[str, float]:
+    """What a step of one row on one GPU takes by arithmetic, and the share of the products' rate that is needed work."""
+    from benchmarks.step import needed_flops
+
+    options = argparse.Namespace(tflops=tflops, bandwidth=bandwidth)
+    trace = trace_layer(tokens, 16, 0.0, "none")
+    ms = sum(milliseconds(each, options) for phase in PHASES for each in totals(trace, phase).values())
+    sizes = asdict(ArchitectureConfig(num_hidden_layers=layers))
+    head = 2 * 2 * sizes["hidden_size"] * sizes["vocab_size"] * tokens
+    seconds = layers * ms / 1e3 + head / (tflops * 1e12)
+    needed = needed_flops(sizes, [tokens], tokens)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "share_of_peak": needed / seconds / (tflops * 1e12),
+    }
 
 
 @contextlib.contextmanager
