@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
 MOVES_NOTHING = {"empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "detach", "_unsafe_view"}
 """Beside views, the operations that touch no element."""
@@ -17,11 +17,13 @@ PICKS = {"index_select", "index", "gather", "embedding"}
 """Operations that read as much of their first tensor as they give, and no more."""
 
 
-@register_flop_formula(torch.ops.aten._grouped_mm)
-def _grouped_mm_flops(x: Any, weight: Any, *others: Any, out_shape: Any, **more: Any) -> int:
-    """Of all groups together: each row meets one matrix, or each pair of rows gives one."""
-    *_, size_out = out_shape
-    return 2 * x[0] * x[1] * (size_out if len(weight) == 3 else weight[1])
+def _grouped_mm_flops(x: torch.Tensor, weight: torch.Tensor, *_: Any, out_val: torch.Tensor, **__: Any) -> int:
+    """Of all groups together: a row of x meets one matrix, or a column of x all of weight's in one group."""
+    return 2 * x.numel() * (out_val.shape[-1] if weight.dim() == 3 else weight.shape[1])
+
+
+FLOPS = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+"""Those that torch doesn't count."""
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ def _count(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Sum:
             read += min(size, outputs) if index == 0 and name in PICKS else size
     if all(result.alias_info is None for result in func._schema.returns):
         written += outputs
-    count = flop_registry.get(func.overloadpacket)
+    count = FLOPS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
     flops = count(*args, **kwargs, out_val=out) if count else 0
     # torch counts attention as if every token saw all others
     return Sum(1, read, written, flops // 2 if "attn" in name else flops)

@@ -21,18 +21,9 @@ from rich.table import Table
 from configs.program.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "deepspeed",
-    "pyarrow",
-    "tokenizers",
-    "hydra",
-    "numpy",
-    "pytest",
-    "hypothesis",
-)
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers", "hydra", "pytest", "hypothesis")
+RESERVE = 10.0
+"""Seconds that are kept for what follows the last measurement."""
 TORCH = (2, 11)
 PYTHON = (3, 11)
 MIXTRAL = {
@@ -52,7 +43,7 @@ SMALL = {
     "num_local_experts": 4,
 }
 SHARDED_LAYERS = 8
-"""Layers of the step under ZeRO-3: on one GPU it gathers what is there already, so a part of the model tells as much."""
+"""Layers of the step under ZeRO-3, which on one GPU gathers what is there already: a few tell as much as all."""
 RATES = {"H100": (600, 2.4), "H200": (600, 3.6), "A100": (230, 1.5)}
 """TFLOP/s and TB/s for the arithmetic, by a GPU's name: what products and memory are known to reach. Others are taken
 for an H100."""
@@ -70,7 +61,7 @@ class Minutes:
     """What is left of them."""
 
     def __init__(self, minutes: float):
-        self._end = time.monotonic() + 60 * minutes
+        self._end = time.monotonic() + 60 * minutes - RESERVE
 
     @property
     def seconds_left(self) -> float:
@@ -226,12 +217,12 @@ def measure(part: dict[str, Any], minutes: Minutes, scratch: str) -> dict[str, A
         return {"left_out": f"it did not end in {expired.timeout:.0f} s"}
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """Of the processes: alone on this GPU, with this checkout, without a hub."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
     launch = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"}
     kept = {name: value for name, value in os.environ.items() if name not in launch}
-    return kept | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return kept | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"} | more
 
 
 def of_tests(seconds: float) -> dict[str, Any]:
@@ -268,7 +259,7 @@ def of_child(part: dict[str, Any], seconds: float) -> dict[str, Any]:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=environment() | ({"DS_ACCELERATOR": "cpu"} if settings["device"] == "cpu" else {}),
+            env=environment(**({"DS_ACCELERATOR": "cpu"} if settings["device"] == "cpu" else {})),
             capture_output=True,
             text=True,
             timeout=max(1.0, end - time.monotonic()),
@@ -286,7 +277,7 @@ def of_child(part: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def arithmetic(sizes: dict[str, int], row: int, figures: dict[str, Any]) -> dict[str, Any]:
-    """What traffic and floating-point operations, counted without a GPU, make one expect: see `benchmark.py traffic`."""
+    """What bytes and floating-point operations, counted without a GPU, make one expect; see `benchmark.py traffic`."""
     from benchmarks.traffic import expected
 
     rates = next((rate for name, rate in RATES.items() if name in figures["gpu"]["name"]), RATES["H100"])

@@ -91,7 +91,7 @@ def kept_by_a_layer(tokens: int) -> int:
 
 
 def expected(tokens: int, layers: int, tflops: float, bandwidth: float) -> dict[str, float]:
-    """What a step of one row on one GPU takes by arithmetic, and the share of the products' rate that is needed work."""
+    """What a step of one row takes on one GPU by arithmetic, and what share of the products' rate is needed work."""
     from benchmarks.step import needed_flops
 
     options = argparse.Namespace(tflops=tflops, bandwidth=bandwidth)
