@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.program.arguments import readable
-from configs.program.entry import explain
+from configs.program.entry import CONFIG_DIR
 from configs.program.errors import UserError
+from configs.program.explanations.composing import explain
+from configs.program.explanations.program import Program
 from data.rows.columns import names_of
 from data.rows.conversion import Converter
 from data.rows.reading import RawRow, Reject, read_file
@@ -176,7 +178,8 @@ def changed(config: InferenceConfig, text: str) -> InferenceConfig:
         values = {override.key_or_group: override.value() for override in overrides}
         merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), values))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, "inference", "inference", InferenceConfig)) from error
+        program = Program("inference", "inference", InferenceConfig, CONFIG_DIR)
+        raise UserError(explain(error, program, [CONFIG_DIR])) from error
     assert isinstance(merged, InferenceConfig)
     merged.check_sampling()
     return merged
