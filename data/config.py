@@ -12,7 +12,7 @@ from data.vocabulary import EMBEDDED
 AUTO = "auto"
 """The schema is found by looking at the rows."""
 SCHEMAS = tuple(ROW_FIELDS)
-SHAPELESS = ("task", "output", "workers", "rows")
+SHAPELESS = ("task", "output", "workers", "rows", "conversations", "where", "train_rows")
 """Settings that do not change what a prepared dataset holds."""
 
 
@@ -92,7 +92,13 @@ class PrepareConfig:
     """Processes that encode, the first one included; 0 means one a core, fewer if there is little to do. What is
     written is the same."""
     rows: int = 3
-    """Rows that `task=preview` prints."""
+    """Rows that `task=preview` prints, the first ones, and `task=report` shows, from all over the training split."""
+    conversations: int = 0
+    """So many conversations are shown instead of whole rows; 0 for whole rows."""
+    where: str | None = None
+    """The row to show, by file and by line or item, as rejects.jsonl counts them: `where=rows.jsonl:17`."""
+    train_rows: list[int] = field(default_factory=list)
+    """The rows of the training split to show, by the numbers that a training run gives: `train_rows=[3,17]`."""
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
@@ -113,11 +119,16 @@ class PrepareConfig:
         wanted = "it is a similarity; give a number above 0, at most 1"
         between("near_threshold", self.near_threshold, ABOVE_0, 1, wanted)
         between("workers", self.workers, 0, 1024, "it is a number of processes; give 1 or more, or 0 for one a core")
+        between("conversations", self.conversations, 0, math.inf, "there can't be fewer than none; 0 is for whole rows")
+        if self.where is not None and self.train_rows:
+            raise UserError(f"where={self.where}: train_rows are named too; keep one of the two")
         between("rows", self.rows, 1, math.inf, "there is nothing to show; give at least 1")
         if self.task != "prepare":
             return
         if not self.files and not self.dataset:
-            raise UserError("files: nothing to prepare; name files, as in files=[rows.jsonl], or a dataset on the hub")
+            raise UserError(
+                "files: nothing to prepare; name files, as in 'files=[rows.jsonl]', or a dataset on the hub"
+            )
         if self.files and self.dataset:
             raise UserError(f"dataset={self.dataset}: files are named too; keep one of the two")
         schemas = SCHEMAS if self.schema == AUTO else (self.schema,)

@@ -23,17 +23,18 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from data.config import SHAPELESS, PrepareConfig
 from data.disk.files import staging
-from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, SPLITS, damage, read_manifest
+from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, REJECTS, SPLITS, damage, read_manifest
 from data.rows.reading import as_arguments
 from data.rows.sources import Source, find_sources
 from data.stages.contamination import describe_evaluations, load_evaluations
 from data.stages.encoding import Pool, number_of_workers, pool
 from data.stages.intake import CLEANED, Intake
 from data.stages.packing import pack
+from data.stages.splitting import choose_eval, repetitions
 from data.stages.store import Index, conversation_store
-from data.stages.writing import REJECTS, keep_rejects, publish, refuse_foreign, write_rows
+from data.stages.writing import keep_rejects, publish, refuse_foreign, write_rows
 
-PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash")
+PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash", "regex")
 """Those whose version can change what is written; Python's can too, by the Unicode tables that tell what a word is."""
 
 SOME = 5
@@ -70,6 +71,7 @@ def prepare(config: PrepareConfig) -> None:
         refuse_too_many(intake, config.max_reject_fraction, dataset / REJECTS, output)
         refuse_unseen(intake, config.columns)
         index = store.index()
+        repeats = repetitions(index)
         manifest = {
             "kind": MANIFEST_KIND,
             **wanted,
@@ -81,15 +83,17 @@ def prepare(config: PrepareConfig) -> None:
                 "rejected": intake.rows - intake.kept,
                 "rejected_by_reason": dict(sorted(intake.rejected.items())),
             },
+            "repeated": len(repeats),
             "repaired": dict(sorted(intake.repaired.items())),
             "shortened": {name: intake.shortened[name] for name in ("rows", "turns_left_out", "replies_cut")},
         }
-        for split, chosen in choose(index, intake, config).items():
+        for split, chosen in choose(index, repeats, intake, config).items():
             with console.status(f"Packing and writing {len(chosen):,} conversations ({split})"):
                 plan = plan_rows(chosen, index, config)
                 write_rows(dataset / split / "rows.arrow", plan, store, index)
             manifest[split] = count(plan, index, config)
         manifest |= {"seq_len": config.seq_len, "packing": config.packing, "seed": config.seed}
+        intake.places.write(dataset)
         publish(dataset, output, manifest)
     summarize(manifest, output)
 
@@ -168,31 +172,14 @@ def refuse_unseen(intake: Intake, columns: dict[str, str]) -> None:
             raise UserError(f"columns.{field}={name}: no row has such a field{there}; correct the name, or take it off")
 
 
-def choose(index: Index, intake: Intake, config: PrepareConfig) -> dict[str, list[int]]:
+def choose(index: Index, repeats: dict[int, int], intake: Intake, config: PrepareConfig) -> dict[str, list[int]]:
     """The conversations of each split, by their positions in `index`; what is trained on more than once, so often."""
-    held_out = choose_eval(np.unique(index.rows).tolist(), config.eval_fraction, config.seed)
+    held_out = choose_eval(np.unique(index.rows).tolist(), repeats, config.eval_fraction, config.seed)
     conversations = list(enumerate(index.rows.tolist()))
     return {
         "train": [i for i, row in conversations if row not in held_out for _ in range(intake.copies[i])],
         "eval": [i for i, row in conversations if row in held_out],
     }
-
-
-def choose_eval(rows: list[int], fraction: float, seed: int) -> set[int]:
-    """Which rows are held out, with all that was made of them: a seeded draw, at least one unless the fraction is 0.
-
-    Raises:
-        UserError: a single row can't be both trained on and held out.
-    """
-    if fraction == 0:
-        return set()
-    number = max(1, round(len(rows) * fraction))
-    if number >= len(rows):
-        raise UserError(
-            f"eval_fraction={fraction}: it would hold out {number} of {len(rows)} rows and leave none to train on; "
-            f"give more rows, or eval_fraction=0"
-        )
-    return set(random.Random(seed).sample(rows, number))
 
 
 def plan_rows(chosen: list[int], index: Index, config: PrepareConfig) -> list[list[int]]:
@@ -248,6 +235,9 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
             console.print(f"{named(source)}: read as {source['schema']} rows, by looking: {found}", soft_wrap=True)
     if manifest["repaired"]:
         console.print(f"Repaired rows: {', '.join(f'{name} {n:,}' for name, n in manifest['repaired'].items())}")
+    if manifest["repeated"]:
+        sides = "; what is held out is not trained on" if manifest["eval"]["conversations"] else ""
+        console.print(f"{manifest['repeated']:,} of the kept rows repeat a conversation (duplicates=drop){sides}")
     if told := unread_line(manifest["inputs"]):
         console.print(told, soft_wrap=True)
     if (shortened := manifest["shortened"])["rows"]:

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
 
 from configs.program.errors import UserError
+from configs.program.launch import cores
 from data.config import PrepareConfig
 from data.rows.columns import Names
 from data.rows.conversion import Converter
-from data.rows.reading import Chunk, RawRow, Reject, Settings
+from data.rows.reading import Chunk, RawRow, Reject
 from data.schema import Conversation, TokenizedConversation
 from data.stages.contamination import Evaluations
 from data.stages.duplicates import Likeness, likeness
-from data.stages.overlong import split_turns, truncate
+from data.stages.overlong import least_tokens, split_turns, truncate, within_reach
 from data.template import EOS_ID, ChatTokenizer
 from data.vocabulary import local_tokenizer
 
@@ -28,6 +29,9 @@ AHEAD = 3
 
 LONGEST_QUEUE = 16
 """Chunks for each further process that are under way or wait for an earlier one; bounds the memory."""
+
+LARGE_ROW = 8 << 20
+"""Bytes of a row that stays in the process that read it."""
 
 BYTES_PER_WORKER = 16 << 20
 """A further process is worth its second of starting for each so many bytes of rows."""
@@ -101,23 +105,31 @@ class Encoder:
                     if config.duplicates != "keep":
                         encoded.likenesses.append(likeness(outcome, near=config.duplicates == "drop_near"))
                     continue
-                what = "the conversation"
-                if config.overlong != "drop":
-                    what = "no prompt fits with something to train after it: the conversation"
-                detail = f"{what} has {len(tokenized)} tokens, and a row holds {config.seq_len}"
-                settings: Settings = {"overlong": ("truncate",)} if config.overlong == "drop" else {}
-                outcome = Reject.of(row, "too_long", f"{detail} (seq_len)", settings)
+                outcome = self._too_long(row, f"{len(tokenized)} tokens")
             assert isinstance(outcome, Reject)
             encoded.rejects.append((index, outcome))
         encoded.seen = set(names.given) - converter.unseen
         return encoded
 
     def _conversation(self, row: RawRow, converter: Converter) -> Conversation | Reject:
+        """The conversation of a row, as far as it can be kept."""
         outcome = converter.convert(row)
-        if isinstance(outcome, Reject) or self.evaluations is None:
+        if isinstance(outcome, Reject):
+            return outcome
+        if self.config.overlong != "drop":
+            outcome = within_reach(outcome, self.config.seq_len)
+        elif (least := least_tokens(outcome)) > self.config.seq_len:
+            return self._too_long(row, f"at least {least} tokens")
+        if self.evaluations is None:
             return outcome
         shared = self.evaluations.shared_with(outcome)
         return outcome if shared is None else Reject.of(row, "contaminated", f"evaluation data has it too: {shared}")
+
+    def _too_long(self, row: RawRow, has: str) -> Reject:
+        dropped = self.config.overlong == "drop"
+        what = "the conversation" if dropped else "no prompt fits with something to train after it: the conversation"
+        detail = f"{what} has {has}, and a row holds {self.config.seq_len} (seq_len)"
+        return Reject.of(row, "too_long", detail, {"overlong": ("truncate",)} if dropped else {})
 
     def _fit(self, conversation: Conversation, tokenized: TokenizedConversation) -> list[TokenizedConversation]:
         """What is kept of a conversation: itself if it fits a row, else what the policy makes of it."""
@@ -168,8 +180,10 @@ class Pool:
         under_way: deque[Future[EncodedChunk] | EncodedChunk] = deque()
         try:
             for chunk in chunks:
+                # A large row is encoded here, as handing it over would copy it twice.
+                large = isinstance(chunk.content, list) and len(chunk) == 1 and len(chunk.content[0] or ()) > LARGE_ROW
                 waiting = sum(isinstance(piece, Future) and not piece.done() for piece in under_way)
-                if waiting < AHEAD * self._others:
+                if waiting < AHEAD * self._others and not large:
                     with without_interrupts():
                         under_way.append(self._executor.submit(_encode, chunk, names))
                 else:
@@ -222,8 +236,7 @@ def number_of_workers(asked: int, total_bytes: int) -> int:
     """As many as asked for; if that is left open, one a core, and fewer if `total_bytes` of rows are few."""
     if asked:
         return asked
-    cores = len(os.sched_getaffinity(0))
-    return min(cores, 1 + total_bytes // BYTES_PER_WORKER)
+    return min(cores(), 1 + total_bytes // BYTES_PER_WORKER)
 
 
 # In the other processes

@@ -6,7 +6,6 @@ What depends on the rows before (duplicates) or on the number of a row (weights)
 import hashlib
 import json
 from array import array
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
@@ -14,6 +13,7 @@ from typing import Any, TextIO
 
 from configs.program.errors import UserError
 from data.config import AUTO, PrepareConfig
+from data.prepared.places import Places
 from data.rows.columns import Names, harmless, look
 from data.rows.reading import Chunk, RawRow, Reject, Settings
 from data.rows.sources import Source
@@ -50,6 +50,8 @@ class Intake:
         """Kept rows that were longer than allowed, and what they lost."""
         self.copies = array("i")
         """For each conversation in the store, how often an epoch trains on it."""
+        self.places = Places()
+        """Where each row stands."""
         self.inputs: list[dict[str, Any]] = []
         """What the manifest says of each source."""
         self.unseen = {name for field, name in config.columns.items() if name != field}
@@ -58,7 +60,6 @@ class Intake:
         self._config, self._store, self._rejects = config, store, rejects
         near_threshold = config.near_threshold if config.duplicates == "drop_near" else None
         self._seen = None if config.duplicates == "keep" else Seen(near_threshold=near_threshold)
-        self._places = Places()
         self._useless = set(config.columns)  # that no source so far has a use for
 
     def read(self, source: Source, pool: Pool, *, is_last: bool) -> Iterator[int]:
@@ -103,8 +104,7 @@ class Intake:
 
     def _take(self, encoded: EncodedChunk, source: Source) -> None:
         rejects = dict(encoded.rejects)
-        if self._seen is not None:
-            self._places.add(self.rows, encoded)
+        self.places.add(encoded.file, encoded.unit, encoded.numbers)
         for position, (index, parts) in enumerate(encoded.kept):
             row = self.rows + index
             copies = copies_of(row, source.weight, self._config.seed)
@@ -140,7 +140,7 @@ class Intake:
             return None
         other, similarity = earlier
         number = encoded.numbers[encoded.kept[position][0]]
-        kept = self._places.of(other)
+        kept = self.places.of(other)
         if similarity is None:
             detail, reason = "the same conversation was there before", "duplicate"
         else:
@@ -148,28 +148,7 @@ class Intake:
                 f"a conversation that is alike was there before (similarity {similarity:.2f})",
                 "near_duplicate",
             )
-        return Reject(encoded.file, encoded.unit, number, reason, detail, kept)
-
-
-class Places:
-    """Where each row stands in its file, by its number over all sources: eight bytes a row."""
-
-    def __init__(self) -> None:
-        self._numbers = array("q")
-        self._firsts: list[int] = []
-        self._files: list[tuple[str, str]] = []
-
-    def add(self, first: int, encoded: EncodedChunk) -> None:
-        """The rows of a chunk, the next ones."""
-        if not self._files or self._files[-1] != (encoded.file, encoded.unit):
-            self._firsts.append(first)
-            self._files.append((encoded.file, encoded.unit))
-        self._numbers.extend(encoded.numbers)
-
-    def of(self, row: int) -> dict[str, Any]:
-        """File, and line or row."""
-        file, unit = self._files[bisect_right(self._firsts, row) - 1]
-        return {"file": file, unit: self._numbers[row]}
+        return Reject(encoded.file, encoded.unit, number, reason, detail, {"file": kept.file, kept.unit: kept.number})
 
 
 def _told(unread: Counter[str]) -> dict[str, dict[str, int]]:

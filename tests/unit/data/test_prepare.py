@@ -58,7 +58,7 @@ def tree(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
-WHOLE = {"manifest.json", "rejects.jsonl", "train/rows.arrow", "eval/rows.arrow"}
+WHOLE = {"manifest.json", "rejects.jsonl", "places.arrow", "train/rows.arrow", "eval/rows.arrow"}
 
 
 @pytest.fixture
