@@ -28,6 +28,8 @@ SETTINGS = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
+    "repetition_penalty",
     "seed",
     "batch_size",
     "batching",
