@@ -141,7 +141,6 @@ CASES = {
     "train lora.expert_ranks=[8,0] lora.experts=[1]": ["lora.expert_ranks=[8, 0]", "lora.experts=[1]", "above 0"],
     "train lora=attention lora.experts=[0]": ["lora.experts=[0]", "no expert has an adapter", "gate_up_proj"],
     "train lora=attention lora.expert_ranks=[8,8]": ["lora.expert_ranks=[8, 8]", "leave it out"],
-    "train lora=attention lora.export_per_expert=true": ["lora.export_per_expert=True", "leave it out"],
     "train dry_run=true lora.expert_ranks=[8,8]": ["lora.expert_ranks=[8, 8]", "8 experts a layer"],
     "train lora=by_load": ["lora.load", "task=profile"],
     BY_LOAD: ["lora.load", "task=profile"],

@@ -15,7 +15,8 @@ from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
 from train.history import finite
-from train.lora import factors, peft_files
+from train.lora import factors
+from train.lora.files import peft_files
 from train.lora.proof import Movement
 from train.saving.background import Background
 from train.saving.starting_point import movements_of

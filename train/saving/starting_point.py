@@ -11,8 +11,9 @@ from data.disk.adapter_directory import WEIGHTS
 from train.config.lora import LoraConfig
 from train.config.train import TrainConfig
 from train.engine.zero import gathered_whole
-from train.lora import factors, peft_files
+from train.lora import factors
 from train.lora.attach import trainable
+from train.lora.files import peft_files
 from train.lora.proof import Movement, movements
 
 

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -438,6 +439,9 @@ def test_the_card_says_what_a_reader_needs(tmp_path: Path) -> None:
     ):
         assert part in card
     assert str(tmp_path) not in card.replace(f"{tmp_path.name}/base", "")
+    told = (tmp_path / "out" / "merge.json").read_text()
+    assert str(tmp_path) not in told
+    assert not re.search(r'"/|=/', told)  # neither the base's and adapter's paths nor those of the command
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

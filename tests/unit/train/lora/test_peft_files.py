@@ -18,7 +18,8 @@ from transformers import MixtralForCausalLM
 from configs.program.errors import UserError
 from tests.support.nano import nano_config, save, trained_nano
 from train.config.lora import LoraConfig
-from train.lora import attach, factors, peft_files
+from train.lora import attach, factors
+from train.lora.files import peft_files
 from train.lora.proof import movements
 from train.saving.starting_point import movements_of, start_from
 
