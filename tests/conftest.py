@@ -30,6 +30,12 @@ PROGRAMS = {"data": "data.run", "train": "train.run", "inference": "inference.ru
 settings.register_profile("project", deadline=None, print_blob=True)
 settings.load_profile("project")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores, and so does what they start: more threads than cores wait for each other, busily.
+    share = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(share)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 
 def golden(name: str) -> list[Any]:
     """The rows of ../shared/golden/{name}.jsonl as parameters of a test, each with its row's name as id."""

@@ -26,6 +26,8 @@ from train.loop import Preempted, train
 from train.model.loss import MixtralWithLoss
 from train.model.mixtral import build, check_embeddings
 from train.plan import show_plan
+from train.report.recorded import note_launch
+from train.report.report import report
 from train.reporting.metrics import Metrics
 from train.saving.identity import Inputs
 from train.saving.receipt import record_launch
@@ -46,6 +48,9 @@ def run(config: TrainConfig) -> None:
     config.check()
     if config.dry_run:
         show_plan(config)
+        return
+    if config.task == "report":
+        report(config)
         return
     signals = Signals(config.failures.grace)
     dataset = PreparedDataset(config.dataset)
@@ -94,6 +99,8 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     health = Health(config.failures)
     resumed = restore(directory, checkpoint, engine, health, dataset.train.batch([None] * batch.micro_batch))
     history = History(resumed)
+    if processes.is_main:
+        note_launch(directory.path, record.launch["started"], processes.count, history.resumed_after)
     metrics = Metrics(directory.path, config.logging, record.settings, is_main=processes.is_main, resumed=resumed)
     saver = Saver(directory, record, engine, history, metrics, health)
     signals.begin_training()

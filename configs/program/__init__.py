@@ -9,6 +9,7 @@
     errors.py      `UserError`, which holds one sentence: field, value, remedy
     console.py     the one console for stderr: no markup, and a closed terminal ends nothing
     secrets.py     hides keys in all that is written
+    page/          pages that open anywhere, and their charts
     provenance.py  commit, versions, machine and command, for receipts
 
 Imports nothing of ours outside itself; everything else may import it.

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.prepared.layout import REJECTS, SPLITS, open_split, open_whole
 from data.prepared.selection import ShownRow, selected
@@ -82,10 +82,8 @@ def report(config: PrepareConfig) -> None:
     rows = selected(directory, manifest, tables, config, spread=True)
     tokenizer = ChatTokenizer.load(config.tokenizer)
     lengths, turns, used = _histograms(tables, manifest["seq_len"])
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        Path(__file__).with_name("report.html.j2"),
         name=directory.name,
         manifest=manifest,
         splits=SPLITS,
@@ -95,7 +93,7 @@ def report(config: PrepareConfig) -> None:
             ("Tokens in rows", f"tokens of {manifest['seq_len']:,}", used),
         ],
         rejects=_rejects(directory),
-        examples=[_example(row, tokenizer) for row in rows],
+        examples=[example(row, tokenizer) for row in rows],
     )
     path = directory.with_name(f"{directory.name}-report.html")
     try:
@@ -131,7 +129,7 @@ def _rejects(directory: Path) -> list[dict[str, Any]]:
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 
-def _example(row: ShownRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
+def example(row: ShownRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """The conversations of a row, each in segments."""
     conversations = []
     for conversation in row.conversations:

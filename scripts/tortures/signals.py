@@ -18,9 +18,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from .harness.launch import Launch, attempts, kill
+from .harness.launch import Launch
 from .harness.outcome import check_newest, first_difference, last_checkpoint, last_step
-from .harness.trials import common_arguments, generator, report, require
+from .harness.processes import kill
+from .harness.trials import attempts, common_arguments, generator, report, require
 from .harness.workplace import Workplace, workplace
 
 WANDB = {"logging.wandb": "offline"}

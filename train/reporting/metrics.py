@@ -23,6 +23,7 @@ from data.disk.files import replace_file
 from train.config.train import LoggingConfig
 from train.history import StepRecord, finite
 from train.model.routing import Routing
+from train.report.report import try_report
 from train.reporting.wandb_run import Wandb
 
 METRICS = "metrics.jsonl"
@@ -57,6 +58,7 @@ class Metrics:
         """
         self._is_main = is_main
         self._config = config
+        self._directory = directory
         self._dataset = settings.get("dataset")
         resumed = resumed or {}
         self._wandb_id: str | None = resumed.get("wandb")
@@ -161,6 +163,7 @@ class Metrics:
         if self._is_main:
             console.print(f"step {step}: evaluation loss {loss:.4f}")
             self._write({"step": step, "evaluation_loss": loss})
+            try_report(self._directory, with_examples=False)  # the rows' text would need a tokenizer, and its time
 
     def saved(self, step: int, paused: float, took: float) -> None:
         """Records a checkpoint: the seconds for which training stood still, and until it was on the disk."""
@@ -172,9 +175,11 @@ class Metrics:
             self._lines.sync()
 
     def close(self, within: float = 10.0) -> None:
-        """Closes metrics.jsonl and ends wandb's run; wandb, which may have to upload, gets `within` seconds."""
+        """Closes metrics.jsonl, writes the report, and ends wandb's run; wandb, which may have to upload, gets `within`
+        seconds."""
         if self._lines is not None:
             self._lines.close()
+            try_report(self._directory)
         if self._wandb is not None:
             self._wandb.close(within)
 

@@ -129,10 +129,12 @@ def test_routers_go_to_the_file_by_layer_and_movement_to_the_screen(
     assert len(line["expert_load"]) == len(line["router_entropy"]) == len(line["router_auxiliary_loss"]) == 2
     assert len(line["unused_experts"]) == 8
 
+    # An expert of rank 0 has nothing that could move, and one that stood still is counted.
     show_movements([Movement(1, "down_proj", (4, 4, 0, 4), [0.25, 0.0, 0.0, 3.0])])
     shown = capsys.readouterr().err
-    for part in ("down_proj", "0.25", "3", "-"):
+    for part in ("down_proj", "0 (1, 1)", "0.25", "3 (1, 3)", "2 of 3"):
         assert part in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_a_run_that_goes_on_keeps_the_lines_up_to_its_checkpoint(
