@@ -236,8 +236,9 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
     if manifest["repaired"]:
         console.print(f"Repaired rows: {', '.join(f'{name} {n:,}' for name, n in manifest['repaired'].items())}")
     if manifest["repeated"]:
-        sides = "; what is held out is not trained on" if manifest["eval"]["conversations"] else ""
-        console.print(f"{manifest['repeated']:,} of the kept rows repeat a conversation (duplicates=drop){sides}")
+        told = f"{manifest['repeated']:,} of the kept rows repeat a conversation, which duplicates=drop leaves out"
+        sides = "; equal ones are all trained on or all held out" if manifest["eval"]["conversations"] else ""
+        console.print(told + sides, soft_wrap=True)
     if told := unread_line(manifest["inputs"]):
         console.print(told, soft_wrap=True)
     if (shortened := manifest["shortened"])["rows"]:

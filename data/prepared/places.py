@@ -15,6 +15,9 @@ from configs.program.errors import UserError
 
 PLACES = "places.arrow"
 
+LONGEST_NUMBER = 18
+"""Digits of a line's number, so that it fits 64 bits."""
+
 Run = tuple[int, str, str]
 """The first row of a file, counted over all sources; the file; and what is counted in it: line or row."""
 
@@ -44,7 +47,7 @@ class Places:
 
     def add(self, file: str, unit: str, numbers: Sequence[int]) -> None:
         """The next rows, of one file."""
-        if not self._runs or self._runs[-1][1:] != (file, unit):
+        if numbers and (not self._runs or self._runs[-1][1:] != (file, unit)):
             self._runs.append((len(self._numbers), file, unit))
         self._numbers.extend(numbers)
 
@@ -53,8 +56,9 @@ class Places:
         _, file, unit = self._runs[bisect_right(self._runs, row, key=lambda run: run[0]) - 1]
         return Place(file, unit, int(self._numbers[row]))
 
-    def row_at(self, where: str, setting: str) -> int:
-        """The row at `FILE:NUMBER`; the file's name is enough where no other ends like it.
+    def rows_at(self, where: str, setting: str) -> range:
+        """The rows at `FILE:NUMBER`, several if they stand in one line; a name without its folders is enough for a file
+        if no other is called so.
 
         Raises:
             UserError: there is none; the text begins with `setting`.
@@ -63,7 +67,7 @@ class Places:
         runs = [run for run in self._runs if run[1] == name] or [
             run for run in self._runs if run[1].endswith(f"/{name}")
         ]
-        if not number.isdecimal() or not name:
+        if not name or not number.isdecimal() or len(number) > LONGEST_NUMBER:
             raise UserError(f"{setting}={where}: it is no place; give FILE:NUMBER, for example {self.of(0)}")
         if len(runs) != 1:
             files = ", ".join(list(dict.fromkeys(file for _, file, _ in runs or self._runs))[:5])
@@ -73,12 +77,12 @@ class Places:
         first, file, unit = runs[0]
         after = [start for start, _, _ in self._runs if start > first]
         numbers = np.asarray(self._numbers[first : after[0] if after else len(self._numbers)])
-        found = int(np.searchsorted(numbers, int(number)))
-        if found == len(numbers) or numbers[found] != int(number):
+        found, end = np.searchsorted(numbers, int(number), "left"), np.searchsorted(numbers, int(number), "right")
+        if found == end:
             raise UserError(
                 f"{setting}={where}: no row stands there; {file} has them from {unit} {numbers[0]} to {numbers[-1]}"
             )
-        return first + found
+        return range(first + int(found), first + int(end))
 
     def write(self, directory: Path) -> None:
         """Writes the file of a dataset."""

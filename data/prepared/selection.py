@@ -81,32 +81,32 @@ def _first(rows: list[ShownRow], wanted: int, *, spread: bool) -> list[ShownRow]
 
 def _made_of(directory: Path, tables: dict[str, pa.Table], where: str, places: Places) -> Iterator[ShownRow]:
     """The rows with what was made of the row at a place, each conversation once."""
-    row = places.row_at(where, "where")
+    rows = places.rows_at(where, "where")
     seen = set()
     for split, table in tables.items():
-        for number in _rows_with(table, row):
+        for number in _rows_with(table, rows):
             shown = _shown(split, number, table, places)
-            own = [
-                conversation
-                for source, conversation in zip(shown.packed.rows, shown.conversations, strict=True)
-                if source == row and conversation.tokenized not in seen
-            ]
-            seen |= {conversation.tokenized for conversation in own}
+            own = []
+            for row, conversation in zip(shown.packed.rows, shown.conversations, strict=True):
+                if row in rows and conversation.tokenized not in seen:
+                    seen.add(conversation.tokenized)
+                    own.append(conversation)
             if own:
                 yield replace(shown, conversations=own)
     if not seen:
-        reject = _reject_of(directory, places.of(row))
+        reject = _reject_of(directory, places.of(rows[0]))
         why = "is not in the dataset" if reject is None else f"was rejected ({reject['reason']}): {reject['detail']}"
         raise UserError(f"where={where}: the row {why}")
 
 
-def _rows_with(table: pa.Table, row: int) -> list[int]:
-    """The packed rows that hold something of a row."""
+def _rows_with(table: pa.Table, rows: range) -> list[int]:
+    """The packed rows that hold something of these rows."""
     found: list[int] = []
     first = 0
     for batch in table.select(["rows"]).to_batches():
         ends = batch["rows"].offsets.to_numpy()[1:]
-        hits = np.flatnonzero(batch["rows"].values.to_numpy() == row)
+        values = batch["rows"].values.to_numpy()
+        hits = np.flatnonzero((values >= rows.start) & (values < rows.stop))
         found += (first + np.unique(np.searchsorted(ends, hits, side="right"))).tolist()
         first += batch.num_rows
     return found

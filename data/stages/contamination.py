@@ -18,6 +18,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import xxhash
 from configs.program.errors import UserError, one_line
 from data.disk import hub
 from data.disk.files import sha256
-from data.rows.containers import opened
+from data.rows.containers import opened, plain_name
 from data.rows.reading import RawRow
 from data.rows.repository import DataFile, Wanted, fetched, kind_of
 from data.rows.sources import files_of
@@ -180,10 +181,9 @@ def _texts_of_file(name: str) -> Iterator[str]:
     """Every text in a file of JSON or of rows, or the paragraphs of any other."""
     named = f"contamination={name}"
     try:
-        kind = kind_of(name)
-        if kind is None:
+        if kind_of(name) is None:
             yield from _content(name).split("\n\n")
-        elif kind == "JSON" and (whole := _parsed(_content(name))) is not None:
+        elif plain_name(name).suffix.lower() == ".json" and (whole := _parsed(_content(name))) is not None:
             yield from _texts_in(whole)
         else:
             for chunk in DataFile(name, name).chunks("", named):
@@ -191,7 +191,7 @@ def _texts_of_file(name: str) -> Iterator[str]:
                     if not isinstance(row, RawRow):
                         raise UserError(f"{named}: {row.unit} {row.number}: {row.detail}; mend it, or take it out")
                     yield from _texts_in(row.value)
-    except (ValueError, OSError, EOFError, RecursionError) as error:
+    except (ValueError, OSError, EOFError, LZMAError, RecursionError) as error:
         raise UserError(
             f"{named}: it can't be read ({one_line(error)}); give a file that `files` takes, any JSON, or UTF-8 text"
         ) from error
@@ -199,7 +199,10 @@ def _texts_of_file(name: str) -> Iterator[str]:
 
 def _content(name: str) -> str:
     """A file's text, unpacked."""
-    file, _ = opened(name)
+    try:
+        file, _ = opened(name)
+    except UserError as error:  # what it is can't be read by anyone
+        raise UserError(str(error).replace("files=", "contamination=", 1)) from error
     with file:
         return file.read().decode("utf-8-sig")
 

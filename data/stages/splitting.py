@@ -55,8 +55,8 @@ def choose_eval(rows: list[int], repeats: dict[int, int], fraction: float, seed:
         groups[repeats.get(row, row)].append(row)
     if len(groups) == 1:
         raise UserError(
-            f"eval_fraction={fraction}: all {len(rows)} rows hold the same conversation, and one that is held out must "
-            f"not be trained on; give other rows, or eval_fraction=0"
+            f"eval_fraction={fraction}: all {len(rows)} rows hold the same conversation, which can't be trained on and "
+            f"held out; give other rows, or eval_fraction=0"
         )
     held_out: set[int] = set()
     for first in random.Random(seed).sample(list(groups), min(number, len(groups))):

@@ -135,6 +135,7 @@ def test_where_that_names_nothing(run_program: Callable[..., Any], prepared: Pat
         ("rows.json:60", "was rejected (unknown_role): conversations[0] is said by 'tool'"),
         ("rows.json:62", "no row stands there; rows.json has them from row 0 to 61"),
         ("other.json:1", "no file was called so; give rows.json"),
+        (f"rows.json:{'9' * 5000}", "it is no place; give FILE:NUMBER"),
         ("rows.json", "it is no place; give FILE:NUMBER, for example rows.json:0"),
     ):
         outcome = run_program("data", "task=preview", "output=out", f"where={where}")
@@ -167,6 +168,13 @@ def test_held_out_split_and_repeated_rows_are_found(run_program: Callable[..., A
         assert len(shown) == 3  # its parts, each once though an epoch trains on it twice
         assert all(f", rows.json:{row}: " in line for line in shown)
         assert ("row of eval" in out) == (row in held_out)
+
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "Say it.", "output": str(n)} for n in range(5)]))
+    settings = ("output=out", "eval_fraction=0", "weights={rows.json: 3}")
+    assert run_program("data", "files=[rows.json]", *settings).exit_code == 0
+    assert len(PreparedDataset(tmp_path / "out").train) == 1  # copies of a row in one packed row
+    out = run_program("data", "task=preview", "output=out", "where=rows.json:2").stdout
+    assert len(headings(out)) == 2
 
 
 def test_rows_of_a_step_and_a_number_of_conversations(run_program: Callable[..., Any], prepared: Path) -> None:

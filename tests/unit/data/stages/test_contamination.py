@@ -188,7 +188,11 @@ def test_evaluation_data_that_cannot_be_read(run_program: Callable[..., Any], tm
     (tmp_path / "broken.jsonl").write_text('{"q": "one"}\n{"q": \n')
     (tmp_path / "broken.csv").write_text('q\n"one,two\n')
     (tmp_path / "broken.txt").write_bytes(b"\xff\xfe\x00")
+    for name in ("pointer.json", "pointer.txt"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     for name, told in (
+        ("pointer.json", "git lfs pull"),
+        ("pointer.txt", "git lfs pull"),
         ("mmul", f"no such task; it is a file, or one of {', '.join(TASKS)}"),
         ("broken.jsonl", "line 2"),
         ("broken.csv", "CSV"),

@@ -123,8 +123,8 @@ def test_preparing_with_each_policy(
 
 
 def test_the_parts_of_a_row_stay_on_one_side_of_the_split(run_program: Callable[..., Any], tmp_path: Path) -> None:
-    row = {"messages": [{"role": m.role, "content": m.content} for m in TURNS]}
-    (tmp_path / "rows.json").write_text(json.dumps([row] * 12))
+    rows = [{"messages": [{"role": m.role, "content": f"{m.content} {n}"} for m in TURNS]} for n in range(12)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     settings = ("seq_len=40", "overlong=split_turns", "eval_fraction=0.3")
     assert run_program("data", "files=[rows.json]", "output=out", *settings).exit_code == 0
     from data.prepared.dataset import PreparedDataset
@@ -249,7 +249,7 @@ def test_what_can_not_fit_is_not_encoded(overlong: str) -> None:
         assert not seen
         ((_, reject),) = encoded.rejects
         assert reject.reason == "too_long"
-        assert reject.detail == "the conversation has at least 312501 tokens, and a row holds 64"
+        assert reject.detail == "the conversation has at least 312501 tokens, and a row holds 64 (seq_len)"
     else:
         ((_, (part,)),) = encoded.kept
         assert len(part) == 64
