@@ -120,7 +120,6 @@ CALLED: dict[str, dict[str, str]] = {
         "input_file": "input",
         "lora_path": "adapter",
         "max_length": "max_new_tokens",
-        "max_tokens": "max_new_tokens",
         "message": "prompt",
         "model": "base",
         "model_name": "base",

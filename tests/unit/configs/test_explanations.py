@@ -37,7 +37,7 @@ WRONG = {
     "train num_train_epochs=3": "did you mean epochs?",
     "train max_length=1024": "seq_len of `python -m data`",
     "data max_length=1024": "did you mean seq_len?",
-    "inference max_tokens=5 prompt=hi": "did you mean max_new_tokens?",
+    "inference max_length=5 prompt=hi": "did you mean max_new_tokens?",
     "train +data=sample": "data: `python -m train` has no such group; it is one of `python -m data`; what that writes",
     "data recipe=quickstart": "recipe: `python -m data` has no such group; it is one of `python -m train`\n",
     "inference model=x prompt=hi": "model: there is no such setting; did you mean base?",
@@ -127,7 +127,7 @@ def test_help_tells_commands_groups_and_every_setting(run_program: Callable[...,
     outcome = run_program(program, "--help")
     assert (outcome.exit_code, outcome.stderr) == (0, "")
     assert "Hydra" not in outcome.stdout
-    of_program = re.findall(r"^  ((?:python|deepspeed) .*?)(?:   .*)?$", outcome.stdout, re.M)
+    of_program = re.findall(r"^  ((?:python|deepspeed) -.*?)(?:   .*)?$", outcome.stdout, re.M)
     assert len(of_program) == 5
     for command in of_program:
         assert problem(command, CONFIG_DIR.parent) is None, command
