@@ -157,6 +157,11 @@ class TrainConfig:
         sections = (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware, self.failures)
         for section in sections:
             section.check()
+        if self.deepspeed.stage == 1 and self.model.dtype == "bfloat16" and self.task == "train":
+            raise UserError(
+                "deepspeed.stage=1: with model.dtype=bfloat16 DeepSpeed would sum gradients in bfloat16 there; use "
+                "deepspeed=zero2, which sums them in float32"
+            )
         if self.lora.method == "lora" and self.model.path is None and not self.dry_run:
             raise UserError(
                 "model.path: adapters need a base with weights; name a directory or a hub id, or use lora=none"
