@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -146,9 +145,11 @@ def step(settings: Settings) -> dict[str, Any]:
         step(trainer, [table.batch([number % len(table)])], number, 1e-4, config)
 
     seconds = Clock(settings).median(run)
-    row = table[0]
-    supervised = sum(table[i].labels[j] != IGNORE_INDEX for i in (0,) for j in range(len(row.labels)))
-    needed = needed_flops(model.config.to_dict(), [len(row.ids)], supervised)
+    rows = [table[index] for index in range(len(table))]
+    supervised = [sum(label != IGNORE_INDEX for label in row.labels) for row in rows]
+    sizes = model.config.to_dict()
+    each = [needed_flops(sizes, row.lengths, trained) for row, trained in zip(rows, supervised, strict=True)]
+    needed = statistics.mean(each)
     peak = peak_flops(settings.device, torch.bfloat16)
     return {
         "layers": settings.sizes["num_hidden_layers"],
@@ -195,11 +196,12 @@ def generate(settings: Settings) -> dict[str, Any]:
         model = random_base(config).eval()
     model.set_experts_implementation("grouped_mm")
     prompt = torch.randint(3, 1000, (1, 32), device=settings.device)
-    how = GenerationConfig(max_new_tokens=settings.new_tokens, min_new_tokens=settings.new_tokens, do_sample=False)
+    length = {"max_new_tokens": settings.new_tokens, "min_new_tokens": settings.new_tokens}
+    how = GenerationConfig(**length, do_sample=False, pad_token_id=0)
 
     def run() -> None:
         with torch.no_grad():
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=how, pad_token_id=0)
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=how)
 
     seconds = Clock(settings).median(run)
     return {
@@ -211,7 +213,6 @@ def generate(settings: Settings) -> dict[str, Any]:
 
 if __name__ == "__main__":
     part, given = sys.argv[1:]
-    Path(__file__)  # the checkout is found by PYTHONPATH
     try:
         figures = {"ways": ways, "step": step, "generate": generate}[part](Settings(**json.loads(given)))
     except torch.OutOfMemoryError:

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for part in parts:
             figures[part["name"]] = found = measure(part, minutes, scratch)
             console.print(f"{part['name']}: {json.dumps(found)}", soft_wrap=True)
-    figures["arithmetic"] = arithmetic(sizes, row, figures) if on_cuda else arithmetic(MIXTRAL, 4096, figures)
+    figures["arithmetic"] = arithmetic(figures)
     compare(figures)
     return figures
 
@@ -265,7 +265,7 @@ def of_child(part: dict[str, Any], seconds: float) -> dict[str, Any]:
             timeout=max(1.0, end - time.monotonic()),
             check=False,
         )
-        lines = done.stdout.strip().splitlines()
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             return {"failed": done.stderr.strip().splitlines()[-3:]}
         figures: dict[str, Any] = json.loads(lines[-1])
@@ -276,31 +276,33 @@ def of_child(part: dict[str, Any], seconds: float) -> dict[str, Any]:
         settings["sizes"] = settings["sizes"] | {"num_hidden_layers": layers - 2}
 
 
-def arithmetic(sizes: dict[str, int], row: int, figures: dict[str, Any]) -> dict[str, Any]:
-    """What bytes and floating-point operations, counted without a GPU, make one expect; see `benchmark.py traffic`."""
+def arithmetic(figures: dict[str, Any]) -> dict[str, Any]:
+    """What bytes and operations make one expect, counted at Mixtral's size without a GPU by `benchmark.py traffic`."""
     from benchmarks.traffic import expected
 
-    rates = next((rate for name, rate in RATES.items() if name in figures["gpu"]["name"]), RATES["H100"])
-    per_layer, once = memory_of(sizes, row)
-    layers = figures["step"].get("layers", sizes["num_hidden_layers"])
-    return {
-        "tflops": rates[0],
-        "terabytes_per_second": rates[1],
-        **expected(row, layers, *rates),
-        "memory_gb": per_layer * layers + once,
-    }
+    name = next((name for name in RATES if name in figures["gpu"]["name"]), "H100")
+    layers, row = figures["step"].get("layers", MIXTRAL["num_hidden_layers"]), 4096
+    per_layer, once = memory_of(MIXTRAL, row)
+    tflops, terabytes = RATES[name]
+    rates = {"gpu": name, "layers": layers, "tflops": tflops, "terabytes_per_second": terabytes}
+    return rates | expected(row, layers, tflops, terabytes) | {"memory_gb": per_layer * layers + once}
 
 
 def compare(figures: dict[str, Any]) -> None:
     """Prints what was measured beside the arithmetic."""
     step, expected = figures["step"], figures["arithmetic"]
-    table = Table("", "measured", "by arithmetic", title="One training step")
     if "seconds" not in step:
         console.print("There is no step to compare with the arithmetic")
         return
-    for name, unit, digits in (("seconds", "s", 3), ("tokens_per_second", "tokens/s", 0), ("share_of_peak", "", 3)):
-        table.add_row(f"{name} {unit}".strip(), f"{step[name]:,.{digits}f}", f"{expected[name]:,.{digits}f}")
-    table.add_row("memory, GB", f"{step['memory_gb']['peak']:.1f}", f"{expected['memory_gb']:.1f}")
+    by_arithmetic = f"by arithmetic, {expected['layers']} layers of Mixtral on an {expected['gpu']}"
+    table = Table("", "measured", by_arithmetic, title=f"A training step of {step['layers']} layers, one row")
+    for name, said, digits in (
+        ("seconds", "seconds", 3),
+        ("tokens_per_second", "tokens/s", 0),
+        ("share_of_peak", "needed work, of what products reach", 3),
+    ):
+        table.add_row(said, f"{step[name]:,.{digits}f}", f"{expected[name]:,.{digits}f}")
+    table.add_row("GB at the peak", f"{step['memory_gb']['peak']:.1f}", f"{expected['memory_gb']:.1f}")
     console.print(table)
     for part, gigabytes in step["memory_gb"].items():
         console.print(f"  {part}: {gigabytes:.2f} GB")

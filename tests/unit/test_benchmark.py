@@ -157,18 +157,6 @@ def test_a_layer_moves_less_beside_its_products_than_was_asked_for(tmp_path: Pat
     assert 1 <= of_products * 1e12 / frozen <= 1.2  # the scores of attention, the router and the adapters on top
 
 
-def test_gpu_runs_every_part_at_small_sizes_on_the_cpu(tmp_path: Path) -> None:
-    """The same code as on a GPU, but for the sizes; the tests for GPUs are all skipped."""
-    figures = measured(tmp_path, "gpu", "--device", "cpu", "--minutes", "15")
-    assert "skipped" in figures["tests"]["said"]
-    assert figures["ways"].keys() == {"64", "128"}
-    assert figures["block"]["speedup_over_peft"] > 0
-    for part in ("step", "zero3", "generate"):
-        assert figures[part]["tokens_per_second"] > 0, figures[part]
-    assert figures["step"]["memory_gb"]["weights and factors"] > 0
-    assert figures["arithmetic"]["seconds"] > 0
-
-
 def test_gpu_leaves_out_what_it_has_no_time_for(tmp_path: Path) -> None:
     figures = measured(tmp_path, "gpu", "--device", "cpu", "--minutes", "0")
     for part in ("tests", "ways", "block", "step", "generate", "zero3"):
