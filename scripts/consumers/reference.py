@@ -40,7 +40,7 @@ class Case:
     spelled: bool
     answer: str | None = None
     loglikelihood: float | None = None
-    """Of the sample's reply, without `</s>`, in nats."""
+    """Of the sample's reply, without the space and `</s>` after it, in nats."""
 
 
 def make(base: str, adapter: Path, merged: Path, directory: Path) -> None:
@@ -75,7 +75,7 @@ def _answered(model: Loaded, case: Case, place: int) -> Case:
     if place >= ANSWERS or case.reply is None:
         return case
     asked = Conversation((Message("user", case.messages[0]["content"]),))
-    ids = model.tokenizer.encode(Conversation((*asked.messages, Message("assistant", case.reply)))).ids[:-1]
+    ids = model.tokenizer.encode(Conversation((*asked.messages, Message("assistant", case.reply)))).ids[:-2]
     with torch.inference_mode():
         scores = torch.log_softmax(model.model(torch.tensor([ids])).logits[0].double(), -1)
     reply = range(len(case.ids), len(ids))

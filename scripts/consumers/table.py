@@ -130,23 +130,23 @@ def versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def outcome(point: dict[str, Any]) -> str:
-    """One point in a few words."""
+    """One point in a few words; (!) after one that has to hold and doesn't."""
     if "error" in point:
-        return str(point["error"])
-    if "difference" in point:
-        return f"{point['difference']:.1e} of the largest apart ({point['cases']} cases)"
-    return f"{point['equal']} of {point['cases']} equal"
+        found = str(point["error"])
+    elif "difference" in point:
+        found = f"{point['difference']:.1e} of the largest apart"
+    else:
+        found = f"{point['equal']:,} of {point['cases']:,} equal"
+    return found if point["holds"] else f"{found} (!)"
 
 
 def show(points: list[dict[str, Any]]) -> None:
-    """The table, in Markdown, so that it can stand in a README."""
+    """The table, in Markdown, so that it can stand in a README; what belongs to a consumer stands below its name."""
     console = Console(soft_wrap=True, markup=False, highlight=False)
     console.print("| consumer | what is compared | |\n|---|---|---|")
+    before = None
     for point in points:
         released = ", ".join(f"{package} {version}" for package, version in point["versions"].items())
-        held = "" if point["holds"] else " (!)"
-        console.print(f"| {point['consumer']} ({released}) | {point['what']} | {outcome(point)}{held} |")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        named = "" if point["consumer"] == before else f"{point['consumer']}: {released} "
+        console.print(f"| {named}| {point['what']} | {outcome(point)} |")
+        before = point["consumer"]

@@ -27,7 +27,7 @@ def test_what_is_equal() -> None:
         (1, 1, True),
         (0, 1, True),
     ]
-    assert [table.outcome(point) for point in found.points] == ["1 of 2 equal", "1 of 1 equal", "0 of 1 equal"]
+    assert [table.outcome(point) for point in found.points] == ["1 of 2 equal (!)", "1 of 1 equal", "0 of 1 equal"]
 
 
 def test_how_far_numbers_are_apart() -> None:
@@ -37,7 +37,7 @@ def test_how_far_numbers_are_apart() -> None:
     found.near("logits", ours + np.array([[0.004, 0], [0, 0]]), ours)
     assert [point["holds"] for point in found.points] == [True, False]
     assert found.points[1]["difference"] == pytest.approx(0.001)
-    assert table.outcome(found.points[1]) == "1.0e-03 of the largest apart (2 cases)"
+    assert table.outcome(found.points[1]) == "1.0e-03 of the largest apart (!)"
     found.near("logits", np.full((1, 2), np.nan), np.ones((1, 2)))
     assert not found.points[2]["holds"]
 
@@ -54,11 +54,13 @@ def test_what_a_library_says_is_a_point_that_fails() -> None:
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     versions = {"consumer": "lm-eval", "versions": {"lm_eval": "0.4", "transformers": "5"}}
-    table.show([versions | {"what": "ids", "equal": 3, "cases": 4, "holds": False}])
+    ids = {"what": "ids", "equal": 3, "cases": 4, "holds": False}
+    table.show([versions | ids, versions | {"what": "logits", "difference": 1e-7, "holds": True}])
     assert capsys.readouterr().out.splitlines() == [
         "| consumer | what is compared | |",
         "|---|---|---|",
-        "| lm-eval (lm_eval 0.4, transformers 5) | ids | 3 of 4 equal (!) |",
+        "| lm-eval: lm_eval 0.4, transformers 5 | ids | 3 of 4 equal (!) |",
+        "| | logits | 1.0e-07 of the largest apart |",
     ]
 
 
