@@ -119,8 +119,8 @@ def torment(place: Workplace, processes: int, count: int, seed: int) -> tuple[li
             while one := _launch(place, directory, processes, random, times, own, last=len(points) + len(own) >= count):
                 own.append(one)
             finished += 1
-            if told := first_difference(directory, whole):
-                failed.append(told)
+            if difference := first_difference(directory, whole):
+                failed.append(difference)
         except (FailedError, OSError, ValueError) as error:
             failed.append(f"{directory} after {len(own)} kills: {type(error).__name__}: {error}")
             console.print(failed[-1], markup=False)

@@ -62,7 +62,7 @@ class ForwardEngine:
         return self.processes.device
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Says what the process does from now on, and in which step if that changes: what is told if it dies."""
+        """Notes what the process does from now on, and in which step if that changes, to be reported if it dies."""
         self._step = self._step if step is None else step
         if self.guard is not None:
             self.guard.at(self._step, phase)

@@ -353,4 +353,4 @@ def test_a_start_that_is_gone_costs_the_movements_and_not_the_result(
     assert movements_of(config, adapted, tensors) == []
     (tmp_path / "adapter_model.safetensors").unlink()
     assert movements_of(config, adapted, tensors) == []
-    assert capsys.readouterr().err.count("How far the experts' adapters have moved is not told.") == 2
+    assert capsys.readouterr().err.count("How far the experts' adapters have moved is not known.") == 2
