@@ -219,11 +219,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
         UserError: the directory holds no adapter, or one of its settings is not understood here.
     """
     remedy = "give the directory adapter/ of a training run"
+    of_hub = "" if directory.exists() else ", or download one of a hub first"
     if (directory / "config.json").is_file():
         raise UserError(f"adapter={directory}: it is a whole model; give it as base={directory}, without an adapter")
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise UserError(f"adapter={directory}: it is no adapter directory, {name} is missing; {remedy}")
+            raise UserError(f"adapter={directory}: it is no adapter directory, {name} is missing; {remedy}{of_hub}")
     try:
         settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         if not is_shallow(settings):

@@ -84,10 +84,15 @@ def load(config: InferenceConfig) -> Loaded:
     base = find_base(config)
     adapter = None if config.adapter is None else find_adapter(config, base)
     tokenizer = load_tokenizer(base)
-    model = load_base(base, config)
+    model: PreTrainedModel = load_base(base, config)
     if adapter is not None:
-        model = fold(model, adapter) if config.fold else keep_apart(model, adapter, autocast_adapter_dtype=False)
+        model = add_adapter(model, adapter, config)
     return Loaded(model.eval(), tokenizer)
+
+
+def add_adapter(model: MixtralForCausalLM, adapter: Adapter, config: InferenceConfig) -> PreTrainedModel:
+    """The model with the adapter: folded into its weights, or in layers of its own, as `fold` says."""
+    return fold(model, adapter) if config.fold else keep_apart(model, adapter, autocast_adapter_dtype=False)
 
 
 def adapter_directory(config: InferenceConfig) -> Path | None:

@@ -13,9 +13,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.program.arguments import readable
-from configs.program.entry import explain
+from configs.program.entry import CONFIG_DIR
 from configs.program.errors import UserError
-from data.rows.conversion import detect_schema, to_conversation
+from configs.program.explanations.composing import explain
+from configs.program.explanations.program import Program
+from data.rows.columns import names_of
+from data.rows.conversion import Converter
 from data.rows.reading import RawRow, Reject, read_file
 from data.schema import Conversation, Message
 from inference.chat.talk import Talk, tell
@@ -175,7 +178,8 @@ def changed(config: InferenceConfig, text: str) -> InferenceConfig:
         values = {override.key_or_group: override.value() for override in overrides}
         merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), values))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, "inference", "inference", InferenceConfig)) from error
+        program = Program("inference", "inference", InferenceConfig, CONFIG_DIR)
+        raise UserError(explain(error, program, [CONFIG_DIR])) from error
     assert isinstance(merged, InferenceConfig)
     merged.check_sampling()
     return merged
@@ -199,10 +203,10 @@ def last_conversation(name: str, config: InferenceConfig) -> Conversation:
     row: RawRow | Reject | Conversation = last[0]
     where = f"{last[0].unit} {last[0].number}"
     if isinstance(row, RawRow):
-        schema = detect_schema(row.value, {})
-        if schema is None:
+        names = names_of(row.value, {})
+        if names is None:
             raise UserError(f"/load {name}: {where} is no conversation; give a file that /save has written")
-        row = to_conversation(row, schema, keep_markers=config.markers == "keep", reply_needed=False)
+        row = Converter(names, keep_markers=config.markers == "keep", reply_needed=False).convert(row)
     if not isinstance(row, Conversation):
         assert isinstance(row, Reject)
         raise UserError(f"/load {name}: {where} can't be used ({row.detail}); give a file that /save has written")

@@ -16,6 +16,7 @@ OURS = {*PACKAGES, "scripts", "tests"}
 
 MAY_IMPORT = {
     "configs.program": (),
+    "configs.program.page": ("configs.program",),
     "data.disk": ("configs.program",),
     "data.schema": (),
     "data.vocabulary": ("data.disk", "configs.program"),
@@ -28,6 +29,7 @@ MAY_IMPORT = {
     "data.stages": (
         "data.rows",
         "data.prepared.layout",
+        "data.prepared.places",
         "data.schema",
         "data.template",
         "data.vocabulary",
@@ -52,7 +54,15 @@ MAY_IMPORT = {
     ),
     "train.history": (),
     "train.health": ("train.history", "train.config"),
-    "train.reporting": ("train.history", "train.model.routing", "train.config", "data.disk", "configs.program"),
+    "train.report": ("train.config", "data", "configs.program"),
+    "train.reporting": (
+        "train.history",
+        "train.model.routing",
+        "train.report",
+        "train.config",
+        "data.disk",
+        "configs.program",
+    ),
     "train.saving": (
         "train.engine",
         "train.model",
@@ -69,6 +79,16 @@ MAY_IMPORT = {
     ),
     "train": ("train", "data", "configs.program"),
     "inference": ("inference", "data", "configs.program"),
+    "inference.evaluation": (
+        "inference.evaluation.leaderboard",
+        "inference.load",
+        "inference.adapter",
+        "inference.generate",
+        "inference.config",
+        "data",
+        "configs.program",
+    ),
+    "inference.evaluation.leaderboard": ("data.rows", "data.disk", "configs.program"),
     "inference.merging": (
         "inference.load",
         "inference.adapter",

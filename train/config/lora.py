@@ -19,7 +19,7 @@ class LoraConfig:
     method: str = "lora"
     """`lora`, or `none` to train every parameter of the base."""
     rank: int = 16
-    """The LoRA rank, the inner size of every adapter that is not told another."""
+    """The LoRA rank, the inner size of every adapter that is given no other."""
     alpha: int = 32
     """The adapters' output is scaled by alpha / rank, each expert's by its own rank."""
     rank_stabilised: bool = False

@@ -15,7 +15,8 @@ from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
 from train.history import finite
-from train.lora import factors, peft_files
+from train.lora import factors
+from train.lora.files import peft_files
 from train.lora.proof import Movement
 from train.saving.background import Background
 from train.saving.starting_point import movements_of
@@ -23,15 +24,29 @@ from train.saving.whole_model import ModelFiles
 
 
 def show_movements(movements: list[Movement]) -> None:
-    """Prints how far each expert's adapter has moved: a row for each projection of each layer, a column an expert."""
-    if not movements:
-        return
-    experts = [str(expert) for expert in range(len(movements[0].norms_E))]
-    table = Table("layer", "projection", *experts, title="How far each expert's adapter has moved: ‖s(BA − B₀A₀)‖")
-    for moved in movements:
-        shown = [f"{norm:.3g}" if rank else "-" for norm, rank in zip(moved.norms_E, moved.ranks, strict=True)]
-        table.add_row(str(moved.layer), moved.projection, *shown)
-    console.print(table)
+    """Prints how far the experts' adapters have moved: least, middle and most of each projection, and which they are.
+
+    The receipt holds every number, and the report draws them.
+    """
+    title = "How far the experts' adapters have moved: ‖s(BA − B₀A₀)‖ (layer, expert)"
+    table = Table("projection", title=title, title_justify="left")
+    for name in ("least", "median", "most", "moved"):
+        table.add_column(name, justify="right")
+    for projection in dict.fromkeys(moved.projection for moved in movements):
+        norms = sorted(
+            (norm, moved.layer, expert)
+            for moved in movements
+            if moved.projection == projection
+            for expert, (norm, rank) in enumerate(zip(moved.norms_E, moved.ranks, strict=True))
+            if rank
+        )
+        if norms:
+            least, most = (f"{norm:.3g} ({layer}, {expert})" for norm, layer, expert in (norms[0], norms[-1]))
+            count = sum(norm > 0 for norm, _, _ in norms)
+            all_of_them = "all" if count == len(norms) else f"{count} of {len(norms)}"
+            table.add_row(projection, least, f"{norms[len(norms) // 2][0]:.3g}", most, all_of_them)
+    if table.rows:
+        console.print(table)
 
 
 def result_name(config: TrainConfig) -> str:

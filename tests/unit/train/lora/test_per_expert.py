@@ -15,7 +15,8 @@ from transformers import MixtralForCausalLM
 from configs.program.errors import UserError
 from inference.unfused import by_its_names, unfuse
 from tests.support.nano import nano_config, trained_nano
-from train.lora import attach, factors, peft_files
+from train.lora import attach, factors
+from train.lora.files import peft_files
 from train.saving.starting_point import movements_of, start_from
 
 EXPERTS = ["w1", "w2", "w3"]

@@ -33,8 +33,8 @@ from data.disk.mixtral_files import MATRICES, original_name
 from data.disk.tensor_file import TensorFile
 from train.config.lora import LoraConfig
 from train.config.model import ModelConfig
-from train.lora import per_expert
 from train.lora.factors import Adapter, Scaling
+from train.lora.files import per_expert
 
 Adapters = dict[str, dict[str, Adapter]]
 """By the name of the `MixtralExperts`, then by projection, as `factors.adapters` gives them."""
