@@ -1,5 +1,6 @@
 """The model, the adapter and the answers in other people's programs.
 
+    table.py           the program: which consumers there are, and the table of what they make of it
     environment.py     an environment for each program, from the package index, with this interpreter's torch
     reference.py       what this project makes of the prompts: ids, logits, log-likelihoods, answers
     comparing.py       how the programs below compare theirs with it

@@ -24,7 +24,7 @@ def compare(job: comparing.Job) -> None:
     ours = np.array([case["loglikelihood"] for case in job.answered])
     job.near("log-likelihoods of replies", theirs, ours)
 
-    job.same("first id of plain text is <s>", [(model.tok_encode(PLAIN)[0], BOS)], needed=False)
+    job.same("first id of plain text is `<s>`", [(model.tok_encode(PLAIN)[0], BOS)], needed=False)
     told = HFLM(pretrained=job.model, dtype="float32", device="cpu", add_bos_token=True)
     job.same("the same with add_bos_token=True", [(told.tok_encode(PLAIN)[0], BOS)])
 
