@@ -7,8 +7,9 @@ from inference.config import InferenceConfig
 
 FUNCTIONS = {
     "generate": ("inference.generate", "answer"),
-    "chat": ("inference.chat", "chat"),
+    "chat": ("inference.chat.chat", "chat"),
     "batch": ("inference.batch.batch", "batch"),
+    "evaluate": ("inference.evaluation.evaluate", "evaluate"),
     "merge": ("inference.merging.merge", "merge"),
 }
 """The module and the function of each task."""
@@ -16,7 +17,8 @@ FUNCTIONS = {
 
 def main() -> None:
     """The program."""
-    entry.run("inference", "inference", InferenceConfig, run, texts=("prompt", "system"))
+    # To Hydra, `data` is the group of files by which `python -m data` is set.
+    entry.run("inference", "inference", InferenceConfig, run, texts=("prompt", "system", "data"))
 
 
 def run(config: InferenceConfig) -> None:

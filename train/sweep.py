@@ -49,7 +49,7 @@ def sweep(jobs: list[Job[TrainConfig]]) -> int:
 
 
 def check(jobs: list[Job[TrainConfig]]) -> None:
-    """Raises `UserError` for what can be told before the first job begins."""
+    """Raises `UserError` for what is known to be wrong before the first job begins."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
             f"--multirun: a launcher has started {os.environ['WORLD_SIZE']} processes, and each would start all jobs; "
@@ -87,7 +87,7 @@ class Runner:
             signal.signal(number, self._receive)
 
     def run(self, job: Job[TrainConfig]) -> int:
-        """Runs a job to its end; its exit code, negative where a signal ended it."""
+        """Runs a job to its end; its exit code, negative if a signal ended it."""
         command = [sys.executable, "-m", "train", *job.arguments]
         self._job = subprocess.Popen(command, preexec_fn=_end_with_parent)  # noqa: PLW1509 - no thread has begun
         if self.asked is not None:  # while it started
@@ -113,7 +113,7 @@ def _named(job: Job[TrainConfig]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What metrics.jsonl says of a run; None where it says nothing."""
+    """What metrics.jsonl says of a run; None if it says nothing."""
 
     steps: int | None = None
     """The last optimizer step."""

@@ -4,6 +4,7 @@
     adapter_model.safetensors  its tensors, by PEFT's names
     receipt.json               what training recorded, `base.fingerprint` among it
     train_config.yaml          the settings of the training run
+    README.md, tokenizer…      a card, and the tokenizer with the chat template, so that it can be handed on alone
 
 PEFT stores the factors of all experts of a layer in two matrices: A [E·r, in], in which the expert varies slowest, and
 B [out, r·E], in which it varies fastest. `join_experts` and `separate_experts` convert between these and one pair of
@@ -15,7 +16,9 @@ PEFT takes most of its settings unchecked, and fails on them late, or computes w
 Letters in names of tensors: E experts, r rank, I inputs, O outputs.
 """
 
+import re
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -26,6 +29,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECEIPT = "receipt.json"
 TRAIN_CONFIG = "train_config.yaml"
+PER_EXPERT = "per_expert"
+"""The directory within it that holds the same adapter with a name for each expert's matrices."""
+FILES = (CONFIG, WEIGHTS, RECEIPT, TRAIN_CONFIG)
+"""All that is read of an adapter."""
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
@@ -77,6 +84,9 @@ LONGEST_NAME = 1024
 LONGEST_QUOTE = 100
 """Characters of a value that a sentence quotes."""
 
+ABSOLUTE = re.compile(r"(?<![\w.:/~<])/(?:[^/\s,\]]+/)*([^/\s,\]]+)")
+"""An absolute path in a text; its last part."""
+
 
 def join_experts(A_ErI: torch.Tensor, B_EOr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's two matrices, A [E·r, I] and B [O, r·E], of the factors of all experts at one rank."""
@@ -86,6 +96,23 @@ def join_experts(A_ErI: torch.Tensor, B_EOr: torch.Tensor) -> tuple[torch.Tensor
 def separate_experts(A: torch.Tensor, B: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors of each expert, A [E, r, I] and B [E, O, r], as views of PEFT's two matrices."""
     return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def public(value: Any) -> Any:
+    """The same without absolute paths, which tell of a machine and its users: of each, only the last part is left.
+
+    In what is handed on, a base's directory is called as it was given if that was relative, and else by its own name.
+    """
+    if isinstance(value, dict):
+        return {name: public(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    before, _, path = value.partition("=") if "=/" in value else ("", "", value)
+    if path.startswith("/"):  # all of it is the path, with its spaces
+        return f"{before}={PurePath(path).name}" if before else PurePath(path).name
+    return ABSOLUTE.sub(r"\1", value)
 
 
 def check_settings(settings: object, named: str) -> dict[str, Any]:

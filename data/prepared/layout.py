@@ -3,6 +3,7 @@
 {output}/
   train/rows.arrow   packed rows, memory-mapped when training reads them
   eval/rows.arrow
+  places.arrow       file, and line or item, of each row that went in
   rejects.jsonl      what could not be used, and why
   manifest.json      what it was made from, by what, and what came out; written last
 """
@@ -19,8 +20,9 @@ MANIFEST = "manifest.json"
 MANIFEST_KIND = "openhermes-mixtral prepared dataset"
 """What a manifest says that it is, so that no other file of that name is taken for one."""
 SPLITS = ("train", "eval")
+REJECTS = "rejects.jsonl"
 
-LAYOUT = 3
+LAYOUT = 4
 """Counts up when what a prepared dataset holds is stored, rendered or masked differently."""
 
 ROW_SCHEMA = pa.schema(

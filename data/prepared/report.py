@@ -2,20 +2,19 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from configs.program.page.page import render
 from data.config import PrepareConfig
-from data.prepared.layout import SPLITS, open_split, open_whole
-from data.schema import PackedRow
+from data.prepared.layout import REJECTS, SPLITS, open_split, open_whole
+from data.prepared.selection import ShownRow, selected
 from data.template import BOS, ChatTokenizer
 
 BARS = 48
@@ -79,12 +78,12 @@ def report(config: PrepareConfig) -> None:
     """Writes the page beside the prepared dataset in `output`."""
     directory = Path(config.output)
     manifest = open_whole(directory, "output")
+    tables = {split: open_split(directory, split) for split in SPLITS}
+    rows = selected(directory, manifest, tables, config, spread=True)
     tokenizer = ChatTokenizer.load(config.tokenizer)
-    lengths, turns, used = _histograms(directory, manifest["seq_len"])
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    lengths, turns, used = _histograms(tables, manifest["seq_len"])
+    page = render(
+        Path(__file__).with_name("report.html.j2"),
         name=directory.name,
         manifest=manifest,
         splits=SPLITS,
@@ -94,7 +93,7 @@ def report(config: PrepareConfig) -> None:
             ("Tokens in rows", f"tokens of {manifest['seq_len']:,}", used),
         ],
         rejects=_rejects(directory),
-        examples=[_example(row, tokenizer) for row in _some_rows(directory, config.rows)],
+        examples=[example(row, tokenizer) for row in rows],
     )
     path = directory.with_name(f"{directory.name}-report.html")
     try:
@@ -104,10 +103,10 @@ def report(config: PrepareConfig) -> None:
     console.print(f"Wrote {path}", soft_wrap=True)
 
 
-def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
+def _histograms(tables: dict[str, pa.Table], seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
     """Tokens and turns of each conversation, tokens of each row; both splits, a batch in memory at a time."""
     of_lengths, of_turns, of_used = (np.zeros(seq_len + 1, np.int64) for _ in range(3))
-    for batch in _batches(directory):
+    for batch in (batch for table in tables.values() for batch in table.to_batches()):
         ids, lengths = batch["ids"].flatten().to_numpy(), batch["lengths"].flatten().to_numpy()
         starts = np.cumsum(lengths) - lengths
         turns = np.add.reduceat(ids == BOS, starts, dtype=np.int64)
@@ -118,16 +117,11 @@ def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Hi
     return Histogram(of_lengths), Histogram(of_turns), Histogram(of_used)
 
 
-def _batches(directory: Path) -> Iterator[pa.RecordBatch]:
-    for split in SPLITS:
-        yield from open_split(directory, split).to_batches()
-
-
 def _rejects(directory: Path) -> list[dict[str, Any]]:
     """Each reason with its number and its first examples, the commonest first."""
     numbers: Counter[str] = Counter()
     examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    with (directory / "rejects.jsonl").open(encoding="utf-8") as file:
+    with (directory / REJECTS).open(encoding="utf-8") as file:
         for reject in map(json.loads, file):
             numbers[reject["reason"]] += 1
             if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
@@ -135,25 +129,14 @@ def _rejects(directory: Path) -> list[dict[str, Any]]:
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 
-def _some_rows(directory: Path, number: int) -> list[PackedRow]:
-    """Rows from all over the training split."""
-    table = open_split(directory, "train")
-    indices = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
-    return [PackedRow(**table.slice(int(index), 1).to_pylist()[0]) for index in indices]
-
-
-def _example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+def example(row: ShownRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """The conversations of a row, each in segments."""
     conversations = []
-    spans = iter(row.spans)
-    position = 0
-    for number, length in zip(row.rows, row.lengths, strict=True):
-        segments, end = [], position + length
-        while position < end:
-            for trained in (False, True):
-                span = next(spans)
-                if span:  # a masked reply leaves its turn nothing that is trained
-                    segments.append(Segment(tokenizer.spell(row.ids[position : position + span]), trained))
-                position += span
-        conversations.append({"row": number, "tokens": length, "segments": segments})
-    return conversations
+    for conversation in row.conversations:
+        segments, position, ids = [], 0, conversation.tokenized.ids
+        for index, span in enumerate(conversation.tokenized.spans):
+            if span:  # a masked reply leaves its turn nothing that is trained
+                segments.append(Segment(tokenizer.spell(ids[position : position + span]), trained=index % 2 == 1))
+            position += span
+        conversations.append({"place": str(conversation.place), "tokens": len(ids), "segments": segments})
+    return {"split": row.split, "number": row.number, "packed": row.packed, "conversations": conversations}

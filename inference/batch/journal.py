@@ -13,6 +13,7 @@ from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import lock, replace_file, sha256, sync
 from inference.batch.rows import encoded
 from inference.config import InferenceConfig
+from inference.load import adapter_directory
 
 SETTINGS = (
     "adapter",
@@ -27,6 +28,8 @@ SETTINGS = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
+    "repetition_penalty",
     "seed",
     "batch_size",
     "batching",
@@ -152,7 +155,7 @@ def locked(path: Path) -> int:
 
 def identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
     """What tells this run from another: the input's and the adapter's bytes, and all that decides the answers."""
-    weights = Path(str(config.adapter)) / WEIGHTS
+    weights = (adapter_directory(config) or Path()) / WEIGHTS
     return {
         "input": sha256(source),
         "adapter_weights": sha256(weights) if weights.is_file() else None,

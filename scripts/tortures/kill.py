@@ -21,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .harness.launch import Launch, kill
+from .harness.launch import Launch
 from .harness.outcome import first_difference, last_checkpoint, last_step, last_written, of_a_save
+from .harness.processes import kill
 from .harness.trials import FailedError, common_arguments, generator
 from .harness.workplace import Workplace, workplace
 
@@ -118,8 +119,8 @@ def torment(place: Workplace, processes: int, count: int, seed: int) -> tuple[li
             while one := _launch(place, directory, processes, random, times, own, last=len(points) + len(own) >= count):
                 own.append(one)
             finished += 1
-            if told := first_difference(directory, whole):
-                failed.append(told)
+            if difference := first_difference(directory, whole):
+                failed.append(difference)
         except (FailedError, OSError, ValueError) as error:
             failed.append(f"{directory} after {len(own)} kills: {type(error).__name__}: {error}")
             console.print(failed[-1], markup=False)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from scripts.tortures import disk, peers, planted, signals
-from scripts.tortures.harness.launch import ENVIRONMENT, ROOT, kill
+from scripts.tortures.harness.forked import ENVIRONMENT, ROOT
+from scripts.tortures.harness.garden import Garden
 from scripts.tortures.harness.outcome import check_newest, last_step
+from scripts.tortures.harness.processes import kill
 from scripts.tortures.harness.trials import generator
 from scripts.tortures.harness.workplace import Workplace
 from train.saving import checkpoint
@@ -33,7 +35,7 @@ def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, numbe
     settings = signals.LONG | {"max_steps": "3"}
     if way != "all":
         # DeepSpeed's launcher kills what has not saved after 30 seconds: steps that are short on a busy machine too.
-        settings |= {"max_steps": "40", "global_batch": "2", "eval_every": "20"}
+        settings |= {"max_steps": "24", "global_batch": "2", "eval_every": "12"}
     random = generator(way, 1)  # gives less than half a second from the step before to the signal
     signals.asked_once(runs, run, way, number, random, after=1, settings=settings)
 
@@ -113,4 +115,4 @@ def test_a_read_only_directory_leaves_the_last_checkpoint(runs: Workplace) -> No
     ids=lambda trial: trial.__name__,
 )
 def test_planted_code_is_not_executed(runs: Workplace, tmp_path: Path, trial: planted.Trial) -> None:
-    trial(planted.Garden(runs, tmp_path / "garden"))
+    trial(Garden(runs, tmp_path / "garden"))

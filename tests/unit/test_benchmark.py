@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import IGNORE_INDEX
 from tests.support.nano import LENGTHS, losses, nano, packed
+from tests.unit.inference.evaluation.test_evaluate import write_rows
 from train.model.loss import MixtralWithLoss
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -115,6 +116,17 @@ def test_generate_measures_every_contender(tmp_path: Path) -> None:
     contenders = {"ours", "transformers, merged", "PEFT, unmerged"}
     assert figures["streams_1"].keys() == figures["streams_16"].keys() == contenders
     assert figures["batches"].keys() == {"padded", "continuous"}
+
+
+def test_evaluate_measures_both_sides(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install -e '.[eval]'")
+    sizes = ("--hidden", "64", "--intermediate", "64", "--layers", "1", "--rounds", "1", "--questions", "2")
+    rows = write_rows(tmp_path / "rows")
+    figures = measured(tmp_path, "evaluate", *sizes, "--data", str(rows), "--tasks", "arc", "truthfulqa")
+    assert figures["tasks"].keys() == {"arc", "truthfulqa"}
+    for task in figures["tasks"].values():
+        assert task["largest_difference"] < 1e-3
+        assert all(min(speeds) > 0 for speeds in task["questions_per_second"].values())
 
 
 def test_experts_measures_every_kind(tmp_path: Path) -> None:

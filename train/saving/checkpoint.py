@@ -32,7 +32,7 @@ from train.saving.background import Background
 FOLDER = "checkpoints"
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
 FORMAT = 1
-"""Of trainer.json; a file with another number is of another version of this program."""
+"""The version of trainer.json; a file with another number was written by another version of this program."""
 STATE = ("master", "exp_avg", "exp_avg_sq")
 """What is stored of every trained parameter, in float32: its value and Adam's two moments, by torch's names."""
 
