@@ -36,7 +36,8 @@ def make(directory: Path, requirements: tuple[str, ...]) -> Path:
     (Path(purelib.strip()) / "lent.pth").write_text(f"{lent}\n")
     constraints = directory / "constraints.txt"
     constraints.write_text(f"torch==={importlib.metadata.version('torch')}\n")
-    _run(directory, [str(python), "-m", "pip", "install", "-c", str(constraints), *requirements])
+    # torch by name, so that pip brings what it needs
+    _run(directory, [str(python), "-m", "pip", "install", "-c", str(constraints), "torch", *requirements])
     mark.write_text(wanted)
     return python
 

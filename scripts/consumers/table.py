@@ -19,7 +19,8 @@ from rich.console import Console
 
 from configs.program.errors import UserError
 from configs.program.provenance import machine, provenance
-from inference.adapter import read_settings
+from inference.config import InferenceConfig
+from inference.load import find_base
 from scripts._command import in_lines
 from scripts.consumers import environment, reference
 
@@ -82,7 +83,7 @@ def main(description: str) -> int:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every point of every consumer: `consumer`, `versions`, `what`, and how it came out."""
-    base = options.base or read_settings(options.adapter)["base_model_name_or_path"]
+    base = str(find_base(InferenceConfig(adapter=str(options.adapter), base=options.base)).directory.resolve())
     points = []
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch)
@@ -94,7 +95,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         per_expert = options.adapter / "per_expert"
         job = {
             "model": str(top / "merged"),
-            "base": str(Path(base).resolve()),
+            "base": base,
             "adapter": str(options.adapter.resolve()),
             "per_expert": str(per_expert.resolve()) if per_expert.is_dir() else None,
             "reference": str(top / "reference"),

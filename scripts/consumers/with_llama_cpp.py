@@ -38,7 +38,7 @@ def sources() -> Path:
     directory = Path(sys.prefix) / "sources"
     if not directory.is_dir():
         version = f"llama-cpp-python=={metadata.version('llama-cpp-python')}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary=:all:"]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=llama-cpp-python"]
         archives = Path(sys.prefix) / "archives"
         subprocess.run([*command, "--dest", str(archives), version], check=True)
         with tarfile.open(next(archives.glob("*.tar.gz"))) as archive:
