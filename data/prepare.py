@@ -21,7 +21,7 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from data.config import SHAPELESS, PrepareConfig
 from data.disk.files import staging
-from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, SPLITS, damage, read_manifest
+from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, REJECTS, SPLITS, damage, read_manifest
 from data.rows.sources import Source, find_sources
 from data.stages.contamination import describe_evaluations, load_evaluations
 from data.stages.encoding import Pool, number_of_workers, pool
@@ -62,7 +62,7 @@ def prepare(config: PrepareConfig) -> None:
     ):
         dataset = temporary / "dataset"
         dataset.mkdir()
-        with (dataset / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
+        with (dataset / REJECTS).open("w", encoding="utf-8") as rejects:
             intake = take_in(sources, encoders, Intake(config, store, rejects))
         refuse_too_many(intake, config.max_reject_fraction)
         refuse_unseen(intake, config.columns)

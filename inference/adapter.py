@@ -6,7 +6,6 @@ scaling and modules that are stored in full mean here what they mean there. The 
 before it adds it, and holds a second copy of every expert while it does.
 """
 
-import json
 import math
 import re
 import warnings
@@ -17,22 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError, one_line
+from data.disk import adapter_directory
 from data.disk.adapter_directory import (
     CONFIG,
+    MOST_SECONDS,
     PREFIX,
     RECEIPT,
     UNDERSTOOD,
     WEIGHTS,
-    check_settings,
+    Receipt,
+    read_shapes,
     separate_experts,
 )
 from data.disk.architecture import UNREADABLE
-from data.disk.plain_text import is_shallow, read_json
+from data.disk.formats.json_text import read_json
+from data.disk.formats.time_limit import TooLongError, at_most
 from data.disk.weights import StoredWeights
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -102,13 +105,7 @@ class Adapter:
     ) -> set[str]:
         """The file's keys: those that are expected, and possibly those of embeddings beside them."""
         directory = self.directory
-        try:
-            with safe_open(directory / WEIGHTS, "pt") as stored:
-                found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 - it is no dict
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"adapter={directory}: its {WEIGHTS} is damaged ({one_line(error)}); give the adapter as it was written"
-            ) from error
+        found = {key: tensor.shape for key, tensor in read_shapes(directory, f"adapter={directory}").items()}
         known = expected | {key: shape for key, (_, shape) in beside.items()}
         remedy = "give the base it was trained on, and the adapter as it was written"
         for key in sorted(expected | found, key=lambda key: (key in found, key)):
@@ -125,15 +122,19 @@ class Adapter:
 
     @property
     def receipt(self) -> dict[str, Any]:
-        """What training recorded beside the adapter; empty if there is nothing to read."""
-        return read_json(self.directory / RECEIPT)
+        """What training recorded beside the adapter; empty if there is no receipt.
+
+        Raises:
+            UserError: there is one that can't be read: nobody could tell whether the base is the right one.
+        """
+        path, remedy = self.directory / RECEIPT, "give the adapter as it was written, or take the receipt away"
+        return dict(read_json(path, Receipt, f"adapter={self.directory}", remedy)) if path.exists() else {}
 
     @property
     def trained_on(self) -> str | None:
         """The fingerprint of the base's weights in the receipt; None if there is none."""
-        base = self.receipt.get("base")
-        named = base.get("fingerprint") if isinstance(base, dict) else None
-        return None if named is None else str(named)
+        base = self.receipt.get("base", {})
+        return base.get("fingerprint")
 
     def check_base(self, weights: StoredWeights) -> None:
         """Raises `UserError` if the receipt says that the adapter was trained on other weights."""
@@ -245,13 +246,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise UserError(f"adapter={directory}: it is no adapter directory, {name} is missing; {remedy}")
-    try:
-        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        if not is_shallow(settings):
-            raise ValueError("it is nested too deeply")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"adapter={directory}: its {CONFIG} can't be read ({one_line(error)}); {remedy}") from error
-    return check_settings(settings, f"adapter={directory}")
+    return adapter_directory.read_settings(directory, f"adapter={directory}")
+
+
+def peft_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What PEFT is told of an adapter's settings: those that decide what it adds."""
+    return {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
 
 
 class Layers:
@@ -271,14 +271,13 @@ class Layers:
         self.obstacle: str | None = None
         """Why these updates can't be added to the parameters; None if they can."""
 
-        known = {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with torch.device("meta"), warnings.catch_warnings(), at_most(MOST_SECONDS):
                 warnings.simplefilter("ignore")  # the comparison of keys and shapes refuses what PEFT warns of
                 bare = MixtralForCausalLM(architecture)
                 parameters = dict(bare.named_parameters(remove_duplicate=False))
-                adapted = get_peft_model(bare, LoraConfig(**known), low_cpu_mem_usage=True)
-        except (*UNREADABLE, RuntimeError, re.error) as error:
+                adapted = get_peft_model(bare, LoraConfig(**peft_settings(settings)), low_cpu_mem_usage=True)
+        except (*UNREADABLE, RuntimeError, re.error, TooLongError) as error:
             raise UserError(
                 f"adapter={directory}: its {CONFIG} does not fit this base ({one_line(error)}); "
                 f"give the base it was trained on"

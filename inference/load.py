@@ -21,7 +21,7 @@ from data.disk.mixtral_files import load_mixtral
 from data.disk.weights import StoredWeights, local_directory
 from data.template import ChatTokenizer
 from data.vocabulary import EMBEDDED, has_tokenizer
-from inference.adapter import Adapter, is_finite, read_settings
+from inference.adapter import Adapter, is_finite, peft_settings, read_settings
 from inference.config import InferenceConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -209,8 +209,9 @@ def keep_apart(model: MixtralForCausalLM, adapter: Adapter, **how: Any) -> PreTr
 
     `how` goes to `PeftModel.from_pretrained`.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
+    how["config"] = LoraConfig(**peft_settings(adapter.settings))  # as it was checked
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 for a property by its old name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.program import multirun
 from configs.program.arguments import readable
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError, one_line, shown
 from configs.program.launch import local_rank
 from configs.program.multirun import Job
 from configs.program.secrets import redact
@@ -208,7 +208,7 @@ def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
     if local_rank() == 0:
         with contextlib.suppress(OSError):  # nobody may be reading any more
-            print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
+            print(f"{program}: {shown(redact(sentence))}", file=sys.stderr, flush=True)
     elif str(local_rank()) != os.environ.get("SLURM_LOCALID"):  # srun lets the others be when one task ends
         # The launcher ends all processes when the first one ends: leave that to the one that has the sentence, and
         # have nothing to say about being ended.

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from configs.program.errors import UserError
 from data.config import PrepareConfig
-from data.prepared.layout import open_split, open_whole
+from data.prepared.whole import open_checked
 from data.schema import IGNORE_INDEX, PackedRow
 from data.template import ChatTokenizer
 
@@ -23,8 +23,8 @@ NUMBER_WIDTH = 6
 def preview(config: PrepareConfig) -> None:
     """Prints the first rows of the training split: tokens, which of them are trained, positions, pack boundaries."""
     directory = Path(config.output)
-    manifest = open_whole(directory, "output")
-    table = open_split(directory, "train")
+    manifest, tables = open_checked(directory, "output")
+    table = tables["train"]
     if not table.num_rows:
         raise UserError(f"output={directory}: it holds no rows; prepare more")
     pieces = ChatTokenizer.load(config.tokenizer).pieces

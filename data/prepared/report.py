@@ -1,11 +1,9 @@
 """`task=report`: one self-contained HTML page about a prepared dataset."""
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from configs.program.console import console
 from configs.program.errors import UserError
 from data.config import PrepareConfig
-from data.prepared.layout import SPLITS, open_split, open_whole
+from data.disk.files import replace_file
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError
+from data.prepared.layout import REJECTS, SPLITS
+from data.prepared.whole import open_checked
 from data.schema import PackedRow
 from data.template import BOS, ChatTokenizer
 
@@ -78,9 +80,9 @@ class Segment:
 def report(config: PrepareConfig) -> None:
     """Writes the page beside the prepared dataset in `output`."""
     directory = Path(config.output)
-    manifest = open_whole(directory, "output")
+    manifest, tables = open_checked(directory, "output")
     tokenizer = ChatTokenizer.load(config.tokenizer)
-    lengths, turns, used = _histograms(directory, manifest["seq_len"])
+    lengths, turns, used = _histograms(tables, manifest["seq_len"])
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -94,20 +96,20 @@ def report(config: PrepareConfig) -> None:
             ("Tokens in rows", f"tokens of {manifest['seq_len']:,}", used),
         ],
         rejects=_rejects(directory),
-        examples=[_example(row, tokenizer) for row in _some_rows(directory, config.rows)],
+        examples=[_example(row, tokenizer) for row in _some_rows(tables["train"], config.rows)],
     )
     path = directory.with_name(f"{directory.name}-report.html")
     try:
-        path.write_text(page, encoding="utf-8")
+        replace_file(path, [page.encode("utf-8", "replace")])
     except OSError as error:
         raise UserError(f"output={directory}: {path} can't be written ({error.strerror}); make it writable") from error
     console.print(f"Wrote {path}", soft_wrap=True)
 
 
-def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
+def _histograms(tables: dict[str, pa.Table], seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
     """Tokens and turns of each conversation, tokens of each row; both splits, a batch in memory at a time."""
     of_lengths, of_turns, of_used = (np.zeros(seq_len + 1, np.int64) for _ in range(3))
-    for batch in _batches(directory):
+    for batch in (batch for table in tables.values() for batch in table.to_batches()):
         ids, lengths = batch["ids"].flatten().to_numpy(), batch["lengths"].flatten().to_numpy()
         starts = np.cumsum(lengths) - lengths
         turns = np.add.reduceat(ids == BOS, starts, dtype=np.int64)
@@ -118,26 +120,36 @@ def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Hi
     return Histogram(of_lengths), Histogram(of_turns), Histogram(of_used)
 
 
-def _batches(directory: Path) -> Iterator[pa.RecordBatch]:
-    for split in SPLITS:
-        yield from open_split(directory, split).to_batches()
+class Rejected(TypedDict):
+    """A line of rejects.jsonl."""
+
+    file: str
+    line: NotRequired[int]
+    row: NotRequired[int]
+    reason: str
+    detail: str
 
 
 def _rejects(directory: Path) -> list[dict[str, Any]]:
     """Each reason with its number and its first examples, the commonest first."""
     numbers: Counter[str] = Counter()
-    examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    with (directory / "rejects.jsonl").open(encoding="utf-8") as file:
-        for reject in map(json.loads, file):
+    examples: defaultdict[str, list[Rejected]] = defaultdict(list)
+    with (directory / REJECTS).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                reject = parse_json(line, Rejected)
+            except UnreadableError as error:
+                raise UserError(
+                    f"output={directory}: its {REJECTS} is not whole (line {number}: {error}); prepare it again"
+                ) from error
             numbers[reject["reason"]] += 1
             if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
                 examples[reject["reason"]].append(reject)
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 
-def _some_rows(directory: Path, number: int) -> list[PackedRow]:
-    """Rows from all over the training split."""
-    table = open_split(directory, "train")
+def _some_rows(table: pa.Table, number: int) -> list[PackedRow]:
+    """Rows from all over a split."""
     indices = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
     return [PackedRow(**table.slice(int(index), 1).to_pylist()[0]) for index in indices]
 

@@ -10,12 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats.regular import read_at_most
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """File endings of compressed files, and what pyarrow calls the compression."""
@@ -30,7 +32,11 @@ LONGEST_DETAIL = 500
 """Characters of what a reject says; what it quotes may be a whole book."""
 
 LONGEST_ROW = 1 << 26
-"""Characters of the longest item of a JSON array; what is longer is no row but an array that never closes."""
+"""Characters or bytes of the longest row; what is longer is no row but an array that never closes, or a few compressed
+bytes that stand for any number."""
+
+LARGEST_UNPACKED = 1 << 32
+"""Bytes of the largest Parquet file that is unpacked into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +229,14 @@ def _read_json(name: str, file: BinaryIO, *, known_lines: bool) -> Iterator[Chun
 
 def _lines(beginning: bytes, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """The lines, from 1, of a file of which the beginning was read already."""
-    first = (beginning + file.readline()).split(b"\n")
+    first = (beginning + file.readline(LONGEST_ROW)).split(b"\n")
     yield from enumerate(first[:-1], start=1)
     if first[-1]:  # the file has no line end at its end
         yield len(first), first[-1]
-    yield from enumerate(file, start=len(first))
+    for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW), b""), start=len(first)):
+        if len(line) == LONGEST_ROW:
+            raise EOFError(f"line {number} is longer than {LONGEST_ROW >> 20} MiB")
+        yield number, line
 
 
 def _chunks(name: str, unit: str, rows: Iterable[tuple[int, str | bytes]]) -> Iterator[Chunk]:
@@ -340,8 +349,10 @@ def _read_parquet(name: str, file: BinaryIO) -> Iterator[Chunk]:
     import pyarrow.parquet as pq
 
     compressed = Path(name).suffix in COMPRESSIONS
+    if compressed and len(content := read_at_most(file, LARGEST_UNPACKED + 1)) > LARGEST_UNPACKED:
+        raise EOFError(f"unpacked it is larger than {LARGEST_UNPACKED >> 30} GiB; unpack it")
     try:
-        table = pq.ParquetFile(pa.BufferReader(file.read()) if compressed else file)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"files={name}: it is not Parquet ({one_line(error)}); check the file") from error
-    yield from read_arrow(name, (pa.Table.from_batches([b]) for b in table.iter_batches(batch_size=Chunk.ROWS)))
+        table = pq.ParquetFile(pa.BufferReader(content) if compressed else file)
+        yield from read_arrow(name, (pa.Table.from_batches([b]) for b in table.iter_batches(batch_size=Chunk.ROWS)))
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise UserError(f"files={name}: it can't be read as Parquet ({one_line(error)}); check the file") from error

@@ -4,11 +4,13 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats.arrow_file import check_buffers
 from data.rows.reading import COMPRESSIONS, LONGEST_ROW, Chunk, read_arrow
 
 
@@ -26,7 +28,7 @@ def read_csv(name: str) -> Iterator[Chunk]:
             pa.input_stream(name, compression=compression) as stream,
             io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig", newline="") as text,
         ):
-            rows = csv.DictReader(text, delimiter="\t" if plain.suffix.lower() == ".tsv" else ",", strict=True)
+            rows = csv.DictReader(_lines(text), delimiter="\t" if plain.suffix.lower() == ".tsv" else ",", strict=True)
             numbers: list[int] = []
             content: list[str | bytes] = []
             for number, row in enumerate(rows):
@@ -39,7 +41,7 @@ def read_csv(name: str) -> Iterator[Chunk]:
                     numbers, content = [], []
             if numbers:
                 yield Chunk(name, "row", numbers, content)
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
+    except (csv.Error, UnicodeDecodeError, OSError, EOFError) as error:
         raise UserError(f"files={name}: it can't be read as CSV ({one_line(error)}); check the file") from error
 
 
@@ -58,10 +60,23 @@ def read_arrow_file(name: str) -> Iterator[Chunk]:
                 file.seek(0)
                 batches = iter(pa.ipc.open_stream(file))
             tables = (
-                pa.Table.from_batches([batch.slice(start, Chunk.ROWS)])
-                for batch in batches
-                for start in range(0, batch.num_rows, Chunk.ROWS)
+                table.slice(start, Chunk.ROWS)
+                for table in map(_checked, batches)
+                for start in range(0, table.num_rows, Chunk.ROWS)
             )
             yield from read_arrow(name, tables)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, MemoryError) as error:
         raise UserError(f"files={name}: it can't be read as Arrow ({one_line(error)}); check the file") from error
+
+
+def _checked(batch: pa.RecordBatch) -> pa.Table:
+    table = pa.Table.from_batches([batch])
+    check_buffers(table)
+    return table
+
+
+def _lines(text: io.TextIOWrapper) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(text.readline, LONGEST_ROW), ""), start=1):
+        if len(line) == LONGEST_ROW:
+            raise EOFError(f"line {number} is longer than {LONGEST_ROW >> 20} MiB")
+        yield line

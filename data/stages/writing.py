@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
 from data.disk.files import occupied, sha256, take_place
-from data.prepared.layout import MANIFEST, ROW_SCHEMA, SPLITS, read_manifest
+from data.prepared.layout import MANIFEST, REJECTS, ROW_SCHEMA, SPLITS, read_manifest, rows_of
 from data.stages.store import ConversationStore, Index
 
 ROWS_PER_BATCH = 256
@@ -37,7 +37,8 @@ def refuse_foreign(output: Path, files: list[str]) -> None:
         raise UserError(
             f"output={output}: something else is there, not a prepared dataset; choose another directory"
         ) from error
-    ours = {MANIFEST, "rejects.jsonl", *(f"{split}/rows.arrow" for split in SPLITS), *manifest.get("files", {})}
+    recorded: Any = manifest.get("files")
+    ours = {MANIFEST, REJECTS, *map(rows_of, SPLITS), *(recorded if isinstance(recorded, dict) else ())}
     if foreign := there.foreign(ours):
         raise UserError(f"output={output}: {foreign} is in it, which is not part of a dataset; move it elsewhere")
 

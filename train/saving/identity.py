@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from configs.program.errors import UserError
 from configs.program.secrets import redacted
@@ -14,6 +14,7 @@ from data.disk.files import file_hash, sha256
 from data.disk.weights import StoredWeights, local_directory
 from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import MANIFEST
+from data.prepared.whole import check_files
 from train.config.train import TrainConfig
 
 FREE = (
@@ -129,7 +130,30 @@ def stored_settings(config: TrainConfig) -> dict[str, Any]:
     return redacted(asdict(config))
 
 
-def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any]) -> None:
+class RecordedBase(TypedDict):
+    """What a run recorded of its base."""
+
+    fingerprint: str | None
+    files: dict[str, str]
+
+
+class RecordedDataset(TypedDict):
+    """What a run recorded of its dataset."""
+
+    manifest_sha256: str
+
+
+class Recorded(TypedDict):
+    """What receipts and checkpoints hold of a run's settings and inputs."""
+
+    settings: dict[str, Any]
+    base: RecordedBase
+    dataset: RecordedDataset
+    load: NotRequired[str | None]
+    start: NotRequired[str | None]
+
+
+def check(stored: Recorded, config: TrainConfig, hashes: dict[str, Any]) -> None:
     """Compares a launch with the run that is there, leaving out what `resume_despite` names.
 
     Args:
@@ -181,10 +205,8 @@ def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any]) -
 
 
 def check_rows(dataset: PreparedDataset) -> None:
-    """Raises `UserError` for the first file of the dataset whose bytes are not those that its manifest names."""
-    for name, recorded in dataset.manifest["files"].items():
-        if sha256(Path(dataset.directory) / name) != recorded["sha256"]:
-            raise UserError(f"dataset={dataset.directory}: {name} has changed since it was prepared; prepare it again")
+    """Raises `UserError` for the first file of the dataset that is not what its manifest names, or holds no rows."""
+    check_files(dataset.directory, dataset.manifest, "dataset")
 
 
 def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,21 +1,22 @@
 """Where a run goes on: the newest whole checkpoint → engine, health, history."""
 
 import contextlib
-import json
 from typing import Any
 
 import torch
 
 from configs.program.console import console
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError
 from configs.program.launch import local_rank
 from data.disk.adapter_directory import RECEIPT
+from data.disk.formats.json_text import read_json
 from data.prepared.dataset import Batch, PreparedDataset
 from train.engine.engine import Engine
 from train.engine.processes import agree, gathered
 from train.health import Health
 from train.saving import checkpoint, identity
 from train.saving.checkpoint import Checkpoint, DamagedError
+from train.saving.identity import Recorded
 from train.saving.receipt import Record
 from train.saving.run_directory import RunDirectory
 
@@ -33,16 +34,9 @@ def check_same_run(directory: RunDirectory, record: Record, dataset: PreparedDat
 
 def _compare(directory: RunDirectory, record: Record) -> None:
     if directory.finished:
-        try:
-            receipt = json.loads((directory.path / RECEIPT).read_text(encoding="utf-8"))
-            identity.check(receipt, record.config, record.inputs)
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"run_dir={directory.path}: its {RECEIPT} can't be read ({one_line(error)}); restore it, or give "
-                f"overwrite=true to do the run again"
-            ) from error
+        remedy = "restore it, or give overwrite=true to do the run again"
+        receipt = read_json(directory.path / RECEIPT, Recorded, f"run_dir={directory.path}", remedy)
+        identity.check(receipt, record.config, record.inputs)
     elif directory.resumes:
         for path in checkpoint.paths(directory.path):
             with contextlib.suppress(DamagedError):  # reported by `find_checkpoint`, which reads all of it
@@ -128,8 +122,7 @@ def restore(
             f"command again, and the one before is used"
         ) from error
     health.restore(trainer["health"])
-    metrics: dict[str, Any] = trainer["metrics"]
-    return metrics
+    return dict(trainer["metrics"])
 
 
 def _no_files(name: str, kind: str) -> torch.Tensor:
