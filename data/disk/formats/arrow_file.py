@@ -4,6 +4,7 @@ Arrow believes what a file says: a list that begins behind the end of its number
 `open_table` looks first, at the cost of reading where lists begin, which is little beside what they hold.
 """
 
+import contextlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,11 +41,10 @@ def check_buffers(table: pa.Table) -> None:
     """Raises `pa.ArrowInvalid` if a value lies outside of its buffers; texts need not be UTF-8."""
     for chunk in (chunk for column in table.columns for chunk in column.chunks):
         chunk.validate()  # first, as even another view of it would look at what this compares
-        try:
-            chunk = chunk.view(_as_bytes(chunk.type))  # noqa: PLW2901 - the same buffers
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            pass  # what has no such view, such as a dictionary, has to hold UTF-8
-        chunk.validate(full=True)
+        plain = chunk
+        with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            plain = chunk.view(_as_bytes(chunk.type))  # what has no such view, such as a dictionary, has to hold UTF-8
+        plain.validate(full=True)
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:

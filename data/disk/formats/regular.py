@@ -36,6 +36,8 @@ def open_regular(path: Path, *, linked: bool = True) -> BinaryIO:
         raise UnreadableError(error.strerror or type(error).__name__) from error
     except RuntimeError as error:  # links that lead in a circle
         raise UnreadableError("it is a link to itself") from error
+    except UnreadableError:
+        raise
     except ValueError as error:
         raise UnreadableError("there is no such path") from error  # it holds a NUL
     try:
