@@ -196,7 +196,7 @@ def read_arrow(name: str, tables: Iterable[pa.Table]) -> Iterator[Chunk]:
         first += table.num_rows
 
 
-def _open(name: str) -> BinaryIO:
+def _open(name: str) -> io.BufferedReader:
     compression = COMPRESSIONS.get(Path(name).suffix)
     if compression is None:
         return Path(name).open("rb", buffering=BLOCK)
@@ -207,33 +207,26 @@ def _open(name: str) -> BinaryIO:
 # JSON
 
 
-def _read_json(name: str, file: BinaryIO, *, known_lines: bool) -> Iterator[Chunk]:
-    beginning = b""
-    while not (text := beginning.lstrip(BYTE_ORDER_MARK + BLANK)):  # blank lines may come before the first row
-        if not (more := file.read(64)):
+def _read_json(name: str, file: io.BufferedReader, *, known_lines: bool) -> Iterator[Chunk]:
+    line = 1
+    while not (text := (coming := file.peek()).lstrip(BYTE_ORDER_MARK + BLANK)):  # blank lines before the first row
+        if not coming:
             return
-        beginning += more
+        line += file.read(len(coming)).count(b"\n")
     if known_lines or text.startswith(b"{"):
-        yield from _chunks(
-            name,
-            "line",
-            ((number, line) for number, line in _lines(beginning, file) if line.strip(BYTE_ORDER_MARK + BLANK)),
-        )
+        rows = (numbered for numbered in _lines(file, line) if numbered[1].strip(BYTE_ORDER_MARK + BLANK))
+        yield from _chunks(name, "line", rows)
     elif text.startswith(b"["):
-        yield from _chunks(name, "row", enumerate(JsonArray(name, beginning, file)))
+        yield from _chunks(name, "row", enumerate(JsonArray(name, file.read(64), file)))
     else:
         raise UserError(
             f"files={name}: it is not JSON; give a JSON array of rows, one JSON object per line (JSONL), or Parquet"
         )
 
 
-def _lines(beginning: bytes, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines, from 1, of a file of which the beginning was read already."""
-    first = (beginning + file.readline(LONGEST_ROW)).split(b"\n")
-    yield from enumerate(first[:-1], start=1)
-    if first[-1]:  # the file has no line end at its end
-        yield len(first), first[-1]
-    for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW), b""), start=len(first)):
+def _lines(file: BinaryIO, first: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that follow, of which the next has the number `first`."""
+    for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW), b""), start=first):
         if len(line) == LONGEST_ROW:
             raise EOFError(f"line {number} is longer than {LONGEST_ROW >> 20} MiB")
         yield number, line

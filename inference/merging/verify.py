@@ -25,7 +25,7 @@ from inference.adapter import Adapter, LowRank, Replacement
 from inference.load import keep_apart
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
-REMEDY = "nothing was written; merge again, and tell us if it happens again"
+REMEDY = "nothing was kept; merge again, and report it if it happens again"
 """What to do when a merge is not what it has to be."""
 PROMPTS = 8
 """Conversations of the sample dataset on which logits are compared, half of each of its files."""
@@ -56,8 +56,8 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
         before, after = piece.read(), stored[file].get_tensor(name)
         if before.shape != after.shape or before.dtype != after.dtype:
             raise VerificationError(
-                f"the merge of {name} can't be kept: it is {after.dtype} {list(after.shape)}, and the base's is "
-                f"{before.dtype} {list(before.shape)}; {REMEDY}"
+                f"{name}: it is {after.dtype} {list(after.shape)} after merging, and {before.dtype} "
+                f"{list(before.shape)} in the base; {REMEDY}"
             )
         bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
         different = int((before.view(bits) != after.view(bits)).sum())
@@ -71,7 +71,7 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
         replacement = None if update is None else adapter.stored(piece.parameter, piece.expert, piece.rows)
         if replacement is not None and not adds:
             if not torch.equal(after, replacement.to(after.dtype)):
-                raise VerificationError(_differs(name, after, replacement.to(after.dtype), "the adapter holds"))
+                raise VerificationError(_differs(name, after, replacement.to(after.dtype), "in the adapter"))
             changed += 1
         elif adds:
             if different == 0:
@@ -81,7 +81,7 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
                 )
             changed, smallest = changed + 1, min(smallest, different / before.numel())
         elif different:
-            raise VerificationError(_differs(name, after, before, "the base holds, to which the adapter adds nothing,"))
+            raise VerificationError(_differs(name, after, before, "in the base, to which the adapter adds nothing"))
         else:
             identical += 1
     return {"tensors_changed": changed, "smallest_changed_share": smallest, "tensors_bit_identical": identical}
@@ -91,8 +91,8 @@ def _differs(name: str, merged: torch.Tensor, wanted: torch.Tensor, whose: str) 
     """Says where a merged tensor is another than it has to be, the first number that differs."""
     places = (merged != wanted).nonzero()  # none if they differ in the sign of a zero, or are no numbers
     place = tuple(places[0].tolist()) if len(places) else (0,) * merged.dim()
-    numbers = f"{merged[place].item()} at {list(place)}, and {whose} {wanted[place].item()}"
-    return f"the merge of {name} can't be kept: it holds {numbers}; {REMEDY}"
+    numbers = f"at {list(place)} it is {merged[place].item()} after merging, and {wanted[place].item()} {whose}"
+    return f"{name}: {numbers}; {REMEDY}"
 
 
 def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
     }
     if not result["logits_difference"] <= 2 * result["logits_difference_unmerged"]:
         raise VerificationError(
-            f"the merge can't be kept: its logits differ from those of base and adapter by "
+            f"output: the merged model's logits differ from those of base and adapter by "
             f"{result['logits_difference']:.2e}, and rounding explains {result['logits_difference_unmerged']:.2e}; "
             f"{REMEDY}"
         )

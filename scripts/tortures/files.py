@@ -153,6 +153,7 @@ class Torture:
         self._seconds[one.reader.name] += outcome.seconds
         if kind in BAD:
             self._failed.append(f"try {one.number}, {one.reader.name}, {one.what}: {kind}: {outcome.said[-1500:]}")
+            print(f"Failed (--seed {self._seed}): {self._failed[-1]}", flush=True)
         shutil.rmtree(one.place.parent)
 
     def report(self) -> dict[str, Any]:
@@ -171,10 +172,7 @@ class Torture:
         everything["seconds"] = round(sum(self._seconds.values()) / max(1, everything["tries"]), 3)
         for row in [*rows, {"reader": "all", **everything}]:
             table.add_row(*map(str, row.values()))
-        console = Console(width=160)
-        console.print(table)
-        for told in self._failed:
-            console.print(f"Failed (--seed {self._seed}): {told}", style="bold red", markup=False)
+        Console(width=160).print(table)
         damages = dict(sorted(self._ways.items()))
         return {"seed": self._seed, **everything, "readers": rows, "damages": damages, "failed": self._failed}
 

@@ -80,7 +80,7 @@ def build(place: Path) -> None:
     shutil.copytree("out/run/adapter", "in/adapter")
     torch.manual_seed(1)
     stock = get_peft_model(
-        MixtralForCausalLM.from_pretrained(place / "in/base"),
+        MixtralForCausalLM.from_pretrained(place / "in/base", trust_remote_code=False),
         LoraConfig(r=2, target_modules="model.*(q|v)_proj", rank_pattern={"v_proj": 1}, init_lora_weights=False),
     )
     stock.save_pretrained(place / "in/stock")
