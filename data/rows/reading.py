@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
-from data.disk.formats.regular import read_at_most
+from data.disk.formats.regular import UnreadableError, read_at_most
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """File endings of compressed files, and what pyarrow calls the compression."""
@@ -181,7 +181,11 @@ def read_file(name: str) -> Iterator[Chunk]:
                 yield from _read_parquet(name, file)
             else:
                 yield from _read_json(name, file, known_lines=kind == ".jsonl")
-    except (EOFError, OSError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
+    except (
+        EOFError,
+        OSError,
+        UnreadableError,
+    ) as error:  # what pyarrow raises for a compressed stream that is cut or is none
         raise UserError(f"files={name}: it can't be read ({one_line(error)}); check that the file is whole") from error
 
 

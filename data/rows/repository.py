@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
 from data.disk.hub import Repository
 from data.rows.reading import COMPRESSIONS, Chunk, read_file
 from data.rows.tables import read_arrow_file, read_csv
@@ -91,7 +92,7 @@ def fetched(repository: Repository, wanted: Wanted, revision: str | None = None)
         UserError: there are none, or they can't be had.
     """
     names = list(repository.files())
-    readme = (repository.fetch([README]) / README).read_bytes() if README in names else b""
+    readme = _head(repository.fetch([README]), names, wanted) if README in names else b""
     script = f"{repository.name.rpartition('/')[2]}.py"
     remedy = f"if the hub made a copy of it as Parquet, give revision={CONVERTED}"
     chosen = choose(names, readme, wanted, script=(script, remedy), by_folder=revision == CONVERTED)
@@ -113,9 +114,25 @@ def found(directory: Path, wanted: Wanted) -> list[DataFile]:
             raise UserError(
                 f"{wanted.named}: it holds more than {MOST_FILES:,} files; name those with rows, as files=[…]"
             )
-    readme = (directory / README).read_bytes() if README in names else b""
     script = (f"{directory.resolve().name}.py", "name the files with rows, as files=[…]")
-    return [DataFile(str(directory / name), name) for name in choose(names, readme, wanted, script=script)]
+    chosen = choose(names, _head(directory, names, wanted), wanted, script=script)
+    for name in chosen:
+        try:
+            open_regular(directory / name).close()
+        except UnreadableError as error:
+            raise UserError(f"{wanted.named}: its {name} can't be read ({error}); take it out, or mend it") from error
+    return [DataFile(str(directory / name), name) for name in chosen]
+
+
+def _head(directory: Path, names: list[str], wanted: Wanted) -> bytes:
+    """The beginning of the README.md; empty if there is none."""
+    try:
+        with open_regular(directory / README) as file:
+            return read_at_most(file, LONGEST_README + 1)
+    except UnreadableError as error:
+        if README not in names:
+            return b""
+        raise UserError(f"{wanted.named}: its {README} can't be read ({error}); take it out, or mend it") from error
 
 
 def choose(

@@ -31,7 +31,6 @@ from .hostile.readers import READERS, Reader, build, made, seal
 
 KINDS = ("refused", "harmless", "changed", "traceback", "hang", "signal", "outside", "executed")
 BAD = KINDS[3:]
-AT_ONCE = 2
 IMPORTS = (
     *("data.run", "data.rows.tables", "inference.run", "inference.generate", "inference.batch.batch"),
     *("inference.merging.merge", "train.run", "train.plan", "peft", "sentencepiece.sentencepiece_model_pb2"),
@@ -45,6 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torture.py files`."""
     parser.add_argument("--tries", type=int, default=5000, help="files that are damaged (5000)")
     parser.add_argument("--first", type=int, default=0, help="the number of the first try, to repeat one (0)")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="programs that run at once (one a core)")
     common_arguments(parser)
 
 
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torture = Torture(scratch, readers, options.seed)
     torture.prepare()
     for number in range(options.first, options.first + options.tries):
-        torture.wait(below=AT_ONCE)
+        torture.wait(below=options.at_once)
         torture.begin(number)
     torture.wait(below=1)
     figures = torture.report()

@@ -5,6 +5,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from configs.program.errors import one_line
+
 LARGEST = 64 << 20
 """Bytes of the largest file that is read as a whole, unless told otherwise; a tokenizer.json has 4 MB."""
 
@@ -72,8 +74,8 @@ def read_at_most(file: BinaryIO, size: int) -> bytes:
         while size and (part := file.read(min(size, 1 << 24))):
             parts.append(part)
             size -= len(part)
-    except OSError as error:
-        raise UnreadableError(error.strerror or type(error).__name__) from error
+    except (OSError, EOFError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
+        raise UnreadableError(one_line(error)) from error
     return b"".join(parts)
 
 

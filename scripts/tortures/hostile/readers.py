@@ -177,6 +177,14 @@ def train(*arguments: str) -> Callable[[], None]:
     return lambda: _train(*common, *arguments)
 
 
+def resume() -> None:
+    """`python -m train` for a run that was interrupted after its last step."""
+    run = Path("out/run")
+    (run / "receipt.json").unlink()
+    shutil.rmtree(run / "adapter")
+    train(f"run_dir={run}")()
+
+
 def go_on() -> None:
     """What a run that goes on looks at before it is built: its newest checkpoint, or with it its receipt."""
     from configs.program.errors import UserError
@@ -334,9 +342,18 @@ READERS = (
     ),
     Reader(
         "train: run directory",
-        ("out/run/receipt.json", "out/run/metrics.jsonl", *CHECKPOINT[:2]),
-        train("run_dir=out/run", "max_steps=3", "resume_despite=[max_steps]"),
+        ("out/run/receipt.json",),
+        train("run_dir=out/run"),
         ("in/base", "in/prepared", "out/run"),
+        prints=False,
+        weight=3,
+    ),
+    Reader(
+        "train: goes on",
+        ("out/run/metrics.jsonl", *CHECKPOINT),
+        resume,
+        ("in/base", "in/prepared", "out/run"),
+        ("out/run/adapter/adapter_model.safetensors",),
         prints=False,
         weight=4,
     ),
