@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -218,8 +217,7 @@ def _read_json(name: str, file: io.BufferedReader, *, known_lines: bool) -> Iter
             return
         line += file.read(len(coming)).count(b"\n")
     if known_lines or text.startswith(b"{"):
-        rows = (numbered for numbered in _lines(file, line) if numbered[1].strip(BYTE_ORDER_MARK + BLANK))
-        yield from _chunks(name, "line", rows)
+        yield from _chunks(name, "line", _lines(file, line))
     elif text.startswith(b"["):
         yield from _chunks(name, "row", enumerate(JsonArray(name, file.read(64), file)))
     else:
@@ -228,12 +226,17 @@ def _read_json(name: str, file: io.BufferedReader, *, known_lines: bool) -> Iter
         )
 
 
-def _lines(file: BinaryIO, first: int) -> Iterator[tuple[int, bytes]]:
-    """The lines that follow, of which the next has the number `first`."""
-    for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW), b""), start=first):
+def _lines(file: io.BufferedReader, number: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that follow and are not blank, of which the next has that number."""
+    while line := file.readline(LONGEST_ROW):
         if len(line) == LONGEST_ROW:
             raise EOFError(f"line {number} is longer than {LONGEST_ROW >> 20} MiB")
-        yield number, line
+        if line.strip(BYTE_ORDER_MARK + BLANK):
+            yield number, line
+        else:  # a block at a time, as few compressed bytes may be any number of them
+            while blank := len(coming := file.peek()) - len(coming.lstrip(BLANK)):
+                number += file.read(blank).count(b"\n")
+        number += 1
 
 
 def _chunks(name: str, unit: str, rows: Iterable[tuple[int, str | bytes]]) -> Iterator[Chunk]:
