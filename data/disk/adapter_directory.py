@@ -75,8 +75,8 @@ INITS_THAT_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 NOTHING: tuple[object, ...] = (None, False, "none", {}, [])
 """Values of a setting that is not used."""
 
-LONGEST_NAME = 1024
-"""Characters of the longest path or hub id that may name a base."""
+LONGEST_NAME, LONGEST_PART = 1024, 255
+"""Characters of the longest path or hub id that may name a base, and bytes between its slashes."""
 
 LONGEST_QUOTE = 100
 """Characters of a value that a sentence quotes."""
@@ -189,6 +189,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= LONGEST_PATTERN
 
 
+def _can_be_a_path(text: str) -> bool:
+    return len(text) <= LONGEST_NAME and all(len(part.encode()) <= LONGEST_PART for part in text.split("/"))
+
+
 def _map_of(fits: Callable[[object], bool]) -> Callable[[object], bool]:
     """Whether a value is null, or an object whose values fit."""
     return lambda value: (
@@ -225,7 +229,7 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "layers_pattern": _PATTERN,
     "layers_to_transform": (_list_of(_is_layer, or_one=True), "whole numbers"),
     "base_model_name_or_path": (
-        lambda value: value is None or (isinstance(value, str) and len(value) <= LONGEST_NAME),
+        lambda value: value is None or (isinstance(value, str) and _can_be_a_path(value)),
         f"a path or hub id of at most {LONGEST_NAME} characters",
     ),
     "revision": (lambda value: value is None or isinstance(value, str), "a text"),

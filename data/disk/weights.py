@@ -18,6 +18,9 @@ from data.disk.tensor_file import StoredTensor, read_header
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+LONGEST_NAME = 255
+"""Bytes of the longest name that a file can have."""
+
 SAMPLES, SAMPLE_BYTES = 4, 1024
 """How much of each tensor its fingerprint reads: this many blocks of this size, evenly spread."""
 
@@ -124,8 +127,10 @@ def weight_files(directory: Path, named: str) -> list[Path]:
         if not names:
             raise UserError(f"{named}: its {INDEX} names no file; {REMEDY}")
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{named}: its {INDEX} names {name}, which is not in the directory; {REMEDY}")
+        if Path(name).name != name or len(name.encode()) > LONGEST_NAME:
+            raise UserError(
+                f"{named}: its {INDEX} names {name[:LONGEST_NAME]}, which is not in the directory; {REMEDY}"
+            )
         if not (directory / name).is_file():
             raise UserError(f"{named}: its {name} is missing; {REMEDY}")
     return [directory / name for name in names]

@@ -192,6 +192,7 @@ def read_arrow(name: str, tables: Iterable[pa.Table]) -> Iterator[Chunk]:
     """Rows that come as Arrow tables of at most `Chunk.ROWS` rows."""
     first = 0
     for table in tables:
+        _ = table.column_names  # one that is no text is refused here
         buffer = io.BytesIO()
         with pa.ipc.new_stream(buffer, table.schema) as stream:
             stream.write(table)
@@ -354,5 +355,5 @@ def _read_parquet(name: str, file: BinaryIO) -> Iterator[Chunk]:
     try:
         table = pq.ParquetFile(pa.BufferReader(content) if compressed else file)
         yield from read_arrow(name, (pa.Table.from_batches([b]) for b in table.iter_batches(batch_size=Chunk.ROWS)))
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise UserError(f"files={name}: it can't be read as Parquet ({one_line(error)}); check the file") from error

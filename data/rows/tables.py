@@ -65,7 +65,7 @@ def read_arrow_file(name: str) -> Iterator[Chunk]:
                 for start in range(0, table.num_rows, Chunk.ROWS)
             )
             yield from read_arrow(name, tables)
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise UserError(f"files={name}: it can't be read as Arrow ({one_line(error)}); check the file") from error
 
 

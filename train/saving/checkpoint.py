@@ -200,9 +200,9 @@ class Checkpoint:
         if written is None:
             raise DamagedError(f"{MANIFEST} lacks {name}")
         path = self.path / name
-        if not path.is_file():
-            raise DamagedError(f"{name} is missing")
         try:
+            if not path.is_file():
+                raise DamagedError(f"{name} is missing")
             if path.stat().st_size != written["bytes"] or file_hash(path) != written["xxh3"]:
                 raise DamagedError(f"{name} is not as it was written")
         except OSError as error:
