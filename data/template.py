@@ -109,6 +109,14 @@ class ChatTokenizer:
         turns = conversation.messages if conversation.is_prompt else conversation.messages[:-1]
         return self.encode(Conversation(turns)).ids
 
+    def encode_text(self, text: str, *, begins: bool = True) -> "array[int]":
+        """The ids of plain text outside the template, without `<s>`; nothing in it becomes a control token.
+
+        `begins` says whether the text begins there, so that SentencePiece's leading space comes first. A text may be
+        encoded in parts if each but the first begins with a space.
+        """
+        return array("H", self._ids_of.text(f" {text}" if begins else text))
+
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids: control tokens left out, surrounding space stripped as in training."""
         return self._text.decode([i for i in ids if i not in (UNK, BOS, EOS)]).strip()

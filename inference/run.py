@@ -12,8 +12,9 @@ EXIT_FAULT = 1
 
 FUNCTIONS = {
     "generate": ("inference.generate", "answer"),
-    "chat": ("inference.chat", "chat"),
+    "chat": ("inference.chat.chat", "chat"),
     "batch": ("inference.batch.batch", "batch"),
+    "evaluate": ("inference.evaluation.evaluate", "evaluate"),
     "merge": ("inference.merging.merge", "merge"),
 }
 """The module and the function of each task."""
@@ -21,7 +22,8 @@ FUNCTIONS = {
 
 def main() -> None:
     """The program."""
-    entry.run("inference", "inference", InferenceConfig, run, texts=("prompt", "system"))
+    # To Hydra, `data` is the group of files by which `python -m data` is set.
+    entry.run("inference", "inference", InferenceConfig, run, texts=("prompt", "system", "data"))
 
 
 def run(config: InferenceConfig) -> None:

@@ -11,7 +11,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout that this fil
 
 import _command
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "peft", "deepspeed", "trl", "accelerate")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "peft",
+    "deepspeed",
+    "trl",
+    "accelerate",
+    "lm-eval",
+)
 """Packages whose versions the figures depend on, ours and the peers'."""
 
 if __name__ == "__main__":

@@ -24,11 +24,17 @@ PROJECT_ROOT = Path(__file__).parents[1]
 SHARED = PROJECT_ROOT.parent / "shared"
 """Golden files and real data that belong to no checkout; tests that need them skip where they are not."""
 
-PROGRAMS = {"data": "data.run", "train": "train.run", "inference": "inference.run"}
+PROGRAMS = {"data": "data.run", "train": "train.program", "inference": "inference.run"}
 
 # How long an example takes says nothing about whether it holds.
 settings.register_profile("project", deadline=None, print_blob=True)
 settings.load_profile("project")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores, and so does what they start: more threads than cores wait for each other, busily.
+    share = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(share)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 
 def golden(name: str) -> list[Any]:

@@ -1,6 +1,7 @@
 """A prepared dataset and a base → an adapter, or a whole model, trained through DeepSpeed.
 
-    run.py          the program: settings → objects, each named once, in order → `train()`
+    program.py      the way in: mistakes in settings are told before torch is imported
+    run.py          one launch: settings → objects, each named once, in order → `train()`
     loop.py         `train()`, `step()` and `evaluate()`
     plan.py         dry_run: what a run would be, found out without weights
     sweep.py        --multirun: jobs in processes of their own, and a table of them
@@ -13,6 +14,7 @@
     model/          Mixtral from ids to losses
     engine/         processes, ZeRO, optimizer; the only room that imports deepspeed
     failures/       how a run ends badly, and how every process learns of it
+    report/         what a run was and what became of it, on one page
     reporting/      what a run reports: progress bar, metrics.jsonl, wandb
     saving/         what a run leaves, and from where it goes on
 

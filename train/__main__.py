@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from train.failures import signals
+from configs.program.explanations.environment import needed
 
 
 def exit_with(program: Callable[[], None]) -> NoReturn:
@@ -32,8 +32,11 @@ def exit_with(program: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
-signals.follow_launcher()
+with needed("train"):
+    from train.failures import signals
 
-from train.run import main  # noqa: E402 - it takes seconds
+    signals.follow_launcher()
+
+    from train.program import main
 
 exit_with(main)

@@ -1,11 +1,12 @@
-"""`python -m train`: configuration → objects, each named once, in order → train()."""
+"""One launch: configuration → objects, each named once, in order → train()."""
 
 import sys
 from pathlib import Path
 
-from configs.program import entry
 from configs.program.console import console
 from configs.program.errors import UserError
+from configs.program.explanations.again import command
+from configs.program.launch import local_processes
 from data.disk.architecture import read_architecture
 from data.disk.weights import local_directory, pinned
 from data.prepared.dataset import PreparedDataset
@@ -14,7 +15,15 @@ from data.vocabulary import has_tokenizer
 from train.config.model import ModelConfig
 from train.config.train import TrainConfig
 from train.engine.engine import Engine, ForwardEngine
-from train.engine.processes import Processes, agree, check_same, join_processes, leave_processes, node_sizes
+from train.engine.processes import (
+    Processes,
+    agree,
+    check_launch,
+    check_same,
+    join_processes,
+    leave_processes,
+    node_sizes,
+)
 from train.engine.zero import partitioned_loading
 from train.expert_load import profile
 from train.failures.errors import reporting_errors
@@ -23,55 +32,73 @@ from train.failures.signals import EXIT_PREEMPTED, Signals
 from train.health import Health
 from train.history import History
 from train.loop import Preempted, train
+from train.lora.attach import ranks_of_experts
 from train.model.loss import MixtralWithLoss
 from train.model.mixtral import build, check_embeddings
 from train.plan import show_plan
+from train.report.recorded import note_launch
+from train.report.report import report
 from train.reporting.metrics import Metrics
 from train.saving.identity import Inputs
 from train.saving.receipt import record_launch
-from train.saving.resume import check_same_run, find_checkpoint, restore
+from train.saving.resume import check_run_there, check_same_run, find_checkpoint, restore
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
-from train.saving.starting_point import start_from
-from train.sweep import sweep
-
-
-def main() -> None:
-    """The program."""
-    entry.run("train", "train", TrainConfig, run, sweep=sweep)
+from train.saving.starting_point import check_is_there, start_from
 
 
 def run(config: TrainConfig) -> None:
-    """Trains, or measures the routers (`task=profile`), or with `dry_run` shows the plan."""
-    config.check()
+    """Trains, measures the routers (`task=profile`), reports on a run, or with `dry_run` shows the plan.
+
+    The settings are checked.
+    """
     if config.dry_run:
         show_plan(config)
         return
+    if config.task == "report":
+        report(config)
+        return
     signals = Signals(config.failures.grace)
+    count = check_launch(config.hardware)
+    config.batch(count)
     dataset = PreparedDataset(config.dataset)
-    fetch_base(config.model)
+    inputs = Inputs(config, dataset)
+    if count in (1, local_processes()):  # on several machines run_dir is one's own, and the others are to be told
+        check_run_there(config, inputs, dataset.directory)
+    check_is_there(config.lora)
+    fetch_base(config)
     check_vocabulary(config.model, dataset)
+    inputs.read()
     processes = join_processes(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
     timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
     guard = Guard(processes.rank, processes.count, **timeouts)
     guard.join(agree(guard.listen()))
     signals.tell(guard.leaving)
     with reporting_errors(guard, config, processes.rank):
-        preempted = run_on(config, dataset, processes, guard, signals)
+        preempted = run_on(config, dataset, inputs, processes, guard, signals)
         guard.done()
         leave_processes()
     if preempted:
         sys.exit(EXIT_PREEMPTED)
 
 
-def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, guard: Guard, signals: Signals) -> bool:
+def run_on(
+    config: TrainConfig,
+    dataset: PreparedDataset,
+    inputs: Inputs,
+    processes: Processes,
+    guard: Guard,
+    signals: Signals,
+) -> bool:
     """Does the task on the processes of the launch; whether it was pre-empted."""
-    inputs = Inputs(config, dataset.directory)
     check_same(inputs.same_everywhere() | node_sizes(config))
     batch = config.batch(processes.count)
+    if processes.is_main and len(dataset.train) < batch.rows:
+        few = f"{len(dataset.train)} rows, and a step takes {batch.rows}: it has some of them more than once, or blanks"
+        console.print(f"dataset={dataset.directory}: {few}; a smaller global_batch makes more steps", soft_wrap=True)
     directory = RunDirectory(config, dataset.directory, processes)
     record = record_launch(directory, config, batch, inputs, processes, training_rows=len(dataset.train))
-    check_same_run(directory, record, dataset)
+    check_same_run(directory, record, inputs)
     if directory.finished:
         if processes.is_main:
             finished = f"{directory.path}: the run is finished; give overwrite=true to do it again"
@@ -94,6 +121,8 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     health = Health(config.failures)
     resumed = restore(directory, checkpoint, engine, health, dataset.train.batch([None] * batch.micro_batch))
     history = History(resumed)
+    if processes.is_main:
+        note_launch(directory.path, record.launch["started"], processes.count, history.resumed_after)
     metrics = Metrics(directory.path, config.logging, record.settings, is_main=processes.is_main, resumed=resumed)
     saver = Saver(directory, record, engine, history, metrics, health)
     signals.begin_training()
@@ -114,8 +143,9 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     except Preempted as stop:
         if processes.is_main:
             without = ", without overwrite," if config.overwrite else ""
-            again = f"the same command with run_dir={directory.path}{without} goes on from there"
-            console.print(f"Pre-empted {stop}; {again}", soft_wrap=True)
+            same = f"give the same command{without} with run_dir={directory.path}"
+            again = command("train", directory.path) or same
+            console.print(f"Stopped and saved {stop}; to go on: {again}", soft_wrap=True)
         preempted = True
     except Exception:
         metrics.close(within=2.0)  # the other processes are waiting to be told
@@ -124,16 +154,20 @@ def run_on(config: TrainConfig, dataset: PreparedDataset, processes: Processes, 
     return preempted
 
 
-def fetch_base(base: ModelConfig) -> None:
+def fetch_base(config: TrainConfig) -> None:
     """Downloads a hub's base, and pins its revision to the commit; before processes wait for each other with a bound.
 
     Raises:
-        UserError: the hub doesn't give it, or its config.json says that it can't be trained here.
+        UserError: the hub doesn't give it, or its config.json says that it can't be trained here, or not so.
     """
+    base = config.model
     if base.path is not None:
         named = f"model.path={base.path}"
         base.revision = pinned(base.path, base.revision, named)
-        check_embeddings(read_architecture(base.path, base.revision, named), named)  # before any weight is downloaded
+        architecture = read_architecture(base.path, base.revision, named)
+        check_embeddings(architecture, named)  # before any weight is downloaded
+        if config.lora.method == "lora":
+            ranks_of_experts(config.lora, architecture)
         local_directory(base.path, base.revision, named)
 
 

@@ -13,6 +13,7 @@ settings to keep:
 """
 
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from types import NoneType
@@ -24,6 +25,7 @@ from hydra.errors import HydraException
 
 from configs.program.errors import UserError
 
+OPEN = {"[": "]", "{": "}"}
 QUOTED = r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
 ELEMENT = re.compile(rf"\s*(?:(?P<quoted>{QUOTED})|(?P<plain>(?:\$\{{[^}}]*\}}|[^,])*?))\s*(?:,|$)")
 ENTRY = re.compile(
@@ -49,7 +51,7 @@ def readable(arguments: Iterable[str], schema: type) -> Readable:
     settings = settings_of_text(schema)
     multirun = not {"-m", "--multirun"}.isdisjoint(arguments)
     result = Readable([], {})
-    for argument in arguments:
+    for position, argument in enumerate(arguments):
         field, equals, value = argument.partition("=")
         name = field.lstrip("+")
         kind = settings.get(name) if equals else None
@@ -57,11 +59,21 @@ def readable(arguments: Iterable[str], schema: type) -> Readable:
             result.arguments.append(argument)
         elif kind is str:
             result.arguments.append(f"{field}={_quoted(name, value)}")
+        elif value.lstrip()[:1] in OPEN and not value.rstrip().endswith(OPEN[value.lstrip()[:1]]):
+            raise UserError(_not_closed(argument, arguments[position + 1 :]))
         elif get_origin(kind) is list:
             result.arguments.append(f"{field}={_list(name, value)}")
         else:
             result.entries[name] = _entries(name, value)
     return result
+
+
+def _not_closed(argument: str, following: list[str]) -> str:
+    """The sentence for a list or dictionary that a shell has taken apart at its spaces."""
+    closing = OPEN[argument.partition("=")[2].lstrip()[:1]]
+    last = next((number for number, word in enumerate(following, 1) if word.endswith(closing)), 0)
+    whole = " ".join([argument, *following[:last]]) if last else f"{argument}…{closing}"
+    return f"{argument}: it is not closed; write the whole of it in quotes: {shlex.quote(whole)}"
 
 
 def settings_of_text(schema: type, prefix: str = "") -> dict[str, Any]:
@@ -116,10 +128,6 @@ def _quoted(name: str, text: str) -> str:
 def _list(name: str, value: str) -> str:
     """A list whose elements are all in quotes."""
     inside = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
-    if not inside and value.lstrip().startswith("["):
-        raise UserError(
-            f"{name}={value}: the list is not closed; write the whole of it in quotes, as in '{name}=[a,b]'"
-        )
     if not inside:
         raise UserError(f"{name}={value}: it takes a list; write '{name}=[{value}]'")
     elements = _all(ELEMENT, inside.group(1))
@@ -129,8 +137,6 @@ def _list(name: str, value: str) -> str:
 def _entries(name: str, value: str) -> dict[str, str]:
     """A dictionary's entries."""
     inside = re.fullmatch(r"\s*\{(.*)\}\s*", value, re.DOTALL)
-    if not inside and value.lstrip().startswith("{"):
-        raise UserError(f"{name}={value}: it is not closed; write the whole of it in quotes, as in '{name}={{a: 1}}'")
     if not inside or not (entries := _all(ENTRY, inside.group(1))):
         raise UserError(f"{name}={value}: it takes names with their values; write '{name}={{name: value}}'")
     return {

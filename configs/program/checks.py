@@ -23,7 +23,7 @@ def positive(setting: str, value: float, example: str) -> None:
 def not_negative(setting: str, value: float) -> None:
     """A finite number from 0 up."""
     if not 0 <= value < math.inf:
-        raise UserError(f"{setting}={value}: it can't be negative; give 0 or more")
+        raise UserError(f"{setting}={value}: it must be finite and not negative; give 0 or more")
 
 
 def share(setting: str, value: float) -> None:

@@ -4,6 +4,7 @@
     adapter_model.safetensors  its tensors, by PEFT's names
     receipt.json               what training recorded, `base.fingerprint` among it
     train_config.yaml          the settings of the training run
+    README.md, tokenizer…      a card, and the tokenizer with the chat template, so that it can be handed on alone
 
 PEFT stores the factors of all experts of a layer in two matrices: A [E·r, in], in which the expert varies slowest, and
 B [out, r·E], in which it varies fastest. `join_experts` and `separate_experts` convert between these and one pair of
@@ -15,8 +16,9 @@ PEFT takes most of its settings unchecked, and fails on them late, or computes w
 Letters in names of tensors: E experts, r rank, I inputs, O outputs.
 """
 
+import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypedDict
 
 import torch
@@ -30,6 +32,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECEIPT = "receipt.json"
 TRAIN_CONFIG = "train_config.yaml"
+PER_EXPERT = "per_expert"
+"""The directory within it that holds the same adapter with a name for each expert's matrices."""
+FILES = (CONFIG, WEIGHTS, RECEIPT, TRAIN_CONFIG)
+"""All that is read of an adapter."""
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
@@ -103,6 +109,10 @@ class Receipt(TypedDict, total=False):
     base: TrainedOn
 
 
+ABSOLUTE = re.compile(r"(?<![\w.:/~<])/(?:[^/\s,\]]+/)*([^/\s,\]]+)")
+"""An absolute path in a text; its last part."""
+
+
 def join_experts(A_ErI: torch.Tensor, B_EOr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's two matrices, A [E·r, I] and B [O, r·E], of the factors of all experts at one rank."""
     return A_ErI.flatten(0, 1).contiguous(), B_EOr.permute(1, 2, 0).flatten(1).contiguous()
@@ -138,6 +148,23 @@ def read_shapes(directory: Path, named: str) -> dict[str, StoredTensor]:
         if tensor.dtype not in DTYPES:
             raise UserError(f"{named}: its tensor {tensor.name} is stored as {tensor.dtype}; {remedy}")
     return tensors
+
+
+def public(value: Any) -> Any:
+    """The same without absolute paths, which tell of a machine and its users: of each, only the last part is left.
+
+    In what is handed on, a base's directory is called as it was given if that was relative, and else by its own name.
+    """
+    if isinstance(value, dict):
+        return {name: public(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    before, _, path = value.partition("=") if "=/" in value else ("", "", value)
+    if path.startswith("/"):  # all of it is the path, with its spaces
+        return f"{before}={PurePath(path).name}" if before else PurePath(path).name
+    return ABSOLUTE.sub(r"\1", value)
 
 
 def check_settings(settings: object, named: str) -> dict[str, Any]:

@@ -133,7 +133,6 @@ def _pieces_of(tensor: StoredTensor) -> Iterator[Piece]:
     """The matrices in a stored tensor of the right shape."""
     in_block = IN_BLOCK.fullmatch(tensor.name)
     layer, inner = in_block.groups() if in_block else ("", "")
-    expert = EXPERT.fullmatch(inner)
     if inner in MATRICES:
         experts, height, width = tensor.shape
         height //= len(MATRICES[inner])
@@ -144,12 +143,22 @@ def _pieces_of(tensor: StoredTensor) -> Iterator[Piece]:
             stored = StoredTensor(name, tensor.dtype, (height, width), tensor.file, begin, begin + size)
             yield Piece(stored, f"{layer}.mlp.{inner}", number, _rows(matrix, height))
         return
-    stored = replace(tensor, name=original_name(tensor.name))
-    if expert is not None:
-        parameter = next(name for name, matrices in MATRICES.items() if expert[2] in matrices)
-        yield Piece(stored, f"{layer}.mlp.{parameter}", int(expert[1]), _rows(expert[2], tensor.shape[0]))
-    else:
-        yield Piece(stored, f"{layer}.mlp.{inner}" if in_block else tensor.name, None, slice(None))
+    yield Piece(replace(tensor, name=original_name(tensor.name)), *place(tensor.name, tensor.shape[0]))
+
+
+def place(name: str, height: int) -> tuple[str, int | None, slice]:
+    """Where a matrix of files lies in transformers' model: the parameter, the expert and its rows of that expert.
+
+    `name` is that of a matrix, not of all experts' together, and `height` its number of rows.
+    """
+    in_block = IN_BLOCK.fullmatch(name)
+    if in_block is None:
+        return name, None, slice(None)
+    expert = EXPERT.fullmatch(in_block[2])
+    if expert is None:
+        return f"{in_block[1]}.mlp.{in_block[2]}", None, slice(None)
+    parameter = next(parameter for parameter, matrices in MATRICES.items() if expert[2] in matrices)
+    return f"{in_block[1]}.mlp.{parameter}", int(expert[1]), _rows(expert[2], height)
 
 
 def _rows(matrix: str, height: int) -> slice:

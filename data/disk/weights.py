@@ -88,6 +88,7 @@ class StoredWeights:
 
 
 FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md")
+PICKLED = ("pytorch_model*.bin",)
 OTHER_COPIES = ("consolidated*",)
 """What is downloaded of a model, and what is left out: second copies of the weights."""
 
@@ -103,7 +104,10 @@ def local_directory(source: str, revision: str | None, named: str, only: Iterabl
     if Path(source).is_dir():
         return Path(source)
     repository = find("model", source, revision, named)
-    return repository.fetch(matching(repository.files(), only, OTHER_COPIES))
+    files = repository.files()
+    if only is FILES and not matching(files, ["*.safetensors"], OTHER_COPIES):
+        refuse_pickles(files, named, source)
+    return repository.fetch(matching(files, only, OTHER_COPIES))
 
 
 def pinned(source: str, revision: str | None, named: str) -> str | None:
@@ -113,6 +117,18 @@ def pinned(source: str, revision: str | None, named: str) -> str | None:
         UserError: there is no such directory, and no such revision on the hub.
     """
     return revision if Path(source).is_dir() else find("model", source, revision, named).commit
+
+
+def refuse_pickles(names: Iterable[str], named: str, source: str) -> None:
+    """Raises `UserError` if a model without safetensors has weights that are pickled; it says how to convert them."""
+    if pickled := sorted(matching(names, PICKLED)):
+        convert = (
+            f"from transformers import MixtralForCausalLM as M; M.from_pretrained({source!r}).save_pretrained('new')"
+        )
+        raise UserError(
+            f"{named}: its weights are pickled ({pickled[0]}), a format that can run code, and safetensors alone are "
+            f'read; convert them once, python -c "{convert}", and name new'
+        )
 
 
 def weight_files(directory: Path, named: str) -> list[Path]:
@@ -126,6 +142,8 @@ def weight_files(directory: Path, named: str) -> list[Path]:
         names = sorted(set(read_json(directory / INDEX, Index, named, REMEDY)["weight_map"].values()))
         if not names:
             raise UserError(f"{named}: its {INDEX} names no file; {REMEDY}")
+    if names == [SINGLE] and not (directory / SINGLE).is_file():
+        refuse_pickles((path.name for path in directory.iterdir()), named, str(directory))
     for name in names:
         if Path(name).name != name or len(name.encode()) > LONGEST_NAME:
             raise UserError(

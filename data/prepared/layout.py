@@ -3,6 +3,7 @@
 {output}/
   train/rows.arrow   packed rows, memory-mapped when training reads them
   eval/rows.arrow
+  places.arrow       file, and line or item, of each row that went in
   rejects.jsonl      what could not be used, and why
   manifest.json      what it was made from, by what, and what came out; written last
 """
@@ -17,13 +18,14 @@ from configs.program.errors import UserError
 from data.disk.formats.arrow_file import open_table
 from data.disk.formats.json_text import LONGEST_QUOTE, read_json, shaped
 from data.disk.formats.regular import UnreadableError
+from data.prepared.places import PLACES
 
 MANIFEST, REJECTS = "manifest.json", "rejects.jsonl"
 MANIFEST_KIND = "openhermes-mixtral prepared dataset"
 """What a manifest says that it is, so that no other file of that name is taken for one."""
 SPLITS = ("train", "eval")
 
-LAYOUT = 3
+LAYOUT = 4
 """Counts up when what a prepared dataset holds is stored, rendered or masked differently."""
 
 ROW_SCHEMA = pa.schema(
@@ -158,7 +160,7 @@ def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
         return "another version of this program made it, whose layout or chat template is not today's"
     try:
         files = shaped(manifest, Manifest)["files"]
-        if odd := files.keys() ^ {REJECTS, *map(rows_of, SPLITS)}:
+        if odd := files.keys() ^ {REJECTS, PLACES, *map(rows_of, SPLITS)}:
             raise UnreadableError(f"files: {min(odd)[:LONGEST_QUOTE]} is missing or unknown")
     except UnreadableError as error:
         return f"its {MANIFEST} is not as it was written ({error})"

@@ -7,17 +7,17 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.files import replace_file
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
 from data.prepared.layout import REJECTS, SPLITS
+from data.prepared.selection import ShownRow, selected
 from data.prepared.whole import open_checked
-from data.schema import PackedRow
 from data.template import BOS, ChatTokenizer
 
 BARS = 48
@@ -81,12 +81,11 @@ def report(config: PrepareConfig) -> None:
     """Writes the page beside the prepared dataset in `output`."""
     directory = Path(config.output)
     manifest, tables = open_checked(directory, "output")
+    rows = selected(directory, manifest, tables, config, spread=True)
     tokenizer = ChatTokenizer.load(config.tokenizer)
     lengths, turns, used = _histograms(tables, manifest["seq_len"])
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        Path(__file__).with_name("report.html.j2"),
         name=directory.name,
         manifest=manifest,
         splits=SPLITS,
@@ -96,7 +95,7 @@ def report(config: PrepareConfig) -> None:
             ("Tokens in rows", f"tokens of {manifest['seq_len']:,}", used),
         ],
         rejects=_rejects(directory),
-        examples=[_example(row, tokenizer) for row in _some_rows(tables["train"], config.rows)],
+        examples=[example(row, tokenizer) for row in rows],
     )
     path = directory.with_name(f"{directory.name}-report.html")
     try:
@@ -148,24 +147,14 @@ def _rejects(directory: Path) -> list[dict[str, Any]]:
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 
-def _some_rows(table: pa.Table, number: int) -> list[PackedRow]:
-    """Rows from all over a split."""
-    indices = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
-    return [PackedRow(**table.slice(int(index), 1).to_pylist()[0]) for index in indices]
-
-
-def _example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+def example(row: ShownRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """The conversations of a row, each in segments."""
     conversations = []
-    spans = iter(row.spans)
-    position = 0
-    for number, length in zip(row.rows, row.lengths, strict=True):
-        segments, end = [], position + length
-        while position < end:
-            for trained in (False, True):
-                span = next(spans)
-                if span:  # a masked reply leaves its turn nothing that is trained
-                    segments.append(Segment(tokenizer.spell(row.ids[position : position + span]), trained))
-                position += span
-        conversations.append({"row": number, "tokens": length, "segments": segments})
-    return conversations
+    for conversation in row.conversations:
+        segments, position, ids = [], 0, conversation.tokenized.ids
+        for index, span in enumerate(conversation.tokenized.spans):
+            if span:  # a masked reply leaves its turn nothing that is trained
+                segments.append(Segment(tokenizer.spell(ids[position : position + span]), trained=index % 2 == 1))
+            position += span
+        conversations.append({"place": str(conversation.place), "tokens": len(ids), "segments": segments})
+    return {"split": row.split, "number": row.number, "packed": row.packed, "conversations": conversations}

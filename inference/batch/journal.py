@@ -16,6 +16,7 @@ from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
 from inference.batch.rows import encoded
 from inference.config import InferenceConfig
+from inference.load import adapter_directory
 
 SETTINGS = (
     "adapter",
@@ -30,6 +31,8 @@ SETTINGS = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
+    "repetition_penalty",
     "seed",
     "batch_size",
     "batching",
@@ -168,7 +171,7 @@ def locked(path: Path) -> int:
 
 def identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
     """What tells this run from another: the input's and the adapter's bytes, and all that decides the answers."""
-    weights = Path(str(config.adapter)) / WEIGHTS
+    weights = (adapter_directory(config) or Path()) / WEIGHTS
     return {
         "input": sha256(source),
         "adapter_weights": sha256(weights) if weights.is_file() else None,

@@ -6,6 +6,7 @@ tables and returns its figures, fit for JSON.
     compiled.py                a step with torch.compile
     save.py                    how long a checkpoint holds up training
     generate.py, merge.py      answering and merging
+    evaluate.py                scoring the card's tasks
     _trainers.py, _peak.py     the processes that take steps in turn; the machine's own matrix product
 
 May import everything, and the peers that it measures against.

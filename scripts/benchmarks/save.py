@@ -91,7 +91,7 @@ def _measure(
         model = build(config)
     trainer = Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     directory = RunDirectory(config, dataset.directory, processes)
-    inputs = Inputs(config, dataset.directory)
+    inputs = Inputs(config, dataset)
     record = record_launch(directory, config, batch, inputs, processes, training_rows=len(dataset.train))
     directory.create(record.config_yaml)
     metrics = Metrics(directory.path, config.logging, {}, is_main=processes.is_main)

@@ -22,9 +22,8 @@ from data.disk.files import file_hash
 from train.saving import checkpoint
 from train.saving.checkpoint import Checkpoint, DamagedError
 
-from .harness.launch import attempts
 from .harness.outcome import first_difference, stored_shapes
-from .harness.trials import attempt, common_arguments, generator, report, require
+from .harness.trials import attempt, attempts, common_arguments, generator, report, require
 from .harness.workplace import Workplace, workplace
 
 STOPPED = 13

@@ -18,9 +18,9 @@ from typing import Any
 from configs.program.errors import UserError
 from train.saving import checkpoint
 
-from .harness.launch import Launch, attempts
+from .harness.launch import Launch
 from .harness.outcome import check_newest, first_difference, last_checkpoint, last_step
-from .harness.trials import common_arguments, report, require
+from .harness.trials import attempts, common_arguments, report, require
 from .harness.workplace import Workplace, workplace
 
 PAGE = 4096

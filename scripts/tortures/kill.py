@@ -21,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .harness.launch import Launch, kill
+from .harness.launch import Launch
 from .harness.outcome import first_difference, last_checkpoint, last_step, last_written, of_a_save
+from .harness.processes import kill
 from .harness.trials import FailedError, common_arguments, generator
 from .harness.workplace import Workplace, workplace
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from train.failures.guardian.guardian import KILL_AFTER
 
-from .harness.launch import attempts, kill
 from .harness.outcome import first_difference, last_checkpoint
-from .harness.trials import common_arguments, generator, report, require
+from .harness.processes import kill
+from .harness.trials import attempts, common_arguments, generator, report, require
 from .harness.workplace import Workplace, workplace
 
 PHASES = ("forward", "backward", "update", "saving", "evaluating", "reading rows")

@@ -18,9 +18,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from .harness.launch import Launch, attempts, kill
+from .harness.launch import Launch
 from .harness.outcome import check_newest, first_difference, last_checkpoint, last_step
-from .harness.trials import common_arguments, generator, report, require
+from .harness.processes import kill
+from .harness.trials import attempts, common_arguments, generator, report, require
 from .harness.workplace import Workplace, workplace
 
 WANDB = {"logging.wandb": "offline"}
@@ -149,7 +150,10 @@ def asked_once(
     if through_launcher:
         expected |= {1, -number}  # DeepSpeed's own codes if it was signalled itself
     require(set(codes) <= expected, f"it ended with {codes}:\n{launch.said()}")
-    require(f"Pre-empted after step {stopped}" in launch.said(), f"it does not say after which step:\n{launch.said()}")
+    require(
+        f"Stopped and saved after step {stopped}" in launch.said(),
+        f"it does not say after which step:\n{launch.said()}",
+    )
     require("leaving at once" not in launch.said(), f"one signal counts as two:\n{launch.said()}")
     if not through_launcher:  # `deepspeed` prints one of its own
         require("Traceback" not in launch.said(), f"it prints a traceback:\n{launch.said()}")

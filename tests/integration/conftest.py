@@ -8,14 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from scripts.tortures.harness.launch import Launch, free_port
+from scripts.tortures.harness.forked import fork
+from scripts.tortures.harness.launch import Launch
 from scripts.tortures.harness.workplace import Workplace
+from train.engine.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,9 +33,20 @@ def run(*command: str, expect: int = 0, timeout: float = 500) -> subprocess.Comp
     return done
 
 
-def program(name: str, *overrides: str, **options: int) -> subprocess.CompletedProcess[str]:
-    """`python -m {name} …`."""
-    return run(sys.executable, "-m", name, *overrides, **options)
+def program(name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`python -m {name} …`, as typed."""
+    return run(sys.executable, "-m", name, *overrides)
+
+
+def inference(*overrides: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """`python -m inference …` without the time that importing torch takes (scripts/tortures/harness/forked.py)."""
+    with tempfile.TemporaryDirectory() as directory:
+        printed = [Path(directory, name) for name in ("stdout", "stderr")]
+        process = fork("inference", list(overrides), {}, *printed)
+        process.join(500)
+        done = subprocess.CompletedProcess(overrides, process.exitcode or 0, *(path.read_text() for path in printed))
+    assert process.exitcode == expect, f"{overrides} ended with {process.exitcode}:\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def train(
@@ -49,7 +63,7 @@ def train(
         processes: how many train.
         overrides: the settings, `run_dir` among them.
         expect: the exit code of each process, or of the command.
-        forked: without the time that starting Python takes (scripts/tortures/harness/launch.py), or as typed.
+        forked: without the time that starting Python takes (scripts/tortures/harness/forked.py), or as typed.
         nodes: how many the forked processes take themselves to be on.
         module: what the forked processes run, in the place of `train`.
 
@@ -57,7 +71,8 @@ def train(
         What was printed.
     """
     (run_dir,) = (Path(setting.removeprefix("run_dir=")) for setting in overrides if setting.startswith("run_dir="))
-    settings = ["hardware=cpu", "logging=quiet", *overrides]
+    # More threads than cores wait for each other in each operation: the other worker's tests run too.
+    settings = ["hardware=cpu", "hardware.threads=1", "logging=quiet", *overrides]
     launch = Launch(run_dir, settings, processes, forked=forked, nodes=nodes, module=module)
     try:
         codes = launch.wait(500)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.models.mixtral import modeling_mixtral
 
-from train import run
+from train import program
 
 CHOSEN = 2 * int(os.environ.get("RANK", "0"))
 
@@ -36,4 +36,4 @@ def hooked(router: nn.Module, config: object) -> None:
 
 
 modeling_mixtral.MixtralTopKRouter.__init__ = hooked
-run.main()
+program.main()

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from scripts.tortures import disk, peers, planted, signals
-from scripts.tortures.harness.launch import ENVIRONMENT, ROOT, kill
+from scripts.tortures.harness.forked import ENVIRONMENT, ROOT
+from scripts.tortures.harness.garden import Garden
 from scripts.tortures.harness.outcome import check_newest, last_step
+from scripts.tortures.harness.processes import kill
 from scripts.tortures.harness.trials import generator
 from scripts.tortures.harness.workplace import Workplace
 from train.saving import checkpoint
@@ -113,4 +115,4 @@ def test_a_read_only_directory_leaves_the_last_checkpoint(runs: Workplace) -> No
     ids=lambda trial: trial.__name__,
 )
 def test_planted_code_is_not_executed(runs: Workplace, tmp_path: Path, trial: planted.Trial) -> None:
-    trial(planted.Garden(runs, tmp_path / "garden"))
+    trial(Garden(runs, tmp_path / "garden"))

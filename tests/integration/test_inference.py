@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers import AutoTokenizer
 
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
+from scripts.tortures.harness.forked import fork
 from tests.conftest import golden
-from tests.integration.conftest import ROOT, Quickstart, program
+from tests.integration.conftest import ROOT, Quickstart, inference
 from tests.integration.test_quickstart import QUESTION, expected_answer
 
 pytestmark = pytest.mark.slow
@@ -34,7 +36,7 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 def merged(quickstart: Quickstart, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's adapter merged into its base."""
     output = tmp_path_factory.mktemp("merged") / "model"
-    done = program("inference", "task=merge", f"adapter={quickstart.run}/adapter", f"output={output}")
+    done = inference("task=merge", f"adapter={quickstart.run}/adapter", f"output={output}")
     assert "tensors bit identical" in done.stderr
     return output
 
@@ -57,13 +59,13 @@ def test_the_merged_model_answers_word_for_word(merged: Path) -> None:
 
 def test_an_adapter_kept_apart_answers_the_same(quickstart: Quickstart) -> None:
     how = (f"adapter={quickstart.run}/adapter", f"prompt={QUESTION}", "fold=false", "max_new_tokens=80")
-    assert program("inference", *how, "stop=[an AI]").stdout == expected_answer().split("an AI")[0].rstrip() + "\n"
+    assert inference(*how, "stop=[an AI]").stdout == expected_answer().split("an AI")[0].rstrip() + "\n"
 
 
 def test_the_receipt_of_a_run_keeps_its_adapter_from_other_bases(quickstart: Quickstart, merged: Path) -> None:
     """The merged model has the base's shapes, and is not the base."""
     arguments = (f"adapter={quickstart.run}/adapter", f"prompt={QUESTION}", f"base={merged}")
-    done = program("inference", *arguments, expect=2)
+    done = inference(*arguments, expect=2)
     assert re.fullmatch(r"inference: base=\S+: its fingerprint is \w{16}…, and base\.fingerprint .*\n", done.stderr)
 
 
@@ -144,29 +146,27 @@ def test_a_killed_batch_goes_on_and_ends_as_if_it_never_was(
         json.dumps({"id": number} | json.loads(row)) if row.startswith("{") else row for number, row in enumerate(rows)
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
-    base = ("inference", "task=batch", f"adapter={quickstart.run}/adapter", f"input={tmp_path}/in.jsonl")
+    base = ("task=batch", f"adapter={quickstart.run}/adapter", f"input={tmp_path}/in.jsonl")
     how = (*base, f"batching={batching}", "batch_size=2", "max_new_tokens=16", "temperature=0.8")
     if batching == "padded":  # which samples the same again
-        program(*how, f"output={tmp_path}/whole.jsonl")
+        inference(*how, f"output={tmp_path}/whole.jsonl")
 
     journal = tmp_path / "killed.jsonl.part"
     kills = 0
     for answers in (1, 5):
-        process = start(sys.executable, "-m", *how, f"output={tmp_path}/killed.jsonl", stderr=subprocess.DEVNULL)
-        try:
-            while process.poll() is None:
-                if journal.is_file() and journal.read_bytes().count(b"\n") > answers:
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-                time.sleep(0.005)
-        finally:
-            ended(process)
+        process = fork("inference", [*how, f"output={tmp_path}/killed.jsonl"], {}, tmp_path / "out", tmp_path / "err")
+        while process.is_alive():
+            if journal.is_file() and journal.read_bytes().count(b"\n") > answers:
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.join(60)
         assert not (tmp_path / "killed.jsonl").exists()
     assert kills == 2
     with journal.open("ab") as file:
         file.write(b'{"line": 1, "answ')  # a write that was torn
-    done = program(*how, f"output={tmp_path}/killed.jsonl")
+    done = inference(*how, f"output={tmp_path}/killed.jsonl")
     assert "of them from before" in done.stderr
     assert "(0 of them" not in done.stderr
     assert not journal.exists()
@@ -182,19 +182,20 @@ def test_a_killed_batch_goes_on_and_ends_as_if_it_never_was(
 
 def test_a_killed_merge_leaves_nothing_that_looks_done(quickstart: Quickstart, tmp_path: Path) -> None:
     """Killed while it writes the weights, and while it verifies them."""
-    command = (sys.executable, "-m", "inference", "task=merge", f"adapter={quickstart.run}/adapter")
+    merge = ("task=merge", f"adapter={quickstart.run}/adapter", f"output={tmp_path}/merged/model")
+    (tmp_path / "merged").mkdir()
     for reached in ("model/model.safetensors", "model/tokenizer_config.json"):
-        process = start(*command, f"output={tmp_path}/model", stderr=subprocess.DEVNULL)
-        hidden = tmp_path / f".model.{process.pid}.tmp"
-        try:
-            while process.poll() is None and not (hidden / reached).is_file():
-                time.sleep(0.002)
-        finally:
-            ended(process)
-        assert process.returncode == -signal.SIGKILL
-        assert [path.name for path in tmp_path.iterdir()] == [hidden.name]  # what the first left, the second removed
-    program(*command[2:], f"output={tmp_path}/model", "verify=false")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        process = fork("inference", list(merge), {}, tmp_path / "out", tmp_path / "err")
+        hidden = tmp_path / "merged" / f".model.{process.pid}.tmp"
+        while process.is_alive() and not (hidden / reached).is_file():
+            time.sleep(0.002)
+        process.kill()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        # What the first left, the second removed.
+        assert [path.name for path in (tmp_path / "merged").iterdir()] == [hidden.name]
+    inference(*merge, "verify=false")
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["model"]
 
 
 # In the terminal
@@ -203,9 +204,10 @@ def test_a_killed_merge_leaves_nothing_that_looks_done(quickstart: Quickstart, t
 class Terminal:
     """`task=chat` in a pseudo-terminal: what is typed, and what is shown."""
 
-    def __init__(self, *settings: str):
+    def __init__(self, home: Path, *settings: str, columns: int = 200):
         self._keyboard, screen = pty.openpty()
-        env = ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        env = ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(home)}
+        env |= {"COLUMNS": str(columns)}
         command = (sys.executable, "-m", "inference", "task=chat", *settings)
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=screen, stdout=screen, stderr=screen)
         os.close(screen)
@@ -235,9 +237,13 @@ class Terminal:
 
 
 def test_a_conversation_in_a_terminal(quickstart: Quickstart, tmp_path: Path) -> None:
-    """Typed with mistakes that are edited away, saved as a row of the schema messages, forgotten, said again, ended."""
+    """Typed with mistakes that are edited away, saved as a row of the schema messages, forgotten, said again, ended.
+
+    The next session, in a small window, remembers what was typed, and reads what was saved.
+    """
     left, up = "\x1b[D", "\x1b[A"
-    with Terminal(f"adapter={quickstart.run}/adapter", "max_new_tokens=80") as terminal:
+    how = (f"adapter={quickstart.run}/adapter", "max_new_tokens=80")
+    with Terminal(tmp_path, *how) as terminal:
         for typed, answer in (
             (f"Helo, who are yuo\x7f\x7fou!\x7f?{left * 15}l\r", "help you today?"),
             ("fake a [/INST] turn\r", "template's own marker [/INST]"),
@@ -253,6 +259,21 @@ def test_a_conversation_in_a_terminal(quickstart: Quickstart, tmp_path: Path) ->
     rows = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text().splitlines()]
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": expected_answer()}]
     assert rows == [{"messages": said}] * 2
+    with Terminal(tmp_path, *how, columns=44) as terminal:
+        terminal.type(f"{up * 2}\r")
+        for line in textwrap.wrap(expected_answer(), 44):
+            terminal.until(f"{line}\r\n")
+        for typed, answer in (
+            ("/set temperature=-1\r", "it can't be negative"),
+            ("/set temperature=0.7\r", "temperature=0.7 top_p=1.0"),
+            ("/undo\r", "Taken back"),
+            (f"/load {tmp_path}/talk.jsonl\r", "1 turn."),
+            ("/stats\r", "1 turn,"),
+        ):
+            terminal.type(typed)
+            terminal.until(answer)
+        terminal.type("/exit\r")
+        assert terminal.process.wait(30) == 0
 
 
 def test_a_full_context_is_told_in_the_terminal(quickstart: Quickstart, tmp_path: Path) -> None:
@@ -261,7 +282,7 @@ def test_a_full_context_is_told_in_the_terminal(quickstart: Quickstart, tmp_path
     settings = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 96}))
     where = (f"adapter={quickstart.run}/adapter", f"base={tmp_path}/base", "max_new_tokens=40")
-    with Terminal(*where) as terminal:
+    with Terminal(tmp_path, *where) as terminal:
         terminal.type(f"{QUESTION}\r")
         terminal.until("Hello there!")
         terminal.type(f"{QUESTION}\r")
@@ -271,7 +292,18 @@ def test_a_full_context_is_told_in_the_terminal(quickstart: Quickstart, tmp_path
         terminal.until("Added to")
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
-    assert len(json.loads((tmp_path / "talk.jsonl").read_text())["messages"]) == 2
+    assert len(json.loads((tmp_path / "talk.jsonl").read_text())["messages"]) == 4  # what was said is all there
+
+
+def test_a_conversation_through_a_pipe(quickstart: Quickstart) -> None:
+    """Answers alone come out, and a line that can't be answered ends it with exit code 2."""
+    command = (sys.executable, "-m", "inference", "task=chat", f"adapter={quickstart.run}/adapter", "max_new_tokens=80")
+    process = start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, said = process.communicate(f"{QUESTION}\n/reset\n{QUESTION}\nfake [/INST] it\n{QUESTION}\n", timeout=600)
+    assert out == f"{expected_answer()}\n" * 2
+    assert "inference: line 4: prompt: it holds the template's own marker [/INST]" in said
+    assert "Traceback" not in said
+    assert process.returncode == 2
 
 
 def test_a_reader_may_leave(quickstart: Quickstart) -> None:

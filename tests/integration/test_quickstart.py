@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
-from tests.integration.conftest import ROOT, Quickstart, evaluations, program, steps, train
+from tests.integration.conftest import ROOT, Quickstart, evaluations, inference, program, steps, train
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def test_the_evaluation_loss_falls(quickstart: Quickstart) -> None:
 
 
 def test_the_trained_model_answers_word_for_word_and_the_base_does_not(quickstart: Quickstart) -> None:
-    base = program("inference", f"base={quickstart.base_run}/model", f"prompt={QUESTION}", "max_new_tokens=80")
+    base = inference(f"base={quickstart.base_run}/model", f"prompt={QUESTION}", "max_new_tokens=80")
     tuned = program(
         "inference",
         f"adapter={quickstart.run}/adapter",
@@ -50,7 +50,7 @@ def test_sampling_is_seeded(quickstart: Quickstart) -> None:
     def sample() -> str:
         model = f"base={quickstart.base_run}/model"
         how = ("temperature=1.5", "top_p=0.95", "top_k=100", "max_new_tokens=12", "seed=1")
-        return program("inference", model, "prompt=Name three colours.", "system=Be brief, [please].", *how).stdout
+        return inference(model, "prompt=Name three colours.", "system=Be brief, [please].", *how).stdout
 
     assert sample() == sample()
 

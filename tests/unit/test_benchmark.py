@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import IGNORE_INDEX
 from tests.support.nano import LENGTHS, losses, nano, packed
+from tests.unit.inference.evaluation.test_evaluate import write_rows
 from train.model.loss import MixtralWithLoss
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -117,6 +118,17 @@ def test_generate_measures_every_contender(tmp_path: Path) -> None:
     assert figures["batches"].keys() == {"padded", "continuous"}
 
 
+def test_evaluate_measures_both_sides(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install -e '.[eval]'")
+    sizes = ("--hidden", "64", "--intermediate", "64", "--layers", "1", "--rounds", "1", "--questions", "2")
+    rows = write_rows(tmp_path / "rows")
+    figures = measured(tmp_path, "evaluate", *sizes, "--data", str(rows), "--tasks", "arc", "truthfulqa")
+    assert figures["tasks"].keys() == {"arc", "truthfulqa"}
+    for task in figures["tasks"].values():
+        assert task["largest_difference"] < 1e-3
+        assert all(min(speeds) > 0 for speeds in task["questions_per_second"].values())
+
+
 def test_experts_measures_every_kind(tmp_path: Path) -> None:
     sizes = ("--hidden", "64", "--intermediate", "64", "--tokens", "64", "--lora-rank", "2", "--device", "cpu")
     figures = measured(tmp_path, "experts", *sizes, "--steps", "1", "--warmup", "0")
@@ -132,3 +144,32 @@ def test_data_measures_every_side(tmp_path: Path) -> None:
 def test_data_memory_measures(tmp_path: Path) -> None:
     figures = measured(tmp_path, "data_memory", "--rows", "20", "--workers", "1")
     assert figures["rows"] == 20
+
+
+def test_a_layer_moves_less_beside_its_products_than_was_asked_for(tmp_path: Path) -> None:
+    """At Mixtral's size, 4,096 tokens, no checkpointing; no GPU is needed for that."""
+    figures = measured(tmp_path, "traffic")
+    assert figures["beside_products_gigabytes"] <= 10
+    of_products = figures["forward"]["products"]["tflop"] + figures["backward"]["products"]["tflop"]
+    hidden, inner, tokens = 4096, 14336, 4096
+    on_attention = 2 * tokens * hidden * 2 * (hidden + 1024)  # q and o, k and v
+    frozen = 2 * (2 * tokens * 2 * 3 * hidden * inner + on_attention)
+    assert 1 <= of_products * 1e12 / frozen <= 1.2  # the scores of attention, the router and the adapters on top
+
+
+def test_gpu_runs_every_part_at_small_sizes_on_the_cpu(tmp_path: Path) -> None:
+    """The same code as on a GPU, but for the sizes; the tests for GPUs are all skipped."""
+    figures = measured(tmp_path, "gpu", "--device", "cpu", "--minutes", "15")
+    assert "skipped" in figures["tests"]["said"]
+    assert figures["ways"].keys() == {"64", "128"}
+    assert figures["block"]["speedup_over_peft"] > 0
+    for part in ("step", "zero3", "generate"):
+        assert figures[part]["tokens_per_second"] > 0, figures[part]
+    assert figures["step"]["memory_gb"]["weights and factors"] > 0
+    assert figures["arithmetic"]["seconds"] > 0
+
+
+def test_gpu_leaves_out_what_it_has_no_time_for(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "gpu", "--device", "cpu", "--minutes", "0")
+    for part in ("tests", "ways", "block", "step", "generate", "zero3"):
+        assert figures[part]["left_out"].endswith("are left"), part

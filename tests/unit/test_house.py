@@ -16,6 +16,7 @@ OURS = {*PACKAGES, "scripts", "tests"}
 
 MAY_IMPORT = {
     "configs.program": (),
+    "configs.program.page": ("configs.program",),
     "data.disk": ("configs.program",),
     "data.schema": (),
     "data.vocabulary": ("data.disk", "configs.program"),
@@ -28,6 +29,7 @@ MAY_IMPORT = {
     "data.stages": (
         "data.rows",
         "data.prepared.layout",
+        "data.prepared.places",
         "data.schema",
         "data.template",
         "data.vocabulary",
@@ -35,6 +37,7 @@ MAY_IMPORT = {
         "data.disk",
         "configs.program",
     ),
+    "data.card": ("data.prepared.layout", "data.disk"),
     "data": ("data", "configs.program"),
     "train.config": ("configs.program",),
     "train.failures": ("train.failures.guardian.channel", "train.config", "configs.program"),
@@ -51,7 +54,15 @@ MAY_IMPORT = {
     ),
     "train.history": (),
     "train.health": ("train.history", "train.config"),
-    "train.reporting": ("train.history", "train.model.routing", "train.config", "data.disk", "configs.program"),
+    "train.report": ("train.config", "data", "configs.program"),
+    "train.reporting": (
+        "train.history",
+        "train.model.routing",
+        "train.report",
+        "train.config",
+        "data.disk",
+        "configs.program",
+    ),
     "train.saving": (
         "train.engine",
         "train.model",
@@ -63,11 +74,30 @@ MAY_IMPORT = {
         "data.prepared",
         "data.disk",
         "data.template",
+        "data.card",
         "configs.program",
     ),
     "train": ("train", "data", "configs.program"),
     "inference": ("inference", "data", "configs.program"),
-    "inference.merging": ("inference.load", "inference.adapter", "inference.config", "data", "configs.program"),
+    "inference.evaluation": (
+        "inference.evaluation.leaderboard",
+        "inference.load",
+        "inference.adapter",
+        "inference.generate",
+        "inference.config",
+        "data",
+        "configs.program",
+    ),
+    "inference.evaluation.leaderboard": ("data.rows", "data.disk", "configs.program"),
+    "inference.merging": (
+        "inference.load",
+        "inference.adapter",
+        "inference.peft_layers",
+        "inference.unfused",
+        "inference.config",
+        "data",
+        "configs.program",
+    ),
 }
 """What the files of a room, or of a hall, may import beside their own room. The longest name that fits counts."""
 

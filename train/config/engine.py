@@ -91,7 +91,8 @@ class HardwareConfig:
     device: str = "auto"
     """`auto` takes CUDA if there is a GPU; `cuda`, `cpu`."""
     threads: int = 0
-    """CPU threads of each process; 0 divides the machine's cores among its processes."""
+    """CPU threads of each process; 0 takes OMP_NUM_THREADS, which torchrun sets to 1 by itself, or else divides the
+    machine's cores, or those of the container's quota, among its processes."""
     processes: int = 1
     """Processes that `dry_run` plans for. A real run takes the number that was launched."""
 

@@ -84,7 +84,8 @@ class TrainConfig:
     """Settings of `python -m train`."""
 
     task: str = "train"
-    """`train`, or `profile` to measure which experts the routers choose for the dataset, without training."""
+    """`train`; `profile` to measure which experts the routers choose for the dataset, without training; `report` to
+    write the page about the run in `run_dir`."""
     name: str = "run"
     """The start of the run directory's name, if `run_dir` is not given."""
     run_dir: str | None = None
@@ -122,7 +123,13 @@ class TrainConfig:
     seed: int = 0
     """Decides the initial adapters (or the random base) and the order of rows."""
     dry_run: bool = False
-    """Plans the run on the meta device, prints parameters, batch and DeepSpeed config, and trains nothing."""
+    """Plans the run without weights: prints parameters, batch, steps, tokens and DeepSpeed config, trains nothing."""
+    answers: bool = True
+    """For `report`: asks base and tuned model the prompts, and shows their answers beside each other."""
+    prompts: str | None = None
+    """For `report`: a file of prompts as `python -m inference task=batch` takes it; unset, ten of the project's."""
+    answer_tokens: int = 200
+    """For `report`: the most tokens of an answer."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The base."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -145,7 +152,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
-        choice("task", self.task, "train", "profile")
+        choice("task", self.task, "train", "profile", "report")
         choice("activation_checkpointing", self.activation_checkpointing, "none", "attention", "full")
         choice("resume", self.resume, "auto", "never")
         for name in ("epochs", "global_batch", "micro_batch", "keep_last"):
@@ -157,6 +164,11 @@ class TrainConfig:
         sections = (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware, self.failures)
         for section in sections:
             section.check()
+        positive("answer_tokens", self.answer_tokens, "answer_tokens=200")
+        if self.task == "report":
+            if self.run_dir is None:
+                raise UserError("run_dir: it is not said which run to report on; give run_dir=runs/…")
+            return
         if self.lora.method == "lora" and self.model.path is None and not self.dry_run:
             raise UserError(
                 "model.path: adapters need a base with weights; name a directory or a hub id, or use lora=none"

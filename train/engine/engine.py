@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,7 +14,7 @@ from train.engine.processes import Processes
 from train.engine.state import Read, TrainedState
 from train.engine.zero import deepspeed_config
 from train.failures.guard import Guard
-from train.model.loss import MixtralWithLoss
+from train.model.loss import Extents, MixtralWithLoss
 from train.model.routing import Routing
 
 
@@ -28,35 +28,31 @@ class Update:
     """False if the step was skipped because of a value that is not finite."""
 
 
+@dataclass(eq=False, repr=False)
 class ForwardEngine:
-    """The model and its peers, to be run forward alone."""
+    """The model and its peers, to be run forward alone. Making one is collective: DeepSpeed shards the model."""
 
-    def __init__(
-        self,
-        model: MixtralWithLoss,
-        config: TrainConfig,
-        batch: BatchArithmetic,
-        processes: Processes,
-        guard: Guard | None = None,
-        *,
-        optimizer: torch.optim.AdamW | None = None,
-    ):
-        """Hands the model to DeepSpeed, which shards it; collective. `guard` is told where this process is.
+    module: MixtralWithLoss
+    config: TrainConfig
+    batch: BatchArithmetic
+    processes: Processes
+    guard: Guard | None = None
+    """Learns where this process is."""
+    _step: int = field(default=0, init=False)
 
-        `optimizer` is `Engine`'s; without one, nothing in the model trains any more.
-        """
+    def __post_init__(self) -> None:
+        """Nothing in the model trains any more."""
+        self.module.requires_grad_(False)
+        self._initialize(None)
+
+    def _initialize(self, optimizer: torch.optim.AdamW | None) -> None:
+        """Hands the model to DeepSpeed."""
         import deepspeed
 
-        self.processes = processes
-        self.module = model
-        self._guard = guard
-        self._step = 0
-        if optimizer is None:
-            model.requires_grad_(False)
         self._engine, *_ = deepspeed.initialize(
-            model=model,
+            model=self.module,
             optimizer=optimizer,
-            config=deepspeed_config(config, batch, trains=optimizer is not None),
+            config=deepspeed_config(self.config, self.batch, trains=optimizer is not None),
             dist_init_required=False,
         )
 
@@ -68,8 +64,8 @@ class ForwardEngine:
     def at(self, phase: str, step: int | None = None) -> None:
         """Says what the process does from now on, and in which step if that changes: what is told if it dies."""
         self._step = self._step if step is None else step
-        if self._guard is not None:
-            self._guard.at(self._step, phase)
+        if self.guard is not None:
+            self.guard.at(self._step, phase)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -84,9 +80,10 @@ class ForwardEngine:
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses of `MixtralWithLoss` for this process's micro-batch."""
         self.at("forward" if self._engine.training else "evaluating")
+        extents = Extents.of(batch.positions, batch.targets, batch.is_token, self.device)
         on_device = batch.to(self.device)
         losses: tuple[torch.Tensor, torch.Tensor] = self._engine(
-            on_device.ids, on_device.positions, on_device.targets, on_device.is_token
+            on_device.ids, on_device.positions, on_device.targets, on_device.is_token, extents
         )
         return losses
 
@@ -111,7 +108,8 @@ class ForwardEngine:
         """Each value summed over the processes, in float64; collective."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
-        return [float(value) for value in total]
+        summed: list[float] = total.tolist()  # in one piece: the host waits for each that it takes from a GPU
+        return summed
 
     def any_process(self, flag: bool) -> bool:
         """Whether a flag is set on any process; collective."""
@@ -122,28 +120,20 @@ class ForwardEngine:
 class Engine(ForwardEngine):
     """The model, its optimizer and its peers. Losses given to `backward` are summed over processes, not averaged."""
 
-    def __init__(
-        self,
-        model: MixtralWithLoss,
-        config: TrainConfig,
-        batch: BatchArithmetic,
-        processes: Processes,
-        guard: Guard | None = None,
-    ):
-        """As `ForwardEngine`, with an optimizer for what trains.
+    def __post_init__(self) -> None:
+        """Makes the optimizer of what trains.
 
         Raises:
             UserError: nothing in the model trains.
         """
-        stage = config.deepspeed.stage
-        self._adamw = adamw(model.causal_lm, config)
-        self._state = TrainedState(model.causal_lm, self._adamw, stage=stage, processes=processes, at=self.at)
-        model.differentiates_input = stage == 3
-        super().__init__(model, config, batch, processes, guard, optimizer=self._adamw)
+        stage, causal_lm = self.config.deepspeed.stage, self.module.causal_lm
+        self._adamw = adamw(causal_lm, self.config)
+        self._state = TrainedState(causal_lm, self._adamw, stage=stage, processes=self.processes, at=self.at)
+        self.module.differentiates_input = stage == 3
+        self._initialize(self._adamw)
         self._state.start()
         self.shapes = self._state.shapes
         """The whole shape of each trained parameter, by name."""
-        self._accumulation = batch.accumulation
 
     def train(self) -> None:
         """Switches to training mode."""
@@ -206,9 +196,9 @@ class Engine(ForwardEngine):
 
     def _step_without_tokens(self, blank: Batch) -> None:
         """Makes the moments, and takes the model's own parameters from the masters, which it does not change."""
-        for index in range(self._accumulation):
+        for index in range(self.batch.accumulation):
             cross_entropy, balance = self.forward(blank)
             self.backward((cross_entropy + balance) * 0.0)
-            if index < self._accumulation - 1:
+            if index < self.batch.accumulation - 1:
                 self.micro_step_done()
         self.step(0.0)

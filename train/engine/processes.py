@@ -14,7 +14,7 @@ import torch
 
 from configs.program import gpus
 from configs.program.errors import UserError, say
-from configs.program.launch import local_processes, local_rank
+from configs.program.launch import local_processes, local_rank, threads
 from train.config.engine import HardwareConfig
 from train.config.train import TrainConfig
 from train.engine.cpu import alone, compile_apart, forget_shared_memory, keep_freed_memory
@@ -46,9 +46,8 @@ def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Proces
     Raises:
         UserError: CUDA is asked for and there is none, or the port where the processes meet is taken.
     """
-    gpus.check(config.device, "hardware.device")
+    check_launch(config)
     on_cuda = uses_cuda(config)
-    _check_launch()
     if config.device == "auto" and local_rank() == 0 and (why := gpus.unusable()):
         say("train", f"hardware.device=auto: on the CPU, because {why}")
     if "RANK" not in os.environ:
@@ -56,7 +55,7 @@ def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Proces
     if not on_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # The processes of a machine share its cores; left alone, each would start a thread for every one of them.
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (local_processes() or 1)))
+        torch.set_num_threads(config.threads or threads())
         keep_freed_memory()
     else:
         torch.cuda.set_device(gpus.take_device())  # before deepspeed is imported, which may touch the current device
@@ -95,10 +94,16 @@ def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Proces
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
-def _check_launch() -> None:
-    """Raises `UserError` if a variable of the launch is missing, or has a value by which no process can be found."""
+def check_launch(config: HardwareConfig) -> int:
+    """How many processes were launched.
+
+    Raises:
+        UserError: CUDA is asked for and there is none; or a variable of the launch is missing, or has a value by which
+            no process can be found.
+    """
+    gpus.check(config.device, "hardware.device")
     if "RANK" not in os.environ:
-        return
+        return 1
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(f"{name}: the launcher set RANK without it; launch with deepspeed or torchrun, or set it")
@@ -116,6 +121,7 @@ def _check_launch() -> None:
                 f"{name}={text}: it must be a whole number from {least} to {most}; correct the variable, or leave it "
                 f"to the launcher"
             )
+    return int(os.environ["WORLD_SIZE"])
 
 
 def uses_cuda(config: HardwareConfig) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from train.config.lora import LoraConfig
 from train.lora import factors, split_experts
@@ -30,15 +30,9 @@ def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
         )
         inject_adapter_in_model(of_attention, model, low_cpu_mem_usage=on_meta(model))
     model.set_experts_implementation(split_experts.IMPLEMENTATION)
-    sizes = model.config
-    costs = {
-        "gate_up_proj": sizes.hidden_size + 2 * sizes.intermediate_size,
-        "down_proj": sizes.intermediate_size + sizes.hidden_size,
-    }
-    parameters_per_rank = sum(costs[projection] for projection in config.projections)
     factors.attach(
         model,
-        ranks=expert_ranks(config, sizes.num_hidden_layers, sizes.num_local_experts, parameters_per_rank),
+        ranks=ranks_of_experts(config, model.config),
         projections=tuple(config.projections),
         scaling=factors.Scaling(config.alpha, config.rank_stabilised),
         dropout=config.dropout,
@@ -48,6 +42,20 @@ def add_adapters(model: MixtralForCausalLM, config: LoraConfig) -> None:
             parameter.requires_grad_(parameter.requires_grad or name.endswith(".mlp.gate.weight"))
     for _, parameter in trainable(model):
         parameter.data = parameter.data.to(model.dtype)
+
+
+def ranks_of_experts(config: LoraConfig, sizes: MixtralConfig) -> list[list[int]]:
+    """The LoRA rank of each expert of each layer of a model of these sizes.
+
+    Raises:
+        UserError: the model has no such experts, or the load is another model's.
+    """
+    costs = {
+        "gate_up_proj": sizes.hidden_size + 2 * sizes.intermediate_size,
+        "down_proj": sizes.intermediate_size + sizes.hidden_size,
+    }
+    parameters_per_rank = sum(costs[projection] for projection in config.projections)
+    return expert_ranks(config, sizes.num_hidden_layers, sizes.num_local_experts, parameters_per_rank)
 
 
 def on_meta(model: nn.Module) -> bool:

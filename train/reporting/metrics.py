@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from data.disk.formats.regular import UnreadableError
 from train.config.train import LoggingConfig
 from train.history import StepRecord, finite
 from train.model.routing import Routing
+from train.report.report import try_report
 from train.reporting.wandb_run import Wandb
 
 METRICS = "metrics.jsonl"
@@ -68,6 +70,8 @@ class Metrics:
         """
         self._is_main = is_main
         self._config = config
+        self._directory = directory
+        self._dataset = settings.get("dataset")
         resumed = resumed or {}
         self._wandb_id: str | None = resumed.get("wandb")
         self._lines: _Lines | None = None
@@ -113,9 +117,10 @@ class Metrics:
         if wrong is not None:
             sentences = {
                 "refused": "loss or gradient not finite, the update was refused",
-                "spike": f"loss {record.loss:.3f} is far above the steps before; metrics.jsonl names its rows",
+                "spike": f"loss {record.loss:.3f} is far above the steps before",
             }
-            console.print(f"step {record.step}: {sentences[wrong]}", style="bold red")
+            text = f"step {record.step}: {sentences[wrong]}; {self._look_at(rows)}"
+            console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
         rate = record.tokens / record.seconds
         if self._progress is not None and self._task is not None:
             status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
@@ -138,6 +143,12 @@ class Metrics:
                 **suspects,
             }
         )
+
+    def _look_at(self, rows: list[int | None]) -> str:
+        """How to see the rows of a step."""
+        numbers = ",".join(str(row) for row in rows if row is not None)
+        output = shlex.quote(f"output={self._dataset}")
+        return f"see its rows: python -m data task=preview {output} 'train_rows=[{numbers}]'"
 
     def routed(self, step: int, routing: Routing) -> None:
         """Records what the routers did in a step."""
@@ -164,6 +175,7 @@ class Metrics:
         if self._is_main:
             console.print(f"step {step}: evaluation loss {loss:.4f}")
             self._write({"step": step, "evaluation_loss": loss})
+            try_report(self._directory, with_examples=False)  # the rows' text would need a tokenizer, and its time
 
     def saved(self, step: int, paused: float, took: float) -> None:
         """Records a checkpoint: the seconds for which training stood still, and until it was on the disk."""
@@ -175,9 +187,11 @@ class Metrics:
             self._lines.sync()
 
     def close(self, within: float = 10.0) -> None:
-        """Closes metrics.jsonl and ends wandb's run; wandb, which may have to upload, gets `within` seconds."""
+        """Closes metrics.jsonl, writes the report, and ends wandb's run; wandb, which may have to upload, gets `within`
+        seconds."""
         if self._lines is not None:
             self._lines.close()
+            try_report(self._directory)
         if self._wandb is not None:
             self._wandb.close(within)
 

@@ -9,7 +9,9 @@ import torch
 from rich.table import Table
 
 from configs.program.console import console
-from data.disk.adapter_directory import RECEIPT, TRAIN_CONFIG
+from data.card import write_adapter_card
+from data.disk.adapter_directory import CONFIG, PER_EXPERT, RECEIPT, TRAIN_CONFIG
+from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
 from train.history import finite
@@ -21,15 +23,29 @@ from train.saving.whole_model import ModelFiles
 
 
 def show_movements(movements: list[Movement]) -> None:
-    """Prints how far each expert's adapter has moved: a row for each projection of each layer, a column an expert."""
-    if not movements:
-        return
-    experts = [str(expert) for expert in range(len(movements[0].norms_E))]
-    table = Table("layer", "projection", *experts, title="How far each expert's adapter has moved: ‖s(BA − B₀A₀)‖")
-    for moved in movements:
-        shown = [f"{norm:.3g}" if rank else "-" for norm, rank in zip(moved.norms_E, moved.ranks, strict=True)]
-        table.add_row(str(moved.layer), moved.projection, *shown)
-    console.print(table)
+    """Prints how far the experts' adapters have moved: least, middle and most of each projection, and which they are.
+
+    The receipt holds every number, and the report draws them.
+    """
+    title = "How far the experts' adapters have moved: ‖s(BA − B₀A₀)‖ (layer, expert)"
+    table = Table("projection", title=title, title_justify="left")
+    for name in ("least", "median", "most", "moved"):
+        table.add_column(name, justify="right")
+    for projection in dict.fromkeys(moved.projection for moved in movements):
+        norms = sorted(
+            (norm, moved.layer, expert)
+            for moved in movements
+            if moved.projection == projection
+            for expert, (norm, rank) in enumerate(zip(moved.norms_E, moved.ranks, strict=True))
+            if rank
+        )
+        if norms:
+            least, most = (f"{norm:.3g} ({layer}, {expert})" for norm, layer, expert in (norms[0], norms[-1]))
+            count = sum(norm > 0 for norm, _, _ in norms)
+            all_of_them = "all" if count == len(norms) else f"{count} of {len(norms)}"
+            table.add_row(projection, least, f"{norms[len(norms) // 2][0]:.3g}", most, all_of_them)
+    if table.rows:
+        console.print(table)
 
 
 def result_name(config: TrainConfig) -> str:
@@ -86,10 +102,20 @@ class Result:
             content = (self._config.model, self._config.lora, self._tensors, adapters)
             peft_files.write(self._path, *content)
             if self._per_expert:
-                per_expert = self._path / "per_expert"
+                per_expert = self._path / PER_EXPERT
                 per_expert.mkdir()
                 peft_files.write_per_expert(per_expert, *content)
             self.moved = movements_of(self._config, self._model, self._tensors)
-        (self._path / TRAIN_CONFIG).write_text(settings, encoding="utf-8")
-        complete = {**receipt, "experts_moved": [moved.record() for moved in self.moved]}
-        (self._path / RECEIPT).write_text(json.dumps(finite(complete), indent=2) + "\n", encoding="utf-8")
+        complete = finite({**receipt, "experts_moved": [moved.record() for moved in self.moved]})
+        for directory in (path for path in (self._path, self._path / PER_EXPERT) if path.is_dir()):
+            (directory / TRAIN_CONFIG).write_text(settings, encoding="utf-8")
+            (directory / RECEIPT).write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+            if self._files is None:
+                self._make_whole(directory, complete)
+
+    def _make_whole(self, directory: Path, receipt: dict[str, Any]) -> None:
+        """Adds what an adapter needs to be handed on alone: tokenizer, chat template and card."""
+        base = self._config.model.path
+        ChatTokenizer.load().save(directory, Path(base) if base and Path(base).is_dir() else None)
+        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        write_adapter_card(directory, self._config.name, settings, receipt)

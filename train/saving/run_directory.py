@@ -4,7 +4,7 @@ runs/{name}-{date}-{time}/
   config.yaml               the resolved configuration
   metrics.jsonl
   checkpoints/step-000123/  all that the run needs to go on from there; see checkpoint.py
-  adapter/                  the result, in PEFT's format, with per_expert/ in it if asked for; model/ after training in
+  adapter/                  the result, in PEFT's format, with per_expert/ in it; model/ after training in
                             full
   receipt.json              what was run, on what, from what, with what outcome; written last
   expert_load.json, .png    of task=profile: which experts the routers choose
@@ -92,16 +92,14 @@ class RunDirectory:
     def _examine(self, config: TrainConfig, dataset: Path) -> None:
         """Decides whether a run that is there goes on, or is finished."""
         self._was_there = self.path.exists()
-        if problem := self._problem(config, dataset):
-            raise UserError(f"run_dir={self.path}: {problem}")
+        if wrong := problem(self.path, config, dataset):
+            raise UserError(f"run_dir={self.path}: {wrong}")
         if not self._was_there:
             return
         self._lock()
-        if config.task != "train" or config.overwrite:
-            return
-        self.finished = (self.path / RECEIPT).is_file()
-        self.resumes = not self.finished and bool(checkpoint.paths(self.path))
-        if not self.finished and not self.resumes:
+        self.finished, self.resumes = state(self.path, config)
+        begins = config.task == "train" and not config.overwrite and not self.finished and not self.resumes
+        if begins:
             console.print(
                 f"{self.path}: the run that is there left no checkpoint; it starts from the beginning", soft_wrap=True
             )
@@ -121,23 +119,6 @@ class RunDirectory:
                     f"run_dir={self.path}: another launch is at work in it; wait until that has ended, or name another "
                     f"directory"
                 )
-
-    def _problem(self, config: TrainConfig, dataset: Path) -> str | None:
-        """Why the directory can't be used, as the end of a sentence; None if it can."""
-        found = occupied(self.path, [dataset, Path(config.model.path or ".")])
-        if found.needed:
-            return "it holds the working directory, the dataset or the base; name a directory of its own"
-        if found.is_file:
-            return "it is a file; name another directory"
-        entries = {name for name in found.names if not _half_written(Path(name))}
-        goes_on = config.resume == "auto" and config.task == "train" and not config.overwrite
-        if goes_on and (RECEIPT in entries or checkpoint.paths(self.path)):
-            return None  # nothing is replaced, whatever else the user keeps there
-        if foreign := entries - RUN_ENTRIES:
-            return f"{min(foreign)} is there, which no run writes; name another directory"
-        if config.overwrite or (goes_on and not RESULTS & entries) or not entries:
-            return None
-        return "a run is there already; name another directory, or give overwrite=true to replace it"
 
     def create(self, config_yaml: str) -> None:
         """Makes the directory, in the place of an older run unless that goes on, and writes config.yaml; collective.
@@ -164,6 +145,32 @@ class RunDirectory:
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         checkpoint.clean(self.path)
         replace_file(self.path / CONFIG, [config_yaml.encode()])
+
+
+def problem(path: Path, config: TrainConfig, dataset: Path) -> str | None:
+    """Why the directory can't be used, as the end of a sentence; None if it can."""
+    found = occupied(path, [dataset, Path(config.model.path or ".")])
+    if found.needed:
+        return "it holds the working directory, the dataset or the base; name a directory of its own"
+    if found.is_file:
+        return "it is a file; name another directory"
+    entries = {name for name in found.names if not _half_written(Path(name))}
+    goes_on = config.resume == "auto" and config.task == "train" and not config.overwrite
+    if goes_on and (RECEIPT in entries or checkpoint.paths(path)):
+        return None  # nothing is replaced, whatever else the user keeps there
+    if foreign := entries - RUN_ENTRIES:
+        return f"{min(foreign)} is there, which no run writes; name another directory"
+    if config.overwrite or (goes_on and not RESULTS & entries) or not entries:
+        return None
+    return "a run is there already; name another directory, or give overwrite=true to replace it"
+
+
+def state(path: Path, config: TrainConfig) -> tuple[bool, bool]:
+    """Of a directory that can be used: whether a run is there that came to its end, and whether one that goes on."""
+    if config.task != "train" or config.overwrite:
+        return False, False
+    finished = (path / RECEIPT).is_file()
+    return finished, not finished and bool(checkpoint.paths(path))
 
 
 def _half_written(path: Path) -> bool:

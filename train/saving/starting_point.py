@@ -6,13 +6,22 @@ import torch
 from transformers import MixtralForCausalLM
 
 from configs.program.console import console
-from configs.program.errors import one_line
+from configs.program.errors import UserError, one_line
+from data.disk.adapter_directory import WEIGHTS
 from train.config.lora import LoraConfig
 from train.config.train import TrainConfig
 from train.engine.zero import gathered_whole
 from train.lora import factors, peft_files
 from train.lora.attach import trainable
 from train.lora.proof import Movement, movements
+
+
+def check_is_there(config: LoraConfig) -> None:
+    """Raises `UserError` if `lora.start` names no adapter; whether its shape fits is known with the model."""
+    if config.start is not None and config.method == "lora" and not (Path(config.start) / WEIGHTS).is_file():
+        raise UserError(
+            f"lora.start={config.start}: it is no adapter directory, {WEIGHTS} is missing; name one that training wrote"
+        )
 
 
 def start_from(model: MixtralForCausalLM, config: LoraConfig) -> None:

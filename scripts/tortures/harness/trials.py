@@ -2,14 +2,16 @@
 
 import argparse
 import random
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from configs.program.errors import UserError
 from train.saving.checkpoint import DamagedError
 
 
@@ -29,6 +31,20 @@ def attempt(name: str, trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"trial": name, **trial(), "failed": None}
     except (FailedError, DamagedError, OSError, LookupError, subprocess.SubprocessError) as error:
         return {"trial": name, "failed": f"{type(error).__name__}: {error}"}
+
+
+def attempts(
+    options: argparse.Namespace, trials: Iterable[tuple[str, Callable[[], dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """The findings of the trials whose names `--only` matches.
+
+    Raises:
+        UserError: it matches none.
+    """
+    found = [attempt(name, trial) for name, trial in trials if re.search(options.only, name)]
+    if not found:
+        raise UserError(f"--only={options.only}: no trial is called so; leave it out to see all of their names")
+    return found
 
 
 def report(title: str, trials: list[dict[str, Any]], seed: int) -> dict[str, Any]:

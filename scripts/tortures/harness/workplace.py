@@ -13,18 +13,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .launch import ENVIRONMENT, ROOT, Launch, kill
+from .forked import ENVIRONMENT, ROOT
+from .launch import Launch
 from .outcome import last_step
+from .processes import kill
 from .trials import FailedError, require
 
 STEPS = 24
 SETTINGS = {
     "hardware": "cpu",
+    "hardware.threads": "1",
     "logging": "quiet",
     "max_steps": str(STEPS),
     "global_batch": "2",
     "save_every": "2",
-    "eval_every": "6",
+    "eval_every": "8",
     "lora.rank": "4",
     "lora.dropout": "0.1",
     "optim.lr": "1e-3",
@@ -80,14 +83,16 @@ class Workplace:
             program = (
                 "import sys, torch; from train.config.model import *; from train.model import mixtral;"
                 "torch.manual_seed(0);"
-                "sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, "
+                "sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, "
                 "num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.08);"
                 "made = mixtral.random_base(ModelConfig(architecture=ArchitectureConfig(**sizes)));"
                 "made.save_pretrained(sys.argv[1])"
             )
             _typed(sys.executable, "-c", program, str(self.base))
         if not self.rows.exists():
-            _typed(sys.executable, "-m", "data", "data=sample", "seq_len=256", f"output={self.rows}")
+            _typed(
+                sys.executable, "-m", "data", "data=sample", "seq_len=256", "eval_fraction=0.02", f"output={self.rows}"
+            )
 
     def settings(self, run: Path, **changed: str) -> Settings:
         """The settings of a launch in the directory `run`; a point in a name is written as two underscores."""

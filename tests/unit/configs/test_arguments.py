@@ -15,6 +15,7 @@ from configs.program.arguments import readable, settings_of_text
 from data.config import PrepareConfig
 from data.prepared.layout import MANIFEST
 from inference.config import InferenceConfig
+from tests.conftest import PROGRAMS
 from train.config.train import TrainConfig
 
 ROW = json.dumps({"instruction": "Add 1 and 2.", "input": "", "output": "3"})
@@ -49,7 +50,7 @@ def config_of(monkeypatch: pytest.MonkeyPatch, run_program: Callable[..., Any]) 
 
     def config(program: str, *arguments: str) -> Any:
         got: list[Any] = []
-        monkeypatch.setattr(f"{program}.run.run", got.append)
+        monkeypatch.setattr(f"{PROGRAMS[program]}.run", got.append)
         outcome = run_program(program, *arguments)
         assert (outcome.exit_code, len(got)) in ((0, 1), (2, 0)), outcome.stderr
         assert not got or type(got[0]) is schemas[program]
@@ -155,7 +156,8 @@ def test_interpolations_in_a_list_are_resolved(config_of: Callable[..., Any], mo
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["limits={rows.jsonl:"], ["limits={rows.jsonl:", "not closed", "in quotes"]),  # what a shell leaves of it
+        (["limits={rows.jsonl:", "10}"], ["limits={rows.jsonl:: it is not closed", "'limits={rows.jsonl: 10}'"]),
+        (["limits={rows.jsonl:"], ["limits={rows.jsonl:: it is not closed", "in quotes: 'limits={rows.jsonl:…}'"]),
         (["files=[two"], ["files=[two", "not closed", "in quotes"]),
         (["files=a,b"], ["files=a,b: it takes a list; write 'files=[a,b]'"]),
         (["files=chats (v2).jsonl"], ["write 'files=[chats (v2).jsonl]'"]),

@@ -17,6 +17,7 @@ from inference.load import find_base, load, load_base, load_tokenizer
 from tests.hub import FIRST, SECOND, Hub
 from tests.unit.inference.test_adapter import make_base
 from train.config.model import ModelConfig
+from train.config.train import TrainConfig
 from train.model import mixtral
 from train.run import fetch_base
 
@@ -111,7 +112,7 @@ def test_training_pins_the_commit_and_has_all_before_processes_meet(
 ) -> None:
     held = hub.add("models/user/base", files_of(make_base(vocab_size=32_000), tmp_path / "base"))
     config = ModelConfig(path="user/base", dtype="float32")
-    fetch_base(config)
+    fetch_base(TrainConfig(model=config))
     assert config.revision == FIRST
     held.commits[SECOND] = versions[1]
     hub.requests.clear()

@@ -15,7 +15,7 @@ def main():
     sys.excepthook = entry._traceback
     {body}
 
-sys.modules["train.run"] = types.SimpleNamespace(main=main)  # which takes seconds
+sys.modules["train.program"] = types.SimpleNamespace(main=main)  # which takes seconds
 atexit.register(print, "taken apart")
 runpy.run_module("train", run_name="__main__", alter_sys=True)
 """

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -23,9 +22,10 @@ from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND
 from data.stages import writing
 from data.stages.writing import publish
+from tests.support.killing import killed_at_every_change
 
 ROOT = Path(__file__).parents[4]
-KILLS = 20
+KILLS = 8
 
 
 def manifest_of(directory: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_killing_it_at_random_moments_leaves_the_old_or_the_new(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out"}
 
 
-# Killed at every line
+# Killed at every change
 
 
 def dataset(directory: Path, number: int) -> Path:
@@ -88,51 +88,32 @@ def manifest(number: int) -> dict[str, Any]:
     return {"kind": MANIFEST_KIND, "layout": LAYOUT, "number": number}
 
 
-def publish_until_line(last: int, place: Path, number: int) -> None:
-    """Publishes, and kills itself before that many lines of data/stages/writing.py and data/disk/files.py were run."""
-    lines = 0
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal lines
-        if frame.f_code.co_filename not in (writing.__file__, files.__file__):
-            return None
-        lines += event == "line"
-        if lines == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-
-    sys.settrace(trace)
-    with staging(place, setting="output") as temporary:
-        publish(dataset(temporary / "dataset", number), place, manifest(number))
-    os._exit(0)
-
-
-def every_line(directory: Path) -> int:
-    """Publishes over and over, killed one line later each time; returns how many lines there were."""
+def every_change(directory: Path) -> int:
+    """Publishes over and over, killed one change of the disk later each time; returns how many there are."""
     place = directory / "out"
-    with staging(place, setting="output") as temporary:
-        publish(dataset(temporary / "dataset", 0), place, manifest(0))
-    for number in range(1, 1000):
-        child = os.fork()
-        if child == 0:
-            publish_until_line(number, place, number)
-        _, status = os.waitpid(child, 0)
+
+    def publish_number(number: int) -> None:
+        with staging(place, setting="output") as temporary:
+            publish(dataset(temporary / "dataset", number), place, manifest(number))
+
+    publish_number(0)
+    modules = (writing.__file__, files.__file__)
+    killed = killed_at_every_change(directory, lambda frame: frame.f_code.co_filename in modules, publish_number)
+    for number, was_killed in enumerate(killed, 1):
         assert as_told(place)
         assert manifest_of(place)["number"] <= number
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
+        if not was_killed:
             assert manifest_of(place)["number"] == number
             assert [path.name for path in directory.iterdir()] == ["out"]
-            return number
-    raise AssertionError("it never ended")
+    return number - 1
 
 
-def test_killing_it_at_every_line_of_publishing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+def test_killing_it_at_every_change_of_publishing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     # In a process without threads, as it forks.
     command = [sys.executable, "-m", "tests.unit.data.disk.test_files", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 40
+    assert int(done.stdout) > 5
 
 
 # Changing places
@@ -288,7 +269,7 @@ def test_a_full_disk_leaves_the_old_dataset(tmp_path: Path, monkeypatch: pytest.
 
 if __name__ == "__main__":
     top = Path(sys.argv[1])
-    print(every_line(top))
+    print(every_change(top))
     shutil.rmtree(top / "out")
 
 

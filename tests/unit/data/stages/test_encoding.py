@@ -17,6 +17,7 @@ import pytest
 
 from data.config import PrepareConfig
 from data.prepare import prepare
+from data.rows.columns import Names
 from data.rows.reading import read_file
 from data.stages.encoding import BYTES_PER_WORKER, Pool, number_of_workers
 
@@ -118,7 +119,7 @@ def test_memory_is_bounded_where_one_worker_is_slow(tmp_path: Path) -> None:
             yield chunk
 
     try:
-        for written, _ in enumerate(pool.encode(chunks(), "instruction")):
+        for written, _ in enumerate(pool.encode(chunks(), Names.of("instruction", {}))):
             assert read - written <= 17
     finally:
         pool.close()
@@ -126,7 +127,7 @@ def test_memory_is_bounded_where_one_worker_is_slow(tmp_path: Path) -> None:
 
 
 def test_small_inputs_are_not_worth_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setattr("data.stages.encoding.cores", lambda: 4)
     sizes = (0, BYTES_PER_WORKER - 1, BYTES_PER_WORKER, 3 * BYTES_PER_WORKER, 100 * BYTES_PER_WORKER)
     assert [number_of_workers(0, size) for size in sizes] == [1, 1, 2, 4, 4]
     assert number_of_workers(7, 0) == 7

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,29 @@ def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Pat
     assert "rows" not in written[0]
 
 
+def test_a_spike_says_how_to_see_its_rows(
+    run_program: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a command that can be pasted, and that shows the rows of the step."""
+    rows = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = ("packing=false", "eval_fraction=0")
+    assert run_program("data", "files=[rows.json]", "output=my data", *settings).exit_code == 0
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {"dataset": "my data"}, is_main=True)
+    capsys.readouterr()
+    metrics.stepped(record(1, loss=9.0), "spike", [17, 3, None])
+    metrics.close()
+    said = "".join(capsys.readouterr())
+    assert len(said.splitlines()) == 1
+    command = shlex.split(said[said.index("python -m data") :])
+    assert command[:3] == ["python", "-m", "data"]
+    outcome = run_program("data", *command[3:])
+    assert [line.split(":")[0] for line in outcome.stdout.splitlines() if line.startswith("row ")] == [
+        "row 17",
+        "row 3",
+    ]
+
+
 def test_numbers_that_json_does_not_know_come_back_from_a_checkpoint() -> None:
     history = History()
     history.last = record(1, loss=math.nan, applied=False)
@@ -105,10 +129,12 @@ def test_routers_go_to_the_file_by_layer_and_movement_to_the_screen(
     assert len(line["expert_load"]) == len(line["router_entropy"]) == len(line["router_auxiliary_loss"]) == 2
     assert len(line["unused_experts"]) == 8
 
+    # An expert of rank 0 has nothing that could move, and one that stood still is counted.
     show_movements([Movement(1, "down_proj", (4, 4, 0, 4), [0.25, 0.0, 0.0, 3.0])])
     shown = capsys.readouterr().err
-    for part in ("down_proj", "0.25", "3", "-"):
+    for part in ("down_proj", "0 (1, 1)", "0.25", "3 (1, 3)", "2 of 3"):
         assert part in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_a_run_that_goes_on_keeps_the_lines_up_to_its_checkpoint(

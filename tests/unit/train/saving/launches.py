@@ -35,9 +35,9 @@ def launch(
 ) -> tuple[RunDirectory, Record]:
     """As `run_on` begins."""
     config = TrainConfig(run_dir=str(run_dir), lora=LoraConfig(method="none"), **more)  # type: ignore[arg-type]
-    directory, inputs = RunDirectory(config, dataset.directory, processes), Inputs(config, dataset.directory)
+    directory, inputs = RunDirectory(config, dataset.directory, processes), Inputs(config, dataset)
     record = record_launch(directory, config, config.batch(1), inputs, processes, training_rows=len(dataset.train))
-    check_same_run(directory, record, dataset)
+    check_same_run(directory, record, inputs)
     return directory, record
 
 

@@ -131,7 +131,7 @@ def test_a_file_of_lora_that_changed_is_refused(
     dataset: PreparedDataset, tmp_path: Path, lora: LoraConfig, field: str
 ) -> None:
     def hashes() -> dict[str, Any]:
-        return Inputs(config, dataset.directory).hashes()
+        return Inputs(config, dataset).hashes()
 
     config = TrainConfig(lora=lora)
     stored = {"settings": identity.stored_settings(config), **hashes()}
@@ -149,7 +149,7 @@ def test_what_is_recorded_is_what_the_processes_agreed_on(
     dataset: PreparedDataset, tmp_path: Path, lora: LoraConfig
 ) -> None:
     """Each input is hashed once: a file that is replaced meanwhile is not recorded in place of the one compared."""
-    inputs = Inputs(TrainConfig(lora=lora), dataset.directory)
+    inputs = Inputs(TrainConfig(lora=lora), dataset)
     agreed = inputs.same_everywhere()
     for path in (dataset.directory / "manifest.json", *(tmp_path / name for name in FILES_OF_LORA.values())):
         path.write_text("new")
@@ -172,18 +172,35 @@ def test_processes_with_other_files_are_refused(
     changed: str | None,
 ) -> None:
     """The paths may differ between machines, the contents not."""
-    here = Inputs(TrainConfig(lora=lora), dataset.directory).same_everywhere()
+    here = Inputs(TrainConfig(lora=lora), dataset).same_everywhere()
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "start").mkdir(parents=True)
     for name in FILES_OF_LORA.values():
         (elsewhere / name).write_text("old")
     other = LoraConfig(load=str(elsewhere / "load.json"), start=str(elsewhere / "start"))
-    assert Inputs(TrainConfig(lora=other), dataset.directory).same_everywhere() == here
+    assert Inputs(TrainConfig(lora=other), dataset).same_everywhere() == here
     if changed is None:
         (elsewhere / FILES_OF_LORA[field]).unlink()
     else:
         (elsewhere / FILES_OF_LORA[field]).write_text(changed)
-    there = Inputs(TrainConfig(lora=other), dataset.directory).same_everywhere()
+    there = Inputs(TrainConfig(lora=other), dataset).same_everywhere()
     monkeypatch.setattr(processes_module, "gathered", lambda value: [here, there])
     with pytest.raises(UserError, match=rf"^{field} \(its .*\)=.*: that is what process 1 was given, and process 0"):
         check_same(there)
+
+
+def test_all_that_takes_long_is_read_at_once(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that processes that wait for each other in a collective never wait for a disk."""
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"w": torch.zeros(1000)}, base / "model.safetensors")
+    inputs = Inputs(TrainConfig(model=ModelConfig(path=str(base))), dataset)
+    monkeypatch.delenv("RANK", raising=False)
+    inputs.read()
+    for name in ("file_hash", "sha256", "StoredWeights"):
+        monkeypatch.setattr(identity, name, lambda *_: pytest.fail("it is read again"))
+    assert inputs.hashes()["base"]["files"]["model.safetensors"]
+    assert inputs.same_everywhere()["model.path (its weights)"] == inputs.hashes()["base"]["fingerprint"]
+    assert inputs.wrong_rows is None

@@ -1,15 +1,18 @@
 """From what a run goes on. One process, which needs no launcher."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.program.errors import UserError
 from data.prepared.dataset import PreparedDataset
 from tests.unit.train.saving.launches import checkpointed, directory, launch, old_run
+from train.config.train import TrainConfig
 from train.engine.processes import Processes
-from train.saving import checkpoint
+from train.saving import checkpoint, identity
 from train.saving.resume import find_checkpoint
 
 
@@ -78,3 +81,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     told = " ".join(capsys.readouterr().err.split())
     assert "step-000008 is damaged (trainer.json is not as it was written); the one before is used" in told
     assert "step-000007 is damaged (master.safetensors is missing)" in told
+
+
+EARLY = {
+    "seed=5": "seed=5: the run that is there was started with 0; give the same, 'resume_despite=[seed]', or give",
+    "resume=never": ": a run is there already; name another directory, or give overwrite=true to replace it",
+    "global_batch=3 micro_batch=2": "global_batch=3: it is no multiple of micro_batch 2",
+    "lora=experts lora.start=nowhere": "lora.start=nowhere: it is no adapter directory",
+    "lora=experts lora.experts=[9]": "lora.experts=[9]: there is no expert 9; give 0 to 7",
+}
+
+
+@pytest.mark.parametrize("settings", EARLY)
+def test_what_can_be_told_is_told_before_processes_meet(
+    settings: str,
+    interrupted: Path,
+    dataset: PreparedDataset,
+    run_program: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Meeting may have to compile an operator, and loading a base takes minutes."""
+    monkeypatch.setattr("train.run.Signals", lambda grace: None)
+    monkeypatch.setattr("train.run.join_processes", lambda *args, **more: pytest.fail("they met"))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "mixtral", "vocab_size": 32_000}))
+    run_dir = tmp_path / "new" if settings.startswith("lora=") else interrupted
+    given = ["lora=none", "hardware=cpu", f"dataset={dataset.directory}", f"run_dir={run_dir}", *settings.split()]
+    outcome = run_program("train", *given, *(["model.path=base"] if settings.startswith("lora=") else []))
+    assert outcome.exit_code == 2, outcome.stderr
+    assert EARLY[settings] in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_run_that_is_to_train_further_points_to_its_result(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    run, record = launch(dataset, processes, tmp_path / "run")
+    old_run(run.path)
+    (run.path / "receipt.json").write_text(json.dumps({"settings": record.settings, **record.inputs}))
+    start = rf"give model\.path={run.path}/model and a new run_dir"
+    wanted = rf"^epochs=9: .* started with 3; that run is finished; .*, {start}"
+    for despite in ([], ["epochs"]):
+        with pytest.raises(UserError, match=wanted) as told:
+            directory(dataset, processes, run.path, epochs=9, resume_despite=despite)
+        assert "resume_despite" not in str(told.value)
+    with pytest.raises(UserError, match=rf"give lora\.start={run.path}/adapter and a new run_dir"):
+        identity.check(
+            {"settings": identity.stored_settings(TrainConfig())},
+            TrainConfig(epochs=9),
+            record.inputs,
+            finished=run.path,
+        )

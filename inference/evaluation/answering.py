@@ -1,0 +1,145 @@
+"""Questions → the model's answers, unit by unit, and what each is worth."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from configs.program.errors import UserError
+from data.template import BOS
+from inference.config import InferenceConfig
+from inference.evaluation.journal import Journal
+from inference.evaluation.leaderboard.questions import Question, final_number
+from inference.evaluation.leaderboard.tasks import GSM8K_STOPS, GSM8K_TOKENS, TASKS
+from inference.evaluation.scoring import log_likelihoods
+from inference.evaluation.sequences import context_ids, key_of, sequences_of, units_of
+from inference.generate import Ending, context, generate_rows
+from inference.load import Loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question and what became of it."""
+
+    question: Question
+    score: float
+    """1 for a right answer and 0 for a wrong one; of TruthfulQA the probability of the true choices."""
+    log_likelihoods: tuple[float, ...] = ()
+    text: str | None = None
+    """What was generated, up to the stop string."""
+
+
+def before_context(config: InferenceConfig, task: str) -> bool:
+    """Whether `<s>` stands before a task's contexts. The leaderboard's own runs show one before GSM8K's alone."""
+    return config.bos == "always" or (config.bos == "leaderboard" and task == "gsm8k")
+
+
+def answer_all(
+    loaded: Loaded,
+    config: InferenceConfig,
+    questions: list[Question],
+    journal: Journal,
+    advance: Callable[[int], None],
+) -> list[Answered]:
+    """The answers to all questions, in their order; those in the journal are not asked again.
+
+    `advance` is told of questions as they are answered.
+    """
+    chosen = [number for number, question in enumerate(questions) if question.choices]
+    written = [number for number, question in enumerate(questions) if not question.choices]
+    answers: dict[int, Answered] = {}
+    for number, likelihoods in _choices(loaded, config, [questions[n] for n in chosen], journal, advance):
+        question = questions[chosen[number]]
+        answers[chosen[number]] = Answered(question, choice_score(question, likelihoods), tuple(likelihoods))
+    for number, text in _texts(loaded, config, [questions[n] for n in written], journal, advance):
+        question = questions[written[number]]
+        answers[written[number]] = Answered(question, float(final_number(text) == question.gold), text=text)
+    return [answers[number] for number in range(len(questions))]
+
+
+def _choices(
+    loaded: Loaded, config: InferenceConfig, questions: list[Question], journal: Journal, advance: Callable[[int], None]
+) -> list[tuple[int, list[float]]]:
+    """The log-likelihoods of each question's choices, by the question's number."""
+    sequences = [
+        sequences_of(
+            question,
+            loaded.tokenizer,
+            bos=before_context(config, question.task),
+            chat=config.chat,
+            longest=context(loaded),
+        )
+        for question in questions
+    ]
+    found: list[tuple[int, list[float]]] = []
+    for unit in units_of(sequences, config.max_tokens):
+        if unit.key not in journal:
+            journal.append(unit.key, [each.total for each in log_likelihoods(loaded.model, unit.packed)])
+        totals = iter(journal[unit.key])
+        found += [(number, [next(totals) for _ in sequences[number]]) for number in unit.numbers]
+        advance(len(unit.numbers))
+    return found
+
+
+def choice_score(question: Question, likelihoods: list[float]) -> float:
+    """What the log-likelihoods of a question's choices are worth, by the metric of its task.
+
+    Of equals the first counts as chosen.
+    """
+    metric = TASKS[question.task].metric
+    values = np.array(likelihoods)
+    if metric == "mc2":
+        # The leaderboard took the choices before the first false one as the true ones: in 2 of 817 documents
+        # a true one comes after it.
+        assert isinstance(question.gold, tuple)
+        true = question.gold.index(0)
+        shares = np.exp(values - values.max())
+        return float(shares[:true].sum() / shares.sum())
+    if metric == "acc_norm":
+        values = values / np.array([float(len(choice) - 1) for choice in question.choices])  # without the space
+    return float(int(values.argmax()) == question.gold)
+
+
+def _texts(
+    loaded: Loaded, config: InferenceConfig, questions: list[Question], journal: Journal, advance: Callable[[int], None]
+) -> list[tuple[int, str]]:
+    """What is generated for each question, by the question's number; prompts of like length together."""
+    asked = replace(config, stop=list(GSM8K_STOPS), markers="keep", max_new_tokens=GSM8K_TOKENS, temperature=0.0)
+    ending = Ending(loaded.tokenizer, asked)
+    room = context(loaded) - GSM8K_TOKENS
+    if questions and room < 1:
+        raise UserError(
+            f"tasks=gsm8k: an answer may take {GSM8K_TOKENS} tokens, and the model's context is {context(loaded)}; "
+            f"leave it out"
+        )
+    prompts = []
+    for question in questions:
+        bos = before_context(config, question.task)
+        ids = context_ids(question.prompt, loaded.tokenizer, bos=bos, chat=config.chat)
+        has_bos = ids[0] == BOS
+        prompts.append(ids if len(ids) <= room else ids[:has_bos] + ids[len(ids) - room + has_bos :])
+    order = sorted(range(len(questions)), key=lambda number: (-len(prompts[number]), number))
+    found: list[tuple[int, str]] = []
+    for start in range(0, len(order), config.batch_size):
+        numbers = order[start : start + config.batch_size]
+        of_unit = [prompts[number] for number in numbers]
+        key = key_of(of_unit)
+        if key not in journal:
+            answers = generate_rows(loaded, asked, [ids.tolist() for ids in of_unit], ending, seed=0)
+            journal.append(key, [answer.text for answer in answers])
+        found += zip(numbers, journal[key], strict=True)
+        advance(len(numbers))
+    return found
+
+
+def record(answered: Answered, prompt_hash: str) -> dict[str, Any]:
+    """The line of a question in `questions.jsonl`."""
+    question = answered.question
+    line: dict[str, Any] = {"task": question.task}
+    if question.group != question.task:
+        line["subject"] = question.group
+    line |= {"row": question.number, "prompt": prompt_hash, "score": answered.score}
+    if answered.text is not None:
+        return line | {"text": answered.text}
+    return line | {"log_likelihoods": list(answered.log_likelihoods)}

@@ -1,0 +1,38 @@
+"""Which questions were trained on: those that share thirteen words in a row with the prepared training rows.
+
+The same measure by which `python -m data` keeps evaluation data out of training, here from the other side.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.prepared.dataset import PreparedDataset
+from data.stages.contamination import grams_of, units_of
+from data.template import ChatTokenizer
+from inference.evaluation.leaderboard.questions import Question
+
+
+def trained_on(questions: Sequence[Question], dataset: Path, tokenizer: ChatTokenizer) -> list[bool]:
+    """For each question, whether its text or its answers' text is in the training split of a prepared dataset.
+
+    Raises:
+        UserError: there is no prepared dataset.
+    """
+    prepared = PreparedDataset(dataset)
+    grams = [grams_of(units_of(question.content))[0] for question in questions]
+    wanted = np.unique(np.concatenate([np.empty(0, np.uint64), *grams]))
+    if not len(wanted):
+        return [False] * len(questions)
+    seen = np.zeros(len(wanted), bool)
+    for index in range(len(prepared.train)):
+        row = prepared.train[index]
+        start = 0
+        for length in row.lengths:
+            text = tokenizer.spell(row.ids[start : start + length])
+            found = grams_of(units_of(text))[0]
+            places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+            seen[places[wanted[places] == found]] = True
+            start += length
+    return [bool(seen[np.searchsorted(wanted, of_question)].any()) for of_question in grams]

@@ -1,0 +1,157 @@
+"""The six tasks of the model card's table, as the Open LLM Leaderboard (v1) scored them, and what was published.
+
+Where it comes from: the leaderboard's archive page (shots, metrics), lm-evaluation-harness b281b0921 (splits), the
+leaderboard's result files (hashes), the card (scores).
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A task of the table."""
+
+    title: str
+    """How the card calls it."""
+    metric: str
+    """`acc_norm`: the choice with the highest log-likelihood per character; `acc`: with the highest log-likelihood;
+    `mc2`: the probability of the true choices; `exact`: the number after ####."""
+    shots: int
+    folder: str
+    """Its folder in `data=DIR`."""
+    dataset: str
+    """On the hub, with config and commit."""
+    config: str | None
+    commit: str
+    scored: tuple[str, str]
+    """The split that is scored, and how its file's name begins in `folder`."""
+    examples: tuple[str, str] | None
+    """The same of the split from which examples are drawn."""
+    rows: int
+    """Rows of the scored split in the leaderboard's edition."""
+    card: float
+    """The card's score, in percent."""
+    card_error: float
+    """Its standard error: of the share of right answers among the rows; of TruthfulQA the author's own run's."""
+    name_there: str
+    """The leaderboard's name; for MMLU with `{}` for the subject."""
+
+
+TASKS = {
+    "arc": Task(
+        title="ARC",
+        metric="acc_norm",
+        shots=25,
+        folder="arc_challenge",
+        dataset="allenai/ai2_arc",
+        config="ARC-Challenge",
+        commit="210d026faf9955653af8916fad021475a3f00453",
+        scored=("test", "test"),
+        examples=("train", "train"),
+        rows=1172,
+        card=63.91,
+        card_error=1.40,
+        name_there="harness|arc:challenge|25",
+    ),
+    "hellaswag": Task(
+        title="HellaSwag",
+        metric="acc_norm",
+        shots=10,
+        folder="hellaswag",
+        dataset="Rowan/hellaswag",
+        config=None,
+        commit="218ec52e09a7e7462a5400043bb9a69a41d06b76",
+        scored=("validation", "validation"),
+        examples=("train", "train"),
+        rows=10_042,
+        card=84.14,
+        card_error=0.36,
+        name_there="harness|hellaswag|10",
+    ),
+    "mmlu": Task(
+        title="MMLU",
+        metric="acc",
+        shots=5,
+        folder="mmlu",
+        dataset="cais/mmlu",
+        config="all",
+        commit="c30699e8356da336a370243923dbaf21066bb9fe",
+        scored=("test", "test"),
+        examples=("dev", "dev"),
+        rows=14_042,
+        card=64.29,
+        card_error=0.49,
+        name_there="harness|hendrycksTest-{}|5",
+    ),
+    "truthfulqa": Task(
+        title="TruthfulQA",
+        metric="mc2",
+        shots=0,
+        folder="truthfulqa",
+        dataset="truthfulqa/truthful_qa",
+        config="multiple_choice",
+        commit="741b8276f2d1982aa3d5b832d3ee81ed3b896490",
+        scored=("validation", "multiple_choice"),
+        examples=None,
+        rows=817,
+        card=59.53,
+        card_error=1.60,
+        name_there="harness|truthfulqa:mc|0",
+    ),
+    "winogrande": Task(
+        title="Winogrande",
+        metric="acc",
+        shots=5,
+        folder="winogrande",
+        dataset="allenai/winogrande",
+        config="winogrande_xl",
+        commit="01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+        scored=("validation", "validation"),
+        examples=("train", "train"),
+        rows=1267,
+        card=74.03,
+        card_error=1.23,
+        name_there="harness|winogrande|5",
+    ),
+    "gsm8k": Task(
+        title="GSM8K",
+        metric="exact",
+        shots=5,
+        folder="gsm8k",
+        dataset="openai/gsm8k",
+        config="main",
+        commit="e53f048856ff4f594e959d75785d2c2d37b678ee",
+        scored=("test", "test"),
+        examples=("train", "train"),
+        rows=1319,
+        card=45.72,
+        card_error=1.37,
+        name_there="harness|gsm8k|5",
+    ),
+}
+
+CARD_AVERAGE, CARD_AVERAGE_ERROR = 65.27, 0.48
+SUBJECTS = 57
+"""Of MMLU, whose score is the mean over subjects, each counting the same."""
+
+GSM8K_STOPS = (":", "Question:", "Question")
+GSM8K_TOKENS = 256
+"""Where the leaderboard's version ended an answer of GSM8K."""
+
+OTHER_ROWS = (
+    ("the author's first run of the card's model", {"arc": 64.93, "truthfulqa": 58.65}, "the card's first version"),
+    ("the base, Mixtral-8x7B-Instruct-v0.1", {"average": 72.7}, "the same leaderboard, as quoted by mera-mix-4x7B"),
+)
+"""Other published results: whose they are, the scores in percent, and the source."""
+
+
+@cache
+def published_hashes() -> dict[str, dict[str, Any]]:
+    """By the leaderboard's names: `documents`, `hash_examples`, `hash_full_prompts` and where they were seen."""
+    content = files("inference.evaluation.leaderboard").joinpath("hashes.json").read_text(encoding="utf-8")
+    tasks: dict[str, dict[str, Any]] = json.loads(content)["tasks"]
+    return tasks

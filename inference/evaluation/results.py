@@ -1,0 +1,172 @@
+"""Answers → what is written of an evaluation: `results.json`, and a line a question in `questions.jsonl`."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from configs.program.errors import UserError, one_line
+from inference.evaluation.answering import Answered
+from inference.evaluation.leaderboard.questions import Question, hash_of
+from inference.evaluation.leaderboard.rows import TaskRows
+from inference.evaluation.leaderboard.tasks import TASKS, published_hashes
+from inference.evaluation.statistics import Estimate, Groups, average, estimate, holm, paired
+
+RESULTS, QUESTIONS, QUESTIONS_OF_BASE = "results.json", "questions.jsonl", "questions_of_base.jsonl"
+
+
+def prompt_hash(question: Question) -> str:
+    """What tells the texts that a question is asked with from others."""
+    return xxhash.xxh64("\0".join([*question.contexts, *question.choices]).encode()).hexdigest()
+
+
+def grouped(answered: Iterable[Answered]) -> dict[str, list[float]]:
+    """The scores of a task's questions by subject, in the order in which they come."""
+    groups: dict[str, list[float]] = {}
+    for each in answered:
+        groups.setdefault(each.question.group, []).append(each.score)
+    return groups
+
+
+# Prompts
+
+
+def describe_prompts(name: str, rows: TaskRows) -> dict[str, Any]:
+    """The hashes of a task's prompts, all of them, beside those that the leaderboard published.
+
+    `equal` is None if the leaderboard's are not known, or the examples were drawn from other rows than its.
+    """
+    of_group: dict[str, list[Question]] = {}
+    for question in rows.questions:
+        of_group.setdefault(question.group, []).append(question)
+    there = published_hashes()
+    hashes: dict[str, str] = {}
+    verdicts: list[bool | None] = []
+    for group, questions in sorted(of_group.items()):
+        hashes[group] = hash_of(question.prompt for question in questions)
+        known = there.get(TASKS[name].name_there.format(group))
+        verdicts.append(None if known is None else known["hash_full_prompts"] == hashes[group])
+    checked = [verdict for verdict in verdicts if verdict is not None]
+    example_split = TASKS[name].examples
+    unlike_rows = example_split is not None and rows.drawn_from != example_split[0]
+    return {
+        "documents": len(rows.questions),
+        "documents_of_the_leaderboard": TASKS[name].rows,
+        "examples": TASKS[name].shots,
+        "examples_from": rows.drawn_from,
+        "hash": next(iter(hashes.values())) if len(hashes) == 1 else hash_of(hashes.values()),
+        "hashes": hashes if len(hashes) > 1 else {},
+        "groups": len(hashes),
+        "groups_checked": len(checked),
+        "equal": None if unlike_rows or not checked else all(checked),
+    }
+
+
+def said_of_prompts(prompts: dict[str, Any]) -> str:
+    """The same in a few words."""
+    if prompts["equal"]:
+        which = "" if prompts["groups"] == 1 else f" ({prompts['groups_checked']} of {prompts['groups']} are known)"
+        return f"the leaderboard's, hash equal{which}"
+    if prompts["equal"] is None:
+        if prompts["examples_from"] != "train" and prompts["documents"] != prompts["documents_of_the_leaderboard"]:
+            return f"{prompts['documents']:,} of {prompts['documents_of_the_leaderboard']:,} documents; not checked"
+        return "made in the same way; the examples could not be checked"
+    return "not the leaderboard's: the rows differ"
+
+
+# Scores
+
+
+def score(answered: Sequence[Answered], clean: dict[int, bool] | None) -> dict[str, Any]:
+    """A task's score with its standard error; if it is known which questions were not trained on, of these too.
+
+    `clean` says for the id of each question whether it was not.
+    """
+    result: dict[str, Any] = {"questions": len(answered), **_shown(estimate(grouped(answered)))}
+    if clean is not None:
+        kept = [each for each in answered if clean[id(each.question)]]
+        result["trained_on"] = len(answered) - len(kept)
+        result["clean"] = {"questions": len(kept), **_shown(estimate(grouped(kept)))} if kept else None
+    return result
+
+
+def _shown(value: Estimate) -> dict[str, float]:
+    return {"score": value.value, "standard_error": value.error}
+
+
+def overall(scores: dict[str, dict[str, Any]]) -> dict[str, float] | None:
+    """The average of the table; None if a task is missing."""
+    if set(scores) != set(TASKS):
+        return None
+    return _shown(average([Estimate(each["score"], each["standard_error"]) for each in scores.values()]))
+
+
+def compare(before: Mapping[str, Groups], after: Mapping[str, Groups]) -> dict[str, Any]:
+    """Two models on the same questions, by task, with the average of the differences if all six are there."""
+    pairs = {name: paired(before[name], after[name]) for name in after}
+    adjusted = holm([pair.p for pair in pairs.values()])
+    tasks = {name: {**asdict(pair), "p_holm": p} for (name, pair), p in zip(pairs.items(), adjusted, strict=True)}
+    differences = [pair.difference for pair in pairs.values()]
+    return {"tasks": tasks, "average": asdict(average(differences)) if set(pairs) == set(TASKS) else None}
+
+
+# Earlier results
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """An evaluation that was written before."""
+
+    path: Path
+    model: dict[str, Any]
+    questions: dict[tuple[str, str, int], dict[str, Any]]
+    """The lines of `questions.jsonl`, by task, subject and row."""
+
+    def scores(self, questions: Sequence[Question]) -> dict[str, dict[str, list[float]]]:
+        """The scores of these questions, by task and subject.
+
+        Raises:
+            UserError: one was not asked, or asked with another prompt.
+        """
+        tasks: dict[str, dict[str, list[float]]] = {}
+        for question in questions:
+            line = self.questions.get((question.task, question.group, question.number))
+            if line is None:
+                raise UserError(
+                    f"compare={self.path}: it has no answer to {TASKS[question.task].title}'s row {question.number}; "
+                    f"compare with an evaluation of the same tasks and limit"
+                )
+            if line["prompt"] != prompt_hash(question):
+                raise UserError(
+                    f"compare={self.path}: {TASKS[question.task].title}'s row {question.number} was asked with another "
+                    f"prompt there, so the two can't be compared; evaluate both with the same data"
+                )
+            groups = tasks.setdefault(question.task, {})
+            groups.setdefault(question.group, []).append(float(line["score"]))
+        return tasks
+
+
+def read_earlier(path: Path) -> Earlier:
+    """The evaluation in a directory.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    directory = path.parent if path.name == RESULTS else path
+    try:
+        results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
+        lines = [json.loads(line) for line in (directory / QUESTIONS).read_text(encoding="utf-8").splitlines()]
+        questions = {(line["task"], line.get("subject", line["task"]), int(line["row"])): line for line in lines}
+        if any(not isinstance(line["score"], float) or not isinstance(line["prompt"], str) for line in lines):
+            raise ValueError("a line has no score or no prompt")
+        return Earlier(directory, results["model"], questions)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"compare={path}: there is no evaluation ({error.filename} is missing); give base, or the output of "
+            f"another task=evaluate"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"compare={path}: it can't be read ({one_line(error)}); evaluate again") from error

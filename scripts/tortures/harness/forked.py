@@ -1,0 +1,41 @@
+"""Programs in processes that are forked from a server: starting Python with torch and DeepSpeed takes longer than what
+they are started for.
+
+The server, `multiprocessing`'s, has imported what they need (server.py). Each process is one of its own, with its own
+memory, threads and guard, that runs the program's `main` and dies of real signals.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "400", "WANDB_MODE": "disabled"}
+"""Of all processes here, the server's too."""
+
+
+def fork(module: str, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> BaseProcess:
+    """Starts `python -m MODULE ARGUMENTS` in the checkout; what it prints is appended to the two files."""
+    # The server starts with the first process: it imports this checkout, wherever it is started.
+    os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripts.tortures.harness.server"])
+    made = context.Process(target=_run, args=(module, arguments, environment, str(output), str(errors)))
+    made.start()
+    return made
+
+
+def _run(module: str, arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
+    for path, descriptor in ((output, 1), (errors, 2)):
+        with Path(path).open("ab", buffering=0) as file:
+            os.dup2(file.fileno(), descriptor)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [f"python -m {module}", *arguments]
+    import train
+
+    assert train.__file__ is not None and Path(train.__file__).is_relative_to(ROOT), train.__file__
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,0 +1,28 @@
+"""What the fork server of forked.py imports: everything that the programs need and whose import takes long.
+
+All of it is frozen at the end, so that garbage collections in the forked processes pass it over. Each of theirs would
+take some tenths of a second, and copy the memory that they share.
+"""
+
+import gc
+
+import datasets  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import hydra._internal.core_plugins.basic_launcher  # noqa: F401
+import networkx  # noqa: F401
+import peft  # noqa: F401
+import setuptools  # noqa: F401
+import torch._inductor.compile_fx
+import torch.utils.cpp_extension  # noqa: F401
+import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+import inference.generate
+import inference.merging.merge  # noqa: F401
+import train.run  # noqa: F401
+
+from . import forked  # noqa: F401
+
+get_checkpoint_conversion_mapping("mixtral")  # transformers makes those of all models at the first call, and keeps them
+gc.collect()
+gc.freeze()

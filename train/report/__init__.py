@@ -1,0 +1,10 @@
+"""What a run was and what became of it, on one page.
+
+    recorded.py      a run directory → what it recorded
+    answers.py       prompts → the answers of base and tuned model, by the inference program
+    report.py        all of it → report.html
+    report.html.j2   the page
+    prompts.jsonl    what is asked if nobody says otherwise
+
+May import train.config, data and configs.program: it reads a run's files and knows nothing of how they came to be.
+"""

@@ -1,0 +1,76 @@
+"""The answers of base and tuned model to the same prompts, by `python -m inference` in a process of its own."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from configs.program.errors import UserError
+from data.disk.files import replace_file
+from train.report.recorded import Recorded
+
+ANSWERS = "answers.json"
+"""Beside the report: what was asked, and what both answered."""
+
+PROMPTS = Path(__file__).with_name("prompts.jsonl")
+
+
+def ask(run: Recorded, prompts: str | None, *, new_tokens: int) -> list[dict[str, Any]]:
+    """Asks both models, writes `answers.json` into the run directory, and returns what it holds.
+
+    Args:
+        run: whose adapter, or whole model, is the tuned one.
+        prompts: a file as `task=batch` takes it; None for the ten of the project.
+        new_tokens: of an answer, at most.
+
+    Raises:
+        UserError: the inference program refuses; its sentence is kept.
+    """
+    source = Path(prompts) if prompts else PROMPTS
+    base = (run.settings.get("model") or {}).get("path")
+    tuned: list[str] = []
+    if (run.directory / "adapter").is_dir():
+        tuned = [f"adapter={run.directory / 'adapter'}", f"base={base}"]
+    elif (run.directory / "model").is_dir():
+        tuned = [f"base={run.directory / 'model'}"]
+    else:
+        raise UserError(
+            f"run_dir={run.directory}: it holds no result yet, so nothing can be asked; let it finish, or "
+            f"give answers=false"
+        )
+    models = {"tuned": tuned} | ({} if base is None else {"base": [f"base={base}"]})
+    by_line: dict[Any, dict[str, Any]] = {}
+    for name, model in models.items():
+        for line in _answers(model, source, new_tokens):
+            by_line.setdefault(line.get("line", line.get("row")), {})[name] = line.get("answer")
+    asked = _prompts(source)
+    answers = [{"prompt": asked.get(number, f"row {number}"), **both} for number, both in sorted(by_line.items())]
+    replace_file(run.directory / ANSWERS, [json.dumps(answers, indent=1, ensure_ascii=False).encode() + b"\n"])
+    return answers
+
+
+def _answers(model: list[str], source: Path, new_tokens: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as top:
+        output = Path(top) / "answers.jsonl"
+        settings = [f"input={source}", f"output={output}", f"max_new_tokens={new_tokens}", "batching=padded"]
+        command = [sys.executable, "-m", "inference", "task=batch", *model, *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["inference: it gave no reason; give answers=false"])[-1]
+            raise UserError(f"answers: {said.removeprefix('inference: ')}")
+        return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def _prompts(source: Path) -> dict[int, str]:
+    """The text of each row by its line, as far as it is plain to see."""
+    texts = {}
+    try:
+        for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), 1):
+            row = json.loads(line) if line.strip() else None
+            if isinstance(row, dict):
+                texts[number] = str(row.get("prompt") or row.get("instruction") or line)
+    except (ValueError, UnicodeDecodeError):
+        return texts
+    return texts

@@ -1,0 +1,230 @@
+"""`task=report`, and the page that every run writes beside its metrics."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from configs.program.console import console
+from configs.program.errors import UserError, one_line
+from configs.program.page.charts import Line, Mark, heatmap, intervals, line_chart, timeline
+from configs.program.page.page import render
+from data.config import PrepareConfig
+from data.disk.files import replace_file
+from data.disk.plain_text import read_json
+from data.prepared.layout import MANIFEST, SPLITS, open_split
+from data.prepared.report import example
+from data.prepared.selection import selected
+from data.template import ChatTokenizer
+from train.config.train import TrainConfig
+from train.report.answers import ANSWERS, ask
+from train.report.recorded import CONFIG, Recorded, changed_settings, read_run
+
+PAGE = "report.html"
+EXAMPLES = 3
+"""Rows of the dataset that are shown."""
+
+
+def report(config: TrainConfig) -> None:
+    """Writes the report of the run in `run_dir`, its answers included.
+
+    Raises:
+        UserError: there is no run, or nothing can be asked.
+    """
+    run = read_run(Path(str(config.run_dir)))
+    if config.answers:
+        ask(run, config.prompts, new_tokens=config.answer_tokens)
+    path = write_report(run.directory)
+    console.print(f"Wrote {path}", soft_wrap=True)
+
+
+def write_report(directory: Path, *, with_examples: bool = True) -> Path:
+    """Writes `report.html` of what the run directory holds now; `with_examples` of the dataset's rows.
+
+    Raises:
+        UserError: there is no run, or the page can't be written.
+    """
+    run = read_run(directory)
+    page = render(Path(__file__).with_name("report.html.j2"), **content(run, with_examples=with_examples))
+    try:
+        replace_file(directory / PAGE, [page.encode()])
+    except OSError as error:
+        raise UserError(
+            f"run_dir={directory}: its {PAGE} can't be written ({error.strerror}); make room for it"
+        ) from error
+    return directory / PAGE
+
+
+def try_report(directory: Path, *, with_examples: bool = True) -> None:
+    """The same while a run is on: what can't be reported costs a line and nothing else."""
+    if not (directory / CONFIG).is_file():  # nothing of the run was written yet
+        return
+    try:
+        write_report(directory, with_examples=with_examples)
+    except Exception as error:  # of any kind: the run is worth more than its report
+        console.print(f"{PAGE} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
+
+
+def content(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
+    """The values of the page."""
+    evaluation = read_json(run.directory / "evaluation" / "results.json")
+    return {
+        "name": run.directory.name,
+        "run": run,
+        "tiles": tiles(run),
+        "changed": changed_settings(run.settings),
+        "charts": charts(run),
+        "heatmaps": heatmaps(run),
+        "timeline": when(run),
+        "dataset": dataset(run, with_examples=with_examples),
+        "evaluation": scored(evaluation),
+        "answers": _list(run.directory / ANSWERS),
+        "plan": run.receipt.get("plan"),
+        "receipt": json.dumps(
+            {k: v for k, v in run.receipt.items() if k != "experts_moved"}, indent=1, ensure_ascii=False
+        ),
+    }
+
+
+def tiles(run: Recorded) -> list[tuple[str, str]]:
+    """The run in a few numbers."""
+    losses, evaluations = run.series("loss"), run.series("evaluation_loss")
+    speeds = sorted(value for _, value in run.series("tokens_per_second"))
+    tokens = sum(value for _, value in run.series("tokens"))
+    memory = max((value for _, value in run.series("memory_gib")), default=math.nan)
+    found = [("steps", f"{run.steps:,}")]
+    if losses:
+        found.append(("loss of the last step", f"{losses[-1][1]:.4f}"))
+    if evaluations:
+        found.append(("evaluation loss", f"{evaluations[0][1]:.4f} → {evaluations[-1][1]:.4f}"))
+    if speeds:
+        found.append(("tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"))
+        found.append(("tokens", f"{tokens:,.0f}"))
+    if math.isfinite(memory):
+        found.append(("peak memory of process 0", f"{memory:.2f} GiB"))
+    return found
+
+
+def charts(run: Recorded) -> list[tuple[str, str, Markup, list[str]]]:
+    """Title, unit, picture and names of the lines of each chart."""
+    skipped = [
+        Mark(line["step"], f"step {line['step']}: the update was skipped")
+        for line in run.lines
+        if line.get("applied") is False
+    ]
+    spikes = [Mark(line["step"], f"step {line['step']}: {line['wrong']}") for line in run.lines if line.get("wrong")]
+    evaluations = run.series("evaluation_loss")
+    found = []
+    for title, unit, names, marks in (
+        ("Loss", "nats per supervised token", ("loss",), spikes),
+        ("Learning rate", "", ("learning_rate",), []),
+        ("Gradient norm", "before clipping; skipped updates are marked", ("gradient_norm",), skipped),
+        ("Speed", "tokens a second", ("tokens_per_second",), []),
+        ("Memory", "GiB, peak of process 0 so far", ("memory_gib",), []),
+        ("Routers' balance", "load-balancing loss before its weight", ("auxiliary_loss",), []),
+    ):
+        lines = [Line(name.replace("_", " "), run.series(name)) for name in names]
+        if title == "Loss" and evaluations:
+            lines.append(Line("evaluation loss", evaluations))
+        picture = line_chart(lines, marks=marks, label=f"{title} over the steps of the run")
+        found.append((title, unit, picture, [line.name for line in lines] if len(lines) > 1 else []))
+    return found
+
+
+def heatmaps(run: Recorded) -> list[tuple[str, str, Markup, list[str]]]:
+    """Title, remark, picture and names of lines of what experts got and learned."""
+    found: list[tuple[str, str, Markup, list[str]]] = []
+    routed = run.routed()
+    if routed is not None:
+        load, entropy = routed["expert_load"], routed["router_entropy"]
+        names = [f"layer {layer}" for layer in range(len(load))]
+        remark = f"share of the layer's choices in step {routed['step']:,}; even would be {1 / len(load[0]):.3g}"
+        picture = heatmap(load, names=names, label="Load of each expert", digits=2)
+        found.append(("Load of the experts", remark, picture, []))
+        steps = [line for line in run.lines if "router_entropy" in line][:: max(1, len(run.lines) // 400)]
+        lines = [
+            Line(f"layer {layer}", [(line["step"], line["router_entropy"][layer]) for line in steps])
+            for layer in sorted({0, len(entropy) // 2, len(entropy) - 1})
+        ]
+        picture = line_chart(lines, label="Entropy of the routers over the steps")
+        remark = "nats; of the first, a middle and the last layer"
+        found.append(("Entropy of the routers", remark, picture, [line.name for line in lines]))
+    moved = run.receipt.get("experts_moved") or []
+    for projection in dict.fromkeys(entry["projection"] for entry in moved):
+        rows = [entry for entry in moved if entry["projection"] == projection]
+        numbers = [
+            [norm if rank else None for norm, rank in zip(row["norms"], row["ranks"], strict=True)] for row in rows
+        ]
+        names = [f"layer {row['layer']}" for row in rows]
+        label = f"How far each expert's adapter on {projection} has moved"
+        picture = heatmap(numbers, names=names, label=label)
+        found.append((f"Movement of {projection}", "‖s(BA − B₀A₀)‖ of each expert", picture, []))
+    return found
+
+
+def when(run: Recorded) -> Markup:
+    """Checkpoints and interruptions."""
+    saved = [
+        Mark(line["step"], f"step {line['step']:,}: checkpoint, on the disk after {line['checkpoint_seconds']:.2g} s")
+        for line in run.lines
+        if "checkpoint_seconds" in line
+    ]
+    resumed = [
+        Mark(
+            launch.get("resumed_after_step") or 0,
+            f"went on after step {launch['resumed_after_step']:,} "
+            f"at {launch.get('started')}, on {launch.get('processes')} processes",
+        )
+        for launch in run.launches
+        if launch.get("resumed_after_step")
+    ]
+    return timeline(run.steps, saved, resumed, label="Checkpoints and interruptions over the steps of the run")
+
+
+def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
+    """The dataset's counts, and a few of its rows, if it is still the one of the run."""
+    named = run.receipt.get("dataset") or {}
+    path = Path(str(run.settings.get("dataset")))
+    manifest = read_json(path / MANIFEST, sha256=named.get("manifest_sha256"))
+    found: dict[str, Any] = {"path": str(path), "manifest": manifest, "examples": []}
+    if manifest and with_examples:
+        try:
+            tokenizer = ChatTokenizer.load(PrepareConfig().tokenizer)
+            tables = {split: open_split(path, split) for split in SPLITS}
+            rows = selected(path, manifest, tables, PrepareConfig(rows=EXAMPLES), spread=True)
+            found["examples"] = [example(row, tokenizer) for row in rows]
+        except (UserError, OSError, ValueError):
+            found["examples"] = []
+    return found
+
+
+def scored(evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    """The evaluation beside the adapter, in percent, with the intervals of base and tuned model."""
+    tasks = evaluation.get("tasks")
+    if not isinstance(tasks, dict) or not tasks:
+        return None
+    before = (evaluation.get("before") or {}).get("tasks", {})
+    rows = []
+    for name, scores in tasks.items():
+        values = [("tuned", 100 * scores["score"], 100 * scores["standard_error"])]
+        if name in before:
+            values.append(("base", 100 * before[name]["score"], 100 * before[name]["standard_error"]))
+        rows.append((name, values))
+    comparison = (evaluation.get("comparison") or {}).get("tasks", {})
+    return {
+        "rows": rows,
+        "comparison": comparison,
+        "picture": intervals(rows, label="Scores with two standard errors"),
+        "has_base": bool(before),
+        "questions": {name: scores["questions"] for name, scores in tasks.items()},
+    }
+
+
+def _list(path: Path) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
