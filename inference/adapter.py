@@ -19,7 +19,15 @@ from transformers import MixtralConfig
 
 from configs.program.errors import UserError
 from data.disk import adapter_directory
-from data.disk.adapter_directory import CONFIG, RECEIPT, WEIGHTS, read_shapes, separate_experts
+from data.disk.adapter_directory import (
+    CONFIG,
+    RECEIPT,
+    WEIGHTS,
+    Receipt,
+    TrainedOn,
+    read_shapes,
+    separate_experts,
+)
 from data.disk.formats.json_text import read_json
 from data.disk.mixtral_files import original_name, place, stored_parts
 from data.disk.weights import StoredWeights
@@ -91,15 +99,19 @@ class Adapter:
 
     @property
     def receipt(self) -> dict[str, Any]:
-        """What training recorded beside the adapter; empty if there is nothing to read."""
-        return read_json(self.directory / RECEIPT)
+        """What training recorded beside the adapter; empty if there is no receipt.
+
+        Raises:
+            UserError: there is one that can't be read: nobody could tell whether the base is the right one.
+        """
+        path, remedy = self.directory / RECEIPT, "give the adapter as it was written, or take the receipt away"
+        return dict(read_json(path, Receipt, f"adapter={self.directory}", remedy)) if path.exists() else {}
 
     @property
     def trained_on(self) -> str | None:
         """The fingerprint of the base's weights in the receipt; None if there is none."""
-        base = self.receipt.get("base")
-        named = base.get("fingerprint") if isinstance(base, dict) else None
-        return None if named is None else str(named)
+        base: TrainedOn = self.receipt.get("base", {})
+        return base.get("fingerprint")
 
     def check_base(self, weights: StoredWeights) -> None:
         """Raises `UserError` if the receipt says that the adapter was trained on other weights."""

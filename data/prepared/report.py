@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +13,9 @@ from configs.program.errors import UserError
 from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.files import replace_file
-from data.disk.formats.json_text import parse_json
-from data.disk.formats.regular import UnreadableError
-from data.prepared.layout import REJECTS, SPLITS
+from data.prepared.layout import SPLITS
 from data.prepared.selection import ShownRow, selected
-from data.prepared.whole import open_checked
+from data.prepared.whole import Rejected, open_checked, rejects
 from data.template import BOS, ChatTokenizer
 
 BARS = 48
@@ -119,31 +117,14 @@ def _histograms(tables: dict[str, pa.Table], seq_len: int) -> tuple[Histogram, H
     return Histogram(of_lengths), Histogram(of_turns), Histogram(of_used)
 
 
-class Rejected(TypedDict):
-    """A line of rejects.jsonl."""
-
-    file: str
-    line: NotRequired[int]
-    row: NotRequired[int]
-    reason: str
-    detail: str
-
-
 def _rejects(directory: Path) -> list[dict[str, Any]]:
     """Each reason with its number and its first examples, the commonest first."""
     numbers: Counter[str] = Counter()
     examples: defaultdict[str, list[Rejected]] = defaultdict(list)
-    with (directory / REJECTS).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                reject = parse_json(line, Rejected)
-            except UnreadableError as error:
-                raise UserError(
-                    f"output={directory}: its {REJECTS} is not whole (line {number}: {error}); prepare it again"
-                ) from error
-            numbers[reject["reason"]] += 1
-            if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
-                examples[reject["reason"]].append(reject)
+    for reject in rejects(directory):
+        numbers[reject["reason"]] += 1
+        if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
+            examples[reject["reason"]].append(reject)
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 

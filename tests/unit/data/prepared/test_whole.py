@@ -21,7 +21,7 @@ from train.saving.identity import check_rows as check_in_training
 FILE = "train/rows.arrow"
 ROWS = {
     "ids": [[1, 5, 6, 2], [1, 7, 2]],
-    "spans": [[2, 2], [1, 2, 0, 0]],
+    "spans": [[2, 2], [1, 1, 1, 0]],
     "lengths": [[4], [2, 1]],
     "rows": [[0], [1, 2]],
 }
@@ -88,26 +88,29 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "id": ({"ids": [[1, 5, 32_000, 2], [1, 7, 2]]}, "id 32000"),
     "empty": ({"ids": [[], [1, 7, 2]], "spans": [[], [1, 2]], "lengths": [[], [3]], "rows": [[], [1]]}, "0 tokens"),
     "long": ({"ids": [[1] * 9, [1, 7, 2]]}, "9 tokens"),
-    "spans beyond": ({"spans": [[2, 3], [1, 2, 0, 0]]}, "spans of a row don't add up"),
+    "spans beyond": ({"spans": [[2, 3], [1, 1, 1, 0]]}, "spans of a row don't add up"),
     "spans elsewhere": ({"spans": [[2, 1], [1, 3, 0, 0]]}, "spans of a row don't add up"),
-    "negative span": ({"spans": [[5, -1], [1, 2, 0, 0]]}, "spans is -1"),
-    "half a turn": ({"spans": [[4], [1, 2, 0, 0]]}, "half a turn"),
+    "negative span": ({"spans": [[5, -1], [1, 1, 1, 0]]}, "spans is -1"),
+    "half a turn": ({"spans": [[4], [1, 1, 1, 0]]}, "half a turn"),
     "lengths beyond": ({"lengths": [[4], [2, 2]]}, "lengths of a row don't add up"),
     "no length": ({"lengths": [[4], [3, 0]]}, "lengths is 0"),
+    "within a turn": ({"lengths": [[1, 3], [2, 1]], "rows": [[0, 0], [1, 2]]}, "ends within a turn"),
+    "beyond": ({"rows": [[0], [1, 3]]}, "beyond the 3"),
+    "before": ({"rows": [[-1], [1, 2]]}, "beyond the 3"),
     "from nowhere": ({"rows": [[0], [1]]}, "comes from nowhere"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_rows_that_can_be_none_are_named(case: str) -> None:
-    check_rows(pa.table(ROWS, schema=ROW_SCHEMA), 8)
+    check_rows(pa.table(ROWS, schema=ROW_SCHEMA), 8, 3)
     changed, told = WRONG[case]
     with pytest.raises(ValueError, match=told):
-        check_rows(pa.table({**ROWS, **changed}, schema=ROW_SCHEMA), 8)
+        check_rows(pa.table({**ROWS, **changed}, schema=ROW_SCHEMA), 8, 3)
 
 
 def test_no_rows_are_rows_too() -> None:
-    check_rows(pa.table({name: [] for name in ROWS}, schema=ROW_SCHEMA), 8)
+    check_rows(pa.table({name: [] for name in ROWS}, schema=ROW_SCHEMA), 8, 3)
 
 
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
