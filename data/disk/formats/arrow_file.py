@@ -32,8 +32,9 @@ def open_table(path: Path, schema: pa.Schema) -> pa.Table:
         check_buffers(table)
     except (pa.ArrowException, OSError, MemoryError) as error:
         raise UnreadableError(one_line(error)) from error
-    if any(chunk.null_count or chunk.flatten().null_count for column in table.columns for chunk in column.chunks):
-        raise UnreadableError("it holds nulls")
+    for chunk in (chunk for column in table.columns for chunk in column.chunks):
+        if chunk.null_count or (pa.types.is_list(chunk.type) and chunk.flatten().null_count):
+            raise UnreadableError("it holds nulls")
     return table
 
 

@@ -16,7 +16,8 @@ from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import MANIFEST, ROW_SCHEMA, damage, read_manifest
 from data.prepared.whole import check_files, check_rows, open_checked
 from data.run import run
-from train.saving.identity import check_rows as check_in_training
+from train.config.train import TrainConfig
+from train.saving.identity import Inputs
 
 FILE = "train/rows.arrow"
 ROWS = {
@@ -34,6 +35,10 @@ def prepared(tmp_path: Path) -> Path:
     output = tmp_path / "out"
     run(PrepareConfig(files=[str(tmp_path / "rows.json")], output=str(output), seq_len=64, workers=1))
     return output
+
+
+def wrong_in_training(directory: Path) -> str | None:
+    return Inputs(TrainConfig(dataset=str(directory)), PreparedDataset(directory)).wrong_rows
 
 
 def seal(directory: Path) -> None:
@@ -74,14 +79,18 @@ def test_damaged_rows_are_refused_by_every_reader(
     for task in ("preview", "report"):
         with pytest.raises(UserError, match=rf"^output={prepared}: {FILE} is not whole \("):
             run(PrepareConfig(task=task, output=str(prepared)))
-    with pytest.raises(UserError, match=rf"^dataset={prepared}: .*is not whole \("):
-        check_in_training(PreparedDataset(prepared))
+    try:
+        told = wrong_in_training(prepared)
+    except UserError as error:  # it can't even be opened
+        told = str(error)
+    assert str(told).startswith(f"dataset={prepared}: ")
+    assert "is not whole (" in str(told)
 
 
 def test_sound_rows_are_taken(prepared: Path) -> None:
     manifest, tables = open_checked(prepared, "output")
     assert tables["train"].num_rows == manifest["train"]["packed_rows"]
-    check_in_training(PreparedDataset(prepared))
+    assert wrong_in_training(prepared) is None
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
