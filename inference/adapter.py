@@ -6,7 +6,6 @@ scaling and modules that are stored in full mean here what they mean there. The 
 before it adds it, and holds a second copy of every expert while it does.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,13 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import MixtralConfig
 
-from configs.program.errors import UserError, one_line
-from data.disk.adapter_directory import CONFIG, RECEIPT, WEIGHTS, check_settings, separate_experts
+from configs.program.errors import UserError
+from data.disk import adapter_directory
+from data.disk.adapter_directory import (
+    CONFIG,
+    RECEIPT,
+    WEIGHTS,
+    Receipt,
+    TrainedOn,
+    read_shapes,
+    separate_experts,
+)
+from data.disk.formats.json_text import read_json
 from data.disk.mixtral_files import original_name, place, stored_parts
-from data.disk.plain_text import is_shallow, read_json
 from data.disk.weights import StoredWeights
 from inference import unfused
 from inference.peft_layers import Layers, LowRank, Replacement
@@ -65,14 +73,7 @@ class Adapter:
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         """The file's keys and the shapes of their tensors."""
-        try:
-            with safe_open(self.directory / WEIGHTS, "pt") as stored:
-                return {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 - it is no dict
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"adapter={self.directory}: its {WEIGHTS} is damaged ({one_line(error)}); give the adapter as it was "
-                f"written"
-            ) from error
+        return {key: tensor.shape for key, tensor in read_shapes(self.directory, f"adapter={self.directory}").items()}
 
     def _check_keys(
         self,
@@ -98,15 +99,19 @@ class Adapter:
 
     @property
     def receipt(self) -> dict[str, Any]:
-        """What training recorded beside the adapter; empty if there is nothing to read."""
-        return read_json(self.directory / RECEIPT)
+        """What training recorded beside the adapter; empty if there is no receipt.
+
+        Raises:
+            UserError: there is one that can't be read: nobody could tell whether the base is the right one.
+        """
+        path, remedy = self.directory / RECEIPT, "give the adapter as it was written, or take the receipt away"
+        return dict(read_json(path, Receipt, f"adapter={self.directory}", remedy)) if path.exists() else {}
 
     @property
     def trained_on(self) -> str | None:
         """The fingerprint of the base's weights in the receipt; None if there is none."""
-        base = self.receipt.get("base")
-        named = base.get("fingerprint") if isinstance(base, dict) else None
-        return None if named is None else str(named)
+        base: TrainedOn = self.receipt.get("base", {})
+        return base.get("fingerprint")
 
     def check_base(self, weights: StoredWeights) -> None:
         """Raises `UserError` if the receipt says that the adapter was trained on other weights."""
@@ -225,10 +230,4 @@ def read_settings(directory: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise UserError(f"adapter={directory}: it is no adapter directory, {name} is missing; {remedy}{of_hub}")
-    try:
-        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        if not is_shallow(settings):
-            raise ValueError("it is nested too deeply")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"adapter={directory}: its {CONFIG} can't be read ({one_line(error)}); {remedy}") from error
-    return check_settings(settings, f"adapter={directory}")
+    return adapter_directory.read_settings(directory, f"adapter={directory}")

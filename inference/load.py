@@ -27,6 +27,7 @@ from data.template import ChatTokenizer
 from data.vocabulary import EMBEDDED, has_tokenizer
 from inference.adapter import Adapter, is_finite, read_settings
 from inference.config import InferenceConfig
+from inference.peft_layers import peft_settings
 from inference.unfused import by_its_names, unfuse
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -251,8 +252,9 @@ def keep_apart(model: MixtralForCausalLM, adapter: Adapter, **how: Any) -> PreTr
 
     `how` goes to `PeftModel.from_pretrained`.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
+    how["config"] = LoraConfig(**peft_settings(adapter.settings))  # as it was checked
     if adapter.is_unfused:
         unfuse(model)
     with warnings.catch_warnings(), by_its_names(model) if adapter.is_unfused else nullcontext():

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError, one_line
-from data.disk.adapter_directory import CONFIG, PREFIX, UNDERSTOOD
+from data.disk.adapter_directory import CONFIG, MOST_SECONDS, PREFIX, UNDERSTOOD
 from data.disk.architecture import UNREADABLE
+from data.disk.formats.time_limit import TooLongError, at_most
 from inference.unfused import by_its_names, unfuse
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -61,6 +62,11 @@ class Replacement:
         return (self.key,)
 
 
+def peft_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What PEFT is told of an adapter's settings: those that decide what it adds."""
+    return {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
+
+
 class Layers:
     """The layers that stock PEFT makes of a configuration, on a base without weights."""
 
@@ -80,17 +86,16 @@ class Layers:
         self.obstacle: str | None = None
         """Why these updates can't be added to the parameters; None if they can."""
 
-        known = {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with torch.device("meta"), warnings.catch_warnings(), at_most(MOST_SECONDS):
                 warnings.simplefilter("ignore")  # the comparison of keys and shapes refuses what PEFT warns of
                 bare = MixtralForCausalLM(architecture)
                 if unfused:
                     unfuse(bare)
                 parameters = dict(bare.named_parameters(remove_duplicate=False))
                 with by_its_names(bare) if unfused else nullcontext():
-                    adapted = get_peft_model(bare, LoraConfig(**known), low_cpu_mem_usage=True)
-        except (*UNREADABLE, RuntimeError, re.error) as error:
+                    adapted = get_peft_model(bare, LoraConfig(**peft_settings(settings)), low_cpu_mem_usage=True)
+        except (*UNREADABLE, RuntimeError, re.error, TooLongError) as error:
             raise UserError(
                 f"adapter={directory}: its {CONFIG} does not fit this base ({one_line(error)}); "
                 f"give the base it was trained on"

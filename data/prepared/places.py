@@ -5,6 +5,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from configs.program.errors import UserError
+from data.disk.formats.arrow_file import open_table
 
 PLACES = "places.arrow"
+SCHEMA = pa.schema([("number", pa.int64())])
 
 LONGEST_NUMBER = 18
 """Digits of a line's number, so that it fits 64 bits."""
@@ -86,7 +89,7 @@ class Places:
 
     def write(self, directory: Path) -> None:
         """Writes the file of a dataset."""
-        schema = pa.schema([("number", pa.int64())], metadata={"runs": json.dumps(self._runs)})
+        schema = SCHEMA.with_metadata({"runs": json.dumps(self._runs)})
         values = np.asarray(self._numbers, np.int64)
         numbers = pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(values)])
         with pa.OSFile(str(directory / PLACES), "wb") as file, pa.ipc.new_file(file, schema) as arrow:
@@ -100,13 +103,15 @@ class Places:
             UserError: the file is damaged.
         """
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(directory / PLACES))).read_all()
+            table = open_table(directory / PLACES, SCHEMA)
             runs = [
                 (int(first), str(file), str(unit)) for first, file, unit in json.loads(table.schema.metadata[b"runs"])
             ]
             numbers = table["number"].combine_chunks().to_numpy(zero_copy_only=False)
             if numbers.dtype != np.int64 or len(numbers) != rows or (rows and (not runs or runs[0][0] != 0)):
                 raise ValueError
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # pa.ArrowInvalid is a ValueError
+            if any(later[0] <= earlier[0] for earlier, later in pairwise(runs)):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"output={directory}: its {PLACES} is not whole; prepare it again") from error
         return cls(runs, numbers)

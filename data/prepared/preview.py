@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.text import Text
 
 from data.config import PrepareConfig
-from data.prepared.layout import SPLITS, open_split, open_whole
+from data.prepared.layout import SPLITS
 from data.prepared.selection import ShownConversation, selected
+from data.prepared.whole import open_checked
 from data.schema import IGNORE_INDEX
 from data.template import ChatTokenizer
 
@@ -23,8 +24,7 @@ NUMBER_WIDTH = 6
 def preview(config: PrepareConfig) -> None:
     """Prints rows or conversations: tokens, which of them are trained, positions, pack boundaries."""
     directory = Path(config.output)
-    manifest = open_whole(directory, "output")
-    tables = {split: open_split(directory, split) for split in SPLITS}
+    manifest, tables = open_checked(directory, "output")
     rows = selected(directory, manifest, tables, config, spread=False)
     pieces = ChatTokenizer.load(config.tokenizer).pieces
     console = Console(highlight=False, markup=False)

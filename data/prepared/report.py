@@ -1,6 +1,5 @@
 """`task=report`: one self-contained HTML page about a prepared dataset."""
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.page.page import render
 from data.config import PrepareConfig
-from data.prepared.layout import REJECTS, SPLITS, open_split, open_whole
+from data.disk.files import replace_file
+from data.prepared.layout import SPLITS
 from data.prepared.selection import ShownRow, selected
+from data.prepared.whole import Rejected, open_checked, rejects
 from data.template import BOS, ChatTokenizer
 
 BARS = 48
@@ -77,8 +78,7 @@ class Segment:
 def report(config: PrepareConfig) -> None:
     """Writes the page beside the prepared dataset in `output`."""
     directory = Path(config.output)
-    manifest = open_whole(directory, "output")
-    tables = {split: open_split(directory, split) for split in SPLITS}
+    manifest, tables = open_checked(directory, "output")
     rows = selected(directory, manifest, tables, config, spread=True)
     tokenizer = ChatTokenizer.load(config.tokenizer)
     lengths, turns, used = _histograms(tables, manifest["seq_len"])
@@ -97,7 +97,7 @@ def report(config: PrepareConfig) -> None:
     )
     path = directory.with_name(f"{directory.name}-report.html")
     try:
-        path.write_text(page, encoding="utf-8")
+        replace_file(path, [page.encode("utf-8", "replace")])
     except OSError as error:
         raise UserError(f"output={directory}: {path} can't be written ({error.strerror}); make it writable") from error
     console.print(f"Wrote {path}", soft_wrap=True)
@@ -120,12 +120,11 @@ def _histograms(tables: dict[str, pa.Table], seq_len: int) -> tuple[Histogram, H
 def _rejects(directory: Path) -> list[dict[str, Any]]:
     """Each reason with its number and its first examples, the commonest first."""
     numbers: Counter[str] = Counter()
-    examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    with (directory / REJECTS).open(encoding="utf-8") as file:
-        for reject in map(json.loads, file):
-            numbers[reject["reason"]] += 1
-            if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
-                examples[reject["reason"]].append(reject)
+    examples: defaultdict[str, list[Rejected]] = defaultdict(list)
+    for reject in rejects(directory):
+        numbers[reject["reason"]] += 1
+        if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
+            examples[reject["reason"]].append(reject)
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 

@@ -1,6 +1,5 @@
 """Which rows and conversations of a prepared dataset `task=preview` and `task=report` show."""
 
-import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ import pyarrow as pa
 
 from configs.program.errors import UserError
 from data.config import PrepareConfig
-from data.prepared.layout import REJECTS
 from data.prepared.places import Place, Places
+from data.prepared.whole import Rejected, rejects
 from data.schema import PackedRow, TokenizedConversation
 
 
@@ -112,12 +111,9 @@ def _rows_with(table: pa.Table, rows: range) -> list[int]:
     return found
 
 
-def _reject_of(directory: Path, place: Place) -> dict[str, Any] | None:
-    with (directory / REJECTS).open(encoding="utf-8") as file:
-        for reject in map(json.loads, file):
-            if reject["file"] == place.file and reject.get(place.unit) == place.number:
-                return reject
-    return None
+def _reject_of(directory: Path, place: Place) -> Rejected | None:
+    of_place = (r for r in rejects(directory) if r["file"] == place.file and r.get(place.unit) == place.number)
+    return next(of_place, None)
 
 
 def _shown(split: str, number: int, table: pa.Table, places: Places) -> ShownRow:

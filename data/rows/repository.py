@@ -6,7 +6,6 @@ is decided on are the names alone, so that no pattern of a repository reaches an
 """
 
 import contextlib
-import json
 import os
 import tempfile
 from collections import Counter
@@ -18,6 +17,8 @@ from typing import Any
 import yaml
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats.json_text import read_json
+from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
 from data.disk.hub import Repository
 from data.rows.containers import plain_name
 from data.rows.reading import Chunk, read_file
@@ -93,7 +94,7 @@ def fetched(repository: Repository, wanted: Wanted, revision: str | None = None)
         UserError: there are none, or they can't be had.
     """
     names = list(repository.files())
-    readme = (repository.fetch([README]) / README).read_bytes() if README in names else b""
+    readme = _head(repository.fetch([README]), names, wanted) if README in names else b""
     script = f"{repository.name.rpartition('/')[2]}.py"
     remedy = f"if the hub made a copy of it as Parquet, give revision={CONVERTED}"
     chosen = choose(names, readme, wanted, script=(script, remedy), by_folder=revision == CONVERTED)
@@ -117,9 +118,25 @@ def found(directory: Path, wanted: Wanted) -> list[DataFile]:
             )
     if SAVED in names or SAVED_SPLITS in names:
         return _saved(directory, set(names), wanted)
-    readme = (directory / README).read_bytes() if README in names else b""
     script = (f"{directory.resolve().name}.py", "name the files with rows, as files=[…]")
-    return [DataFile(str(directory / name), name) for name in choose(names, readme, wanted, script=script)]
+    chosen = choose(names, _head(directory, names, wanted), wanted, script=script)
+    for name in chosen:
+        try:
+            open_regular(directory / name).close()
+        except UnreadableError as error:
+            raise UserError(f"{wanted.named}: its {name} can't be read ({error}); take it out, or mend it") from error
+    return [DataFile(str(directory / name), name) for name in chosen]
+
+
+def _head(directory: Path, names: list[str], wanted: Wanted) -> bytes:
+    """The beginning of the README.md; empty if there is none."""
+    try:
+        with open_regular(directory / README) as file:
+            return read_at_most(file, LONGEST_README + 1)
+    except UnreadableError as error:
+        if README not in names:
+            return b""
+        raise UserError(f"{wanted.named}: its {README} can't be read ({error}); take it out, or mend it") from error
 
 
 def _saved(directory: Path, names: set[str], wanted: Wanted) -> list[DataFile]:
@@ -146,14 +163,10 @@ def _saved(directory: Path, names: set[str], wanted: Wanted) -> list[DataFile]:
 
 def _listed(directory: Path, name: str, key: str, named: str) -> list[Any]:
     """What a file of a saved dataset lists."""
-    try:
-        listed = json.loads((directory / name).read_bytes())[key]
-        if not isinstance(listed, list):
-            raise TypeError(f"{key} is not a list")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{named}: its {name} can't be read ({one_line(error)}); name its files, as files=[…]"
-        ) from error
+    remedy = "name its files, as files=[…]"
+    listed = read_json(directory / name, dict[str, Any], named, remedy).get(key)
+    if not isinstance(listed, list):
+        raise UserError(f"{named}: its {name} can't be read ({key} is not a list); {remedy}")
     return listed
 
 

@@ -4,15 +4,24 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO
 
 import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats.arrow_file import check_buffers
+from data.disk.formats.regular import UnreadableError, read_at_most
 from data.rows.containers import plain_name
 
 LONGEST_VALUE = 1 << 26
-"""Characters of the longest value of a CSV file."""
+"""Characters of the longest line of a CSV file."""
+
+LARGEST_UNPACKED = 1 << 32
+"""Bytes of the largest packed table that is unpacked into memory."""
+
+UNREADABLE = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError, UnreadableError)
+"""What Arrow raises for files that are damaged, early or late."""
 
 
 def csv_texts(name: str, file: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -25,7 +34,7 @@ def csv_texts(name: str, file: BinaryIO) -> Iterator[tuple[int, str]]:
     tabs = plain_name(name).suffix.lower() == ".tsv"
     try:
         with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
-            rows = csv.DictReader(text, delimiter="\t" if tabs else ",", strict=True)
+            rows = csv.DictReader(_lines(text), delimiter="\t" if tabs else ",", strict=True)
             for number, row in enumerate(rows):
                 if None in row:
                     raise csv.Error(f"row {number} has more values than the first line has names")
@@ -43,11 +52,10 @@ def parquet_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(_in_reach(name, file))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"files={name}: it is not Parquet ({one_line(error)}); check the file") from error
-    for batch in table.iter_batches(batch_size=rows):
-        yield pa.Table.from_batches([batch])
+        for batch in pq.ParquetFile(_in_reach(name, file)).iter_batches(batch_size=rows):
+            yield _table(batch)
+    except UNREADABLE as error:
+        raise UserError(f"files={name}: it can't be read as Parquet ({one_line(error)}); check the file") from error
 
 
 def arrow_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
@@ -64,13 +72,31 @@ def arrow_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
         except pa.ArrowInvalid:
             source.seek(0)
             batches = iter(pa.ipc.open_stream(source))
-        for batch in batches:
-            for start in range(0, batch.num_rows, rows):
-                yield pa.Table.from_batches([batch.slice(start, rows)])
-    except (pa.ArrowInvalid, OSError) as error:
+        for table in map(_table, batches):
+            check_buffers(table)
+            for start in range(0, table.num_rows, rows):
+                yield table.slice(start, rows)
+    except UNREADABLE as error:
         raise UserError(f"files={name}: it can't be read as Arrow ({one_line(error)}); check the file") from error
 
 
 def _in_reach(name: str, file: BinaryIO) -> pa.NativeFile:
     """The file so that any place of it can be read: mapped, or in memory if it is packed."""
-    return pa.memory_map(name) if isinstance(getattr(file, "raw", None), io.FileIO) else pa.BufferReader(file.read())
+    if isinstance(getattr(file, "raw", None), io.FileIO):
+        return pa.memory_map(name)
+    if len(content := read_at_most(file, LARGEST_UNPACKED + 1)) > LARGEST_UNPACKED:
+        raise OSError(f"unpacked it is larger than {LARGEST_UNPACKED >> 30} GiB; unpack it")
+    return pa.BufferReader(content)
+
+
+def _table(batch: pa.RecordBatch) -> pa.Table:
+    table = pa.Table.from_batches([batch])
+    _ = table.column_names  # one that is no text is refused here
+    return table
+
+
+def _lines(text: io.TextIOWrapper) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(text.readline, LONGEST_VALUE), ""), start=1):
+        if len(line) == LONGEST_VALUE:
+            raise csv.Error(f"line {number} is longer than {LONGEST_VALUE >> 20} MiB")
+        yield line

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
 from data.disk.files import occupied, sha256, take_place
-from data.prepared.layout import MANIFEST, REJECTS, ROW_SCHEMA, SPLITS, read_manifest
+from data.prepared.layout import MANIFEST, REJECTS, ROW_SCHEMA, SPLITS, read_manifest, rows_of
 from data.prepared.places import PLACES
 from data.stages.store import ConversationStore, Index
 
@@ -43,7 +43,8 @@ def refuse_foreign(output: Path, files: list[str]) -> None:
         raise UserError(
             f"output={output}: something else is there, not a prepared dataset; choose another directory"
         ) from error
-    ours = {MANIFEST, PLACES, REJECTS, *(f"{split}/rows.arrow" for split in SPLITS), *manifest.get("files", {})}
+    recorded: Any = manifest.get("files")
+    ours = {MANIFEST, PLACES, REJECTS, *map(rows_of, SPLITS), *(recorded if isinstance(recorded, dict) else ())}
     if foreign := there.foreign(ours):
         raise UserError(f"output={output}: {foreign} is in it, which is not part of a dataset; move it elsewhere")
 

@@ -28,7 +28,7 @@ from configs.program.errors import UserError, one_line
 from configs.program.provenance import machine, provenance
 from data.card import read_story
 from data.disk.adapter_directory import public
-from data.disk.architecture import exported
+from data.disk.architecture import exported, read_settings
 from data.disk.files import occupied, staging, take_place
 from data.disk.mixtral_files import Piece, pieces
 from data.disk.plain_text import read_json
@@ -70,7 +70,7 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
     parts = pieces(base.weights, base.architecture)
     training = adapter.receipt
     story = read_story(base.directory, adapter.directory, adapter.settings, training)
-    settings = exported(json.loads((base.directory / "config.json").read_text(encoding="utf-8")))
+    settings = exported(read_settings(base.directory, base.named))
     for sentence in story.left_out:
         console.print(sentence, soft_wrap=True)
 

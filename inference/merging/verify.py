@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from configs.program.errors import UserError
+from configs.program.errors import UserError, VerificationError
 from data.disk.adapter_directory import PREFIX
 from data.disk.architecture import read_architecture
 from data.disk.mixtral_files import Piece, pieces
@@ -27,12 +27,10 @@ from inference.peft_layers import LowRank, Replacement
 from inference.unfused import BLOCK
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+REMEDY = "nothing was kept; merge again, and report it if it happens again"
+"""What to do when a merge is not what it has to be."""
 PROMPTS = 8
 """Conversations of the sample dataset on which logits are compared, half of each of its files."""
-
-
-class VerificationError(RuntimeError):
-    """What was written is not base + adapter."""
 
 
 def verify(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -60,7 +58,8 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
         before, after = piece.read(), stored[file].get_tensor(name)
         if before.shape != after.shape or before.dtype != after.dtype:
             raise VerificationError(
-                f"{name} was {before.dtype} {list(before.shape)}; merged it is {after.dtype} {list(after.shape)}"
+                f"{name}: it is {after.dtype} {list(after.shape)} after merging, and {before.dtype} "
+                f"{list(before.shape)} in the base; {REMEDY}"
             )
         bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
         different = int((before.view(bits) != after.view(bits)).sum())
@@ -74,7 +73,7 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
         replacement = None if update is None else adapter.stored(name)
         if replacement is not None and not adds:
             if not torch.equal(after, replacement.to(after.dtype)):
-                raise VerificationError(f"{name} is not the tensor that the adapter holds")
+                raise VerificationError(_differs(name, after, replacement.to(after.dtype), "in the adapter"))
             changed += 1
         elif adds:
             if different == 0:
@@ -84,10 +83,18 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
                 )
             changed, smallest = changed + 1, min(smallest, different / before.numel())
         elif different:
-            raise VerificationError(f"{name} changed, and the adapter adds nothing to it")
+            raise VerificationError(_differs(name, after, before, "in the base, to which the adapter adds nothing"))
         else:
             identical += 1
     return {"tensors_changed": changed, "smallest_changed_share": smallest, "tensors_bit_identical": identical}
+
+
+def _differs(name: str, merged: torch.Tensor, wanted: torch.Tensor, whose: str) -> str:
+    """Says where a merged tensor is another than it has to be, the first number that differs."""
+    places = (merged != wanted).nonzero()  # none if they differ in the sign of a zero, or are no numbers
+    place = tuple(places[0].tolist()) if len(places) else (0,) * merged.dim()
+    numbers = f"at {list(place)} it is {merged[place].item()} after merging, and {wanted[place].item()} {whose}"
+    return f"{name}: {numbers}; {REMEDY}"
 
 
 def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -117,8 +124,9 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
     }
     if not result["logits_difference"] <= 2 * result["logits_difference_unmerged"]:
         raise VerificationError(
-            f"the merged model's logits differ from those of base and adapter by {result['logits_difference']:.2e}, "
-            f"and rounding explains {result['logits_difference_unmerged']:.2e}"
+            f"output: the merged model's logits differ from those of base and adapter by "
+            f"{result['logits_difference']:.2e}, and rounding explains {result['logits_difference_unmerged']:.2e}; "
+            f"{REMEDY}"
         )
     return result
 

@@ -119,7 +119,7 @@ def step(settings: Settings) -> dict[str, Any]:
         deepspeed=DeepSpeedConfig(
             stage=settings.stage, persistence_threshold=20_000_000, max_live_parameters=4_000_000_000
         ),
-        hardware=HardwareConfig(device=settings.device),
+        hardware=HardwareConfig(device=settings.device, threads=1),
     )
     table = PreparedDataset(settings.dataset).train
     processes = join_processes(config.hardware)

@@ -153,7 +153,7 @@ def plan(common: dict[str, Any], sizes: dict[str, int], layers: int, on_cuda: bo
     fewer = common | {"sizes": sizes | {"num_hidden_layers": min(layers, SHARDED_LAYERS)}, "stage": 3}
     block = ["--device", common["device"], "--steps", "10" if on_cuda else "1", "--warmup", "3" if on_cuda else "0"]
     if not on_cuda:
-        block += ["--hidden", "64", "--intermediate", "64", "--tokens", "64", "--lora-rank", "2"]
+        block += ["--hidden", "64", "--intermediate", "64", "--tokens", "64", "--lora-rank", "2", "--threads", "1"]
     tokens = " and ".join(f"{number:,}" for number in common["tokens"])
     least = 1.0 if on_cuda else 0.1
     return [

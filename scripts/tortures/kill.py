@@ -6,7 +6,7 @@ goes on. Each finished run must have the losses, gradient norms and evaluation l
 to, and its adapter, to the last bit; no process may be left of a launch before the next one begins.
 
 Launches with one process are forked from a server, as are four in five of those with two; the fifth is `deepspeed …`
-as typed (see harness/launch.py).
+as typed (see harness/forked.py).
 """
 
 import argparse

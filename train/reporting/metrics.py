@@ -12,7 +12,7 @@ import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from data.disk.files import replace_file
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError
 from train.config.train import LoggingConfig
 from train.history import StepRecord, finite
 from train.model.routing import Routing
@@ -27,8 +29,18 @@ from train.report.report import try_report
 from train.reporting.wandb_run import Wandb
 
 METRICS = "metrics.jsonl"
+LONGEST_LINE = 1 << 24
+"""Bytes of the longest line that is read; what is longer is none of ours."""
 UNWRITTEN = 16 << 20
 """The most bytes of lines that wait for the disk: those of some ten thousand steps."""
+
+
+class Line(TypedDict):
+    """What is read of a line of metrics.jsonl."""
+
+    step: int
+    loss: NotRequired[float | str]
+    evaluation_loss: NotRequired[float | str]
 
 
 class Metrics:
@@ -264,13 +276,17 @@ def _opened(directory: Path, resumed: dict[str, Any]) -> int:
 def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
     """Drops from metrics.jsonl the lines of steps after the `last`, of evaluations that will be made again, and what a
     killed process left of a line."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    path.touch()
+    with path.open("rb") as file:
+        replace_file(path, _kept(file, last, evaluations))
+
+
+def _kept(lines: BinaryIO, last: int, evaluations: dict[str, Any]) -> Iterator[bytes]:
+    while line := lines.readline(LONGEST_LINE):
         try:
-            record = json.loads(line)
-            if record["step"] > last or ("evaluation_loss" in record and str(record["step"]) not in evaluations):
-                continue
-        except (ValueError, KeyError, TypeError):
+            record = parse_json(line, Line)
+        except UnreadableError:
             continue
-        kept.append(line)
-    replace_file(path, kept)
+        again = "evaluation_loss" in record and str(record["step"]) not in evaluations
+        if line.endswith(b"\n") and record["step"] <= last and not again:
+            yield line

@@ -10,23 +10,21 @@ Letters in names of tensors: E experts, R the largest rank, r the rank of one ex
 """
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError
 from data.disk.adapter_directory import (
-    CONFIG,
     PREFIX,
     WEIGHTS,
-    check_settings,
     join_experts,
     public,
+    read_settings,
+    read_shapes,
     separate_experts,
 )
 from data.disk.mixtral_files import MATRICES, original_name
@@ -239,16 +237,9 @@ def read(
 
 def _read_files(directory: Path, named: str, adapters: Adapters, lora: LoraConfig) -> dict[str, torch.Tensor]:
     """The tensors of an adapter directory whose settings are those that training asks for."""
-    try:
-        settings = json.loads((directory / CONFIG).read_text())
-        stored = load_file(directory / WEIGHTS)
-        if not isinstance(settings, dict):
-            raise ValueError(f"{CONFIG} holds no settings")
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(
-            f"{named}: it is no adapter directory ({one_line(error)}); name one that training wrote"
-        ) from error
-    settings = check_settings(settings, named)
+    settings = read_settings(directory, named)
+    read_shapes(directory, named)
+    stored = load_file(directory / WEIGHTS)
     asked = {"lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised}
     if not per_expert.names_experts(stored):  # there the shapes say it
         asked = {"r": _largest(adapters) or lora.rank, **asked}

@@ -149,7 +149,8 @@ def test_where_that_names_nothing(run_program: Callable[..., Any], prepared: Pat
     assert (outcome.exit_code, outcome.stderr[:30]) == (2, "data: where=rows.json:1: train")
     (prepared / "places.arrow").write_bytes(bytes((prepared / "places.arrow").stat().st_size))
     outcome = run_program("data", "task=preview", "output=out")
-    assert outcome.stderr == "data: output=out: its places.arrow is not whole; prepare it again\n"
+    why = "places.arrow is not whole (it has changed since it was prepared)"
+    assert outcome.stderr == f"data: output=out: {why}; prepare it again\n"
 
 
 def test_held_out_split_and_repeated_rows_are_found(run_program: Callable[..., Any], tmp_path: Path) -> None:
