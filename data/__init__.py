@@ -8,6 +8,7 @@
     merges.py      the vocabulary's merges: plain text → ids
     vocabulary.py  where the vocabulary is found, how it is read, and whether it is Mixtral's
     export.py      the tokenizer's files for other programs
+    card.py        what a model card says of base, data, recipe and prompt format
 
     rows/          where rows come from: bytes → raw rows → conversations, or rejects
     stages/        what `prepare.py` does with them

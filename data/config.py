@@ -2,16 +2,17 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import get_args
 
 from configs.program.checks import ABOVE_0, BELOW_1, between, choice, share
 from configs.program.errors import UserError
-from data.schema import ROW_FIELDS, fields_of
+from data.schema import REPAIRS, ROW_FIELDS, Role, fields_of
 from data.vocabulary import EMBEDDED
 
 AUTO = "auto"
 """The schema is found by looking at the rows."""
 SCHEMAS = tuple(ROW_FIELDS)
-SHAPELESS = ("task", "output", "workers", "rows")
+SHAPELESS = ("task", "output", "workers", "rows", "conversations", "where", "train_rows")
 """Settings that do not change what a prepared dataset holds."""
 
 
@@ -23,21 +24,29 @@ class PrepareConfig:
     """`prepare` makes the prepared dataset; `preview` prints some of its rows as the model sees them; `report` writes a
     page about it beside it. The last two need nothing but `output`."""
     files: list[str] = field(default_factory=list)
-    """Local files of rows: a JSON array, JSON Lines or Parquet, each also as .gz or .zst; patterns such as
-    `rows/*.jsonl` stand for the files that match, in the order of their names. Relative paths start at the working
-    directory."""
+    """Local files of rows: JSON (lines, an array, or objects in a row), Parquet, Arrow, CSV or TSV, also compressed by
+    gzip, zstd, bz2 or xz; what is in a file says which it is. Patterns such as `rows/*.jsonl` stand for the files that
+    match, in the order of their names. Relative paths start at the working directory."""
     schema: str = AUTO
     """`instruction` (instruction, input, output), `sharegpt` (conversations: from, value), `messages` (messages: role,
-    content), or `auto`: the one whose field the first rows of a source have."""
+    content), or `auto`: the one that the first rows of a source speak for, also by other usual names such as prompt
+    and completion. The summary says what was found."""
     limits: dict[str, int] = field(default_factory=dict)
     """Rows to read of a source, from its beginning: `limits={rows.jsonl: 1000}`. A source is called as in `files` or
-    `dataset`; what is said of a pattern goes for each of its files."""
+    `dataset`; what is said of a pattern goes for each of its files, unless the file is named too."""
     weights: dict[str, float] = field(default_factory=dict)
     """How often an epoch trains on each conversation of a source: 2 is twice, 0.5 a seeded half of them. Called as in
     `limits`. What is held out is held out once."""
     columns: dict[str, str] = field(default_factory=dict)
     """For a field of the schema, of a row or of a turn, that has another name in the rows, that name:
     `columns={output: answer}`. What is read as one field is not read as another too."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """As whom speakers speak who aren't called by a usual name: `roles={customer: user, agent: assistant}`. Known are
+    system, user and assistant, their usual names such as human, gpt, chatgpt and model, in capitals or not."""
+    repair: list[str] = field(default_factory=list)
+    """What may be done to turns that are out of order; without, such rows are rejected. `drop_last_user` drops what the
+    user says after the last reply, `drop_leading_assistant` a greeting before the first question, and `merge_same_role`
+    joins messages of one role in a row by a blank line. The manifest counts the rows by repair."""
     dataset: str | None = None
     """A dataset of a hub, such as `teknium/openhermes`, or a directory that is laid out as one, if `files` is empty.
     Parquet, Arrow, JSON, JSON Lines, CSV and TSV are read."""
@@ -83,7 +92,13 @@ class PrepareConfig:
     """Processes that encode, the first one included; 0 means one a core, fewer if there is little to do. What is
     written is the same."""
     rows: int = 3
-    """Rows that `task=preview` prints."""
+    """Rows that `task=preview` prints, the first ones, and `task=report` shows, from all over the training split."""
+    conversations: int = 0
+    """So many conversations are shown instead of whole rows; 0 for whole rows."""
+    where: str | None = None
+    """The row to show, by file and by line or item, as rejects.jsonl counts them: `where=rows.jsonl:17`."""
+    train_rows: list[int] = field(default_factory=list)
+    """The rows of the training split to show, by the numbers that a training run gives: `train_rows=[3,17]`."""
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
@@ -92,6 +107,10 @@ class PrepareConfig:
         choice("overlong", self.overlong, "drop", "truncate", "split_turns")
         choice("markers", self.markers, "reject", "keep")
         choice("unread", self.unread, "tell", "reject")
+        for repair in self.repair:
+            choice("repair", repair, *REPAIRS)
+        for speaker, role in self.roles.items():
+            choice(f"roles.{speaker}", role, *get_args(Role))
         choice("duplicates", self.duplicates, "keep", "drop", "drop_near")
         wanted = "a row needs at least 16 tokens, at most a million; give for example seq_len=2048"
         between("seq_len", self.seq_len, 16, 2**20, wanted)
@@ -100,6 +119,9 @@ class PrepareConfig:
         wanted = "it is a similarity; give a number above 0, at most 1"
         between("near_threshold", self.near_threshold, ABOVE_0, 1, wanted)
         between("workers", self.workers, 0, 1024, "it is a number of processes; give 1 or more, or 0 for one a core")
+        between("conversations", self.conversations, 0, math.inf, "there can't be fewer than none; 0 is for whole rows")
+        if self.where is not None and self.train_rows:
+            raise UserError(f"where={self.where}: train_rows are named too; keep one of the two")
         between("rows", self.rows, 1, math.inf, "there is nothing to show; give at least 1")
         if self.task != "prepare":
             return
@@ -115,14 +137,11 @@ class PrepareConfig:
             if name not in known:
                 who = "no schema has" if self.schema == AUTO else f"schema={self.schema} does not have"
                 raise UserError(f"columns.{name}: {who} such a field; it is one of {', '.join(known)}")
-        self._check_sources()
+        self._check_shares()
 
-    def _check_sources(self) -> None:
-        named = [self.dataset] if self.dataset else self.files
+    def _check_shares(self) -> None:
         for setting, of_source in (("limits", self.limits), ("weights", self.weights)):
             for name, value in of_source.items():
-                if name not in named:
-                    raise UserError(f"{setting}.{name}: no source is called so; it is one of {', '.join(named)}")
                 least, most = (1, math.inf) if setting == "limits" else (0, 1000)
                 if not least <= value <= most:
                     raise UserError(f"{setting}.{name}={value}: it can't be; give a number from {least} up")

@@ -17,26 +17,62 @@ ESCAPE = "\ufdd0"
 BREAK, ESCAPED = f"{ESCAPE}1", f"{ESCAPE}0"
 
 
+CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+"""What transformers puts at the end of a last message that is to be continued; it cuts the rendered text there, and
+wants to find the message before or after it as it was given."""
+
+
 def _escapes() -> str:
     """The filters of the template that escape a message."""
     pairs = [(ESCAPE, ESCAPED), *((token, f"{token[0]}{BREAK}{token[1:]}") for token in CONTROL)]
     return "".join(f" | replace('{text}', '{escaped}')" for text, escaped in pairs)
 
 
+def _refuse(unless: str, sentence: str) -> str:
+    """The part of the template that refuses what would otherwise be left out of the prompt without a word."""
+    return f"{{%- if not ({unless}) -%}}{{{{ raise_exception('{sentence}') }}}}{{%- endif -%}}"
+
+
+# `generation` is a tag of transformers' own, which others remove by exactly this spelling.
 CHAT_TEMPLATE = (
-    "{%- macro plain(text) -%}{{ text" + _escapes() + " }}{%- endmacro -%}"
-    "{%- set system = plain(messages[0]['content']) if messages[0]['role'] == 'system' else none -%}"
-    "{%- set turns = messages[1:] if system is not none else messages -%}"
-    "{%- for message in turns -%}"
-    "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
-    "{{ raise_exception('after an optional system message, user and assistant alternate, the user first') }}"
-    "{%- endif -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{ '<s>[INST] ' }}"
-    "{%- set opening = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system is not none else '' -%}"
-    "{{ (opening + plain(message['content'])) | trim + ' [/INST]' }}"
+    _refuse("not tools and not documents", "this model was trained without tools and documents; leave them out")
+    + "{%- macro said(message) -%}"
+    + _refuse("not message['tool_calls']", "this model was trained without tools; leave out tool_calls")
+    + "{%- set content = message['content'] -%}"
+    "{%- if content is string -%}{{ content }}"
     "{%- else -%}"
-    "{{ ' ' + plain(message['content']) | trim + ' </s>' }}"
+    + _refuse(
+        "content is defined and content is not none and content is not mapping and content is iterable",
+        "the content of a message has to be text, or a list of text parts",
+    )
+    + "{%- for part in content -%}"
+    + _refuse(
+        "part is mapping and part['type'] == 'text' and part['text'] is string",
+        "this model reads text alone; give parts of type text",
+    )
+    + "{{ part['text'] }}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
+    "{%- macro plain(text) -%}{{ text" + _escapes() + " }}{%- endmacro -%}"
+    "{%- set has_system = messages and messages[0]['role'] == 'system' -%}"
+    "{%- set turns = messages[1:] if has_system else messages -%}"
+    + _refuse("turns", "there is nothing to answer; give a message of the user")
+    + "{%- for message in turns -%}"
+    + _refuse(
+        "message['role'] == ('user' if loop.index0 % 2 == 0 else 'assistant')",
+        "after an optional system message, user and assistant alternate, the user first",
+    )
+    + "{%- set text = said(message) -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{%- set opens = loop.first and has_system -%}"
+    "{%- set opening = '<<SYS>>\\n' + plain(said(messages[0])) + '\\n<</SYS>>\\n\\n' if opens else '' -%}"
+    "{{ '<s>[INST] ' + (opening + plain(text)) | trim + ' [/INST]' }}"
+    "{%- else -%}"
+    "{% generation %}{{ ' ' + plain(text) | trim + ' </s>' }}{% endgeneration %}"
+    f"{{%- if loop.last and text.endswith('{CONTINUED}') and plain(text) != text -%}}"
+    f"{{{{ text | replace('{CONTINUED}', '') }}}}"
+    "{%- endif -%}"
     "{%- endif -%}"
     "{%- endfor -%}"
 )
@@ -62,6 +98,9 @@ def save(vocabulary: dict[str, int], directory: Path, base: Path | None) -> None
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
+        "pad_token": "<unk>",
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,

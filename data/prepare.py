@@ -3,8 +3,10 @@
 read → convert → encode → split → pack → write
 """
 
+import math
 import platform
 import random
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,16 +23,18 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from data.config import SHAPELESS, PrepareConfig
 from data.disk.files import staging
-from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, SPLITS, damage, read_manifest
+from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, REJECTS, SPLITS, damage, read_manifest
+from data.rows.reading import as_arguments
 from data.rows.sources import Source, find_sources
 from data.stages.contamination import describe_evaluations, load_evaluations
 from data.stages.encoding import Pool, number_of_workers, pool
 from data.stages.intake import CLEANED, Intake
 from data.stages.packing import pack
+from data.stages.splitting import choose_eval, repetitions
 from data.stages.store import Index, conversation_store
-from data.stages.writing import publish, refuse_foreign, write_rows
+from data.stages.writing import keep_rejects, publish, refuse_foreign, write_rows
 
-PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash")
+PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash", "regex")
 """Those whose version can change what is written; Python's can too, by the Unicode tables that tell what a word is."""
 
 SOME = 5
@@ -62,11 +66,12 @@ def prepare(config: PrepareConfig) -> None:
     ):
         dataset = temporary / "dataset"
         dataset.mkdir()
-        with (dataset / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
+        with (dataset / REJECTS).open("w", encoding="utf-8") as rejects:
             intake = take_in(sources, encoders, Intake(config, store, rejects))
-        refuse_too_many(intake, config.max_reject_fraction)
+        refuse_too_many(intake, config.max_reject_fraction, dataset / REJECTS, output)
         refuse_unseen(intake, config.columns)
         index = store.index()
+        repeats = repetitions(index)
         manifest = {
             "kind": MANIFEST_KIND,
             **wanted,
@@ -78,14 +83,17 @@ def prepare(config: PrepareConfig) -> None:
                 "rejected": intake.rows - intake.kept,
                 "rejected_by_reason": dict(sorted(intake.rejected.items())),
             },
+            "repeated": len(repeats),
+            "repaired": dict(sorted(intake.repaired.items())),
             "shortened": {name: intake.shortened[name] for name in ("rows", "turns_left_out", "replies_cut")},
         }
-        for split, chosen in choose(index, intake, config).items():
+        for split, chosen in choose(index, repeats, intake, config).items():
             with console.status(f"Packing and writing {len(chosen):,} conversations ({split})"):
                 plan = plan_rows(chosen, index, config)
                 write_rows(dataset / split / "rows.arrow", plan, store, index)
             manifest[split] = count(plan, index, config)
         manifest |= {"seq_len": config.seq_len, "packing": config.packing, "seed": config.seed}
+        intake.places.write(dataset)
         publish(dataset, output, manifest)
     summarize(manifest, output)
 
@@ -131,8 +139,8 @@ def take_in(sources: list[Source], encoders: Pool, intake: Intake) -> Intake:
     return intake
 
 
-def refuse_too_many(intake: Intake, allowed: float) -> None:
-    """Raises `UserError` if nothing is left, or if more than the allowed share can't be used."""
+def refuse_too_many(intake: Intake, allowed: float, rejects: Path, output: Path) -> None:
+    """Raises `UserError` if nothing is left, or if more than the allowed share can't be used; keeps `rejects` then."""
     if intake.rows == 0:
         raise UserError("files: they hold no rows; name files with at least one row")
     if intake.kept and intake.unusable / intake.rows <= allowed:
@@ -144,9 +152,14 @@ def refuse_too_many(intake: Intake, allowed: float) -> None:
         )
     unusable = Counter({reason: n for reason, n in intake.rejected.items() if reason not in CLEANED})
     reasons = ", ".join(f"{reason} {number}×" for reason, number in unusable.most_common(3))
+    ways = [f"give {argument}" for argument in as_arguments(intake.helpful_settings)] + ["mend the rows"]
+    if intake.kept:
+        share = math.ceil(100 * intake.unusable / intake.rows) / 100
+        ways.append(f"leave them out by max_reject_fraction={share}")
+    kept = keep_rejects(rejects, output)
     raise UserError(
         f"max_reject_fraction={allowed}: {intake.unusable} of {intake.rows} rows can't be used ({reasons}; the first: "
-        f"{intake.first_unusable}); mend the rows, or allow more where at least one can be used"
+        f"{intake.first_unusable}); {', or '.join(ways)}{kept}"
     )
 
 
@@ -159,31 +172,14 @@ def refuse_unseen(intake: Intake, columns: dict[str, str]) -> None:
             raise UserError(f"columns.{field}={name}: no row has such a field{there}; correct the name, or take it off")
 
 
-def choose(index: Index, intake: Intake, config: PrepareConfig) -> dict[str, list[int]]:
+def choose(index: Index, repeats: dict[int, int], intake: Intake, config: PrepareConfig) -> dict[str, list[int]]:
     """The conversations of each split, by their positions in `index`; what is trained on more than once, so often."""
-    held_out = choose_eval(np.unique(index.rows).tolist(), config.eval_fraction, config.seed)
+    held_out = choose_eval(np.unique(index.rows).tolist(), repeats, config.eval_fraction, config.seed)
     conversations = list(enumerate(index.rows.tolist()))
     return {
         "train": [i for i, row in conversations if row not in held_out for _ in range(intake.copies[i])],
         "eval": [i for i, row in conversations if row in held_out],
     }
-
-
-def choose_eval(rows: list[int], fraction: float, seed: int) -> set[int]:
-    """Which rows are held out, with all that was made of them: a seeded draw, at least one unless the fraction is 0.
-
-    Raises:
-        UserError: a single row can't be both trained on and held out.
-    """
-    if fraction == 0:
-        return set()
-    number = max(1, round(len(rows) * fraction))
-    if number >= len(rows):
-        raise UserError(
-            f"eval_fraction={fraction}: it would hold out {number} of {len(rows)} rows and leave none to train on; "
-            f"give more rows, or eval_fraction=0"
-        )
-    return set(random.Random(seed).sample(rows, number))
 
 
 def plan_rows(chosen: list[int], index: Index, config: PrepareConfig) -> list[list[int]]:
@@ -228,7 +224,21 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
     table.add_row("packing efficiency", *("–" if share is None else f"{share:.1%}" for share in efficiencies))
     reasons = ", ".join(f"{reason} {number}" for reason, number in rows["rejected_by_reason"].items()) or "none"
     console.print(table)
-    console.print(f"{rows['in']:,} rows in = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({reasons})")
+    where = f", listed in {output / REJECTS}" if rows["rejected"] else ""
+    console.print(
+        f"{rows['in']:,} rows in = {rows['kept']:,} kept + {rows['rejected']:,} rejected ({reasons}){where}",
+        soft_wrap=True,
+    )
+    for source in manifest["inputs"]:
+        if source["columns"]:
+            (found,) = as_arguments({"columns": source["columns"]})
+            console.print(f"{named(source)}: read as {source['schema']} rows, by looking: {found}", soft_wrap=True)
+    if manifest["repaired"]:
+        console.print(f"Repaired rows: {', '.join(f'{name} {n:,}' for name, n in manifest['repaired'].items())}")
+    if manifest["repeated"]:
+        told = f"{manifest['repeated']:,} of the kept rows repeat a conversation, which duplicates=drop leaves out"
+        sides = "; equal ones are all trained on or all held out" if manifest["eval"]["conversations"] else ""
+        console.print(told + sides, soft_wrap=True)
     if told := unread_line(manifest["inputs"]):
         console.print(told, soft_wrap=True)
     if (shortened := manifest["shortened"])["rows"]:
@@ -236,6 +246,15 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
             f"{shortened['rows']:,} of the kept rows were longer than a row may be and lost "
             f"{shortened['turns_left_out']:,} turns; {shortened['replies_cut']:,} of their replies are cut"
         )
+    dataset, run = shlex.quote(str(output)), shlex.quote(f"runs/{output.name}")
+    train = f"deepspeed --no_local_rank --module train recipe=openhermes_mixtral_8x7b dataset={dataset} run_dir={run}"
+    console.print(f"Look at it:  python -m data task=preview output={dataset}", soft_wrap=True)
+    console.print(f"Train on it: {train}", soft_wrap=True)
+
+
+def named(source: dict[str, Any]) -> str:
+    """What the manifest calls a source."""
+    return str(source.get("file") or source.get("dataset"))
 
 
 def unread_line(inputs: list[dict[str, Any]]) -> str:
@@ -246,7 +265,7 @@ def unread_line(inputs: list[dict[str, Any]]) -> str:
         if source["harmless_fields"]:
             fields.append(f"describing the rows {', '.join(source['harmless_fields'])}")
         if fields:
-            told.append(f"{source.get('file') or source.get('dataset')}: {', '.join(fields)}")
+            told.append(f"{named(source)}: {', '.join(fields)}")
     more = f"; {len(told) - SOME} more sources in {MANIFEST}" if len(told) > SOME else ""
     return f"Fields that were not read: {'; '.join(told[:SOME])}{more}" if told else ""
 

@@ -36,6 +36,13 @@ TURN_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """The fields of each schema; of a turn, first who speaks and then what is said."""
 
+SPEAKERS = ("role", "from", "speaker")
+"""Names that are usual for the field of a turn that says who speaks."""
+
+
+REPAIRS = ("drop_leading_assistant", "drop_last_user", "merge_same_role")
+"""What may be done to turns that are out of order, in this order."""
+
 
 def fields_of(schema: str) -> tuple[str, ...]:
     """All fields of a schema: what `columns` can rename in its rows."""
@@ -73,12 +80,13 @@ class Conversation:
     messages: tuple[Message, ...]
 
     def __post_init__(self) -> None:
-        if not self.turns:
+        first = 0 if self.system is None else 1
+        if len(self.messages) == first:
             raise ValueError("a conversation needs at least one user message")
-        for index, message in enumerate(self.turns):
-            expected = "user" if index % 2 == 0 else "assistant"
+        for index, message in enumerate(self.messages[first:]):
+            expected = "assistant" if index % 2 else "user"
             if message.role != expected:
-                raise ValueError(f"message {index + bool(self.system)}: expected role {expected}, found {message.role}")
+                raise ValueError(f"message {first + index}: expected role {expected}, found {message.role}")
 
     @property
     def system(self) -> Message | None:

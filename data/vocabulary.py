@@ -5,9 +5,14 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Annotated, TypedDict
+
+from msgspec import Meta
 
 from configs.program.errors import UserError
 from data.disk import hub
+from data.disk.formats.json_text import read_json
+from data.disk.formats.regular import UnreadableError, read_regular
 
 EMBEDDED = "embedded"
 """The Mixtral vocabulary that the package mistral-common carries."""
@@ -25,6 +30,21 @@ FIRST_PIECE = 259
 
 FINGERPRINT = "f5960015e10ae442ae6af9b2ea717c316445fb88954689e0cac575ec2826370d"
 """`ChatTokenizer.fingerprint` of the Mixtral vocabulary."""
+
+
+REMEDY = "name a Mixtral-8x7B model"
+
+
+class Vocabulary(TypedDict):
+    """Pieces and their ids."""
+
+    vocab: dict[str, Annotated[int, Meta(ge=0, lt=1 << 24)]]
+
+
+class Tokenizer(TypedDict):
+    """What is read of a tokenizer.json."""
+
+    model: Vocabulary
 
 
 def load_vocabulary(source: str, revision: str | None, named: str) -> dict[str, int]:
@@ -88,12 +108,10 @@ def _locate(source: str, revision: str | None, named: str) -> Path:
 
 def _read_json(path: Path, named: str) -> dict[str, int]:
     """The vocabulary of a `tokenizer.json`."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{named}: its {path.name} is not one with a vocabulary ({error}); name a Mixtral-8x7B model"
-        ) from error
+    vocabulary = read_json(path, Tokenizer, named, REMEDY)["model"]["vocab"]
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{named}: its {path.name} gives one id to two pieces; {REMEDY}")
+    return vocabulary
 
 
 def _read_sentencepiece(path: Path, named: str) -> dict[str, int]:
@@ -102,9 +120,13 @@ def _read_sentencepiece(path: Path, named: str) -> dict[str, int]:
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        content = read_regular(path, LARGEST_MODEL, linked=path.name != SENTENCEPIECE)  # a package may be linked to
+    except UnreadableError as error:
+        raise UserError(f"{named}: its {path.name} can't be read ({error}); {REMEDY}") from error
+    try:
+        model.ParseFromString(content)
     except Exception as error:  # protobuf's DecodeError lives in a different place in each of its implementations
-        raise UserError(f"{named}: its {path.name} is no SentencePiece model; name a Mixtral-8x7B model") from error
+        raise UserError(f"{named}: its {path.name} is no SentencePiece model; {REMEDY}") from error
     return {piece.piece: index for index, piece in enumerate(model.pieces)}
 
 
@@ -112,10 +134,10 @@ def sentencepiece_model(base: Path | None) -> bytes:
     """Mixtral's SentencePiece model: the base's own, or the embedded one if that has other ids or there is none."""
     embedded = _locate(EMBEDDED, None, "tokenizer").read_bytes()
     own = None if base is None else base / SENTENCEPIECE
-    if own is None or not own.is_file() or own.stat().st_size > LARGEST_MODEL:
+    if own is None:
         return embedded
     try:
-        content = own.read_bytes()
+        content = read_regular(own, LARGEST_MODEL, linked=False)
         return content if _meaning(content) == _meaning(embedded) else embedded
     except Exception:  # it is damaged; protobuf's DecodeError lives in a different place in each of its implementations
         return embedded

@@ -3,11 +3,13 @@
     run.py       the program: which task
     config.py    the settings of `python -m inference`
     adapter.py   an adapter directory: what it changes, whether it fits, and the sum
+    peft_layers.py  what an adapter's configuration means: the layers that stock PEFT makes of it
+    unfused.py   Mixtral with a module for each expert, which older adapters name
     load.py      base and adapter → a model that is ready to generate
     prompt.py    what the user says → a conversation, or why not
     generate.py  a conversation → an answer, token by token
-    chat.py      a conversation in the terminal
 
+    chat/        a conversation in the terminal
     batch/       a file of prompts → a file of answers, which goes on after a kill
     evaluation/  the model card's table, before and after training
     merging/     base and adapter → one checkpoint, verified

@@ -6,76 +6,40 @@ scaling and modules that are stored in full mean here what they mean there. The 
 before it adds it, and holds a second copy of every expert while it does.
 """
 
-import json
-import math
-import re
-import warnings
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from safetensors import safe_open
+from transformers import MixtralConfig
 
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError
+from data.disk import adapter_directory
 from data.disk.adapter_directory import (
     CONFIG,
-    PREFIX,
     RECEIPT,
-    UNDERSTOOD,
     WEIGHTS,
-    check_settings,
+    Receipt,
+    TrainedOn,
+    read_shapes,
     separate_experts,
 )
-from data.disk.architecture import UNREADABLE
-from data.disk.plain_text import is_shallow, read_json
+from data.disk.formats.json_text import read_json
+from data.disk.mixtral_files import original_name, place, stored_parts
 from data.disk.weights import StoredWeights
-
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-"""The parameters that PEFT stores in full beside an adapter that targets them, and loads from there."""
+from inference import unfused
+from inference.peft_layers import Layers, LowRank, Replacement
 
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
 """Elements of a weight that are summed at a time: their float32 copies fit a core's cache, or a GPU's memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """W becomes W + scaling · B A; for a parameter of several experts, each expert's W by its own factors."""
-
-    A: str
-    B: str
-    scaling: float
-    experts: int | None
-    """Their number if the parameter is [E, out, in]; None for a matrix."""
-    transposed: bool = False
-    """Whether the file holds the factors of the transpose, as PEFT does for embeddings."""
-    base: str | None = None
-    """The tensor of the file that replaces W first, if PEFT stored the layer beside its factors."""
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The tensors of the file that it uses."""
-        return (self.A, self.B) if self.base is None else (self.A, self.B, self.base)
-
-
-@dataclass(frozen=True, slots=True)
-class Replacement:
-    """W becomes the stored tensor."""
-
-    key: str
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The tensors of the file that it uses."""
-        return (self.key,)
-
-
 class Adapter:
-    """An adapter's updates by the names that the base's parameters have in transformers' model."""
+    """An adapter's updates by the matrices that they change, in Mixtral's original names."""
 
     def __init__(self, directory: Path, architecture: MixtralConfig):
         """Reads the configuration and the headers, and checks them against the architecture of the base.
@@ -86,54 +50,68 @@ class Adapter:
         """
         self.directory = directory
         self.settings = read_settings(directory)
-        layers = Layers(directory, self.settings, architecture)
-        self.keys = self._read_keys(layers.expected, layers.beside)
-        self.updates = layers.updates
+        found = self._read_shapes()
+        self.is_unfused = any(f".{unfused.BLOCK}." in key for key in found)
+        """Whether it names each expert's w1, w2 and w3, as adapters of transformers 4 do."""
+        layers = Layers(directory, self.settings, architecture, unfused=self.is_unfused)
+        self._check_keys(found, layers.expected, {key: shape for key, (_, shape) in layers.beside.items()})
+        self.keys = set(found)
         for key in self.keys & layers.beside.keys():
             parameter = layers.beside[key][0]
-            update = self.updates.get(parameter)
-            self.updates[parameter] = replace(update, base=key) if isinstance(update, LowRank) else Replacement(key)
+            update = layers.updates.get(parameter)
+            layers.updates[parameter] = replace(update, base=key) if isinstance(update, LowRank) else Replacement(key)
+        self.updates = {
+            matrix: update
+            for parameter, of_parameter in layers.updates.items()
+            if parameter in layers.parameters
+            for matrix, update in _by_matrix(parameter, layers.parameters[parameter], of_parameter)
+        }
+        self._uses = Counter(key for update in layers.updates.values() for key in update.keys)
         self._shared = layers.shared
         self._obstacle = layers.obstacle
         self._cached = lru_cache(maxsize=16)(self.tensor)  # experts of a layer come one after the other
 
-    def _read_keys(
-        self, expected: dict[str, tuple[int, ...]], beside: dict[str, tuple[str, tuple[int, ...]]]
-    ) -> set[str]:
-        """The file's keys: those that are expected, and possibly those of embeddings beside them."""
-        directory = self.directory
-        try:
-            with safe_open(directory / WEIGHTS, "pt") as stored:
-                found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118 - it is no dict
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"adapter={directory}: its {WEIGHTS} is damaged ({one_line(error)}); give the adapter as it was written"
-            ) from error
-        known = expected | {key: shape for key, (_, shape) in beside.items()}
-        remedy = "give the base it was trained on, and the adapter as it was written"
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The file's keys and the shapes of their tensors."""
+        return {key: tensor.shape for key, tensor in read_shapes(self.directory, f"adapter={self.directory}").items()}
+
+    def _check_keys(
+        self,
+        found: dict[str, tuple[int, ...]],
+        expected: dict[str, tuple[int, ...]],
+        beside: dict[str, tuple[int, ...]],
+    ) -> None:
+        """Raises `UserError` unless the file has the keys that are expected, and perhaps embeddings beside them."""
+        known = expected | beside
+        named, remedy = (
+            f"adapter={self.directory}",
+            "give the base it was trained on, and the adapter as it was written",
+        )
         for key in sorted(expected | found, key=lambda key: (key in found, key)):
             if key not in found:
-                raise UserError(f"adapter={directory}: its tensor {key} is missing; {remedy}")
+                raise UserError(f"{named}: its tensor {key} is missing; {remedy}")
             if key not in known:
-                raise UserError(f"adapter={directory}: its tensor {key} is unknown; {remedy}")
+                raise UserError(f"{named}: its tensor {key} is unknown; {remedy}")
             if found[key] != known[key]:
                 raise UserError(
-                    f"adapter={directory}: its tensor {key} is {list(found[key])}, and this base takes "
-                    f"{list(known[key])}; {remedy}"
+                    f"{named}: its tensor {key} is {list(found[key])}, and this base takes {list(known[key])}; {remedy}"
                 )
-        return set(found)
 
     @property
     def receipt(self) -> dict[str, Any]:
-        """What training recorded beside the adapter; empty if there is nothing to read."""
-        return read_json(self.directory / RECEIPT)
+        """What training recorded beside the adapter; empty if there is no receipt.
+
+        Raises:
+            UserError: there is one that can't be read: nobody could tell whether the base is the right one.
+        """
+        path, remedy = self.directory / RECEIPT, "give the adapter as it was written, or take the receipt away"
+        return dict(read_json(path, Receipt, f"adapter={self.directory}", remedy)) if path.exists() else {}
 
     @property
     def trained_on(self) -> str | None:
         """The fingerprint of the base's weights in the receipt; None if there is none."""
-        base = self.receipt.get("base")
-        named = base.get("fingerprint") if isinstance(base, dict) else None
-        return None if named is None else str(named)
+        base: TrainedOn = self.receipt.get("base", {})
+        return base.get("fingerprint")
 
     def check_base(self, weights: StoredWeights) -> None:
         """Raises `UserError` if the receipt says that the adapter was trained on other weights."""
@@ -141,8 +119,9 @@ class Adapter:
         if trained_on is not None and trained_on != weights.fingerprint:
             raise UserError(
                 f"{weights.named}: its fingerprint is {weights.fingerprint[:16]}…, and base.fingerprint in the "
-                f"adapter's {RECEIPT} is {trained_on[:16]}…: the adapter was trained on other weights; give those, or "
-                f"check_base=false to use these all the same"
+                f"adapter's {RECEIPT} is {trained_on[:16]}…: the adapter was trained on other weights, or on the same "
+                f"in another dtype or layout (the experts in one tensor, or apart); give those, or check_base=false to "
+                f"use these all the same"
             )
 
     def check_numbers(self) -> None:
@@ -161,8 +140,7 @@ class Adapter:
         for parameter, names in self._shared.items():
             if parameter in self.updates:
                 obstacle = f"it changes {parameter}, which is one tensor with {' and '.join(names)} in this base"
-        uses = Counter(key for update in self.updates.values() for key in update.keys)
-        if obstacle is None and (unused := sorted(key for key in self.keys if uses[key] != 1)):
+        if obstacle is None and (unused := sorted(key for key in self.keys if self._uses[key] != 1)):
             obstacle = f"its tensor {unused[0]} changes no single parameter"
         if obstacle is not None:
             raise UserError(
@@ -170,47 +148,41 @@ class Adapter:
                 f"it to stock PEFT, or use PEFT itself to merge it, and give the result as base="
             )
 
-    def factors(self, parameter: str, expert: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A [r, in] and B [out, r] as stored, and the scaling, of a parameter or of one of its experts."""
-        update = self.updates[parameter]
+    def factors(self, matrix: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A [r, in] and B [out, r] as stored, and the scaling, of a matrix."""
+        update = self.updates[matrix]
         assert isinstance(update, LowRank)
         A, B = self._cached(update.A), self._cached(update.B)
         if update.transposed:
             A, B = B.T, A.T
         if update.experts is not None:
-            of_experts = separate_experts(A, B, update.experts)
-            A, B = (factors[expert] for factors in of_experts)
-        return A, B, update.scaling
+            A, B = (factors[update.expert] for factors in separate_experts(A, B, update.experts))
+        return A, B[update.rows], update.scaling
 
-    def stored(self, parameter: str, expert: int | None, rows: slice) -> torch.Tensor | None:
+    def stored(self, matrix: str) -> torch.Tensor | None:
         """What the adapter's file has in place of W, before factors are added; None if W is the base's."""
-        update = self.updates[parameter]
-        key = update.key if isinstance(update, Replacement) else update.base
-        if key is None:
-            return None
-        tensor = self._cached(key)
-        return (tensor if expert is None else tensor[expert])[rows]
+        update = self.updates[matrix]
+        if isinstance(update, LowRank):
+            return None if update.base is None else self._cached(update.base)
+        tensor = self._cached(update.key)
+        return (tensor if update.expert is None else tensor[update.expert])[update.rows]
 
-    def changes(self, parameter: str, expert: int | None, rows: slice = slice(None)) -> bool:
-        """Whether the factors add anything to these rows: the factors of untrained experts are zeros."""
-        A, B, scaling = self.factors(parameter, expert)
-        return bool((scaling * A.abs().amax(1) * B[rows].abs().amax(0)).any())
+    def changes(self, matrix: str) -> bool:
+        """Whether the factors add anything to a matrix: the factors of untrained experts are zeros."""
+        A, B, scaling = self.factors(matrix)
+        return bool((scaling * A.abs().amax(1) * B.abs().amax(0)).any())
 
-    def fold(self, parameter: str, weight: torch.Tensor, expert: int | None = None, rows: slice = slice(None)) -> None:
-        """Updates `weight` in place: the parameter, or one expert of it, or some of its rows [out, in].
+    def fold(self, matrix: str, weight: torch.Tensor, rows: slice = slice(None)) -> None:
+        """Updates `weight` in place: a matrix [out, in], or some rows of it.
 
         The sum is made in float32 and rounded to the weight's dtype once.
         """
-        update = self.updates[parameter]
-        if (stored := self.stored(parameter, expert, rows)) is not None:
-            weight.copy_(stored)
+        update = self.updates[matrix]
+        if (stored := self.stored(matrix)) is not None:
+            weight.copy_(stored[rows])
         if isinstance(update, Replacement):
             return
-        if update.experts is not None and expert is None:
-            for number, matrix in enumerate(weight):
-                self.fold(parameter, matrix, number, rows)
-            return
-        A, B, scaling = self.factors(parameter, expert)
+        A, B, scaling = self.factors(matrix)
         exact = torch.promote_types(weight.dtype, torch.float32)
         A, B = A.to(weight.device, exact), B[rows].to(weight.device, exact).contiguous()
         step = max(1, BLOCK.get(weight.device.type, BLOCK["cuda"]) // weight.shape[1])
@@ -221,6 +193,18 @@ class Adapter:
         """A tensor of the file as it is stored."""
         with safe_open(self.directory / WEIGHTS, "pt") as stored:
             return stored.get_tensor(key)
+
+
+def _by_matrix(
+    parameter: str, tensor: torch.Tensor, update: LowRank | Replacement
+) -> Iterator[tuple[str, LowRank | Replacement]]:
+    """The matrices of a parameter in Mixtral's original names, each with its part of an update."""
+    if tensor.dim() < 3:
+        yield original_name(parameter), update
+        return
+    for matrix, part in stored_parts(parameter, tensor):
+        _, expert, rows = place(matrix, part.shape[0])
+        yield matrix, replace(update, expert=expert, rows=rows)
 
 
 def add_product(weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, scaling: float) -> None:
@@ -246,97 +230,4 @@ def read_settings(directory: Path) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise UserError(f"adapter={directory}: it is no adapter directory, {name} is missing; {remedy}{of_hub}")
-    try:
-        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        if not is_shallow(settings):
-            raise ValueError("it is nested too deeply")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"adapter={directory}: its {CONFIG} can't be read ({one_line(error)}); {remedy}") from error
-    return check_settings(settings, f"adapter={directory}")
-
-
-class Layers:
-    """The layers that stock PEFT makes of a configuration, on a base without weights."""
-
-    def __init__(self, directory: Path, settings: dict[str, Any], architecture: MixtralConfig):
-        """Applies the configuration, and reads names, shapes and scalings off the layers.
-
-        Raises:
-            UserError: PEFT refuses the configuration on this base.
-        """
-        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-
-        self._directory = directory
-        self.updates: dict[str, LowRank | Replacement] = {}
-        """By the parameter's name in transformers' model."""
-        self.obstacle: str | None = None
-        """Why these updates can't be added to the parameters; None if they can."""
-
-        known = {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
-        try:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the comparison of keys and shapes refuses what PEFT warns of
-                bare = MixtralForCausalLM(architecture)
-                parameters = dict(bare.named_parameters(remove_duplicate=False))
-                adapted = get_peft_model(bare, LoraConfig(**known), low_cpu_mem_usage=True)
-        except (*UNREADABLE, RuntimeError, re.error) as error:
-            raise UserError(
-                f"adapter={directory}: its {CONFIG} does not fit this base ({one_line(error)}); "
-                f"give the base it was trained on"
-            ) from error
-        self.shared = {
-            name: others
-            for name, parameter in parameters.items()
-            if (others := [o for o, other in parameters.items() if other is parameter and o != name])
-        }
-        """The parameters that share their tensor with others, and those others."""
-        for name, module in adapted.named_modules():
-            self._read(name, module)
-        for parameter in self.updates:
-            if parameter not in parameters:
-                self._hinder(f"it changes {parameter}, which the base holds under no such name")
-        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        self.expected = {key: tuple(tensor.shape) for key, tensor in expected.items()}
-        """The keys of the file, and the shapes of their tensors."""
-        self.beside = {
-            key: (parameter, tuple(tensor.shape))
-            for key, tensor in adapted.state_dict().items()
-            if (parameter := key.removeprefix(PREFIX).replace(".base_layer", "")) in EMBEDDINGS
-        }
-        """The keys of embeddings that may be in the file too, with their parameters and shapes."""
-
-    def _read(self, name: str, module: nn.Module) -> None:
-        """Notes what a module of PEFT's model changes."""
-        from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
-        from peft.utils import ModulesToSaveWrapper
-
-        target = name.removeprefix(PREFIX).replace(".base_layer", "")
-        if isinstance(module, ModulesToSaveWrapper):
-            for parameter, _ in module.original_module.named_parameters():
-                self._note(f"{target}.{parameter}", Replacement(f"{name}.{parameter}"))
-            return
-        if not isinstance(module, LoraLayer):
-            return
-        if not isinstance(module, (Embedding, Linear, ParamWrapper)):
-            self._hinder(f"its {CONFIG} targets {target}, a {type(module).__name__}, which is not known here")
-            return
-        parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-        scaling = module.scaling["default"]
-        if not math.isfinite(scaling):
-            raise UserError(
-                f"adapter={self._directory}: its {CONFIG} gives {target} the scale {scaling}; give the adapter as it "
-                f"was written"
-            )
-        several = isinstance(module, ParamWrapper) and module.get_param().dim() == 3
-        of_embedding = isinstance(module, Embedding)
-        A, B = (f"{name}.lora_embedding_{x}" if of_embedding else f"{name}.lora_{x}.weight" for x in "AB")
-        update = LowRank(A, B, scaling, module.num_experts if several else None, transposed=of_embedding)
-        self._note(f"{target}.{parameter}", update)
-
-    def _note(self, parameter: str, update: LowRank | Replacement) -> None:
-        if parameter in self.updates:
-            self._hinder(f"it changes {parameter} in two ways")
-        self.updates[parameter] = update
-
-    def _hinder(self, obstacle: str) -> None:
-        self.obstacle = self.obstacle or obstacle
+    return adapter_directory.read_settings(directory, f"adapter={directory}")

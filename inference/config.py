@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from configs.program.checks import ABOVE_0, between, choice
+from configs.program.checks import ABOVE_0, between, choice, positive, share
 from configs.program.errors import UserError
 
 TASKS = ("generate", "chat", "batch", "evaluate", "merge")
@@ -28,11 +28,13 @@ class InferenceConfig:
     # The model
 
     adapter: str | None = None
-    """The adapter directory of a run (`runs/…/adapter`). Unset, the base answers alone."""
+    """The adapter directory of a run (`runs/…/adapter`), or a hub id. Unset, the base answers alone."""
+    adapter_revision: str | None = None
+    """The commit, tag or branch of an adapter's hub id."""
     base: str | None = None
     """The base model, or a merged one: a directory or a hub id; unset, the one that the adapter was trained on."""
     revision: str | None = None
-    """The commit, tag or branch of a hub id; unset, the one that the adapter names."""
+    """The commit, tag or branch of the base's hub id; unset, the one that the adapter names."""
     check_base: bool = True
     """Refuses a base whose weights are not those that the adapter's receipt names."""
     fold: bool = True
@@ -70,8 +72,15 @@ class InferenceConfig:
     """Samples among the likeliest tokens that have this probability together."""
     top_k: int = 0
     """Samples among this many of the likeliest tokens; 0 means all."""
+    min_p: float = 0.0
+    """Samples among the tokens that are at least this share as likely as the likeliest; 0 means all."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that the prompt or the answer already holds less likely: positive logits are divided by it, negative
+    ones multiplied. 1 leaves them alone."""
     seed: int = 0
-    """Decides what is sampled."""
+    """Decides what is sampled; in `chat`, each further answer has the next seed."""
+    history: bool = True
+    """For `chat`: keeps what is typed for later sessions, in ~/.local/state/openhermes-mixtral (XDG_STATE_HOME)."""
 
     # For `evaluate`
 
@@ -136,10 +145,9 @@ class InferenceConfig:
             raise UserError("adapter: no model is named; give adapter=runs/…/adapter, or base= for a model without one")
         if self.task == "evaluate":
             self._check_evaluation()
-        self._check_sampling()
+        self.check_sampling()
         between("batch_size", self.batch_size, 1, math.inf, "it must be at least 1; give for example 16")
         choice("batching", self.batching, "continuous", "padded")
-        choice("markers", self.markers, "reject", "keep")
         choice("dtype", self.dtype, "auto", "bfloat16", "float16", "float32")
         choice("device", self.device, "auto", "cpu", "cuda")
 
@@ -171,7 +179,8 @@ class InferenceConfig:
         if self.prompt_file is None and not self.prompt.strip():
             raise UserError('prompt: there is nothing to answer; give for example prompt="Hello, who are you?"')
 
-    def _check_sampling(self) -> None:
+    def check_sampling(self) -> None:
+        """The same for how an answer is drawn and where it ends."""
         between("max_new_tokens", self.max_new_tokens, 1, math.inf, "it must be at least 1; give for example 512")
         if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(
@@ -180,6 +189,14 @@ class InferenceConfig:
             )
         between("top_p", self.top_p, ABOVE_0, 1, "it is a probability; give a number above 0, at most 1")
         between("top_k", self.top_k, 0, math.inf, "it can't be negative; give 0 for all tokens, or such as 50")
+        share("min_p", self.min_p)
+        positive("repetition_penalty", self.repetition_penalty, "1.1")
+        for name, value, everything in (("top_p", self.top_p, 1), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0)):
+            if self.temperature == 0 and value != everything:
+                raise UserError(
+                    f"{name}={value}: temperature=0 takes the likeliest token whatever it is; give such as "
+                    f"temperature=0.7 with it, or leave it out"
+                )
         between("seed", self.seed, 0, 2**32 - 1, f"it must be from 0 to {2**32 - 1}; give for example 0")
         for text in self.stop:
             if not isinstance(text, str):  # OmegaConf lets a dictionary pass
@@ -187,6 +204,7 @@ class InferenceConfig:
             if not text:
                 raise UserError("stop=: an empty string would end every answer at once; leave it out")
             check_utf8("stop", text)
+        choice("markers", self.markers, "reject", "keep")
 
 
 def check_utf8(name: str, text: str) -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -12,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from configs.program.errors import UserError
 from data.schema import Conversation
-from data.template import EOS, MARKERS, UNK, ChatTokenizer
+from data.template import BOS, EOS, MARKERS, UNK, ChatTokenizer
 from inference.config import InferenceConfig
 from inference.load import Loaded, load
 
@@ -177,7 +178,9 @@ def generate_rows(
     if left < 1:
         raise UserError(f"prompt: it takes {longest} tokens, and the model's context is {context(loaded)}; shorten it")
     device = loaded.model.device
-    ids = torch.tensor([[UNK] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    # The mask hides the padding from the model, but not from a repetition penalty: so it is `<s>`, which every prompt
+    # has anyway.
+    ids = torch.tensor([[BOS] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     torch.manual_seed(seed)
     with torch.inference_mode():
@@ -193,11 +196,12 @@ def generate_rows(
 
 def sampling(config: InferenceConfig, max_tokens: int) -> GenerationConfig:
     """The settings in transformers' words; `max_tokens` is how many tokens the context still takes."""
-    chosen = (
-        {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-        if config.temperature > 0
-        else {"do_sample": False}
-    )
+    chosen: dict[str, Any] = {"do_sample": config.temperature > 0}
+    if config.temperature > 0:
+        chosen |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        chosen |= {"min_p": config.min_p or None}
+    if config.repetition_penalty != 1:
+        chosen |= {"repetition_penalty": config.repetition_penalty}
     limit = min(config.max_new_tokens, max_tokens)
     return GenerationConfig(max_new_tokens=limit, eos_token_id=EOS, pad_token_id=UNK, **chosen)
 

@@ -5,6 +5,7 @@
 
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +16,19 @@ from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, Pr
 
 from configs.program import gpus
 from configs.program.errors import UserError
-from data.disk.adapter_directory import CONFIG
+from data.disk import hub
+from data.disk.adapter_directory import CONFIG, RECEIPT, public
+from data.disk.adapter_directory import FILES as ADAPTER_FILES
 from data.disk.architecture import find_mixtral
-from data.disk.mixtral_files import load_mixtral
+from data.disk.mixtral_files import load_mixtral, stored_parts
+from data.disk.plain_text import member, read_json
 from data.disk.weights import StoredWeights, local_directory
 from data.template import ChatTokenizer
 from data.vocabulary import EMBEDDED, has_tokenizer
 from inference.adapter import Adapter, is_finite, read_settings
 from inference.config import InferenceConfig
+from inference.peft_layers import peft_settings
+from inference.unfused import by_its_names, unfuse
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -37,6 +43,8 @@ class Base:
     named: str
     """How errors call it."""
     architecture: MixtralConfig
+    adapter: Path | None = None
+    """The directory of the adapter that is to be used with it."""
 
     @cached_property
     def directory(self) -> Path:
@@ -88,30 +96,54 @@ def add_adapter(model: MixtralForCausalLM, adapter: Adapter, config: InferenceCo
     return fold(model, adapter) if config.fold else keep_apart(model, adapter, autocast_adapter_dtype=False)
 
 
+def adapter_directory(config: InferenceConfig) -> Path | None:
+    """The directory of the adapter, downloaded if it is on the hub; None if there is to be none.
+
+    Raises:
+        UserError: there is no such directory, and the hub doesn't give it.
+    """
+    if config.adapter is None or Path(config.adapter).is_dir():
+        return None if config.adapter is None else Path(config.adapter)
+    repository = hub.find("model", config.adapter, config.adapter_revision, f"adapter={config.adapter}")
+    return repository.fetch(hub.matching(repository.files(), ADAPTER_FILES))
+
+
 def find_base(config: InferenceConfig) -> Base:
     """The base that the configuration names, or else the adapter.
 
     Raises:
         UserError: nothing names one, it is no Mixtral, or a quantised one.
     """
-    adapter = None if config.adapter is None else Path(config.adapter)
+    adapter = adapter_directory(config)
     settings = {} if adapter is None else read_settings(adapter)
     source, revision, named = config.base, config.revision, f"base={config.base}"
     if source is None:
         source = settings.get("base_model_name_or_path")
-        if not source:
-            raise UserError(f"base: the adapter {adapter} names no base model; give it, as in base=path/to/model")
+        if not source or adapter is None:
+            raise UserError(
+                f"base: the adapter {config.adapter} names no base model; give it, as in base=path/to/model"
+            )
         revision, named = revision or settings.get("revision"), f"base: the adapter names {source}"
+        source = _find_named(source, adapter)
     if (Path(source) / CONFIG).is_file():
         raise UserError(f"{named}: it is an adapter; give it as adapter={source}")
     revision, architecture = find_mixtral(source, revision, named)
-    return Base(source, revision, named, architecture)
+    return Base(source, revision, named, architecture, adapter)
+
+
+def _find_named(source: str, adapter: Path) -> str:
+    """The directory that an adapter calls by this name, as it was called when it was trained: from here, by the path in
+    its receipt, or from a directory above it. What is no directory is a hub id."""
+    path = member(read_json(adapter / RECEIPT), "base").get("path")
+    noted = [Path(path)] if isinstance(path, str) and public(path) == source else []
+    above = (parent / source for parent in adapter.resolve().parents)
+    return next((str(place) for place in (Path(source), *noted, *above) if place.is_dir()), source)
 
 
 def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
     """The adapter, checked against the base: keys, shapes, numbers, and the fingerprint in its receipt."""
-    assert config.adapter is not None
-    adapter = Adapter(Path(config.adapter), base.architecture)
+    assert base.adapter is not None
+    adapter = Adapter(base.adapter, base.architecture)
     if config.fold or config.task == "merge":
         adapter.check_foldable()
     adapter.check_numbers()
@@ -183,8 +215,11 @@ def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
     adapter.check_foldable()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     holders = Counter(map(_storage, parameters.values()))
-    for name in adapter.updates:
-        parameter = parameters[name]
+    left = set(adapter.updates)
+    for name, parameter in parameters.items():
+        changed = {matrix: part for matrix, part in stored_parts(name, parameter.data) if matrix in left}
+        if not changed:
+            continue
         if parameter.is_meta:
             raise UserError(
                 f"adapter={adapter.directory}: the base does not fit into this machine's memory, so the adapter can't "
@@ -195,12 +230,15 @@ def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
                 f"adapter={adapter.directory}: it changes {name}, which shares its memory with another parameter of "
                 f"this base; give fold=false, which leaves it to stock PEFT"
             )
-        adapter.fold(name, parameter.data)
+        for matrix, part in changed.items():
+            adapter.fold(matrix, part)
+        left -= changed.keys()
         if not is_finite(parameter.data):
             raise UserError(
                 f"adapter={adapter.directory}: what it makes of {name} is not finite in {parameter.dtype}, as of a "
                 f"training that diverged; give an earlier checkpoint, or train again"
             )
+    assert not left, left
     return model
 
 
@@ -214,9 +252,12 @@ def keep_apart(model: MixtralForCausalLM, adapter: Adapter, **how: Any) -> PreTr
 
     `how` goes to `PeftModel.from_pretrained`.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
-    with warnings.catch_warnings():
+    how["config"] = LoraConfig(**peft_settings(adapter.settings))  # as it was checked
+    if adapter.is_unfused:
+        unfuse(model)
+    with warnings.catch_warnings(), by_its_names(model) if adapter.is_unfused else nullcontext():
         # PEFT 0.21 asks transformers 5.23 for a property by its old name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
         return PeftModel.from_pretrained(model, str(adapter.directory), **how)

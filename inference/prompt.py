@@ -2,13 +2,18 @@
 
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from configs.program.errors import UserError
+from data.disk.formats.regular import read_at_most
 from data.schema import Conversation, Message
 from data.template import MARKERS
 from inference.config import InferenceConfig, check_utf8
 
 STDIN = "-"
+
+LONGEST = 16 << 20
+"""Bytes of the longest prompt; a context of a million tokens has four."""
 
 
 def ask(config: InferenceConfig) -> Conversation:
@@ -21,10 +26,11 @@ def ask(config: InferenceConfig) -> Conversation:
     try:
         if config.prompt_file is not None:
             name = "prompt_file"
-            text = Path(config.prompt_file).read_text(encoding="utf-8-sig")
+            with Path(config.prompt_file).open("rb") as file:  # a pipe is fine
+                text = _text(file)
         elif text == STDIN:
-            text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+            text = _text(sys.stdin.buffer)
+    except (OSError, ValueError) as error:
         raise UserError(f"{name}={config.prompt_file or STDIN}: it is not UTF-8 text ({error}); give a text") from error
     if not text.strip():
         raise UserError(f"{name}: there is nothing to answer; it is empty")
@@ -32,6 +38,13 @@ def ask(config: InferenceConfig) -> Conversation:
     conversation = Conversation((*messages, Message("user", text)))
     check(conversation, config.markers)
     return conversation
+
+
+def _text(file: BinaryIO) -> str:
+    content = read_at_most(file, LONGEST + 1)
+    if len(content) > LONGEST:
+        raise ValueError(f"it goes on after {LONGEST >> 20} MiB")
+    return content.decode("utf-8-sig")
 
 
 def check(conversation: Conversation, markers: str) -> None:

@@ -1,13 +1,18 @@
 """`python -m inference`: configuration → the task's function."""
 
+import sys
 from importlib import import_module
 
 from configs.program import entry
+from configs.program.errors import VerificationError, say
 from inference.config import InferenceConfig
+
+EXIT_FAULT = 1
+"""What is wrong is ours to mend: what was written is not what was asked for, and was taken away again."""
 
 FUNCTIONS = {
     "generate": ("inference.generate", "answer"),
-    "chat": ("inference.chat", "chat"),
+    "chat": ("inference.chat.chat", "chat"),
     "batch": ("inference.batch.batch", "batch"),
     "evaluate": ("inference.evaluation.evaluate", "evaluate"),
     "merge": ("inference.merging.merge", "merge"),
@@ -30,4 +35,8 @@ def run(config: InferenceConfig) -> None:
 
         arguments.append(ask(config))
     module, function = FUNCTIONS[config.task]
-    getattr(import_module(module), function)(*arguments)
+    try:
+        getattr(import_module(module), function)(*arguments)
+    except VerificationError as error:
+        say("inference", str(error))
+        sys.exit(EXIT_FAULT)

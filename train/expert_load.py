@@ -41,13 +41,13 @@ def profile(
 def save(record: dict[str, Any], directory: Path) -> None:
     """Writes expert_load.json, and the picture beside it if that can be drawn."""
     (directory / "expert_load.json").write_text(json.dumps(record, indent=2) + "\n")
-    told = f"Saved {directory}/expert_load.json"
+    message = f"Saved {directory}/expert_load.json"
     try:
         draw(record, directory / "expert_load.png")
-        told += " and expert_load.png"
+        message += " and expert_load.png"
     except Exception as error:  # of any kind: matplotlib looks for fonts, and keeps files of its own
-        told += f"; expert_load.png can't be drawn ({one_line(error)})"
-    console.print(told, soft_wrap=True)
+        message += f"; expert_load.png can't be drawn ({one_line(error)})"
+    console.print(message, soft_wrap=True)
 
 
 def rows_to_profile(dataset: PreparedDataset, config: TrainConfig, batch: BatchArithmetic) -> list[int]:

@@ -4,6 +4,8 @@ import math
 import time
 from dataclasses import dataclass
 
+import torch
+
 from configs.program.errors import UserError
 from data.prepared.dataset import Batch, PackedTable, PreparedDataset, evaluation_batches, share
 from train.config.engine import OptimConfig
@@ -150,20 +152,24 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
     """
     own = [float(sum(batch.tokens for batch in micro_batches)), float(sum(b.supervised_tokens for b in micro_batches))]
     tokens, supervised = engine.sum_over_processes(*own)
-    cross_entropies, balances = 0.0, 0.0
+    losses: list[torch.Tensor] = []
     update = Update(math.nan, False)
     for index, batch in enumerate(micro_batches):
         seed(config.seed, number, index * engine.processes.count + engine.processes.rank)
         cross_entropy, balance = engine.forward(batch)
         share_of_tokens = batch.tokens / max(tokens, 1.0)
         loss = cross_entropy / max(supervised, 1.0) + config.router_aux_loss * balance * share_of_tokens
-        cross_entropies += cross_entropy.item()
-        balances += balance.item() * batch.tokens
+        losses.append(torch.stack([cross_entropy, balance]).detach())
         if index < len(micro_batches) - 1:
             engine.backward(loss)
             engine.micro_step_done()
             continue
-        cross_entropies, balances = engine.sum_over_processes(cross_entropies, balances)
+        # Asked for here alone: while the host waits for a GPU's answer it can't give it the next micro-batch.
+        found = torch.stack(losses).tolist()
+        cross_entropies, balances = engine.sum_over_processes(
+            sum(of_batch for of_batch, _ in found),
+            sum(of_batch * batch.tokens for (_, of_batch), batch in zip(found, micro_batches, strict=True)),
+        )
         if not math.isfinite(cross_entropies + balances):
             loss = loss * math.nan  # some process has a bad loss: the update is skipped for certain, everywhere
         engine.backward(loss)

@@ -1,14 +1,12 @@
 """`python -m train -m …`: the jobs one after the other, each a process of its own, and a table at the end."""
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -16,9 +14,14 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.multirun import Job
 from configs.program.secrets import redact
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError, read_regular
 from train.config.train import TrainConfig
 from train.failures.signals import ASKING, EXIT_PREEMPTED, PR_SET_PDEATHSIG
-from train.reporting.metrics import METRICS
+from train.reporting.metrics import METRICS, Line
+
+MOST = 1 << 30
+"""Bytes of the largest metrics.jsonl that is read."""
 
 
 def sweep(jobs: list[Job[TrainConfig]]) -> int:
@@ -49,7 +52,7 @@ def sweep(jobs: list[Job[TrainConfig]]) -> int:
 
 
 def check(jobs: list[Job[TrainConfig]]) -> None:
-    """Raises `UserError` for what can be told before the first job begins."""
+    """Raises `UserError` for what is known to be wrong before the first job begins."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
             f"--multirun: a launcher has started {os.environ['WORLD_SIZE']} processes, and each would start all jobs; "
@@ -87,7 +90,7 @@ class Runner:
             signal.signal(number, self._receive)
 
     def run(self, job: Job[TrainConfig]) -> int:
-        """Runs a job to its end; its exit code, negative where a signal ended it."""
+        """Runs a job to its end; its exit code, negative if a signal ended it."""
         command = [sys.executable, "-m", "train", *job.arguments]
         self._job = subprocess.Popen(command, preexec_fn=_end_with_parent)  # noqa: PLW1509 - no thread has begun
         if self.asked is not None:  # while it started
@@ -113,27 +116,29 @@ def _named(job: Job[TrainConfig]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What metrics.jsonl says of a run; None where it says nothing."""
+    """What metrics.jsonl says of a run; None if it says nothing."""
 
     steps: int | None = None
     """The last optimizer step."""
-    training: float | None = None
+    training: float | str | None = None
     """Nats per supervised token in that step."""
-    first_evaluation: float | None = None
-    last_evaluation: float | None = None
+    first_evaluation: float | str | None = None
+    last_evaluation: float | str | None = None
     """Nats per supervised token of the held-out split."""
 
     @classmethod
     def of(cls, run_dir: str | None) -> "Losses":
         """Those of a run directory, which may not be there."""
         try:
-            text = (Path(run_dir or "") / METRICS).read_text(encoding="utf-8")
-            lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
-        except (OSError, ValueError):
+            lines = [parse_json(line, Line) for line in read_regular(Path(run_dir or "") / METRICS, MOST).splitlines()]
+        except UnreadableError:
             return cls()
-        training = [line for line in lines if "loss" in line] or [{}]
-        held_out = [line["evaluation_loss"] for line in lines if "evaluation_loss" in line] or [None]
-        return cls(training[-1].get("step"), training[-1].get("loss"), held_out[0], held_out[-1])
+        training = [line for line in lines if "loss" in line]
+        held_out = [line["evaluation_loss"] for line in lines if "evaluation_loss" in line]
+        return cls(
+            *(training[-1]["step"], training[-1]["loss"]) if training else (None, None),
+            *(held_out[0], held_out[-1]) if held_out else (None, None),
+        )
 
 
 def _table(jobs: list[Job[TrainConfig]], codes: list[int | None]) -> Table:
@@ -152,5 +157,5 @@ def _table(jobs: list[Job[TrainConfig]], codes: list[int | None]) -> Table:
     return table
 
 
-def _shown(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
+def _shown(loss: float | str | None) -> str:
+    return "-" if loss is None else f"{float(loss):.4f}"

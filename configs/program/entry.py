@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from configs.program import multirun
 from configs.program.arguments import readable
-from configs.program.errors import UserError
+from configs.program.errors import UserError, shown
 from configs.program.explanations import command_line, composing, help
 from configs.program.explanations.program import Program
 from configs.program.launch import local_rank
@@ -172,7 +172,7 @@ def leave(program: str, sentence: str) -> NoReturn:
     """Prints the sentence once per machine and ends this process with exit code 2."""
     if local_rank() == 0:
         with contextlib.suppress(OSError):  # nobody may be reading any more
-            print(f"{program}: {redact(sentence)}", file=sys.stderr, flush=True)
+            print(f"{program}: {shown(redact(sentence))}", file=sys.stderr, flush=True)
     elif str(local_rank()) != os.environ.get("SLURM_LOCALID"):  # srun lets the others be when one task ends
         # The launcher ends all processes when the first one ends: leave that to the one that has the sentence, and
         # have nothing to say about being ended.

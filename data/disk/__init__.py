@@ -6,9 +6,11 @@
     architecture.py       is there a Mixtral? its config.json, read without code of its own
     mixtral_files.py      Mixtral's names in files ↔ transformers' parameters, in both directions
     adapter_directory.py  the contract train → inference: file names, PEFT's settings and its layout of expert factors
-    plain_text.py         JSON and text that others wrote, read with care
+    plain_text.py         JSON and text that tell a story, read as far as they can be
     hub.py                a hub's repository at a commit, its files in the cache
     hub_refusals.py       what a hub refuses, in one sentence
+
+    formats/              one reader for each format, by which all of these files are read
 
 `files.py` needs no torch. May import configs.program.
 """

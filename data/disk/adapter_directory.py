@@ -4,6 +4,7 @@
     adapter_model.safetensors  its tensors, by PEFT's names
     receipt.json               what training recorded, `base.fingerprint` among it
     train_config.yaml          the settings of the training run
+    README.md, tokenizer…      a card, and the tokenizer with the chat template, so that it can be handed on alone
 
 PEFT stores the factors of all experts of a layer in two matrices: A [E·r, in], in which the expert varies slowest, and
 B [out, r·E], in which it varies fastest. `join_experts` and `separate_experts` convert between these and one pair of
@@ -15,17 +16,26 @@ PEFT takes most of its settings unchecked, and fails on them late, or computes w
 Letters in names of tensors: E experts, r rank, I inputs, O outputs.
 """
 
+import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypedDict
 
 import torch
 
 from configs.program.errors import UserError
+from data.disk.formats.json_text import read_json
+from data.disk.formats.regular import UnreadableError
+from data.disk.tensor_file import StoredTensor, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECEIPT = "receipt.json"
 TRAIN_CONFIG = "train_config.yaml"
+PER_EXPERT = "per_expert"
+"""The directory within it that holds the same adapter with a name for each expert's matrices."""
+FILES = (CONFIG, WEIGHTS, RECEIPT, TRAIN_CONFIG)
+"""All that is read of an adapter."""
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
@@ -71,11 +81,36 @@ INITS_THAT_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 NOTHING: tuple[object, ...] = (None, False, "none", {}, [])
 """Values of a setting that is not used."""
 
-LONGEST_NAME = 1024
-"""Characters of the longest path or hub id that may name a base."""
+LONGEST_NAME, LONGEST_PART = 1024, 255
+"""Characters of the longest path or hub id that may name a base, and bytes between its slashes."""
 
 LONGEST_QUOTE = 100
 """Characters of a value that a sentence quotes."""
+
+MOST_NAMES, LONGEST_PATTERN = 10_000, 4096
+"""How many names or patterns a setting may have, and their characters: PEFT compares each with every module."""
+
+MOST_SECONDS = 10.0
+"""Of a processor, that PEFT may take to find what a configuration targets; a pattern can make it try for ever."""
+
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""What an adapter's tensors may be stored as."""
+
+
+class TrainedOn(TypedDict, total=False):
+    """What a receipt says of the base."""
+
+    fingerprint: str | None
+
+
+class Receipt(TypedDict, total=False):
+    """What is relied on in a receipt.json; the rest tells a story, and is taken over as far as it can be read."""
+
+    base: TrainedOn
+
+
+ABSOLUTE = re.compile(r"(?<![\w.:/~<])/(?:[^/\s,\]]+/)*([^/\s,\]]+)")
+"""An absolute path in a text; its last part."""
 
 
 def join_experts(A_ErI: torch.Tensor, B_EOr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,6 +121,50 @@ def join_experts(A_ErI: torch.Tensor, B_EOr: torch.Tensor) -> tuple[torch.Tensor
 def separate_experts(A: torch.Tensor, B: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors of each expert, A [E, r, I] and B [E, O, r], as views of PEFT's two matrices."""
     return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def read_settings(directory: Path, named: str) -> dict[str, Any]:
+    """The adapter_config.json of an adapter directory, checked; errors begin with `named`.
+
+    Raises:
+        UserError: it can't be read, or as for `check_settings`.
+    """
+    remedy = "give the directory adapter/ of a training run"
+    return check_settings(read_json(directory / CONFIG, dict[str, Any], named, remedy), named)
+
+
+def read_shapes(directory: Path, named: str) -> dict[str, StoredTensor]:
+    """What the weights of an adapter directory hold, by their keys; errors begin with `named`.
+
+    Raises:
+        UserError: they can't be read, or are no floating-point numbers.
+    """
+    remedy = "give the adapter as it was written"
+    try:
+        tensors = {tensor.name: tensor for tensor in read_header(directory / WEIGHTS)}
+    except UnreadableError as error:
+        raise UserError(f"{named}: its {WEIGHTS} is damaged ({error}); {remedy}") from error
+    for tensor in tensors.values():
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{named}: its tensor {tensor.name} is stored as {tensor.dtype}; {remedy}")
+    return tensors
+
+
+def public(value: Any) -> Any:
+    """The same without absolute paths, which tell of a machine and its users: of each, only the last part is left.
+
+    In what is handed on, a base's directory is called as it was given if that was relative, and else by its own name.
+    """
+    if isinstance(value, dict):
+        return {name: public(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    before, _, path = value.partition("=") if "=/" in value else ("", "", value)
+    if path.startswith("/"):  # all of it is the path, with its spaces
+        return f"{before}={PurePath(path).name}" if before else PurePath(path).name
+    return ABSOLUTE.sub(r"\1", value)
 
 
 def check_settings(settings: object, named: str) -> dict[str, Any]:
@@ -134,23 +213,35 @@ def _is_layer(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and len(value) <= LONGEST_PATTERN
+
+
+def _can_be_a_path(text: str) -> bool:
+    return len(text) <= LONGEST_NAME and all(len(part.encode()) <= LONGEST_PART for part in text.split("/"))
 
 
 def _map_of(fits: Callable[[object], bool]) -> Callable[[object], bool]:
     """Whether a value is null, or an object whose values fit."""
-    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+    return lambda value: (
+        value is None
+        or (
+            (isinstance(value, dict) and len(value) <= MOST_NAMES and all(map(_is_text, value)))
+            and all(map(fits, value.values()))
+        )
+    )
 
 
 def _list_of(fits: Callable[[object], bool], *, or_one: bool) -> Callable[[object], bool]:
     """Whether a value is null, or a list whose items fit, or one that fits by itself."""
     return lambda value: (
-        value is None or (isinstance(value, list) and all(map(fits, value))) or (or_one and fits(value))
+        value is None
+        or (isinstance(value, list) and len(value) <= MOST_NAMES and all(map(fits, value)))
+        or (or_one and fits(value))
     )
 
 
-_TEXTS = _list_of(_is_text, or_one=False), "a list of names"
-_PATTERN = _list_of(_is_text, or_one=True), "a list of names, or a pattern"
+_TEXTS = _list_of(_is_text, or_one=False), f"a list of at most {MOST_NAMES:,} names"
+_PATTERN = _list_of(_is_text, or_one=True), f"a list of at most {MOST_NAMES:,} names, or a pattern"
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "a whole number above 0"),
@@ -165,7 +256,7 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "layers_pattern": _PATTERN,
     "layers_to_transform": (_list_of(_is_layer, or_one=True), "whole numbers"),
     "base_model_name_or_path": (
-        lambda value: value is None or (isinstance(value, str) and len(value) <= LONGEST_NAME),
+        lambda value: value is None or (isinstance(value, str) and _can_be_a_path(value)),
         f"a path or hub id of at most {LONGEST_NAME} characters",
     ),
     "revision": (lambda value: value is None or isinstance(value, str), "a text"),

@@ -2,13 +2,18 @@
 read if it is not a Mixtral that this project can compute with."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 from huggingface_hub.errors import StrictDataclassError
+from msgspec import Meta
 from transformers import MixtralConfig
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats.json_text import read_json, shaped
+from data.disk.formats.regular import UnreadableError
 from data.disk.weights import REMEDY, local_directory, pinned
+
+CONFIG = "config.json"
 
 CODE = (
     "attn_implementation",
@@ -22,9 +27,62 @@ CODE = (
     "custom_pipelines",
     "configuration_files",
     "sub_configs",
+    "transformers_weights",
+    "distributed_config",
+    "fusion_config",
 )
-"""Settings of a config.json that choose which code computes, some of them by downloading it. Our own settings decide
-that, so these are never read."""
+"""Settings of a config.json that choose which code computes, or which file has the weights, some of them by downloading
+it. Our own settings decide that, so these are never read nor written."""
+
+Id = Annotated[int, Meta(ge=0, lt=1 << 24)]
+Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+Number = Annotated[int, Meta(ge=1, le=1024)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Dtype = Literal["bfloat16", "float16", "float32", "float64"]
+
+
+class Architecture(TypedDict, total=False):
+    """What a config.json may say of the Mixtral that it describes; nothing else decides what is computed.
+
+    The bounds are far above any Mixtral. Below them, a model without weights is built in seconds.
+    """
+
+    vocab_size: Size
+    hidden_size: Annotated[int, Meta(ge=1, le=1 << 17)]
+    intermediate_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    num_hidden_layers: Number
+    num_attention_heads: Number
+    num_key_value_heads: Number | None
+    head_dim: Annotated[int, Meta(ge=1, le=1 << 13)] | None
+    hidden_act: str
+    max_position_embeddings: Annotated[int, Meta(ge=1, le=1 << 31)]
+    initializer_range: Share
+    rms_norm_eps: Share
+    use_cache: bool
+    pad_token_id: Id | None
+    bos_token_id: Id | None
+    eos_token_id: Id | list[Id] | None
+    tie_word_embeddings: bool
+    sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None
+    attention_dropout: Share
+    num_experts_per_tok: Number
+    num_local_experts: Number
+    output_router_logits: bool
+    router_aux_loss_coef: float
+    router_jitter_noise: Share
+    rope_parameters: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
+    rope_theta: Annotated[float, Meta(gt=0, le=1e12)]
+
+
+class Described(TypedDict, total=False):
+    """What a config.json may say beside that, and has to say in this form, as stock transformers reads it too."""
+
+    dtype: Dtype | None
+    torch_dtype: Dtype | None
+    id2label: dict[str, str] | None
+    label2id: dict[str, int] | None
+
 
 QUANTISATIONS = ("quantization_config", "compression_config")
 """Where a config.json says that its weights are quantised; today's name is the first."""
@@ -65,16 +123,45 @@ def read_architecture(source: str, revision: str | None, named: str) -> MixtralC
     Raises:
         UserError: there is none, it is another model's or damaged, or the weights are quantised.
     """
+    settings = read_settings(local_directory(source, revision, named, [CONFIG]), named)
     try:
-        settings, _ = MixtralConfig.get_config_dict(local_directory(source, revision, named, ["config.json"]))
-        if not isinstance(settings, dict):
-            raise ValueError("its config.json holds no settings")
-        check_kind(settings, named)
-        return MixtralConfig.from_dict({name: value for name, value in settings.items() if name not in CODE})
-    except UserError:
-        raise
+        return MixtralConfig.from_dict(
+            {name: settings[name] for name in Architecture.__annotations__ if name in settings}
+        )
     except UNREADABLE as error:
         raise UserError(f"{named}: no model can be loaded from there ({one_line(error)}); {REMEDY}") from error
+
+
+def read_settings(directory: Path, named: str) -> dict[str, Any]:
+    """The settings of the config.json in a Mixtral's directory; errors begin with `named`.
+
+    Raises:
+        UserError: as for `read_architecture`.
+    """
+    settings = read_json(directory / CONFIG, dict[str, Any], named, REMEDY)
+    check_kind(settings, named)
+    try:
+        shaped(settings, Described)
+        _check_sizes(shaped(settings, Architecture))
+    except UnreadableError as error:
+        raise UserError(f"{named}: its {CONFIG} says what no Mixtral is ({error}); {REMEDY}") from error
+    return settings
+
+
+def _check_sizes(sizes: Architecture) -> None:
+    """Raises `UnreadableError` for sizes that don't fit each other."""
+    hidden, heads = sizes.get("hidden_size", 4096), sizes.get("num_attention_heads", 32)
+    groups = sizes.get("num_key_value_heads", 8) or heads
+    width = sizes.get("head_dim") or hidden // heads
+    experts, chosen = sizes.get("num_local_experts", 8), sizes.get("num_experts_per_tok", 2)
+    if sizes.get("head_dim") is None and hidden % heads:
+        raise UnreadableError(f"hidden_size: {hidden} is no multiple of the {heads} num_attention_heads")
+    if heads % groups:
+        raise UnreadableError(f"num_attention_heads: {heads} is no multiple of the {groups} num_key_value_heads")
+    if width % 2:
+        raise UnreadableError(f"head_dim: {width} is odd, and positions turn pairs of numbers")
+    if chosen > experts:
+        raise UnreadableError(f"num_experts_per_tok: {chosen} can't be chosen of {experts} num_local_experts")
 
 
 def check_kind(settings: dict[str, Any], named: str) -> None:

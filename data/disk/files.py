@@ -60,7 +60,8 @@ def replace_file(path: Path, blocks: Iterable[bytes]) -> None:
         OSError: it can't be written; the old one is there still.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # whatever it is: it may be a link to elsewhere, or a pipe
+    with temporary.open("xb") as file:
         file.writelines(blocks)
     sync(temporary)
     temporary.rename(path)

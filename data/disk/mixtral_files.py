@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError, one_line
+from data.disk.adapter_directory import CONFIG as ADAPTER
 from data.disk.tensor_file import StoredTensor
-from data.disk.weights import REMEDY, StoredWeights, weight_files
+from data.disk.weights import REMEDY, StoredWeights
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -74,10 +75,9 @@ def pieces(weights: StoredWeights, architecture: MixtralConfig) -> list[Piece]:
         UserError: a tensor is quantised, missing, or not of this architecture.
     """
     named = weights.named
-    with torch.device("meta"):
-        parameters = dict(MixtralForCausalLM(architecture).named_parameters())
-    parts = {name: part.shape for given in parameters.items() for name, part in stored_parts(*given)}
-    shapes = {original_name(name): parameter.shape for name, parameter in parameters.items()} | parts
+    tensors = _tensors(architecture)
+    parts = {name: shape for _, of_tensor in tensors.values() for name, shape in of_tensor.items()}
+    shapes = {name: shape for name, (shape, _) in tensors.items()} | parts
     stored = sorted(weights.tensors.values(), key=lambda tensor: (tensor.file, tensor.begin))
     for tensor in stored:
         if tensor.dtype not in TORCH_DTYPES:
@@ -101,11 +101,38 @@ def pieces(weights: StoredWeights, architecture: MixtralConfig) -> list[Piece]:
     return list(found.values())
 
 
+def check_shapes(weights: StoredWeights, architecture: MixtralConfig) -> None:
+    """Raises `UserError` unless each tensor of this architecture is in the files; others may be there too.
+
+    transformers would make room for what is missing first, however much a config.json asks for.
+    """
+    held = {original_name(tensor.name): tensor for tensor in weights.tensors.values()}
+    for whole, (shape, parts) in _tensors(architecture).items():
+        for name, wanted in ({whole: shape} if whole in held else parts).items():
+            if name not in held:
+                raise UserError(f"{weights.named}: its tensor {name} is missing; {REMEDY}")
+            if held[name].shape != wanted:
+                raise UserError(
+                    f"{weights.named}: its tensor {held[name].name} is {list(held[name].shape)}, and its config.json "
+                    f"asks for {list(wanted)}; {REMEDY}"
+                )
+
+
+def _tensors(architecture: MixtralConfig) -> dict[str, tuple[torch.Size, dict[str, torch.Size]]]:
+    """The tensors of a Mixtral by the names that files give them: the shape of each, and of the parts that may be there
+    in its place."""
+    with torch.device("meta"):
+        parameters = dict(MixtralForCausalLM(architecture).named_parameters())
+    return {
+        original_name(name): (parameter.shape, {part: tensor.shape for part, tensor in stored_parts(name, parameter)})
+        for name, parameter in parameters.items()
+    }
+
+
 def _pieces_of(tensor: StoredTensor) -> Iterator[Piece]:
     """The matrices in a stored tensor of the right shape."""
     in_block = IN_BLOCK.fullmatch(tensor.name)
     layer, inner = in_block.groups() if in_block else ("", "")
-    expert = EXPERT.fullmatch(inner)
     if inner in MATRICES:
         experts, height, width = tensor.shape
         height //= len(MATRICES[inner])
@@ -116,12 +143,22 @@ def _pieces_of(tensor: StoredTensor) -> Iterator[Piece]:
             stored = StoredTensor(name, tensor.dtype, (height, width), tensor.file, begin, begin + size)
             yield Piece(stored, f"{layer}.mlp.{inner}", number, _rows(matrix, height))
         return
-    stored = replace(tensor, name=original_name(tensor.name))
-    if expert is not None:
-        parameter = next(name for name, matrices in MATRICES.items() if expert[2] in matrices)
-        yield Piece(stored, f"{layer}.mlp.{parameter}", int(expert[1]), _rows(expert[2], tensor.shape[0]))
-    else:
-        yield Piece(stored, f"{layer}.mlp.{inner}" if in_block else tensor.name, None, slice(None))
+    yield Piece(replace(tensor, name=original_name(tensor.name)), *place(tensor.name, tensor.shape[0]))
+
+
+def place(name: str, height: int) -> tuple[str, int | None, slice]:
+    """Where a matrix of files lies in transformers' model: the parameter, the expert and its rows of that expert.
+
+    `name` is that of a matrix, not of all experts' together, and `height` its number of rows.
+    """
+    in_block = IN_BLOCK.fullmatch(name)
+    if in_block is None:
+        return name, None, slice(None)
+    expert = EXPERT.fullmatch(in_block[2])
+    if expert is None:
+        return f"{in_block[1]}.mlp.{in_block[2]}", None, slice(None)
+    parameter = next(parameter for parameter, matrices in MATRICES.items() if expert[2] in matrices)
+    return f"{in_block[1]}.mlp.{parameter}", int(expert[1]), _rows(expert[2], height)
 
 
 def _rows(matrix: str, height: int) -> slice:
@@ -158,7 +195,11 @@ def load_mixtral(directory: Path, architecture: MixtralConfig, named: str, **how
     """
     from transformers.utils import logging
 
-    weight_files(directory, named)  # transformers would follow an index out of the directory
+    # transformers would follow an index out of the directory, make room for whatever is missing, and load an adapter
+    # that it finds there.
+    check_shapes(StoredWeights(directory, named), architecture)
+    if (directory / ADAPTER).exists():
+        raise UserError(f"{named}: beside its weights lies an {ADAPTER}; move the adapter into a directory of its own")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
@@ -168,6 +209,7 @@ def load_mixtral(directory: Path, architecture: MixtralConfig, named: str, **how
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            generation_config=GenerationConfig.from_model_config(architecture),  # its file is not read
             **how,
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:

@@ -4,17 +4,16 @@ They tell a story and decide no number, so what is odd in them is left out and n
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data.disk.formats.json_text import DEEPEST, parse_json
+from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
+
 LARGEST = 16 << 20
 """Bytes of the largest file that is read; the receipt of a long run has kilobytes."""
-
-DEEPEST = 40
-"""Levels of nesting that are read; our own files have five."""
 
 LONGEST_TEXT = 300
 """Characters of the longest text that is taken over."""
@@ -26,10 +25,9 @@ def read_json(path: Path, sha256: str | None = None) -> dict[str, Any]:
     if content is None or (sha256 is not None and hashlib.sha256(content).hexdigest() != sha256):
         return {}
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
+        return parse_json(content, dict[str, Any])
+    except UnreadableError:
         return {}
-    return value if isinstance(value, dict) and is_shallow(value) else {}
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes | None:
@@ -41,11 +39,9 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes | None:
 def read_start(path: Path, size: int) -> bytes | None:
     """The first bytes of a regular file; None if there is none, or if it can't be read."""
     try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            return file.read(size)
-    except (OSError, ValueError):  # ValueError: a path with a NUL
+        with open_regular(path) as file:
+            return read_at_most(file, size)
+    except UnreadableError:
         return None
 
 
@@ -80,14 +76,3 @@ def member(value: object, name: str) -> dict[str, Any]:
     """The object that an object holds under a name; empty if either is something else."""
     held = value.get(name) if isinstance(value, dict) else None
     return held if isinstance(held, dict) else {}
-
-
-def is_shallow(value: object) -> bool:
-    """Whether JSON is nested at most `DEEPEST` deep, so that whoever writes it again can."""
-    level = [value]
-    for _ in range(DEEPEST):
-        inner = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]  # type: ignore[attr-defined]
-        level = [item for item in inner if isinstance(item, dict | list)]
-        if not level:
-            return True
-    return False

@@ -10,12 +10,22 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError, safe_open
+
+from configs.program.errors import one_line
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
 
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 """What safetensors calls the dtypes that are stored; only tests store the last."""
+
+
+LARGEST_HEADER = 32 << 20
+"""Bytes of the longest header that is read; Mixtral-8x7B's have some ten thousand."""
 
 
 class TensorFile:
@@ -81,18 +91,28 @@ def header(tensors: Iterable[tuple[str, str, Iterable[int], int]]) -> bytes:
 
 
 def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one file in the order of their bytes."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > file.stat().st_size:
-            raise ValueError("it is no safetensors file, or cut short")
-        header = json.loads(stream.read(length))
+    """The tensors of one file in the order of their bytes.
+
+    The library safetensors opens it first. What that refuses is refused: offsets that overlap, leave gaps or don't fit
+    dtype and shape, a file that is cut short or goes on.
+
+    Raises:
+        UnreadableError: it is no safetensors file, or damaged.
+    """
+    with open_regular(file) as stream:
+        try:
+            with safe_open(file, "np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UnreadableError(one_line(error)) from error
+        (length,) = struct.unpack("<Q", read_at_most(stream, 8))
+        if length > LARGEST_HEADER:
+            raise UnreadableError(f"its header is larger than {LARGEST_HEADER >> 20} MiB")
+        header = parse_json(read_at_most(stream, length), dict[str, Any])
     start = 8 + length
     tensors = [
         StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, *(start + at for at in entry["data_offsets"]))
         for name, entry in header.items()
         if name != "__metadata__"
     ]
-    if tensors and max(tensor.end for tensor in tensors) != file.stat().st_size:
-        raise ValueError("it is cut short")
     return sorted(tensors, key=lambda tensor: tensor.begin)

@@ -2,19 +2,24 @@
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import TypedDict
 
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError
 from data.disk.files import file_hash
+from data.disk.formats.json_text import read_json
+from data.disk.formats.regular import UnreadableError
 from data.disk.hub import find, matching
 from data.disk.tensor_file import StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+LONGEST_NAME = 255
+"""Bytes of the longest name that a file can have."""
 
 SAMPLES, SAMPLE_BYTES = 4, 1024
 """How much of each tensor its fingerprint reads: this many blocks of this size, evenly spread."""
@@ -23,6 +28,13 @@ READERS = 4
 """Files that are hashed at once."""
 
 REMEDY = "name a Mixtral's directory with config.json and safetensors, or a hub id that can be reached"
+
+
+class Index(TypedDict):
+    """What is read of a model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
+    """The file of each tensor."""
 
 
 class StoredWeights:
@@ -38,9 +50,13 @@ class StoredWeights:
         self.tensors: dict[str, StoredTensor] = {}
         for file in weight_files(directory, named):
             try:
-                self.tensors |= {tensor.name: tensor for tensor in read_header(file)}
-            except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-                raise UserError(f"{named}: its {file.name} can't be read ({one_line(error)}); {REMEDY}") from error
+                tensors = {tensor.name: tensor for tensor in read_header(file)}
+            except UnreadableError as error:
+                raise UserError(f"{named}: its {file.name} can't be read ({error}); {REMEDY}") from error
+            if twice := tensors.keys() & self.tensors.keys():
+                other = self.tensors[min(twice)].file.name
+                raise UserError(f"{named}: its tensor {min(twice)} is in {other} and in {file.name}; {REMEDY}")
+            self.tensors |= tensors
 
     @property
     def files(self) -> list[Path]:
@@ -72,6 +88,7 @@ class StoredWeights:
 
 
 FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md")
+PICKLED = ("pytorch_model*.bin",)
 OTHER_COPIES = ("consolidated*",)
 """What is downloaded of a model, and what is left out: second copies of the weights."""
 
@@ -87,7 +104,10 @@ def local_directory(source: str, revision: str | None, named: str, only: Iterabl
     if Path(source).is_dir():
         return Path(source)
     repository = find("model", source, revision, named)
-    return repository.fetch(matching(repository.files(), only, OTHER_COPIES))
+    files = repository.files()
+    if only is FILES and not matching(files, ["*.safetensors"], OTHER_COPIES):
+        refuse_pickles(files, named, source)
+    return repository.fetch(matching(files, only, OTHER_COPIES))
 
 
 def pinned(source: str, revision: str | None, named: str) -> str | None:
@@ -99,24 +119,36 @@ def pinned(source: str, revision: str | None, named: str) -> str | None:
     return revision if Path(source).is_dir() else find("model", source, revision, named).commit
 
 
+def refuse_pickles(names: Iterable[str], named: str, source: str) -> None:
+    """Raises `UserError` if a model without safetensors has weights that are pickled; it says how to convert them."""
+    if pickled := sorted(matching(names, PICKLED)):
+        convert = (
+            f"from transformers import MixtralForCausalLM as M; M.from_pretrained({source!r}).save_pretrained('new')"
+        )
+        raise UserError(
+            f"{named}: its weights are pickled ({pickled[0]}), a format that can run code, and safetensors alone are "
+            f'read; convert them once, python -c "{convert}", and name new'
+        )
+
+
 def weight_files(directory: Path, named: str) -> list[Path]:
     """The safetensors of a model directory, all of them in it: an index that names others is refused.
 
     Raises:
         UserError: one is missing, or the index can't be read.
     """
-    if (directory / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-            if not all(isinstance(name, str) for name in names):
-                raise ValueError("the name of a file is not a string")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{named}: its {INDEX} can't be read ({one_line(error)}); {REMEDY}") from error
-    else:
-        names = [SINGLE]
+    names = [SINGLE]
+    if not (directory / SINGLE).is_file() and (directory / INDEX).exists():  # what stock transformers loads
+        names = sorted(set(read_json(directory / INDEX, Index, named, REMEDY)["weight_map"].values()))
+        if not names:
+            raise UserError(f"{named}: its {INDEX} names no file; {REMEDY}")
+    if names == [SINGLE] and not (directory / SINGLE).is_file():
+        refuse_pickles((path.name for path in directory.iterdir()), named, str(directory))
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{named}: its {INDEX} names {name}, which is not in the directory; {REMEDY}")
+        if Path(name).name != name or len(name.encode()) > LONGEST_NAME:
+            raise UserError(
+                f"{named}: its {INDEX} names {name[:LONGEST_NAME]}, which is not in the directory; {REMEDY}"
+            )
         if not (directory / name).is_file():
             raise UserError(f"{named}: its {name} is missing; {REMEDY}")
     return [directory / name for name in names]

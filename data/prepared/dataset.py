@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError
+from data.disk.formats.regular import UnreadableError
 from data.prepared.layout import SPLITS, damage, open_split, read_manifest
 from data.schema import IGNORE_INDEX, PackedRow, labels_of
 
@@ -132,8 +133,8 @@ class PreparedDataset:
             wrong = damage(self.directory, self.manifest)
             try:
                 tables = [] if wrong else self._open()
-            except (OSError, pa.ArrowInvalid) as error:
-                wrong = f"it is not whole ({one_line(error)})"
+            except UnreadableError as error:
+                wrong = f"it is not whole ({error})"
             now = read_manifest(self.directory)
             if now == self.manifest:
                 break

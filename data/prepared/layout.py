@@ -3,24 +3,29 @@
 {output}/
   train/rows.arrow   packed rows, memory-mapped when training reads them
   eval/rows.arrow
+  places.arrow       file, and line or item, of each row that went in
   rejects.jsonl      what could not be used, and why
   manifest.json      what it was made from, by what, and what came out; written last
 """
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import pyarrow as pa
+from msgspec import Meta
 
 from configs.program.errors import UserError
+from data.disk.formats.arrow_file import open_table
+from data.disk.formats.json_text import LONGEST_QUOTE, read_json, shaped
+from data.disk.formats.regular import UnreadableError
+from data.prepared.places import PLACES
 
-MANIFEST = "manifest.json"
+MANIFEST, REJECTS = "manifest.json", "rejects.jsonl"
 MANIFEST_KIND = "openhermes-mixtral prepared dataset"
 """What a manifest says that it is, so that no other file of that name is taken for one."""
 SPLITS = ("train", "eval")
 
-LAYOUT = 3
+LAYOUT = 4
 """Counts up when what a prepared dataset holds is stored, rendered or masked differently."""
 
 ROW_SCHEMA = pa.schema(
@@ -34,26 +39,96 @@ ROW_SCHEMA = pa.schema(
 """The columns of `rows.arrow`; see `PackedRow`."""
 
 
+Count = Annotated[int, Meta(ge=0)]
+
+
+class StoredFile(TypedDict):
+    """A file of a prepared dataset."""
+
+    bytes: Count
+    sha256: str
+
+
+class Input(TypedDict):
+    """Where rows came from: `file` with its hash, or `dataset` with a commit, or with the hashes of its `files`."""
+
+    file: NotRequired[str]
+    dataset: NotRequired[str]
+    sha256: NotRequired[str]
+    commit: NotRequired[str | None]
+    files: NotRequired[list[dict[str, str | int]]]
+    schema: str | None
+    rows: Count
+    unread_fields: dict[str, Count]
+    harmless_fields: dict[str, Count]
+
+
+class Tokenizer(TypedDict):
+    """The vocabulary of the ids."""
+
+    source: str
+    fingerprint: str
+
+
+Rows = TypedDict("Rows", {"in": Count, "kept": Count, "rejected": Count, "rejected_by_reason": dict[str, Count]})
+
+
+class Shortened(TypedDict):
+    """What was cut off of conversations that were too long."""
+
+    rows: Count
+    turns_left_out: Count
+    replies_cut: Count
+
+
+class Split(TypedDict):
+    """What a split holds."""
+
+    conversations: Count
+    packed_rows: Count
+    tokens: Count
+    supervised_tokens: Count
+    efficiency: Annotated[float, Meta(ge=0, le=1)] | None
+
+
+class Manifest(TypedDict):
+    """manifest.json of today's layout; what an older one may hold is nobody's to read."""
+
+    kind: str
+    layout: int
+    inputs: list[Input]
+    contamination: list[dict[str, Any]]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    tokenizer: Tokenizer
+    rows: Rows
+    shortened: Shortened
+    train: Split
+    eval: Split
+    seq_len: Annotated[int, Meta(ge=1, le=1 << 20)]
+    packing: bool
+    seed: int
+    files: dict[str, StoredFile]
+
+
 def read_manifest(directory: Path, setting: str = "dataset") -> dict[str, Any]:
-    """The manifest of a prepared dataset.
+    """The manifest of a prepared dataset, of any version and not compared with anything.
 
     Raises:
         UserError: there is none, or it is something else; the text begins with `setting`.
     """
+    named = f"{setting}={directory}"
     remedy = "make one with `python -m data`, whose setting output names the directory"
     path = directory / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{setting}={directory}: there is no prepared dataset there; {remedy}")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{setting}={directory}: its {MANIFEST} can't be read ({error}); {remedy}") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != MANIFEST_KIND:
-        raise UserError(f"{setting}={directory}: its {MANIFEST} is not that of a prepared dataset; {remedy}")
+    if not path.exists():
+        raise UserError(f"{named}: there is no prepared dataset there; {remedy}")
+    manifest = read_json(path, dict[str, Any], named, remedy)
+    if manifest.get("kind") != MANIFEST_KIND:
+        raise UserError(f"{named}: its {MANIFEST} is not that of a prepared dataset; {remedy}")
     return manifest
 
 
-def open_whole(directory: Path, setting: str = "dataset") -> dict[str, Any]:
+def read_whole(directory: Path, setting: str = "dataset") -> dict[str, Any]:
     """The manifest of a prepared dataset whose files are all there.
 
     Raises:
@@ -65,20 +140,31 @@ def open_whole(directory: Path, setting: str = "dataset") -> dict[str, Any]:
     return manifest
 
 
+def rows_of(split: str) -> str:
+    """The file of a split's rows, in the directory of the dataset."""
+    return f"{split}/rows.arrow"
+
+
 def open_split(directory: Path, split: str) -> pa.Table:
     """The packed rows of a split, memory-mapped.
 
     Raises:
-        OSError, pa.ArrowInvalid: the file is missing or damaged.
+        UnreadableError: the file is missing or damaged.
     """
-    return pa.ipc.open_file(pa.memory_map(str(directory / split / "rows.arrow"))).read_all()
+    return open_table(directory / rows_of(split), ROW_SCHEMA)
 
 
 def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
-    """Why a prepared dataset can't be used, by its version and by the files' names and sizes; None if it can."""
-    if manifest.get("layout") != LAYOUT or "files" not in manifest:
+    """Why a prepared dataset can't be used, by its manifest and by the files' names and sizes; None if it can."""
+    if manifest.get("layout") != LAYOUT:
         return "another version of this program made it, whose layout or chat template is not today's"
-    for name, told in manifest["files"].items():
+    try:
+        files = shaped(manifest, Manifest)["files"]
+        if odd := files.keys() ^ {REJECTS, PLACES, *map(rows_of, SPLITS)}:
+            raise UnreadableError(f"files: {min(odd)[:LONGEST_QUOTE]} is missing or unknown")
+    except UnreadableError as error:
+        return f"its {MANIFEST} is not as it was written ({error})"
+    for name, told in files.items():
         path = directory / name
         if not path.is_file():
             return f"it is not whole ({name} is missing)"

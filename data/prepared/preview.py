@@ -6,10 +6,11 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from configs.program.errors import UserError
 from data.config import PrepareConfig
-from data.prepared.layout import open_split, open_whole
-from data.schema import IGNORE_INDEX, PackedRow
+from data.prepared.layout import SPLITS
+from data.prepared.selection import ShownConversation, selected
+from data.prepared.whole import open_checked
+from data.schema import IGNORE_INDEX
 from data.template import ChatTokenizer
 
 TRAINED = "bold green"
@@ -21,43 +22,36 @@ NUMBER_WIDTH = 6
 
 
 def preview(config: PrepareConfig) -> None:
-    """Prints the first rows of the training split: tokens, which of them are trained, positions, pack boundaries."""
+    """Prints rows or conversations: tokens, which of them are trained, positions, pack boundaries."""
     directory = Path(config.output)
-    manifest = open_whole(directory, "output")
-    table = open_split(directory, "train")
-    if not table.num_rows:
-        raise UserError(f"output={directory}: it holds no rows; prepare more")
+    manifest, tables = open_checked(directory, "output")
+    rows = selected(directory, manifest, tables, config, spread=False)
     pieces = ChatTokenizer.load(config.tokenizer).pieces
     console = Console(highlight=False, markup=False)
-    shown = min(config.rows, table.num_rows)
     sign = f"marked {MARK}" if console.no_color or console.color_system is None else "green"
-    console.print(
-        f"{directory}: the first {shown} of {table.num_rows:,} rows; trained tokens are {sign}", soft_wrap=True
-    )
-    for number in range(shown):
-        row = PackedRow(**table.slice(number, 1).to_pylist()[0])
-        supervised = sum(row.spans[1::2])
+    sizes = " and ".join(f"{manifest[split]['packed_rows']:,} rows of {split}" for split in SPLITS)
+    console.print(f"{directory}: {sizes}; trained tokens are {sign}", soft_wrap=True)
+    for row in rows:
+        packed, name = row.packed, "row" if row.split == "train" else f"row of {row.split}"
         console.print(
-            f"\nrow {number}: {len(row.ids)} of {manifest['seq_len']} tokens, "
-            f"{len(row.lengths)} conversations, {supervised} trained tokens",
+            f"\n{name} {row.number}: {len(packed.ids)} of {manifest['seq_len']} tokens, "
+            f"{len(packed.lengths)} conversations, {sum(packed.spans[1::2])} trained tokens",
             style="bold",
             soft_wrap=True,
         )
-        _print_row(row, pieces, console)
+        for conversation in row.conversations:
+            _print_conversation(conversation, pieces, console)
 
 
-def _print_row(row: PackedRow, pieces: list[str], console: Console) -> None:
-    start = 0
-    labels = row.labels
-    for number, (length, source) in enumerate(zip(row.lengths, row.rows, strict=True), start=1):
-        end = start + length
-        console.rule(f"conversation {number}, from input row {source}: {length} tokens", align="left", style="cyan")
-        tokens = [
-            (pieces[token], label != IGNORE_INDEX)
-            for token, label in zip(row.ids[start:end], labels[start:end], strict=True)
-        ]
-        _print_tokens(tokens, console)
-        start = end
+def _print_conversation(conversation: ShownConversation, pieces: list[str], console: Console) -> None:
+    tokenized = conversation.tokenized
+    title = f"conversation {conversation.number}, {conversation.place}: {len(tokenized)} tokens "
+    # Not console.rule, which shortens a title that is long: the place can be pasted after where=.
+    console.print(title + "─" * (console.width - cell_len(title)), style="cyan", soft_wrap=True)
+    tokens = [
+        (pieces[token], label != IGNORE_INDEX) for token, label in zip(tokenized.ids, tokenized.labels, strict=True)
+    ]
+    _print_tokens(tokens, console)
 
 
 def _print_tokens(tokens: list[tuple[str, bool]], console: Console) -> None:

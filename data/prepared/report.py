@@ -1,8 +1,6 @@
 """`task=report`: one self-contained HTML page about a prepared dataset."""
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,10 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.page.page import render
 from data.config import PrepareConfig
-from data.prepared.layout import SPLITS, open_split, open_whole
-from data.schema import PackedRow
+from data.disk.files import replace_file
+from data.prepared.layout import SPLITS
+from data.prepared.selection import ShownRow, selected
+from data.prepared.whole import Rejected, open_checked, rejects
 from data.template import BOS, ChatTokenizer
 
 BARS = 48
@@ -78,9 +78,10 @@ class Segment:
 def report(config: PrepareConfig) -> None:
     """Writes the page beside the prepared dataset in `output`."""
     directory = Path(config.output)
-    manifest = open_whole(directory, "output")
+    manifest, tables = open_checked(directory, "output")
+    rows = selected(directory, manifest, tables, config, spread=True)
     tokenizer = ChatTokenizer.load(config.tokenizer)
-    lengths, turns, used = _histograms(directory, manifest["seq_len"])
+    lengths, turns, used = _histograms(tables, manifest["seq_len"])
     page = render(
         Path(__file__).with_name("report.html.j2"),
         name=directory.name,
@@ -92,20 +93,20 @@ def report(config: PrepareConfig) -> None:
             ("Tokens in rows", f"tokens of {manifest['seq_len']:,}", used),
         ],
         rejects=_rejects(directory),
-        examples=[example(row, tokenizer) for row in some_rows(directory, config.rows)],
+        examples=[example(row, tokenizer) for row in rows],
     )
     path = directory.with_name(f"{directory.name}-report.html")
     try:
-        path.write_text(page, encoding="utf-8")
+        replace_file(path, [page.encode("utf-8", "replace")])
     except OSError as error:
         raise UserError(f"output={directory}: {path} can't be written ({error.strerror}); make it writable") from error
     console.print(f"Wrote {path}", soft_wrap=True)
 
 
-def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
+def _histograms(tables: dict[str, pa.Table], seq_len: int) -> tuple[Histogram, Histogram, Histogram]:
     """Tokens and turns of each conversation, tokens of each row; both splits, a batch in memory at a time."""
     of_lengths, of_turns, of_used = (np.zeros(seq_len + 1, np.int64) for _ in range(3))
-    for batch in _batches(directory):
+    for batch in (batch for table in tables.values() for batch in table.to_batches()):
         ids, lengths = batch["ids"].flatten().to_numpy(), batch["lengths"].flatten().to_numpy()
         starts = np.cumsum(lengths) - lengths
         turns = np.add.reduceat(ids == BOS, starts, dtype=np.int64)
@@ -116,42 +117,25 @@ def _histograms(directory: Path, seq_len: int) -> tuple[Histogram, Histogram, Hi
     return Histogram(of_lengths), Histogram(of_turns), Histogram(of_used)
 
 
-def _batches(directory: Path) -> Iterator[pa.RecordBatch]:
-    for split in SPLITS:
-        yield from open_split(directory, split).to_batches()
-
-
 def _rejects(directory: Path) -> list[dict[str, Any]]:
     """Each reason with its number and its first examples, the commonest first."""
     numbers: Counter[str] = Counter()
-    examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    with (directory / "rejects.jsonl").open(encoding="utf-8") as file:
-        for reject in map(json.loads, file):
-            numbers[reject["reason"]] += 1
-            if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
-                examples[reject["reason"]].append(reject)
+    examples: defaultdict[str, list[Rejected]] = defaultdict(list)
+    for reject in rejects(directory):
+        numbers[reject["reason"]] += 1
+        if len(examples[reject["reason"]]) < EXAMPLES_OF_A_REASON:
+            examples[reject["reason"]].append(reject)
     return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in numbers.most_common()]
 
 
-def some_rows(directory: Path, number: int) -> list[PackedRow]:
-    """Rows from all over the training split."""
-    table = open_split(directory, "train")
-    indices = np.unique(np.linspace(0, table.num_rows - 1, num=min(number, table.num_rows), dtype=int))
-    return [PackedRow(**table.slice(int(index), 1).to_pylist()[0]) for index in indices]
-
-
-def example(row: PackedRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+def example(row: ShownRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """The conversations of a row, each in segments."""
     conversations = []
-    spans = iter(row.spans)
-    position = 0
-    for number, length in zip(row.rows, row.lengths, strict=True):
-        segments, end = [], position + length
-        while position < end:
-            for trained in (False, True):
-                span = next(spans)
-                if span:  # a masked reply leaves its turn nothing that is trained
-                    segments.append(Segment(tokenizer.spell(row.ids[position : position + span]), trained))
-                position += span
-        conversations.append({"row": number, "tokens": length, "segments": segments})
-    return conversations
+    for conversation in row.conversations:
+        segments, position, ids = [], 0, conversation.tokenized.ids
+        for index, span in enumerate(conversation.tokenized.spans):
+            if span:  # a masked reply leaves its turn nothing that is trained
+                segments.append(Segment(tokenizer.spell(ids[position : position + span]), trained=index % 2 == 1))
+            position += span
+        conversations.append({"place": str(conversation.place), "tokens": len(ids), "segments": segments})
+    return {"split": row.split, "number": row.number, "packed": row.packed, "conversations": conversations}

@@ -1,43 +1,51 @@
 """Raw rows → `Conversation`, or a `Reject` that says why not. One method for each kind of schema."""
 
+import contextlib
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from data.rows.columns import Names, harmless
-from data.rows.reading import RawRow, Reject, Unreadable
-from data.schema import FLAGS, KEY_FIELDS, REPLIES, SYSTEMS, TURN_FIELDS, Conversation, Message, Role
-from data.template import MARKERS
+from data.rows.columns import (
+    CHOSEN,
+    Names,
+    fields_there,
+    harmless,
+    is_conversation,
+    is_turn,
+    names_of,
+    no_row,
+    pair_of,
+    proposed,
+)
+from data.rows.order import Said, in_order
+from data.rows.reading import RawRow, Reject
+from data.rows.texts import UnusableError, readable, refuse_markers, says_something, trained, turns_of, usable
+from data.schema import FLAGS, KEY_FIELDS, REPAIRS, REPLIES, SYSTEMS, TURN_FIELDS, Conversation, Role
 
-SPEAKERS: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot", "claude"), "assistant"
+    ),
 }
-"""What the schemas call the three roles. Others (function_call, observation, tool) are not in the LLaMA-2 template."""
+"""Who speaks, in lower case, and as whom."""
+
+TOOLS = {
+    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "observation", "ipython"),
+    *("function", "function_call", "function_response", "function-call", "function-response"),
+}
+"""Speakers, in lower case, for whom the LLaMA-2 template has no place."""
+
+CALLS = ("tool_calls", "function_call")
+"""Fields of a turn that calls tools instead of saying something."""
+
+LONGEST_SETTING = 300
+"""Characters of a setting that is proposed; names of fields may be of any length."""
 
 PARTS = "train_detail"
 """In axolotl's rows, which parts of a turn are trained: read to be rejected."""
-
-
-class UnusableError(Exception):
-    """Raised while converting one row; becomes its Reject."""
-
-    def __init__(self, reason: str, detail: str):
-        self.reason, self.detail = reason, detail
-
-
-def detect_schema(value: Any, columns: dict[str, str]) -> str | None:
-    """The schema that a row's fields speak for, None if they fit none; one whose field `columns` names comes first."""
-    if not isinstance(value, dict):
-        return None
-    for schema in sorted(KEY_FIELDS, key=lambda schema: KEY_FIELDS[schema] not in columns):
-        name = Names.of(schema, columns).row.get(KEY_FIELDS[schema])
-        if name is not None and value.get(name) is not None:
-            return schema
-    return None
 
 
 def to_conversation(
@@ -48,7 +56,7 @@ def to_conversation(
     keep_markers: bool = False,
     reply_needed: bool = True,
 ) -> Conversation | Reject:
-    """The conversation of a single row; see `Converter`."""
+    """The conversation of a single row, whose fields have the schema's names or those of `columns`."""
     names = Names.of(schema, columns or {})
     return Converter(names, keep_markers=keep_markers, reply_needed=reply_needed).convert(row)
 
@@ -57,125 +65,256 @@ class Converter:
     """Converts the rows of a source, all of one schema, and counts the fields that it doesn't read."""
 
     def __init__(
-        self, names: Names, *, keep_markers: bool = False, reply_needed: bool = True, refuse_unread: bool = False
+        self,
+        names: Names,
+        *,
+        roles: Mapping[str, str] | None = None,
+        repair: tuple[str, ...] = (),
+        keep_markers: bool = False,
+        reply_needed: bool = True,
+        refuse_unread: bool = False,
     ):
-        """Without `reply_needed` a row may be a prompt, and what it says about training has no say.
+        """`roles` says as whom further speakers speak, and `repair` what may be done to turns out of order.
 
-        With `refuse_unread` a row is rejected if it has a field that is not read and does more than describe it.
+        Without `reply_needed` a row may be a prompt, and what it says about training has no say. With `refuse_unread` a
+        row is rejected if it has a field that is not read and does more than describe it.
         """
         self.unread: Counter[str] = Counter()
         """Fields that are not read though they say something, and in how many rows; those of turns as
         `messages[].tool_calls`."""
-        self.unseen = names.renamed
+        self.unseen = set(names.given)
         """Names in `columns` that no row so far has."""
+        self.repaired: tuple[str, ...] = ()
+        """What was repaired in the row that was converted last."""
         self._names, self._keep_markers = names, keep_markers
         self._reply_needed, self._refuse_unread = reply_needed, refuse_unread
+        self._roles: dict[str, Any] = ROLES | {speaker.lower(): role for speaker, role in (roles or {}).items()}
+        self._repair = tuple(name for name in REPAIRS if name in repair)  # in their own order
         self._read_of_row = frozenset(names.row.values())
         self._flags = frozenset(names.turn[flag] for flag in FLAGS if flag in names.turn)
         self._said = frozenset(names.turn.values()) - self._flags
         self._systems = [names.row[field] for field in SYSTEMS if field in names.row]
+        self._key = KEY_FIELDS[names.schema]
+        self._asked, self._context = names.row.get("instruction", ""), names.row.get("input", "")
+        self._replies = [names.row[field] for field in REPLIES if field in names.row]
+        self._of_turn = (TURN_FIELDS[names.schema] or TURN_FIELDS["messages"])[:2]
+        self._speaker, self._text_of_turn = (names.turn.get(field, "") for field in self._of_turn)
+        self._convert = SCHEMAS[names.schema]
         self._not_read: set[str] = set()  # of the row at hand
 
     def convert(self, row: RawRow) -> Conversation | Reject:
         """The conversation of a row; ends with a reply, or may be a prompt if none is needed."""
         value = row.value
+        self.repaired = ()
         try:
             if not isinstance(value, dict):
-                raise UnusableError("not_an_object", f"expected an object, found {type(value).__name__}")
+                if self._names.schema == "instruction" or not is_conversation(value, unnamed=False):
+                    raise UnusableError("not_an_object", f"expected an object, found {type(value).__name__}")
+                value = {self._names.row.get(self._key, ""): value}
             if self.unseen:
-                self.unseen -= value.keys()
+                self.unseen.difference_update(value)
             self._not_read = set()
             for name, content in value.items():
-                if name not in self._read_of_row and _says_something(content):
+                if name not in self._read_of_row and says_something(content):
                     self._not_read.add(name)
             try:
-                messages = SCHEMAS[self._names.schema](self, value)
+                said = self._convert(self, value)
             finally:
                 if self._not_read:
                     self.unread.update(self._not_read)
             if not self._keep_markers:
-                _refuse_markers(messages)
-            conversation = _in_order(messages, self._reply_needed)
+                for _, text, _ in said:
+                    refuse_markers(text)
+            conversation, self.repaired = in_order(said, self._repair, reply_needed=self._reply_needed)
             if self._refuse_unread and (lost := self._not_read - harmless(self._not_read)):
                 raise UnusableError("unread_field", f"the field {min(lost)} is not read")
             return conversation
         except UnusableError as unusable:
-            return Reject.of(row, unusable.reason, unusable.detail)
+            return Reject.of(row, unusable.reason, unusable.detail, self._settings(value, unusable))
+
+    def _settings(self, value: Any, unusable: UnusableError) -> dict[str, Any]:
+        """The settings with which the row could be used, as far as it is known."""
+        settings = dict(unusable.settings)
+        if unusable.reason == "no_reply" and CHOSEN in value:
+            settings = {"columns": proposed(value, self._names, "output")}
+        return {name: given for name, given in settings.items() if given and len(str(given)) <= LONGEST_SETTING}
 
     # Schemas
 
-    def _from_instruction(self, value: dict[str, Any]) -> list[Message]:
+    def _from_instruction(self, value: dict[str, Any]) -> list[Said]:
         """instruction, input, output: one turn, after those of history. `response` stands for `output` as well."""
         names = self._names.row
-        instruction = self._text(value, "instruction")
-        context = self._text(value, "input", required=False)
-        replies = [field for field in REPLIES if field in names and value.get(names[field]) is not None]
-        reply = self._text(value, replies[0] if replies else REPLIES[0], required=self._reply_needed)
-        self._not_read |= {names[field] for field in replies[1:] if _says_something(value[names[field]])}
-        # A blank line between the two: ours, as the datasets do not say how they belong together.
-        user = f"{instruction.rstrip()}\n\n{context.strip()}" if context else instruction
-        turns = [*self._history(value), Message("user", user), *([Message("assistant", reply)] if reply else [])]
-        return self._with_system(value, turns)
+        asked = value.get(self._asked)
+        if isinstance(asked, list) and is_conversation(asked, unnamed=False):
+            said = self._turns(asked, self._asked)
+        else:
+            said = [("user", self._prompt(value, asked), False)]
+        answers = [name for name in self._replies if value.get(name) is not None]
+        reply = value[answers[0]] if answers else None
+        if not isinstance(reply, str) and is_turn(reply[0] if isinstance(reply, list) and reply else reply):
+            said += self._turns(reply if isinstance(reply, list) else [reply], answers[0])
+        elif reply is None and self._reply_needed:
+            raise self._missing(value, REPLIES[0])
+        elif text := usable(reply, answers[0] if answers else "", required=self._reply_needed):
+            said.append(("assistant", text, False))
+        if len(answers) > 1:
+            self._not_read |= {name for name in answers[1:] if says_something(value[name])}
+        history = value.get(names["history"]) if "history" in names else None
+        return self._with_system(value, [*self._history(history), *said] if history else said)
 
-    def _history(self, value: dict[str, Any]) -> list[Message]:
+    def _prompt(self, value: dict[str, Any], asked: Any) -> str:
+        """The question, and what it is about below it; if one of the two is empty, the other."""
+        context = usable(value.get(self._context), self._context, required=False)
+        if asked is None and (self._asked not in value or not context):
+            raise self._missing(value, "instruction")
+        instruction = usable(asked, self._asked, required=not context)
+        # A blank line between the two: ours, as the datasets do not say how they belong together.
+        return f"{instruction.rstrip()}\n\n{context.strip()}" if instruction and context else instruction or context
+
+    def _history(self, pairs: Any) -> list[Said]:
         """Earlier turns, pairs of a question and its reply. They are context: what the row trains is its output."""
-        name = self._names.row.get("history", "")
-        pairs = _readable(value.get(name), name)
-        if not _says_something(pairs):
+        name = self._names.row["history"]
+        if not says_something(readable(pairs, name)):
             return []
         if not isinstance(pairs, list):
             raise UnusableError("not_a_list", f"the field {name} is {type(pairs).__name__}, not a list")
-        messages = []
-        for index, pair in enumerate(pairs):
+        if all(map(is_turn, pairs)):
+            return [(role, text, role == "assistant") for role, text, _ in self._turns(pairs, name)]
+        said: list[Said] = []
+        for index, item in enumerate(pairs):
+            fields = pair_of(item) if isinstance(item, dict) else None
+            pair = item if fields is None else [item[field] for field in fields]
             if not isinstance(pair, list) or len(pair) != 2:
                 raise UnusableError("not_a_pair", f"{name}[{index}] is not a list of two, a question and its reply")
-            question, reply = (_usable(text, f"{name}[{index}][{part}]") for part, text in enumerate(pair))
-            messages += [Message("user", question), Message("assistant", reply, masked=True)]
-        return messages
+            question, reply = (usable(text, f"{name}[{index}][{part}]") for part, text in enumerate(pair))
+            said += [("user", question, False), ("assistant", reply, True)]
+        return said
 
-    def _from_turns(self, value: dict[str, Any]) -> list[Message]:
+    def _from_turns(self, value: dict[str, Any]) -> list[Said]:
         """conversations of sharegpt, messages: a list of turns."""
-        names = self._names
-        key, (speaker, text) = KEY_FIELDS[names.schema], TURN_FIELDS[names.schema][:2]
-        field, speaker_name, text_name = names.row.get(key, ""), names.turn.get(speaker, ""), names.turn.get(text, "")
-        turns = _readable(value.get(field), field)
+        field = self._names.row.get(self._key, "")
+        turns = readable(value.get(field), field)
         if turns is None:
-            raise UnusableError("missing_field", f"there is no field {names.called(key)}")
+            raise self._missing(value, self._key)
+        if isinstance(turns, str):
+            turns = self._written_out(turns, field)
         if not isinstance(turns, list):
             raise UnusableError("not_a_list", f"the field {field} is {type(turns).__name__}, not a list")
-        messages = []
+        return self._with_system(value, self._turns(turns, field))
+
+    def _written_out(self, text: str, field: str) -> Any:
+        """The turns of a transcript, or of a list that is JSON in a text."""
+        if text.lstrip().startswith("["):
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(text)
+        if (said := turns_of(text)) is not None:
+            return [{self._speaker: speaker, self._text_of_turn: words} for speaker, words in said]
+        raise UnusableError("not_a_list", f"the field {field} is a text, not a list")
+
+    def _turns(self, turns: list[Any], field: str) -> list[Said]:
+        """What is said in a list of turns: objects with a speaker and a text, pairs, or texts in turn."""
+        said: list[Said] = []
+        roles, speaker_name, text_name, unseen = self._roles, self._speaker, self._text_of_turn, self.unseen
         for index, turn in enumerate(turns):
             if not isinstance(turn, dict):
+                if index == 0:
+                    return self._unnamed(turns, field)
                 raise UnusableError("not_an_object", f"{field}[{index}] is {type(turn).__name__}, not an object")
-            if self.unseen:
-                self.unseen -= turn.keys()
-            said_by = turn.get(speaker_name)
-            if said_by is None:
-                raise UnusableError("missing_field", f"{field}[{index}] has no field {names.called(speaker)}")
-            role = SPEAKERS.get(said_by) if isinstance(said_by, str) else None
+            if unseen:
+                unseen.difference_update(turn)
+            speaker = turn.get(speaker_name)
+            role = roles.get(speaker) if isinstance(speaker, str) else None
             if role is None:
-                raise UnusableError("unknown_role", f"{field}[{index}] is said by {said_by!r}, whom the template lacks")
+                if speaker is None and speaker_name not in turn and (fields := pair_of(turn)):
+                    said += self._pair(turn, fields, f"{field}[{index}]")
+                    continue
+                role = self._role(turns, index, field)
             masked = len(turn) > 2 and self._beside(turn, role, f"{field}[{index}]")
-            if (content := turn.get(text_name)) is None and role != "system":
-                raise UnusableError("missing_field", f"there is no field {field}[{index}].{names.called(text)}")
+            content = turn.get(text_name)
+            if not content and role != "system":
+                self._refuse_silence(turn, f"{field}[{index}]")
             # An empty system message is none.
-            if content := _usable(content, f"{field}[{index}].{text_name}", required=role != "system"):
-                messages.append(Message(role, content, masked))
-        return self._with_system(value, messages)
+            if content := usable(content, f"{field}[{index}].{text_name}", required=role != "system"):
+                said.append((role, content, masked))
+        return said
+
+    def _unnamed(self, turns: list[Any], field: str) -> list[Said]:
+        """A list of texts, said in turn, the user's first; or of pairs of a prompt and its reply."""
+        if all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+            turns = [text for pair in turns for text in pair]
+        said: list[Said] = []
+        for index, text in enumerate(turns):
+            if not isinstance(text, str):
+                wanted = "a text as those before it" if index else "an object"
+                raise UnusableError("not_an_object", f"{field}[{index}] is {type(text).__name__}, not {wanted}")
+            said.append(("assistant" if index % 2 else "user", usable(text, f"{field}[{index}]"), False))
+        if len(said) == 1:
+            raise UnusableError("not_an_object", f"{field}[0] is str, not an object")
+        return said
+
+    def _pair(self, item: dict[str, Any], fields: tuple[str, str], where: str) -> list[Said]:
+        """An item of a list that holds both a prompt and its reply."""
+        said: list[Said] = []
+        if system := usable(item.get("system"), f"{where}.system", required=False):
+            said.append(("system", system, False))
+        for role, name in zip(("user", "assistant"), fields, strict=True):
+            said.append((role, usable(item[name], f"{where}.{name}"), False))  # type: ignore[arg-type]
+        unread = (name for name in item if name not in (*fields, "system") and says_something(item[name]))
+        self._not_read |= {f"{where.rpartition('[')[0]}[].{name}" for name in unread}
+        return said
 
     # Fields
 
-    def _with_system(self, value: dict[str, Any], turns: list[Message]) -> list[Message]:
+    def _role(self, turns: list[Any], index: int, field: str) -> Role:
+        """As whom somebody speaks who isn't called by one of the usual names in lower case."""
+        turn = turns[index]
+        speaker = turn.get(self._speaker)
+        if speaker is None:
+            told = fields_there(turn, self._names)
+            what = f"{field}[{index}] has no field {self._names.called(self._of_turn[0])}{told}"
+            if self._speaker in turn:
+                what = f"{field}[{index}].{self._speaker} is null"
+            raise UnusableError("missing_field", what)
+        name = str(speaker).strip().lower()
+        if isinstance(speaker, str) and (role := self._roles.get(name)):
+            return role
+        if not isinstance(speaker, str) or name in TOOLS:
+            why = "a tool, for which the LLaMA-2 template has no place" if name in TOOLS else "whom the template lacks"
+            raise UnusableError("unknown_role", f"{field}[{index}] is said by {speaker!r}, {why}")
+        others = [turn.get(self._speaker) for turn in turns if isinstance(turn, dict)]
+        names = dict.fromkeys(other.strip().lower() for other in others if isinstance(other, str))
+        known = {self._roles[name] for name in names if name in self._roles}
+        free = iter([role for role in ("user", "assistant") if role not in known])
+        strangers = {name: next(free, "assistant") for name in names if name not in self._roles.keys() | TOOLS}
+        raise UnusableError(
+            "unknown_role", f"{field}[{index}] is said by {speaker!r}, whom no role is known for", roles=strangers
+        )
+
+    def _refuse_silence(self, turn: dict[str, Any], where: str) -> None:
+        """Raises for a turn that says nothing, unless it is an empty text or list."""
+        if calls := [name for name in CALLS if turn.get(name)]:
+            raise UnusableError(
+                "tool_call", f"{where} calls a tool ({calls[0]}) and says nothing; the LLaMA-2 template has no tools"
+            )
+        if turn.get(self._text_of_turn) is not None:
+            return
+        name = self._names.called(self._of_turn[1])
+        if self._text_of_turn in turn:
+            raise UnusableError("missing_field", f"the field {where}.{name} is null")
+        raise UnusableError("missing_field", f"there is no field {where}.{name}{fields_there(turn, self._names)}")
+
+    def _with_system(self, value: dict[str, Any], said: list[Said]) -> list[Said]:
         """The turns after the system message that stands beside them, unless they have one; it is read, or counted."""
-        beside = [name for name in self._systems if name in value and _says_something(value[name])]
+        beside = [name for name in self._systems if name in value and says_something(value[name])]
         if not beside:
-            return turns
-        system = next((message for message in turns if message.role == "system"), None)
+            return said
+        system = next((text for role, text, _ in said if role == "system"), None)
         if system is None:
-            system = Message("system", _usable(value[beside[0]], beside[0]))
-            turns = [system, *turns]
-        self._not_read |= {name for name in beside if value[name] != system.content}
-        return turns
+            read = beside.pop(0)
+            system = usable(value[read], read)
+            said = [("system", system, False), *said]
+        self._not_read |= {name for name in beside if value[name] != system}
+        return said
 
     def _beside(self, turn: dict[str, Any], role: Role, where: str) -> bool:
         """Whether a turn's own flags keep it from being trained; counts what else stands in it and is not read."""
@@ -184,106 +323,36 @@ class Converter:
             if name in self._said or content is None:
                 continue
             if name not in self._flags and name != PARTS:
-                if _says_something(content):
+                if says_something(content):
                     self._not_read.add(f"{where.rpartition('[')[0]}[].{name}")
             elif self._reply_needed and (name != PARTS or content):
-                told[name] = _trained(content, role, f"{where}.{name}")
+                told[name] = trained(content, role, f"{where}.{name}")
         if role != "assistant" or not told:
             return False
         if len(set(told.values())) > 1:
             raise UnusableError("unsupported_weight", f"{where}: {' and '.join(told)} contradict each other")
         return False in told.values()
 
-    def _text(self, value: dict[str, Any], field: str, *, required: bool = True) -> str:
-        """The text of a field of the row, as `_usable` takes it."""
-        name = self._names.row.get(field, "")
-        text = value.get(name)
-        if text is None and required:
-            raise UnusableError("missing_field", f"there is no field {self._names.called(field)}")
-        return _usable(text, name, required=required)
+    def _missing(self, value: dict[str, Any], field: str) -> UnusableError:
+        """What to say of a row that lacks a field, or has null in it."""
+        names = self._names
+        if (name := names.row.get(field, "")) in value:
+            return UnusableError("missing_field", f"the field {name} is null")
+        other = names_of(value, {})
+        if other is not None and other.schema != names.schema:
+            detail = (
+                f"it is a row of the schema {other.schema}, and its source is read as {names.schema}, as the first row "
+                f"or the setting schema says; give each schema a file of its own"
+            )
+            return UnusableError("other_schema", detail, schema=(other.schema,))
+        why = f" ({why})" if (why := no_row(value)) and other is None else ""
+        detail = f"there is no field {names.called(field)}{fields_there(value, names)}{why}"
+        return UnusableError("missing_field", detail, columns=proposed(value, names, field))
 
 
-SCHEMAS: dict[str, Callable[[Converter, dict[str, Any]], list[Message]]] = {
+SCHEMAS: dict[str, Callable[[Converter, dict[str, Any]], list[Said]]] = {
     "instruction": Converter._from_instruction,
     "sharegpt": Converter._from_turns,
     "messages": Converter._from_turns,
 }
 """The schemas by the names that the setting `schema` takes."""
-
-
-# Checks
-
-
-def _in_order(messages: list[Message], reply_needed: bool) -> Conversation:
-    """The messages as a conversation, without the edges that the template takes off: what is rendered alike is equal.
-
-    Those of a system message stay, and so does the beginning of the text after it.
-    """
-    for index, message in enumerate(messages):
-        if message.role != "system":
-            after_system = index > 0 and messages[index - 1].role == "system"
-            text = message.content.rstrip() if after_system else message.content.strip()
-            if text != message.content:
-                messages[index] = Message(message.role, text, message.masked)
-    try:
-        conversation = Conversation(tuple(messages))
-    except ValueError as error:
-        raise UnusableError("turns_out_of_order", str(error)) from error
-    if not reply_needed:
-        return conversation
-    if conversation.is_prompt:
-        raise UnusableError("no_reply", "the last message is the user's, and nothing answers it")
-    if messages[-1].masked and all(message.masked for message in conversation.turns[1::2]):
-        raise UnusableError("nothing_trained", "the row itself says that none of its replies is trained")
-    return conversation
-
-
-def _trained(flag: Any, role: Role, where: str) -> bool:
-    """What a turn's own flag says: to be trained or not."""
-    if not isinstance(flag, int | float) or flag not in (0, 1):
-        raise UnusableError(
-            "unsupported_weight", f"{where} is {flag!r}, and a whole reply is trained (1, true) or not (0, false)"
-        )
-    if flag and role != "assistant":
-        raise UnusableError("prompt_trained", f"{where} asks to train what is said by {role}; only replies are trained")
-    return bool(flag)
-
-
-def _refuse_markers(messages: list[Message]) -> None:
-    for message in messages:
-        for marker in MARKERS:
-            if marker in message.content:
-                raise UnusableError("template_marker", f"the text holds the template's own marker {marker}")
-
-
-def _says_something(content: Any) -> bool:
-    """Whether a field holds more than nothing: null, blank, empty, or a record of such."""
-    if isinstance(content, str):
-        return bool(content) and not content.isspace()
-    if isinstance(content, dict):
-        return any(map(_says_something, content.values()))
-    return content is not None and content != []
-
-
-def _readable(value: Any, field: str) -> Any:
-    if isinstance(value, Unreadable):
-        raise UnusableError(value.reason, f"the field {field}: {value.detail}")
-    return value
-
-
-def _usable(text: Any, field: str, *, required: bool = True) -> str:
-    """A text as it stands, fit to be encoded; empty if it is blank and not required."""
-    text = _readable(text, field)
-    if text is None or (isinstance(text, str) and not text.strip()):
-        if not required:
-            return ""
-        raise UnusableError("empty_field", f"the field {field} is empty")
-    if not isinstance(text, str):
-        raise UnusableError("not_text", f"the field {field} is {type(text).__name__}, not text")
-    if "\0" in text:
-        raise UnusableError("nul_character", f"the field {field} holds a NUL character")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UnusableError("lone_surrogate", f"the field {field} holds half of a surrogate pair") from None
-    return text

@@ -4,33 +4,26 @@ Finding where a row ends is done by one process, so that memory stays bounded wh
 by whoever encodes. Items of an array are parsed twice by that, which costs less than handing over what was parsed.
 """
 
-import codecs
 import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from dataclasses import dataclass, field, replace
+from lzma import LZMAError
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
-
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-"""File endings of compressed files, and what pyarrow calls the compression."""
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BLANK = b" \t\r\n"
-
-BLOCK = 1 << 20
-"""Bytes that are read at a time."""
+from data.rows.containers import BLOCK, opened
+from data.rows.json_rows import LONGEST_ROW, row_texts
+from data.rows.tables import arrow_tables, csv_texts, parquet_tables
 
 LONGEST_DETAIL = 500
 """Characters of what a reject says; what it quotes may be a whole book."""
 
-LONGEST_ROW = 1 << 26
-"""Characters of the longest item of a JSON array; what is longer is no row but an array that never closes."""
+LISTS = ("repair",)
+"""Settings that take several choices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +34,26 @@ class RawRow:
     file: str
     unit: str
     number: int
+
+
+Settings = dict[str, dict[str, str] | tuple[str, ...]]
+"""Settings that a sentence proposes: of `columns` and `roles` the entries, of others the choices."""
+
+
+def as_arguments(settings: Settings) -> list[str]:
+    """The settings as they are typed on the command line."""
+    typed = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            typed.append(f"'{name}={{{', '.join(f'{_quoted(key)}: {_quoted(of)}' for key, of in value.items())}}}'")
+        else:
+            typed.append(f"'{name}=[{','.join(value)}]'" if name in LISTS else f"{name}={value[0]}")
+    return typed
+
+
+def _quoted(name: str) -> str:
+    escaped = name.replace('"', '\\"')
+    return name if re.fullmatch(r"[^\s,:'\"{}\[\]]+( [^\s,:'\"{}\[\]]+)*", name) else f'"{escaped}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +67,28 @@ class Reject:
     detail: str
     kept: dict[str, Any] | None = None
     """Of a duplicate: the file, and the line or row, of the one that was kept."""
+    settings: Settings = field(default_factory=dict)
+    """Those with which the row could be used, if there are any."""
 
     @classmethod
-    def of(cls, row: RawRow, reason: str, detail: str) -> "Reject":
+    def of(cls, row: RawRow, reason: str, detail: str, settings: Settings | None = None) -> "Reject":
         """The reject of a row that was read."""
-        return cls(row.file, row.unit, row.number, reason, detail)
+        return cls(row.file, row.unit, row.number, reason, detail, settings=settings or {})
 
     def record(self) -> dict[str, Any]:
         """The line of `rejects.jsonl`."""
-        detail = self.detail if len(self.detail) <= LONGEST_DETAIL else f"{self.detail[:LONGEST_DETAIL]}…"
-        record = {"file": self.file, self.unit: self.number, "reason": self.reason, "detail": detail}
+        record = {"file": self.file, self.unit: self.number, "reason": self.reason, "detail": self.told}
+        if self.settings:
+            record["settings"] = " ".join(as_arguments(self.settings))
         return record if self.kept is None else {**record, "kept": self.kept}
 
     def __str__(self) -> str:
-        return f"{self.file}, {self.unit} {self.number}: {self.detail}"
+        return f"{self.file}, {self.unit} {self.number}: {self.told}"
+
+    @property
+    def told(self) -> str:
+        """The sentence, cut if it is too long to be read."""
+        return self.detail if len(self.detail) <= LONGEST_DETAIL else f"{self.detail[:LONGEST_DETAIL]}…"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +102,8 @@ class Chunk:
     unit: str
     numbers: list[int]
     """Line of each row, or its position in the list."""
-    content: list[str | bytes] | bytes
-    """For each row its JSON, or for all of them an Arrow stream."""
+    content: list[str | bytes | None] | bytes
+    """For each row its JSON, None if that is longer than a row may be; or for all of them an Arrow stream."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -101,6 +122,10 @@ class Chunk:
                 yield RawRow({name: values[index] for name, values in columns.items()}, self.file, self.unit, number)
             return
         for number, text in zip(self.numbers, self.content, strict=False):
+            if text is None:
+                detail = f"the {self.unit} is longer than {LONGEST_ROW >> 20} MiB, or has no end"
+                yield Reject(self.file, self.unit, number, "row_too_long", detail)
+                continue
             try:
                 decoded = _decoded(text)
                 if _depth(decoded) > DEEPEST:
@@ -162,20 +187,23 @@ def _decoded(text: str | bytes) -> str:
 
 
 def read_file(name: str) -> Iterator[Chunk]:
-    """Parquet and JSON Lines by the file's name; else JSON, an array or an object a line, by its first character.
+    """The rows of a file: JSON in any layout, Parquet, Arrow, CSV or TSV, plain or compressed, by what is in it.
 
     Raises:
         UserError: the file is none of them, or damaged.
     """
-    plain = Path(name).with_suffix("") if Path(name).suffix in COMPRESSIONS else Path(name)
-    kind = plain.suffix.lower()
     try:
-        with _open(name) as file:
-            if kind == ".parquet":
-                yield from _read_parquet(name, file)
+        file, kind = opened(name)
+        with file:
+            if kind == "Parquet":
+                yield from read_arrow(name, parquet_tables(name, file, Chunk.ROWS))
+            elif kind == "Arrow":
+                yield from read_arrow(name, arrow_tables(name, file, Chunk.ROWS))
+            elif kind == "CSV":
+                yield from _chunks(name, "row", csv_texts(name, file))
             else:
-                yield from _read_json(name, file, known_lines=kind == ".jsonl")
-    except (EOFError, OSError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
+                yield from _chunks(name, *row_texts(name, file, known_lines=kind == "lines"))
+    except (EOFError, OSError, LZMAError) as error:  # what is raised for a compressed stream that is cut or is none
         raise UserError(f"files={name}: it can't be read ({one_line(error)}); check that the file is whole") from error
 
 
@@ -190,158 +218,16 @@ def read_arrow(name: str, tables: Iterable[pa.Table]) -> Iterator[Chunk]:
         first += table.num_rows
 
 
-def _open(name: str) -> BinaryIO:
-    compression = COMPRESSIONS.get(Path(name).suffix)
-    if compression is None:
-        return Path(name).open("rb", buffering=BLOCK)
-    # pyarrow's stream is a file in all but type
-    return io.BufferedReader(pa.input_stream(name, compression=compression), BLOCK)
-
-
-# JSON
-
-
-def _read_json(name: str, file: BinaryIO, *, known_lines: bool) -> Iterator[Chunk]:
-    beginning = b""
-    while not (text := beginning.lstrip(BYTE_ORDER_MARK + BLANK)):  # blank lines may come before the first row
-        if not (more := file.read(64)):
-            return
-        beginning += more
-    if known_lines or text.startswith(b"{"):
-        yield from _chunks(
-            name,
-            "line",
-            ((number, line) for number, line in _lines(beginning, file) if line.strip(BYTE_ORDER_MARK + BLANK)),
-        )
-    elif text.startswith(b"["):
-        yield from _chunks(name, "row", enumerate(JsonArray(name, beginning, file)))
-    else:
-        raise UserError(
-            f"files={name}: it is not JSON; give a JSON array of rows, one JSON object per line (JSONL), or Parquet"
-        )
-
-
-def _lines(beginning: bytes, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines, from 1, of a file of which the beginning was read already."""
-    first = (beginning + file.readline()).split(b"\n")
-    yield from enumerate(first[:-1], start=1)
-    if first[-1]:  # the file has no line end at its end
-        yield len(first), first[-1]
-    yield from enumerate(file, start=len(first))
-
-
-def _chunks(name: str, unit: str, rows: Iterable[tuple[int, str | bytes]]) -> Iterator[Chunk]:
+def _chunks(name: str, unit: str, rows: Iterable[tuple[int, str | bytes | None]]) -> Iterator[Chunk]:
     numbers: list[int] = []
-    content: list[str | bytes] = []
+    content: list[str | bytes | None] = []
     size = 0
     for number, text in rows:
         numbers.append(number)
         content.append(text)
-        size += len(text)
+        size += len(text or ())
         if len(numbers) == Chunk.ROWS or size >= BLOCK:
             yield Chunk(name, unit, numbers, content)
             numbers, content, size = [], [], 0
     if numbers:
         yield Chunk(name, unit, numbers, content)
-
-
-SPACES = re.compile(r"[ \t\r\n]*")
-"""What JSON allows between values."""
-
-
-AFTER_ITEM = {*" \t\r\n,]"}
-
-
-class JsonArray:
-    """The JSON text of each item of an array; in memory is a block of the file, or as much as the longest item takes.
-
-    The text grows until json's own parser finds the end of an item in it.
-    """
-
-    def __init__(self, name: str, beginning: bytes, file: BinaryIO):
-        """`beginning` was read already; the rest is in `file`."""
-        self._name, self._file = name, file
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        # Only the ends of items matter here; numbers stay unread, as some are too long to be read.
-        self._scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
-        self._text, self._place, self._at_end = "", 0, False
-        self._item = 0
-        self._grow(beginning)
-
-    def __iter__(self) -> Iterator[str]:
-        """The items.
-
-        Raises:
-            UserError: it is not an array of JSON values and nothing else.
-        """
-        opening = self._next_character()
-        assert opening == "["
-        self._place += 1
-        separator = "]" if self._next_character() == "]" else ","
-        if separator == "]":
-            self._place += 1
-        while separator == ",":
-            self._next_character()
-            yield self._text_of_item()
-            separator = self._next_character()
-            if separator not in (",", "]"):
-                raise self._broken("no comma follows")
-            self._place += 1
-            self._item += 1
-        if self._next_character():
-            raise self._broken("something follows the array")
-
-    def _text_of_item(self) -> str:
-        while True:
-            try:
-                _, end = self._scan(self._text, self._place)
-            except RecursionError as error:
-                raise self._broken("it is nested too deeply") from error
-            except ValueError as error:
-                if self._at_end or len(self._text) - self._place > LONGEST_ROW:
-                    raise self._broken("it can't be parsed") from error
-            else:
-                # What follows says that the item is whole: a number may go on otherwise, as 0 does in 0.5.
-                if self._at_end or self._text[end : end + 1] in AFTER_ITEM:
-                    start, self._place = self._place, end
-                    return self._text[start:end]
-                if len(self._text) - self._place > LONGEST_ROW:
-                    raise self._broken("no comma follows")
-            # Each time as much again, so that a long item is parsed in vain a few times and no more.
-            self._grow(self._file.read(max(BLOCK, len(self._text) - self._place)))
-
-    def _next_character(self) -> str:
-        """The next character that is no space, not consumed; empty at the end of the file."""
-        while True:
-            spaces = SPACES.match(self._text, self._place)
-            assert spaces is not None  # it matches nothing as well
-            self._place = spaces.end()
-            if self._place < len(self._text) or self._at_end:
-                return self._text[self._place : self._place + 1]
-            self._grow(self._file.read(BLOCK))
-
-    def _grow(self, data: bytes) -> None:
-        try:
-            self._text, self._place = self._text[self._place :] + self._decode(data, not data), 0
-        except UnicodeDecodeError as error:
-            raise self._broken("it is not UTF-8 text") from error
-        self._at_end = not data
-
-    def _broken(self, why: str) -> UserError:
-        where = f"{why} at item {self._item}"
-        return UserError(f"files={self._name}: it is not JSON, {where}; give a JSON array of rows, or JSONL")
-
-
-# Parquet
-
-
-def _read_parquet(name: str, file: BinaryIO) -> Iterator[Chunk]:
-    """Parquet is read from its end, so a compressed file is unpacked into memory first."""
-    import pyarrow.parquet as pq
-
-    compressed = Path(name).suffix in COMPRESSIONS
-    try:
-        table = pq.ParquetFile(pa.BufferReader(file.read()) if compressed else file)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"files={name}: it is not Parquet ({one_line(error)}); check the file") from error
-    yield from read_arrow(name, (pa.Table.from_batches([b]) for b in table.iter_batches(batch_size=Chunk.ROWS)))

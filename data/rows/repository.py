@@ -17,12 +17,15 @@ from typing import Any
 import yaml
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats.json_text import read_json
+from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
 from data.disk.hub import Repository
-from data.rows.reading import COMPRESSIONS, Chunk, read_file
-from data.rows.tables import read_arrow_file, read_csv
+from data.rows.containers import plain_name
+from data.rows.reading import Chunk, read_file
 
 KINDS = {
     ".parquet": "Parquet",
+    ".pq": "Parquet",
     ".arrow": "Arrow",
     ".json": "JSON",
     ".jsonl": "JSON",
@@ -31,9 +34,11 @@ KINDS = {
     ".tsv": "CSV",
 }
 """What is read, by the ends of names; of two kinds that are equally frequent, the first."""
-COMPRESSIBLE = ("Parquet", "JSON", "CSV")
 
-IGNORED = ("state.json",)
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Which files, or which splits in folders, are in a directory that `datasets` saved."""
+
+IGNORED = (SAVED,)
 """Files that describe others, beside those that `datasets` leaves out by itself."""
 
 CONVERTED = "refs/convert/parquet"
@@ -63,11 +68,9 @@ class DataFile:
         Raises:
             UserError: it is damaged, or not what its name says; the text begins with `named`.
         """
-        kind = kind_of(self.name)
-        read = read_csv if kind == "CSV" else read_arrow_file if kind == "Arrow" else read_file
         shown = f"{dataset}/{self.name}"
         try:
-            for chunk in read(self.path):
+            for chunk in read_file(self.path):
                 yield replace(chunk, file=shown)
         except UserError as error:
             raise UserError(str(error).replace(f"files={self.path}:", f"{named}: {self.name}:", 1)) from error
@@ -91,7 +94,7 @@ def fetched(repository: Repository, wanted: Wanted, revision: str | None = None)
         UserError: there are none, or they can't be had.
     """
     names = list(repository.files())
-    readme = (repository.fetch([README]) / README).read_bytes() if README in names else b""
+    readme = _head(repository.fetch([README]), names, wanted) if README in names else b""
     script = f"{repository.name.rpartition('/')[2]}.py"
     remedy = f"if the hub made a copy of it as Parquet, give revision={CONVERTED}"
     chosen = choose(names, readme, wanted, script=(script, remedy), by_folder=revision == CONVERTED)
@@ -113,9 +116,58 @@ def found(directory: Path, wanted: Wanted) -> list[DataFile]:
             raise UserError(
                 f"{wanted.named}: it holds more than {MOST_FILES:,} files; name those with rows, as files=[…]"
             )
-    readme = (directory / README).read_bytes() if README in names else b""
+    if SAVED in names or SAVED_SPLITS in names:
+        return _saved(directory, set(names), wanted)
     script = (f"{directory.resolve().name}.py", "name the files with rows, as files=[…]")
-    return [DataFile(str(directory / name), name) for name in choose(names, readme, wanted, script=script)]
+    chosen = choose(names, _head(directory, names, wanted), wanted, script=script)
+    for name in chosen:
+        try:
+            open_regular(directory / name).close()
+        except UnreadableError as error:
+            raise UserError(f"{wanted.named}: its {name} can't be read ({error}); take it out, or mend it") from error
+    return [DataFile(str(directory / name), name) for name in chosen]
+
+
+def _head(directory: Path, names: list[str], wanted: Wanted) -> bytes:
+    """The beginning of the README.md; empty if there is none."""
+    try:
+        with open_regular(directory / README) as file:
+            return read_at_most(file, LONGEST_README + 1)
+    except UnreadableError as error:
+        if README not in names:
+            return b""
+        raise UserError(f"{wanted.named}: its {README} can't be read ({error}); take it out, or mend it") from error
+
+
+def _saved(directory: Path, names: set[str], wanted: Wanted) -> list[DataFile]:
+    """The files of a split of what the library `datasets` saved to disk, without those that it keeps there as a cache.
+
+    Raises:
+        UserError: there is no such split, or what lists the files can't be read.
+    """
+    _config({}, wanted)
+    folder = ""
+    if SAVED_SPLITS in names:
+        splits = _listed(directory, SAVED_SPLITS, "splits", wanted.named)
+        if wanted.split not in splits:
+            raise _no_split(wanted, map(str, splits))
+        folder = f"{wanted.split}/"
+    elif wanted.split != "train":
+        raise _no_split(wanted, ["train"])
+    entries = _listed(directory, folder + SAVED, "_data_files", wanted.named)
+    files = [f"{folder}{entry.get('filename')}" if isinstance(entry, dict) else "" for entry in entries]
+    if missing := [name for name in files if name not in names]:
+        raise UserError(f"{wanted.named}: {missing[0]}, which {folder + SAVED} names, is missing; save it anew")
+    return [DataFile(str(directory / name), name) for name in files]
+
+
+def _listed(directory: Path, name: str, key: str, named: str) -> list[Any]:
+    """What a file of a saved dataset lists."""
+    remedy = "name its files, as files=[…]"
+    listed = read_json(directory / name, dict[str, Any], named, remedy).get(key)
+    if not isinstance(listed, list):
+        raise UserError(f"{named}: its {name} can't be read ({key} is not a list); {remedy}")
+    return listed
 
 
 def choose(
@@ -144,12 +196,7 @@ def choose(
     config = _config(configs, wanted)
     splits = _splits(rows, config, named)
     if wanted.split not in splits:
-        part = wanted.split.partition("[")[0]
-        sliced = " whole splits are read, and limits says how many rows;" if part != wanted.split else ""
-        there = ", ".join(splits)
-        raise UserError(
-            f"{wanted.split_setting}={wanted.split}: {named} has no such split;{sliced} it is one of {there}"
-        )
+        raise _no_split(wanted, splits)
     files = splits[wanted.split]
     if not files:
         raise UserError(
@@ -160,13 +207,16 @@ def choose(
     return [name for name in files if kind_of(name) == most]
 
 
+def _no_split(wanted: Wanted, there: Iterable[str]) -> UserError:
+    part = wanted.split.partition("[")[0]
+    sliced = " whole splits are read, and limits says how many rows;" if part != wanted.split else ""
+    which = f"{sliced} it is one of {', '.join(there)}"
+    return UserError(f"{wanted.split_setting}={wanted.split}: {wanted.named} has no such split;{which}")
+
+
 def kind_of(name: str) -> str | None:
     """What the end of a file's name says that it is; None if it can't be read here."""
-    path = PurePosixPath(name)
-    if path.name in IGNORED:
-        return None
-    kind = KINDS.get((path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix.lower())
-    return None if path.suffix in COMPRESSIONS and kind not in COMPRESSIBLE else kind
+    return None if PurePosixPath(name).name in IGNORED else KINDS.get(plain_name(name).suffix.lower())
 
 
 def _is_plain(name: str) -> bool:

@@ -12,7 +12,7 @@ from data.config import PrepareConfig
 from data.disk import hub
 from data.disk.files import sha256
 from data.rows.reading import Chunk, read_file
-from data.rows.repository import DataFile, Wanted, fetched, found
+from data.rows.repository import SAVED, SAVED_SPLITS, DataFile, Wanted, fetched, found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     """The files, patterns resolved and each hashed, or the hub dataset.
 
     Raises:
-        UserError: a file is missing or can't be read, or a pattern matches nothing.
+        UserError: a file is missing or can't be read, a pattern matches nothing, or `limits` name no source.
     """
     sources: list[Source] = []
     for entry in config.files:
@@ -89,13 +89,23 @@ def find_sources(config: PrepareConfig) -> list[Source]:
                 Source(
                     name=name,
                     description=description,
-                    limit=config.limits.get(entry),
-                    weight=config.weights.get(entry, 1.0),
+                    limit=config.limits.get(name, config.limits.get(entry)),
+                    weight=config.weights.get(name, config.weights.get(entry, 1.0)),
                 )
             )
     if config.dataset:
         sources.append(_dataset(config, config.dataset))
+    _refuse_strangers(config, {*config.files, *(source.name for source in sources)})
     return sources
+
+
+def _refuse_strangers(config: PrepareConfig, known: set[str]) -> None:
+    """Raises `UserError` if `limits` or `weights` name what is no source."""
+    named = config.files or [str(config.dataset)]
+    for setting, of_source in (("limits", config.limits), ("weights", config.weights)):
+        for name in of_source:
+            if name not in known:
+                raise UserError(f"{setting}.{name}: no source is called so; it is one of {', '.join(named)}")
 
 
 def _dataset(config: PrepareConfig, name: str) -> Source:
@@ -141,6 +151,8 @@ def files_of(setting: str, entry: str) -> list[str]:
             name.encode()
         except UnicodeEncodeError:
             raise UserError(f"{setting}={name!r}: its name is not UTF-8 text; rename it") from None
+        if path.is_dir() and any((path / saved).is_file() for saved in (SAVED, SAVED_SPLITS)):
+            raise UserError(f"{setting}={name}: `datasets` saved it to disk; give dataset={name} without files")
         if path.is_dir():
             raise UserError(f"{setting}={name}: it is a directory; name the files in it, for example {name}/*.jsonl")
         if not path.is_file():

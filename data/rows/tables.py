@@ -1,67 +1,102 @@
-"""Tables that hubs keep beside JSON and Parquet: CSV, TSV and Arrow files → chunks of rows."""
+"""Tables of files, row by row or as Arrow: CSV and TSV, Parquet, Arrow."""
 
 import csv
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
-from data.rows.reading import COMPRESSIONS, LONGEST_ROW, Chunk, read_arrow
+from data.disk.formats.arrow_file import check_buffers
+from data.disk.formats.regular import UnreadableError, read_at_most
+from data.rows.containers import plain_name
+
+LONGEST_VALUE = 1 << 26
+"""Characters of the longest line of a CSV file."""
+
+LARGEST_UNPACKED = 1 << 32
+"""Bytes of the largest packed table that is unpacked into memory."""
+
+UNREADABLE = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError, UnreadableError)
+"""What Arrow raises for files that are damaged, early or late."""
 
 
-def read_csv(name: str) -> Iterator[Chunk]:
-    """The rows below a line of names, every value a text; named `.tsv`, the file has tabs between them.
+def csv_texts(name: str, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    """The rows below a line of names, as JSON whose values are all text; named `.tsv`, a file has tabs between them.
 
     Raises:
         UserError: it is no such table.
     """
-    compression = COMPRESSIONS.get(Path(name).suffix)
-    plain = Path(name).with_suffix("") if compression else Path(name)
-    csv.field_size_limit(LONGEST_ROW)
+    csv.field_size_limit(LONGEST_VALUE)
+    tabs = plain_name(name).suffix.lower() == ".tsv"
     try:
-        with (
-            pa.input_stream(name, compression=compression) as stream,
-            io.TextIOWrapper(io.BufferedReader(stream), "utf-8-sig", newline="") as text,
-        ):
-            rows = csv.DictReader(text, delimiter="\t" if plain.suffix.lower() == ".tsv" else ",", strict=True)
-            numbers: list[int] = []
-            content: list[str | bytes] = []
+        with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            rows = csv.DictReader(_lines(text), delimiter="\t" if tabs else ",", strict=True)
             for number, row in enumerate(rows):
                 if None in row:
                     raise csv.Error(f"row {number} has more values than the first line has names")
-                numbers.append(number)
-                content.append(json.dumps(row))
-                if len(numbers) == Chunk.ROWS:
-                    yield Chunk(name, "row", numbers, content)
-                    numbers, content = [], []
-            if numbers:
-                yield Chunk(name, "row", numbers, content)
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
+                yield number, json.dumps(row)
+    except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"files={name}: it can't be read as CSV ({one_line(error)}); check the file") from error
 
 
-def read_arrow_file(name: str) -> Iterator[Chunk]:
-    """The rows of an Arrow file or stream, as the library `datasets` writes them.
+def parquet_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
+    """Tables of at most so many rows. Parquet is read from its end, so what is packed is unpacked into memory first.
+
+    Raises:
+        UserError: it is not Parquet.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(_in_reach(name, file)).iter_batches(batch_size=rows):
+            yield _table(batch)
+    except UNREADABLE as error:
+        raise UserError(f"files={name}: it can't be read as Parquet ({one_line(error)}); check the file") from error
+
+
+def arrow_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
+    """Tables of at most so many rows, of an Arrow file or stream, as the library `datasets` writes them.
 
     Raises:
         UserError: it is neither.
     """
     try:
-        with pa.memory_map(name) as file:
-            try:
-                stored = pa.ipc.open_file(file)
-                batches: Iterator[pa.RecordBatch] = (stored.get_batch(i) for i in range(stored.num_record_batches))
-            except pa.ArrowInvalid:
-                file.seek(0)
-                batches = iter(pa.ipc.open_stream(file))
-            tables = (
-                pa.Table.from_batches([batch.slice(start, Chunk.ROWS)])
-                for batch in batches
-                for start in range(0, batch.num_rows, Chunk.ROWS)
-            )
-            yield from read_arrow(name, tables)
-    except (pa.ArrowInvalid, OSError) as error:
+        source = _in_reach(name, file)
+        try:
+            stored = pa.ipc.open_file(source)
+            batches: Iterator[pa.RecordBatch] = (stored.get_batch(i) for i in range(stored.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            batches = iter(pa.ipc.open_stream(source))
+        for table in map(_table, batches):
+            check_buffers(table)
+            for start in range(0, table.num_rows, rows):
+                yield table.slice(start, rows)
+    except UNREADABLE as error:
         raise UserError(f"files={name}: it can't be read as Arrow ({one_line(error)}); check the file") from error
+
+
+def _in_reach(name: str, file: BinaryIO) -> pa.NativeFile:
+    """The file so that any place of it can be read: mapped, or in memory if it is packed."""
+    if isinstance(getattr(file, "raw", None), io.FileIO):
+        return pa.memory_map(name)
+    if len(content := read_at_most(file, LARGEST_UNPACKED + 1)) > LARGEST_UNPACKED:
+        raise OSError(f"unpacked it is larger than {LARGEST_UNPACKED >> 30} GiB; unpack it")
+    return pa.BufferReader(content)
+
+
+def _table(batch: pa.RecordBatch) -> pa.Table:
+    table = pa.Table.from_batches([batch])
+    _ = table.column_names  # one that is no text is refused here
+    return table
+
+
+def _lines(text: io.TextIOWrapper) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(text.readline, LONGEST_VALUE), ""), start=1):
+        if len(line) == LONGEST_VALUE:
+            raise csv.Error(f"line {number} is longer than {LONGEST_VALUE >> 20} MiB")
+        yield line

@@ -6,8 +6,10 @@
     duplicates.py     finds conversations that were there before, or nearly the same ones
     intake.py         keeps each encoded conversation in the store, or rejects it; the counts
     store.py          encoded conversations on disk, until they are packed
+    splitting.py      which rows are held out
     packing.py        conversations → full rows
     writing.py        rows → a dataset that is whole or not there
 
-May import data.rows, data.prepared.layout, data.schema, data.template, data.config, data.disk and configs.program.
+May import data.rows, data.prepared.layout and places, data.schema, data.template, data.config, data.disk and
+configs.program.
 """

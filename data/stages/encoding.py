@@ -20,7 +20,7 @@ from data.rows.reading import Chunk, RawRow, Reject
 from data.schema import Conversation, TokenizedConversation
 from data.stages.contamination import Evaluations
 from data.stages.duplicates import Likeness, likeness
-from data.stages.overlong import split_turns, truncate
+from data.stages.overlong import least_tokens, split_turns, truncate, within_reach
 from data.template import EOS_ID, ChatTokenizer
 from data.vocabulary import local_tokenizer
 
@@ -29,6 +29,9 @@ AHEAD = 3
 
 LONGEST_QUEUE = 16
 """Chunks for each further process that are under way or wait for an earlier one; bounds the memory."""
+
+LARGE_ROW = 8 << 20
+"""Bytes of a row that stays in the process that read it."""
 
 BYTES_PER_WORKER = 16 << 20
 """A further process is worth its second of starting for each so many bytes of rows."""
@@ -66,6 +69,8 @@ class EncodedChunk:
     """Places of kept rows that lost something."""
     unread: Counter[str] = field(default_factory=Counter)
     """Fields that are not read, and in how many rows."""
+    repaired: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Places of rows whose turns were put in order, and by which repairs."""
     seen: set[str] = field(default_factory=set)
     """Those names in `columns` that a row has."""
 
@@ -76,12 +81,13 @@ class Encoder:
     def __init__(self, config: PrepareConfig, tokenizer: ChatTokenizer, evaluations: Evaluations | None):
         self.config, self.tokenizer, self.evaluations = config, tokenizer, evaluations
 
-    def encode(self, chunk: Chunk, schema: str) -> EncodedChunk:
-        """What became of each row."""
+    def encode(self, chunk: Chunk, names: Names) -> EncodedChunk:
+        """What became of each row; `names` are those of its source."""
         config = self.config
-        names = Names.of(schema, config.columns)
         converter = Converter(
             names,
+            roles=config.roles,
+            repair=tuple(config.repair),
             keep_markers=config.markers == "keep",
             refuse_unread=config.unread == "reject",
         )
@@ -92,27 +98,38 @@ class Encoder:
                 tokenized = self.tokenizer.encode(outcome)
                 if parts := self._fit(outcome, tokenized):
                     encoded.kept.append((index, parts))
+                    if converter.repaired:
+                        encoded.repaired[index] = converter.repaired
                     if len(tokenized) > config.seq_len:
                         encoded.shortened[index] = Shortened.of(tokenized, parts)
                     if config.duplicates != "keep":
                         encoded.likenesses.append(likeness(outcome, near=config.duplicates == "drop_near"))
                     continue
-                what = "the conversation"
-                if config.overlong != "drop":
-                    what = "no prompt fits with something to train after it: the conversation"
-                detail = f"{what} has {len(tokenized)} tokens, and a row holds {config.seq_len}"
-                outcome = Reject.of(row, "too_long", detail)
+                outcome = self._too_long(row, f"{len(tokenized)} tokens")
             assert isinstance(outcome, Reject)
             encoded.rejects.append((index, outcome))
-        encoded.seen = names.renamed - converter.unseen
+        encoded.seen = set(names.given) - converter.unseen
         return encoded
 
     def _conversation(self, row: RawRow, converter: Converter) -> Conversation | Reject:
+        """The conversation of a row, as far as it can be kept."""
         outcome = converter.convert(row)
-        if isinstance(outcome, Reject) or self.evaluations is None:
+        if isinstance(outcome, Reject):
+            return outcome
+        if self.config.overlong != "drop":
+            outcome = within_reach(outcome, self.config.seq_len)
+        elif (least := least_tokens(outcome)) > self.config.seq_len:
+            return self._too_long(row, f"at least {least} tokens")
+        if self.evaluations is None:
             return outcome
         shared = self.evaluations.shared_with(outcome)
         return outcome if shared is None else Reject.of(row, "contaminated", f"evaluation data has it too: {shared}")
+
+    def _too_long(self, row: RawRow, has: str) -> Reject:
+        dropped = self.config.overlong == "drop"
+        what = "the conversation" if dropped else "no prompt fits with something to train after it: the conversation"
+        detail = f"{what} has {has}, and a row holds {self.config.seq_len} (seq_len)"
+        return Reject.of(row, "too_long", detail, {"overlong": ("truncate",)} if dropped else {})
 
     def _fit(self, conversation: Conversation, tokenized: TokenizedConversation) -> list[TokenizedConversation]:
         """What is kept of a conversation: itself if it fits a row, else what the policy makes of it."""
@@ -148,27 +165,29 @@ class Pool:
                 self._executor.submit(_ready)  # starts one, which gets ready while this one does
         self.encoder = Encoder(config, ChatTokenizer.load(tokenizer), evaluations)
 
-    def encode(self, chunks: Iterable[Chunk], schema: str) -> Iterator[EncodedChunk]:
-        """The encoded chunks, in the order of the chunks.
+    def encode(self, chunks: Iterable[Chunk], names: Names) -> Iterator[EncodedChunk]:
+        """The encoded chunks, in the order of the chunks; `names` are those of their source.
 
         Raises:
             UserError: a process was killed, most likely for lack of memory.
         """
         if self._executor is None:
             for chunk in chunks:
-                yield self.encoder.encode(chunk, schema)
+                yield self.encoder.encode(chunk, names)
             return
         # In their order: what others encode, done or not, and between it what was encoded here while all of them had
         # enough to do.
         under_way: deque[Future[EncodedChunk] | EncodedChunk] = deque()
         try:
             for chunk in chunks:
+                # A large row is encoded here, as handing it over would copy it twice.
+                large = isinstance(chunk.content, list) and len(chunk) == 1 and len(chunk.content[0] or ()) > LARGE_ROW
                 waiting = sum(isinstance(piece, Future) and not piece.done() for piece in under_way)
-                if waiting < AHEAD * self._others:
+                if waiting < AHEAD * self._others and not large:
                     with without_interrupts():
-                        under_way.append(self._executor.submit(_encode, chunk, schema))
+                        under_way.append(self._executor.submit(_encode, chunk, names))
                 else:
-                    under_way.append(self.encoder.encode(chunk, schema))
+                    under_way.append(self.encoder.encode(chunk, names))
                 while under_way and (_is_there(under_way[0]) or len(under_way) > LONGEST_QUEUE * self._others):
                     yield _result(under_way.popleft())
             while under_way:
@@ -243,5 +262,5 @@ def _ready() -> None:
     """Nothing to do but to be there."""
 
 
-def _encode(chunk: Chunk, schema: str) -> EncodedChunk:
-    return _encoder.encode(chunk, schema)
+def _encode(chunk: Chunk, names: Names) -> EncodedChunk:
+    return _encoder.encode(chunk, names)

@@ -9,10 +9,43 @@ truncate     prompt 1, reply 1, prompt 2, and reply 2 up to the end of the row
 split_turns  turn 1 alone, turn 2 alone, turn 3 alone, or as many in a row as fit
 
 A masked reply is context: a turn at the end whose reply is masked is not kept for itself, nor is it ever cut.
+
+What can't fit by its characters alone is never encoded: a text of millions would take minutes and gigabytes.
 """
+
+from dataclasses import replace
 
 from data.schema import Conversation, TokenizedConversation
 from data.template import ChatTokenizer
+
+LONGEST_PIECE = 16
+"""Characters of the vocabulary's longest piece, a run of spaces: so many at most become one token."""
+
+MARGIN = 4096
+"""Characters that a text keeps beyond those that can fit, in which a word ends."""
+
+
+def least_tokens(conversation: Conversation) -> int:
+    """A number of tokens that a conversation has at least, by its characters."""
+    return sum(-(-len(message.content) // LONGEST_PIECE) for message in conversation.messages)
+
+
+def within_reach(conversation: Conversation, seq_len: int) -> Conversation:
+    """The same conversation, of each text only what can matter to `truncate` and `split_turns`.
+
+    A text that is cut is still longer than a row, and its first `seq_len` tokens are those of the whole; only in a word
+    of more than `MARGIN` characters the last of them may differ.
+    """
+    most = LONGEST_PIECE * seq_len + MARGIN
+    if all(len(message.content) <= most for message in conversation.messages):
+        return conversation
+    # The end is one that no strip takes off.
+    return Conversation(
+        tuple(
+            message if len(message.content) <= most else replace(message, content=f"{message.content[:most]}\n.")
+            for message in conversation.messages
+        )
+    )
 
 
 def truncate(tokenized: TokenizedConversation, seq_len: int) -> TokenizedConversation | None:

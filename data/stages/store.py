@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from data.schema import TokenizedConversation
 
@@ -24,6 +25,8 @@ class Index:
     """Its trained tokens."""
     spans: np.ndarray
     """How many spans it has."""
+    hashes: np.ndarray
+    """uint64 of its tokens, whichever of them are trained."""
 
 
 class ConversationStore:
@@ -35,6 +38,7 @@ class ConversationStore:
         self._spans = (directory / "spans").open("w+b", buffering=1 << 16)
         self._rows, self._lengths = array("q"), array("i")
         self._supervised, self._span_counts = array("i"), array("i")
+        self._hashes = array("Q")
 
     def append(self, row: int, tokenized: TokenizedConversation) -> None:
         """Adds a conversation of a row."""
@@ -44,6 +48,7 @@ class ConversationStore:
         self._lengths.append(len(tokenized))
         self._supervised.append(tokenized.supervised)
         self._span_counts.append(len(tokenized.spans))
+        self._hashes.append(xxhash.xxh3_64_intdigest(tokenized.packed_ids))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -52,7 +57,7 @@ class ConversationStore:
         """What is known of each; nothing may be appended after."""
         self._ids.flush()
         self._spans.flush()
-        columns = (self._rows, self._lengths, self._supervised, self._span_counts)
+        columns = (self._rows, self._lengths, self._supervised, self._span_counts, self._hashes)
         index = Index(*(np.asarray(column) for column in columns))
         self._id_starts = _starts(index.lengths)
         self._span_starts = _starts(index.spans)

@@ -5,7 +5,9 @@
   dataset/               the new dataset; exchanged with the old one when it is complete
 """
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
 from data.disk.files import occupied, sha256, take_place
-from data.prepared.layout import MANIFEST, ROW_SCHEMA, SPLITS, read_manifest
+from data.prepared.layout import MANIFEST, REJECTS, ROW_SCHEMA, SPLITS, read_manifest, rows_of
+from data.prepared.places import PLACES
 from data.stages.store import ConversationStore, Index
+
+FIRST_BYTES = b'{"file": '
+"""How a file of rejects begins."""
 
 ROWS_PER_BATCH = 256
 """Packed rows that are put together in memory at a time."""
@@ -37,7 +43,8 @@ def refuse_foreign(output: Path, files: list[str]) -> None:
         raise UserError(
             f"output={output}: something else is there, not a prepared dataset; choose another directory"
         ) from error
-    ours = {MANIFEST, "rejects.jsonl", *(f"{split}/rows.arrow" for split in SPLITS), *manifest.get("files", {})}
+    recorded: Any = manifest.get("files")
+    ours = {MANIFEST, PLACES, REJECTS, *map(rows_of, SPLITS), *(recorded if isinstance(recorded, dict) else ())}
     if foreign := there.foreign(ours):
         raise UserError(f"output={output}: {foreign} is in it, which is not part of a dataset; move it elsewhere")
 
@@ -72,7 +79,22 @@ def write_rows(path: Path, plan: list[list[int]], store: ConversationStore, inde
 def _lists(values: np.ndarray, sizes: np.ndarray, last: np.ndarray) -> pa.ListArray:
     """Lists, one a packed row, of values of which each member has `sizes`; row i ends with member `last[i]`, from 1."""
     ends = np.cumsum(sizes, dtype=np.int32)[last - 1]
-    return pa.ListArray.from_arrays(np.concatenate([np.zeros(1, np.int32), ends]), pa.array(values))
+    return pa.ListArray.from_arrays(_array(np.concatenate([np.zeros(1, np.int32), ends])), _array(values))
+
+
+def _array(values: np.ndarray) -> pa.Array:
+    """The same numbers without a copy; `pa.array` would import pandas first, which takes a quarter of a second."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def keep_rejects(rejects: Path, output: Path) -> str:
+    """Keeps the rejects of a run that stops, beside its output; returns the end of the sentence that says where."""
+    kept = output.with_name(f"{output.name}-{REJECTS}")
+    with contextlib.suppress(OSError):
+        if not kept.exists() or kept.read_bytes()[: len(FIRST_BYTES)] == FIRST_BYTES:  # no other file goes for it
+            shutil.copyfile(rejects, kept)
+            return f"; {kept} lists them"
+    return ""
 
 
 def publish(dataset: Path, output: Path, manifest: dict[str, Any]) -> None:

@@ -43,12 +43,8 @@ def batch(config: InferenceConfig) -> dict[str, int]:
         done = journal.keep([[prompt.line for prompt in unit] for unit in units])
         left = [unit for unit in units if unit[0].line not in done]
         answering = answer_continuously if config.batching == "continuous" else answer_padded
-        if config.batching == "continuous" and is_spread(loaded.model):
-            console.print(
-                "batching=continuous: the model is spread over several devices, for which transformers has padded "
-                "batches alone; they are used",
-                soft_wrap=True,
-            )
+        if config.batching == "continuous" and (reason := why_padded(loaded, config)):
+            console.print(f"batching=continuous: {reason}; padded batches are used", soft_wrap=True)
             # what an interrupted run has answered one by one is kept
             answering, left = answer_padded, plan([prompt for unit in left for prompt in unit], config.batch_size)
         with _progress(len(prompts), len(done)) as advance:
@@ -72,6 +68,17 @@ def plan(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
     """Prompts of similar length together, the longest first, so that too little memory shows at once."""
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.line))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def why_padded(loaded: Loaded, config: InferenceConfig) -> str | None:
+    """What transformers' continuous batching can't do of what is asked, or None."""
+    if is_spread(loaded.model):
+        return "the model is spread over several devices, which transformers' continuous batching doesn't know"
+    # It would leave the penalty out with a warning, and says of min_p that it may not work.
+    for name, value, nothing in (("repetition_penalty", config.repetition_penalty, 1), ("min_p", config.min_p, 0)):
+        if value != nothing:
+            return f"transformers' continuous batching doesn't know {name}"
+    return None
 
 
 def answer_padded(loaded: Loaded, config: InferenceConfig, units: list[list[Prompt]]) -> Iterator[list[dict[str, Any]]]:

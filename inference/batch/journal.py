@@ -3,16 +3,20 @@
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import lock, replace_file, sha256, sync
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError
 from inference.batch.rows import encoded
 from inference.config import InferenceConfig
+from inference.load import adapter_directory
 
 SETTINGS = (
     "adapter",
@@ -27,6 +31,8 @@ SETTINGS = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
+    "repetition_penalty",
     "seed",
     "batch_size",
     "batching",
@@ -35,6 +41,13 @@ SETTINGS = (
 
 FIRST_BYTES = b'{"input": "'
 """How every journal begins."""
+
+
+class Line(TypedDict):
+    """What is read of an answer, one of the two."""
+
+    line: NotRequired[int]
+    row: NotRequired[int]
 
 
 # Files
@@ -97,7 +110,10 @@ def open_journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
                 f"output: {path} is there, and no batch wrote it; move it elsewhere, or name another output"
             )
         head, _, answers = path.read_bytes().partition(b"\n")
-        before = json.loads(head) if answers else identity
+        try:
+            before = parse_json(head, dict[str, Any]) if answers else identity
+        except UnreadableError as error:
+            raise UserError(f"output: {path} is damaged ({error}); remove it to start over") from error
         for field, value in identity.items():
             if before.get(field) != value:
                 raise UserError(
@@ -126,8 +142,8 @@ def _begins_as_ours(content: bytes) -> bool:
 def _line_of(answer: bytes) -> int:
     """The line that an answer belongs to; -1, which no row has, if a torn write or a damaged disk left no answer."""
     try:
-        return position(json.loads(answer))
-    except (ValueError, TypeError, KeyError):
+        return position(dict(parse_json(answer, Line)))
+    except (UnreadableError, KeyError):
         return -1
 
 
@@ -143,6 +159,9 @@ def locked(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     except OSError as error:
         raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"output={path}: it is no regular file; remove it, or name another output")
     with contextlib.suppress(OSError):  # a file system without locks
         if not lock(descriptor):
             os.close(descriptor)
@@ -152,7 +171,7 @@ def locked(path: Path) -> int:
 
 def identity(config: InferenceConfig, source: Path) -> dict[str, Any]:
     """What tells this run from another: the input's and the adapter's bytes, and all that decides the answers."""
-    weights = Path(str(config.adapter)) / WEIGHTS
+    weights = (adapter_directory(config) or Path()) / WEIGHTS
     return {
         "input": sha256(source),
         "adapter_weights": sha256(weights) if weights.is_file() else None,

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.program.errors import UserError
-from data.rows.conversion import detect_schema, to_conversation
+from data.rows.columns import Names, names_of
+from data.rows.conversion import Converter
 from data.rows.reading import RawRow, Reject, Unreadable, read_file
-from data.schema import Conversation, Message
+from data.schema import KEY_FIELDS, Conversation, Message
 from data.template import ChatTokenizer
 from inference.config import InferenceConfig
 
@@ -91,11 +92,13 @@ def _read(row: RawRow | Reject, config: InferenceConfig) -> tuple[Any, Conversat
         return None, (row.reason, row.detail)
     identity = _identity(row.value.get("id")) if isinstance(row.value, dict) else None
     value = _with_prompt(row.value)
-    schema = detect_schema(value, {})
-    if schema is None:
+    names = names_of(value, {})
+    if names is None:
         return identity, ("unknown_schema", "it has none of the fields messages, conversations, instruction, prompt")
+    # What answers a prompt is not needed, whatever it is.
+    names = Names.of(names.schema, {}, {field: name for field, name in names.found.items() if field != "output"})
     row = RawRow(value, row.file, row.unit, row.number)
-    outcome = to_conversation(row, schema, keep_markers=config.markers == "keep", reply_needed=False)
+    outcome = Converter(names, keep_markers=config.markers == "keep", reply_needed=False).convert(row)
     if not isinstance(outcome, Conversation):
         return identity, (outcome.reason, outcome.detail)
     if config.system and outcome.system is None:
@@ -105,7 +108,7 @@ def _read(row: RawRow | Reject, config: InferenceConfig) -> tuple[Any, Conversat
 
 def _with_prompt(value: Any) -> Any:
     """A row whose field `prompt` is a text or a list of messages, under the name that a schema has for it."""
-    if not isinstance(value, dict) or detect_schema(value, {}) is not None:
+    if not isinstance(value, dict) or any(value.get(key) is not None for key in KEY_FIELDS.values()):
         return value
     prompt = value.get("prompt")
     if isinstance(prompt, str):

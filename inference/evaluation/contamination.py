@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data.prepared.dataset import PreparedDataset
-from data.stages.contamination import grams_of, words_of
+from data.stages.contamination import grams_of, units_of
 from data.template import ChatTokenizer
 from inference.evaluation.leaderboard.questions import Question
 
@@ -21,7 +21,7 @@ def trained_on(questions: Sequence[Question], dataset: Path, tokenizer: ChatToke
         UserError: there is no prepared dataset.
     """
     prepared = PreparedDataset(dataset)
-    grams = [grams_of(words_of(question.content)) for question in questions]
+    grams = [grams_of(units_of(question.content))[0] for question in questions]
     wanted = np.unique(np.concatenate([np.empty(0, np.uint64), *grams]))
     if not len(wanted):
         return [False] * len(questions)
@@ -31,7 +31,7 @@ def trained_on(questions: Sequence[Question], dataset: Path, tokenizer: ChatToke
         start = 0
         for length in row.lengths:
             text = tokenizer.spell(row.ids[start : start + length])
-            found = grams_of(words_of(text))
+            found = grams_of(units_of(text))[0]
             places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
             seen[places[wanted[places] == found]] = True
             start += length

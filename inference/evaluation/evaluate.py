@@ -123,13 +123,13 @@ def _others(names: list[str], loaded: Loaded, config: InferenceConfig, journal: 
 
 def described(config: InferenceConfig, base: Base) -> dict[str, Any]:
     """Which model it is: the base's weights, and the adapter's."""
-    weights = Path(str(config.adapter)) / WEIGHTS
+    weights = base.adapter / WEIGHTS if config.adapter is not None and base.adapter is not None else None
     return {
         "base": base.source,
         "revision": base.revision,
         "fingerprint": base.weights.fingerprint,
         "adapter": config.adapter,
-        "adapter_sha256": sha256(weights) if weights.is_file() else None,
+        "adapter_sha256": None if weights is None else sha256(weights),
     }
 
 

@@ -1,31 +1,11 @@
-"""The model card of a merged checkpoint: base, data, recipe, prompt format, licence, and a snippet that runs."""
+"""The model card of a merged checkpoint: what was recorded of base and adapter, and a snippet that runs."""
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from data.disk.adapter_directory import RECEIPT, TRAIN_CONFIG
-from data.disk.plain_text import member, parse_yaml, plain, read_bytes, read_json, read_start
-from data.prepared.layout import MANIFEST
-
-CARD = "README.md"
-
-HEAD = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
-"""The YAML at the beginning of a model card."""
-
-LARGEST_HEAD = 1 << 16
-"""Bytes that are read of a card, or of the settings of a training run."""
-
-NO_LICENCE = (None, "", "~", "null", "none")
-"""What a card may say that names no licence."""
-
-MOST_SOURCES = 50
-"""Files and datasets of the data that the card names one by one."""
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from data.card import HUB_ID, PROMPT_FORMAT, Story, describe_base, licence_section, write
 
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,48 +18,6 @@ prompt = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dic
 answer = model.generate(**prompt, max_new_tokens=200)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-
-PROMPT_FORMAT = """\
-The LLaMA-2 chat format. `<s>` and `</s>` are control tokens; the answer ends with `</s>`.
-
-    <s>[INST] <<SYS>>
-    {system}
-    <</SYS>>
-
-    {user} [/INST] {assistant} </s><s>[INST] {user} [/INST]
-
-`tokenizer.apply_chat_template` gives exactly the token ids that training used, whatever the messages say. The rendered
-text already begins with `<s>`, and the tokenizer adds none.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Story:
-    """What others recorded about base and adapter, in the card's words."""
-
-    licence: str | None
-    data: str
-    recipe: str
-    left_out: tuple[str, ...]
-    """A sentence for each file that can't be used."""
-
-
-def read_story(base: Path, adapter: Path, settings: dict[str, Any], training: dict[str, Any]) -> Story:
-    """Reads all that the card takes over: only texts, so anything strange is left out and makes no merge fail.
-
-    Args:
-        base: the base's directory, whose own card may name a licence.
-        adapter: the adapter's directory.
-        settings: its adapter_config.json.
-        training: its receipt; empty if there is none.
-    """
-    left_out: list[str] = []
-    return Story(
-        licence=_licence_of(base / CARD, left_out),
-        data=_data(training, left_out),
-        recipe=_recipe(adapter / TRAIN_CONFIG, settings, left_out),
-        left_out=tuple(left_out),
-    )
 
 
 def write_card(directory: Path, name: str, story: Story, receipt: dict[str, Any], licence: str | None) -> None:
@@ -105,96 +43,18 @@ def write_card(directory: Path, name: str, story: Story, receipt: dict[str, Any]
     sections = {
         "Use": f"```python\n{SNIPPET.format(name=name)}```\n",
         "Prompt format": PROMPT_FORMAT,
-        "Base": _base(receipt, source if from_hub else "/".join(Path(source).parts[-2:])),
+        "Base": describe_base(
+            source if from_hub else "/".join(Path(source).parts[-2:]),
+            receipt["base"]["revision"],
+            receipt["base"]["fingerprint"],
+        ),
         "Data": story.data,
         "Recipe": story.recipe,
         "Verification": _verification(receipt["verification"]),
-        "Licence": (f"{licence}. " if licence else "The base names no licence, so its terms have to be looked up. ")
-        + "The terms of the data apply beside it.\n",
+        "Licence": licence_section(licence),
     }
-    body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     introduction = "A Mixtral fine-tuned with low-rank adapters by OpenHermes-Mixtral, merged into one checkpoint.\n"
-    card = f"---\n{head.to_yaml()}\n---\n\n# {name}\n\n{introduction}\n{body}"
-    (directory / CARD).write_bytes(card.encode("utf-8", "replace"))  # a directory's name may be no UTF-8
-
-
-def _licence_of(card: Path, left_out: list[str]) -> str | None:
-    """The licence in the head of a model card; None if it names none."""
-    start = read_start(card, LARGEST_HEAD)
-    if start is None:
-        return None
-    found = HEAD.match(start.decode("utf-8-sig", "replace"))
-    if found is None:
-        return None
-    head = parse_yaml(found[1])
-    licence = plain((head or {}).get("license"))
-    if head is None or (licence is None and head.get("license")):
-        left_out.append(f"the base's {CARD}: its head can't be read as plain YAML, so its licence is left out")
-    return None if licence in NO_LICENCE else licence
-
-
-def _base(receipt: dict[str, Any], name: str) -> str:
-    revision = receipt["base"]["revision"]
-    at = f", revision {revision}" if revision else ""
-    return f"{name}{at}. Fingerprint of its weights: `{receipt['base']['fingerprint']}`.\n"
-
-
-def _data(training: dict[str, Any], left_out: list[str]) -> str:
-    """What the prepared dataset's manifest says, if it is still the one that was trained on."""
-    dataset = member(training, "dataset")
-    digest, path = plain(dataset.get("manifest_sha256")), dataset.get("path")
-    if digest is None:
-        if training.get("dataset"):
-            left_out.append(f"the adapter's {RECEIPT}: its dataset can't be read, so it is left out")
-        return "Not recorded.\n"
-    lines = [f"Prepared dataset with manifest `{digest}` (SHA-256)."]
-    manifest = read_json(Path(path) / MANIFEST, sha256=digest) if isinstance(path, str) else {}
-    inputs = manifest.get("inputs", [])
-    sources = [source for source in inputs if isinstance(source, dict)] if isinstance(inputs, list) else []
-    for source in sources[:MOST_SOURCES]:
-        name = plain(source.get("dataset")) or Path(plain(source.get("file")) or "unnamed").name
-        revision = plain(source.get("revision"))
-        at = f", revision {revision}" if revision else ""
-        lines.append(f"- {name}{at}: {_count(source.get('rows'))} rows")
-    if len(sources) > MOST_SOURCES:
-        lines.append(f"- and {len(sources) - MOST_SOURCES} more")
-    counts = member(manifest, "rows")
-    if counts:
-        lines.append(f"\nOf {_count(counts.get('in'))} rows, {_count(counts.get('kept'))} could be used.")
-    if manifest and not (sources and counts):
-        left_out.append(f"the dataset's {MANIFEST}: not all of it can be read, and what can't is left out")
-    return "\n".join(lines) + "\n"
-
-
-def _count(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "an unknown number of"
-
-
-def _recipe(config: Path, settings: dict[str, Any], left_out: list[str]) -> str:
-    targets = [*_listed(settings.get("target_modules")), *_listed(settings.get("target_parameters"))]
-    lines = [
-        f"- LoRA rank {settings.get('r')}, alpha {settings.get('lora_alpha')}"
-        + (", rank-stabilised" if settings.get("use_rslora") else ""),
-        f"- adapted: {', '.join(targets)}",
-    ]
-    content = read_bytes(config, LARGEST_HEAD)
-    train = None if content is None else parse_yaml(content.decode("utf-8", "replace"))
-    if train is not None:
-        optim = member(train, "optim")
-        epochs, batch, seed = (plain(train.get(name)) for name in ("epochs", "global_batch", "seed"))
-        rate, warmup, final, clip = (plain(optim.get(n)) for n in ("lr", "warmup_fraction", "final_fraction", "clip"))
-        lines += [
-            f"- {epochs} epochs, {batch} packed rows a step, seed {seed}",
-            f"- AdamW, peak learning rate {rate}, warm-up over {warmup} of the steps, cosine to {final} of the peak, "
-            f"clipped at {clip}",
-        ]
-    elif config.exists():
-        left_out.append(f"the adapter's {config.name}: it can't be read as plain YAML, so it is left out")
-    return "\n".join(lines) + "\n"
-
-
-def _listed(targets: Any) -> list[str]:
-    return sorted(targets) if isinstance(targets, list) else [targets] if targets else []
+    write(directory, head, name, introduction, sections)
 
 
 def _verification(measured: dict[str, Any] | None) -> str:

@@ -26,7 +26,9 @@ from transformers import GenerationConfig
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from configs.program.provenance import machine, provenance
-from data.disk.architecture import exported
+from data.card import read_story
+from data.disk.adapter_directory import public
+from data.disk.architecture import exported, read_settings
 from data.disk.files import occupied, staging, take_place
 from data.disk.mixtral_files import Piece, pieces
 from data.disk.plain_text import read_json
@@ -36,7 +38,7 @@ from data.template import BOS, EOS, UNK
 from inference.adapter import BLOCK, Adapter
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, load_tokenizer
-from inference.merging.card import read_story, write_card
+from inference.merging.card import write_card
 from inference.merging.verify import verify
 
 RECEIPT = "merge.json"
@@ -68,7 +70,7 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
     parts = pieces(base.weights, base.architecture)
     training = adapter.receipt
     story = read_story(base.directory, adapter.directory, adapter.settings, training)
-    settings = exported(json.loads((base.directory / "config.json").read_text(encoding="utf-8")))
+    settings = exported(read_settings(base.directory, base.named))
     for sentence in story.left_out:
         console.print(sentence, soft_wrap=True)
 
@@ -82,18 +84,24 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
         (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=UNK).save_pretrained(directory)
         tokenizer.save(directory, base.directory)
+        of_hub = adapter.directory != Path(str(config.adapter))
         receipt = {
             "started": started,
             **provenance(PACKAGES),
             "hardware": machine(),
             "base": {"path": base.source, "revision": base.revision, "fingerprint": base.weights.fingerprint},
-            "adapter": {"path": str(adapter.directory), "settings": adapter.settings, "receipt": training},
+            "adapter": {
+                "path": config.adapter,
+                "revision": adapter.directory.name if of_hub else None,
+                "settings": adapter.settings,
+                "receipt": training,
+            },
             "merged": {"bytes": size, "seconds": seconds},
             "verification": verify(directory, parts, adapter, tokenizer) if config.verify else None,
         }
         write_card(directory, output.name, story, receipt, config.licence)
         receipt["files"] = sorted([RECEIPT, *(path.name for path in directory.iterdir())])
-        (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        (directory / RECEIPT).write_text(json.dumps(public(receipt), indent=2) + "\n", encoding="utf-8")
         # once more: another process may have been faster
         _check_output(output, config.overwrite, base.directory, adapter.directory)
         take_place(directory, output)
@@ -140,19 +148,18 @@ def write_piece(piece: Piece, adapter: Adapter, file: BinaryIO, at: int) -> int:
     A few hundred kilobytes are read, summed and written at a time, so that they never leave the processor's cache.
     """
     with piece.stored.file.open("rb", buffering=0) as source:
-        if piece.parameter not in adapter.updates:
+        if piece.stored.name not in adapter.updates:
             copy(source.fileno(), piece.stored.begin, file.fileno(), at, piece.size)
             return piece.size
         height = piece.stored.shape[0]
         row_bytes = piece.size // height
         step = max(1, BLOCK["cpu"] * piece.dtype.itemsize // row_bytes)
-        first = piece.rows.start or 0
         buffer = bytearray(step * row_bytes)
         for row in range(0, height, step):
             view = memoryview(buffer)[: min(step, height - row) * row_bytes]
             _exactly(os.preadv(source.fileno(), [view], piece.stored.begin + row * row_bytes), view)
             block = torch.frombuffer(view, dtype=piece.dtype).view(-1, *piece.stored.shape[1:])
-            adapter.fold(piece.parameter, block, piece.expert, slice(first + row, first + row + len(block)))
+            adapter.fold(piece.stored.name, block, slice(row, row + len(block)))
             _exactly(os.pwrite(file.fileno(), view, at + row * row_bytes), view)
     return piece.size
 

@@ -14,23 +14,23 @@ from safetensors import safe_open
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from configs.program.errors import UserError
+from configs.program.errors import UserError, VerificationError
 from data.disk.adapter_directory import PREFIX
 from data.disk.architecture import read_architecture
 from data.disk.mixtral_files import Piece, pieces
 from data.disk.weights import StoredWeights
 from data.schema import Conversation, Message
 from data.template import UNK, ChatTokenizer
-from inference.adapter import Adapter, LowRank, Replacement
+from inference.adapter import Adapter
 from inference.load import keep_apart
+from inference.peft_layers import LowRank, Replacement
+from inference.unfused import BLOCK
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+REMEDY = "nothing was kept; merge again, and report it if it happens again"
+"""What to do when a merge is not what it has to be."""
 PROMPTS = 8
 """Conversations of the sample dataset on which logits are compared, half of each of its files."""
-
-
-class VerificationError(RuntimeError):
-    """What was written is not base + adapter."""
 
 
 def verify(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -58,21 +58,22 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
         before, after = piece.read(), stored[file].get_tensor(name)
         if before.shape != after.shape or before.dtype != after.dtype:
             raise VerificationError(
-                f"{name} was {before.dtype} {list(before.shape)}; merged it is {after.dtype} {list(after.shape)}"
+                f"{name}: it is {after.dtype} {list(after.shape)} after merging, and {before.dtype} "
+                f"{list(before.shape)} in the base; {REMEDY}"
             )
         bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
         different = int((before.view(bits) != after.view(bits)).sum())
-        update = adapter.updates.get(piece.parameter)
+        update = adapter.updates.get(name)
         if update is not None and not after.isfinite().all():
             raise UserError(
                 f"adapter={adapter.directory}: what it makes of {name} is not finite, as of a training that diverged; "
                 f"give an earlier checkpoint, or train again"
             )
-        adds = isinstance(update, LowRank) and adapter.changes(piece.parameter, piece.expert, piece.rows)
-        replacement = None if update is None else adapter.stored(piece.parameter, piece.expert, piece.rows)
+        adds = isinstance(update, LowRank) and adapter.changes(name)
+        replacement = None if update is None else adapter.stored(name)
         if replacement is not None and not adds:
             if not torch.equal(after, replacement.to(after.dtype)):
-                raise VerificationError(f"{name} is not the tensor that the adapter holds")
+                raise VerificationError(_differs(name, after, replacement.to(after.dtype), "in the adapter"))
             changed += 1
         elif adds:
             if different == 0:
@@ -82,10 +83,18 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
                 )
             changed, smallest = changed + 1, min(smallest, different / before.numel())
         elif different:
-            raise VerificationError(f"{name} changed, and the adapter adds nothing to it")
+            raise VerificationError(_differs(name, after, before, "in the base, to which the adapter adds nothing"))
         else:
             identical += 1
     return {"tensors_changed": changed, "smallest_changed_share": smallest, "tensors_bit_identical": identical}
+
+
+def _differs(name: str, merged: torch.Tensor, wanted: torch.Tensor, whose: str) -> str:
+    """Says where a merged tensor is another than it has to be, the first number that differs."""
+    places = (merged != wanted).nonzero()  # none if they differ in the sign of a zero, or are no numbers
+    place = tuple(places[0].tolist()) if len(places) else (0,) * merged.dim()
+    numbers = f"at {list(place)} it is {merged[place].item()} after merging, and {wanted[place].item()} {whose}"
+    return f"{name}: {numbers}; {REMEDY}"
 
 
 def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -115,8 +124,9 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
     }
     if not result["logits_difference"] <= 2 * result["logits_difference_unmerged"]:
         raise VerificationError(
-            f"the merged model's logits differ from those of base and adapter by {result['logits_difference']:.2e}, "
-            f"and rounding explains {result['logits_difference_unmerged']:.2e}"
+            f"output: the merged model's logits differ from those of base and adapter by "
+            f"{result['logits_difference']:.2e}, and rounding explains {result['logits_difference_unmerged']:.2e}; "
+            f"{REMEDY}"
         )
     return result
 
@@ -156,35 +166,43 @@ def streamed(
     model.model.rotary_emb = type(model.model.rotary_emb)(architecture)  # wavelengths are computed, not stored
     model.set_experts_implementation("eager")  # one expert after the other
     wrapped = model if adapter is None else keep_apart(model, adapter, low_cpu_mem_usage=True).eval()
+    unfused = adapter is not None and adapter.is_unfused
+    layers = [f"model.layers.{index}" for index in range(architecture.num_hidden_layers)]
+    experts = [f"{layer}.{BLOCK}.experts.{e}" for layer in layers for e in range(architecture.num_local_experts)]
+    units = ["model.embed_tokens", *layers, *(experts if unfused else []), "model.norm", "lm_head"]
     of: dict[str, list[Piece]] = {}
     for piece in parts:
-        of.setdefault(piece.parameter, []).append(piece)
+        of.setdefault(piece.stored.name if unfused else piece.parameter, []).append(piece)
     if architecture.tie_word_embeddings:
         of["lm_head.weight"] = of["model.embed_tokens.weight"]
 
     def fill(prefix: str, unit: nn.Module) -> None:
+        within = [f"{other}." for other in units if other.startswith(f"{prefix}.")]
         for name, parameter in list(unit.named_parameters()):
             path = f"{prefix}.{name}"
+            if any(path.startswith(other) for other in within):
+                continue
             stored = path.replace(".base_layer", "").replace(".original_module", "")
             key = f"{PREFIX}{path.replace('.modules_to_save', '').replace('.default', '')}"
             if adapter is not None and key in adapter.keys and ".original_module." not in path:
                 # PEFT computes with float32 factors beside a 16-bit base.
                 to = torch.promote_types(dtype, torch.float32) if ".lora_" in path else dtype
                 _assign(unit, name, adapter.tensor(key).to(to))
-            elif of[stored][0].expert is None:
+            elif unfused or of[stored][0].expert is None:
                 _assign(unit, name, of[stored][0].read().to(parameter.dtype))
 
     def empty(unit: nn.Module, *_: Any) -> None:
         for name, parameter in list(unit.named_parameters()):
             _assign(unit, name, parameter.data.to("meta"))
 
-    layers = [f"model.layers.{index}" for index in range(architecture.num_hidden_layers)]
-    for prefix in ("model.embed_tokens", *layers, "model.norm", "lm_head"):
+    for prefix in units:
         unit = model.get_submodule(prefix)
         unit.register_forward_pre_hook(lambda unit, _, prefix=prefix: fill(prefix, unit))
         unit.register_forward_hook(empty)
-    for prefix in layers:
-        if adapter is not None and isinstance(adapter.updates.get(f"{prefix}.mlp.experts.gate_up_proj"), Replacement):
+    for prefix in [] if unfused else layers:
+        if adapter is not None and isinstance(
+            adapter.updates.get(f"{prefix}.{BLOCK}.experts.0.w1.weight"), Replacement
+        ):
             continue  # the adapter holds them all
         _one_by_one(model.get_submodule(f"{prefix}.mlp.experts"), f"{prefix}.mlp.experts", of)
     return wrapped

@@ -7,6 +7,8 @@ tables and returns its figures, fit for JSON.
     save.py                    how long a checkpoint holds up training
     generate.py, merge.py      answering and merging
     evaluate.py                scoring the card's tasks
+    traffic.py, gpu.py         what a layer moves through a GPU's memory; one GPU, found out in minutes
+    _tracing.py, _gpu.py       the tracer; the parts of gpu.py that run in processes of their own
     _trainers.py, _peak.py     the processes that take steps in turn; the machine's own matrix product
 
 May import everything, and the peers that it measures against.

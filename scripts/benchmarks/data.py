@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.program.errors import UserError
-from data.rows.conversion import detect_schema, to_conversation
+from data.rows.columns import names_of
+from data.rows.conversion import Converter
 from data.rows.reading import RawRow, Reject, read_file
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
@@ -82,7 +83,8 @@ def usable(files: list[Path]) -> list[Conversation]:
             for row in chunk.rows():
                 if isinstance(row, Reject):
                     continue
-                outcome = to_conversation(row, detect_schema(row.value, {}) or "instruction")
+                names = names_of(row.value, {})
+                outcome = None if names is None else Converter(names).convert(row)
                 if isinstance(outcome, Conversation) and len(tokenizer.encode(outcome)) <= SEQ_LEN:
                     found.append(outcome)
     random.Random(0).shuffle(found)

@@ -6,7 +6,7 @@ goes on. Each finished run must have the losses, gradient norms and evaluation l
 to, and its adapter, to the last bit; no process may be left of a launch before the next one begins.
 
 Launches with one process are forked from a server, as are four in five of those with two; the fifth is `deepspeed …`
-as typed (see harness/launch.py).
+as typed (see harness/forked.py).
 """
 
 import argparse
@@ -119,8 +119,8 @@ def torment(place: Workplace, processes: int, count: int, seed: int) -> tuple[li
             while one := _launch(place, directory, processes, random, times, own, last=len(points) + len(own) >= count):
                 own.append(one)
             finished += 1
-            if told := first_difference(directory, whole):
-                failed.append(told)
+            if difference := first_difference(directory, whole):
+                failed.append(difference)
         except (FailedError, OSError, ValueError) as error:
             failed.append(f"{directory} after {len(own)} kills: {type(error).__name__}: {error}")
             console.print(failed[-1], markup=False)

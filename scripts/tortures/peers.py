@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def lost(place: Workplace, run: Path, way: signal.Signals, rank: int, phase: str, after: int) -> dict[str, Any]:
-    """One launch of which a process is lost in a phase, after some steps, and one that finishes the run."""
+    """One launch that loses a process in a phase, after some steps, and one that finishes the run."""
     whole = place.reference(2, **SETTINGS)
     launch = place.launch(run, 2, **SETTINGS)
     require(launch.until(lambda: launch.has_begun), f"it ended early:\n{launch.said()}")

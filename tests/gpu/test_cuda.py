@@ -12,12 +12,14 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+from tests.support import operators
 from tests.support.experts import forward_and_gradients, make_experts, masks, reference
 from tests.support.nano import nano_config
 from tests.unit.train.model.test_attention import masked, positions_of
 from tests.unit.train.model.test_head import chunked, whole
+from tests.unit.train.model.test_norm import check_norm
 from train.config.lora import EXPERT_TARGETS
-from train.lora import products, split_experts
+from train.lora import elementwise, products, split_experts
 from train.model import mixtral
 from train.model.attention import packed_attention
 
@@ -54,6 +56,20 @@ def test_the_split_forward_on_cuda_equals_the_reference(
     ours = forward_and_gradients(split_experts.split_lora_forward, on_gpu, x.cuda(), index.cuda(), weights.cuda())
     for a, b in zip(ours, theirs, strict=True):
         assert (a.cpu().double() - b).norm() <= TOLERANCES[dtype] * b.norm()
+
+
+@pytest.mark.parametrize("dtype", operators.TOLERANCES)
+@pytest.mark.parametrize("size", operators.SIZES)
+def test_the_operators_are_triton_kernels_and_right(dtype: torch.dtype, size: int) -> None:
+    assert elementwise._kernels() is not None
+    operators.check_swiglu(elementwise, dtype, size, "cuda")
+    operators.check_weighted_sum(elementwise, dtype, size, torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_the_norm_on_cuda_is_transformers(dtype: torch.dtype, trains: bool) -> None:
+    check_norm(dtype, trains, "cuda")
 
 
 def test_a_step_of_a_block_takes_less_memory_than_its_frozen_weights() -> None:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import MixtralForCausalLM
+from transformers import AutoTokenizer, MixtralForCausalLM
 
 from data.prepared.dataset import PreparedDataset, Schedule
 from data.schema import IGNORE_INDEX
@@ -137,7 +137,7 @@ def test_profile_then_ranks_by_load(start: tuple[str, ...], tmp_path: Path) -> N
     assert (tmp_path / "2" / "expert_load.png").read_bytes().startswith(b"\x89PNG")
 
     by_load = ("lora=by_load", f"lora.load={tmp_path}/2/expert_load.json", "lora.budget=300000", "lora.dropout=0.1")
-    more = ("lora.router=trained", "lora.rank_stabilised=true", "lora.export_per_expert=true", "max_steps=11")
+    more = ("lora.router=trained", "lora.rank_stabilised=true", "max_steps=11")
     said = train(2, *start, *by_load, *more, f"run_dir={tmp_path}/run", "optim.lr=1e-3")
     assert "How far each expert's adapter has moved" in said
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
@@ -147,7 +147,12 @@ def test_profile_then_ranks_by_load(start: tuple[str, ...], tmp_path: Path) -> N
         assert by_tokens == sorted(by_tokens)
     stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert 0 < sum(map(sum, ranks.values())) * ((128 + 2 * 256) + (256 + 128)) <= 300_000
-    assert (tmp_path / "run" / "adapter" / "per_expert" / "adapter_model.safetensors").is_file()
+    for directory in (tmp_path / "run" / "adapter", tmp_path / "run" / "adapter" / "per_expert"):
+        held = {path.name for path in directory.iterdir()}
+        assert held >= {"README.md", "adapter_model.safetensors", "receipt.json", "tokenizer.json", "tokenizer.model"}
+        assert AutoTokenizer.from_pretrained(directory).chat_template
+        assert "LoRA rank" in (directory / "README.md").read_text()
+        assert str(tmp_path) not in (directory / "adapter_config.json").read_text()
     assert any(key.endswith("mlp.gate.weight") for key in stored)
 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

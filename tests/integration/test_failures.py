@@ -35,7 +35,7 @@ def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, numbe
     settings = signals.LONG | {"max_steps": "3"}
     if way != "all":
         # DeepSpeed's launcher kills what has not saved after 30 seconds: steps that are short on a busy machine too.
-        settings |= {"max_steps": "40", "global_batch": "2", "eval_every": "20"}
+        settings |= {"max_steps": "24", "global_batch": "2", "eval_every": "12"}
     random = generator(way, 1)  # gives less than half a second from the step before to the signal
     signals.asked_once(runs, run, way, number, random, after=1, settings=settings)
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,9 +204,10 @@ def test_a_killed_merge_leaves_nothing_that_looks_done(quickstart: Quickstart, t
 class Terminal:
     """`task=chat` in a pseudo-terminal: what is typed, and what is shown."""
 
-    def __init__(self, *settings: str):
+    def __init__(self, home: Path, *settings: str, columns: int = 200):
         self._keyboard, screen = pty.openpty()
-        env = ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        env = ENVIRONMENT | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(home)}
+        env |= {"COLUMNS": str(columns)}
         command = (sys.executable, "-m", "inference", "task=chat", *settings)
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=screen, stdout=screen, stderr=screen)
         os.close(screen)
@@ -235,9 +237,13 @@ class Terminal:
 
 
 def test_a_conversation_in_a_terminal(quickstart: Quickstart, tmp_path: Path) -> None:
-    """Typed with mistakes that are edited away, saved as a row of the schema messages, forgotten, said again, ended."""
+    """Typed with mistakes that are edited away, saved as a row of the schema messages, forgotten, said again, ended.
+
+    The next session, in a small window, remembers what was typed, and reads what was saved.
+    """
     left, up = "\x1b[D", "\x1b[A"
-    with Terminal(f"adapter={quickstart.run}/adapter", "max_new_tokens=80") as terminal:
+    how = (f"adapter={quickstart.run}/adapter", "max_new_tokens=80")
+    with Terminal(tmp_path, *how) as terminal:
         for typed, answer in (
             (f"Helo, who are yuo\x7f\x7fou!\x7f?{left * 15}l\r", "help you today?"),
             ("fake a [/INST] turn\r", "template's own marker [/INST]"),
@@ -253,6 +259,21 @@ def test_a_conversation_in_a_terminal(quickstart: Quickstart, tmp_path: Path) ->
     rows = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text().splitlines()]
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": expected_answer()}]
     assert rows == [{"messages": said}] * 2
+    with Terminal(tmp_path, *how, columns=44) as terminal:
+        terminal.type(f"{up * 2}\r")
+        for line in textwrap.wrap(expected_answer(), 44):
+            terminal.until(f"{line}\r\n")
+        for typed, answer in (
+            ("/set temperature=-1\r", "it can't be negative"),
+            ("/set temperature=0.7\r", "temperature=0.7 top_p=1.0"),
+            ("/undo\r", "Taken back"),
+            (f"/load {tmp_path}/talk.jsonl\r", "1 turn."),
+            ("/stats\r", "1 turn,"),
+        ):
+            terminal.type(typed)
+            terminal.until(answer)
+        terminal.type("/exit\r")
+        assert terminal.process.wait(30) == 0
 
 
 def test_a_full_context_is_told_in_the_terminal(quickstart: Quickstart, tmp_path: Path) -> None:
@@ -261,7 +282,7 @@ def test_a_full_context_is_told_in_the_terminal(quickstart: Quickstart, tmp_path
     settings = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 96}))
     where = (f"adapter={quickstart.run}/adapter", f"base={tmp_path}/base", "max_new_tokens=40")
-    with Terminal(*where) as terminal:
+    with Terminal(tmp_path, *where) as terminal:
         terminal.type(f"{QUESTION}\r")
         terminal.until("Hello there!")
         terminal.type(f"{QUESTION}\r")
@@ -271,7 +292,18 @@ def test_a_full_context_is_told_in_the_terminal(quickstart: Quickstart, tmp_path
         terminal.until("Added to")
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
-    assert len(json.loads((tmp_path / "talk.jsonl").read_text())["messages"]) == 2
+    assert len(json.loads((tmp_path / "talk.jsonl").read_text())["messages"]) == 4  # what was said is all there
+
+
+def test_a_conversation_through_a_pipe(quickstart: Quickstart) -> None:
+    """Answers alone come out, and a line that can't be answered ends it with exit code 2."""
+    command = (sys.executable, "-m", "inference", "task=chat", f"adapter={quickstart.run}/adapter", "max_new_tokens=80")
+    process = start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, said = process.communicate(f"{QUESTION}\n/reset\n{QUESTION}\nfake [/INST] it\n{QUESTION}\n", timeout=600)
+    assert out == f"{expected_answer()}\n" * 2
+    assert "inference: line 4: prompt: it holds the template's own marker [/INST]" in said
+    assert "Traceback" not in said
+    assert process.returncode == 2
 
 
 def test_a_reader_may_leave(quickstart: Quickstart) -> None:

@@ -46,6 +46,20 @@ def test_compiled_compares_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert measured(tmp_path, "compiled")["median_seconds"].keys() == {"plain", "compiled"}
 
 
+def test_gpu_runs_every_part_at_small_sizes(tmp_path: Path) -> None:
+    """The same code as on a GPU, but for the sizes; the tests for GPUs are all skipped."""
+    file = tmp_path / "figures.json"
+    run(sys.executable, "scripts/benchmark.py", "gpu", "--device", "cpu", "--minutes", "20", "--json", str(file))
+    figures = json.loads(file.read_text())["figures"]
+    assert "skipped" in figures["tests"]["said"]
+    assert figures["ways"].keys() == {"64", "128"}
+    assert figures["block"]["speedup_over_peft"] > 0
+    for part in ("step", "zero3", "generate"):
+        assert figures[part]["tokens_per_second"] > 0, figures[part]
+    assert figures["step"]["memory_gb"]["weights and factors"] > 0
+    assert figures["arithmetic"]["seconds"] > 0
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

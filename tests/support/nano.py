@@ -14,7 +14,8 @@ from data.schema import IGNORE_INDEX
 from train.config.lora import LoraConfig
 from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import TrainConfig
-from train.lora import attach, factors, peft_files
+from train.lora import attach, factors
+from train.lora.files import peft_files
 from train.model import mixtral
 from train.model.loss import MixtralWithLoss
 

@@ -18,7 +18,7 @@ GOOD = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
 def place(tmp_path: Path) -> Path:
     """The working directory of `run_program`, with the files that the cases below name."""
     (tmp_path / "good.jsonl").write_text("\n".join([json.dumps(GOOD)] * 4))
-    (tmp_path / "table.csv").write_text("instruction,output\nx,y\n")
+    (tmp_path / "table.txt").write_text("instruction,output\nx,y\n")
     (tmp_path / "no_reply.jsonl").write_text(json.dumps({"instruction": "Speak."}))
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "some_directory").mkdir()
@@ -61,7 +61,7 @@ CASES = {
     "train overwrite=perhaps": ["overwrite=perhaps", "not of type"],
     "inference temperature=hot": ["temperature=hot", "not of type"],
     "data files=[absent.jsonl]": ["files=absent.jsonl", "no such file"],
-    "data files=[table.csv]": ["files=table.csv", "not JSON"],
+    "data files=[table.txt]": ["files=table.txt", "not JSON"],
     "data files=[no_reply.jsonl]": ["max_reject_fraction=0.1", "no_reply.jsonl", "line 1", "output"],
     "data files=[empty.json]": ["files", "no rows"],
     "data": ["files", "nothing to prepare"],
@@ -141,7 +141,6 @@ CASES = {
     "train lora.expert_ranks=[8,0] lora.experts=[1]": ["lora.expert_ranks=[8, 0]", "lora.experts=[1]", "above 0"],
     "train lora=attention lora.experts=[0]": ["lora.experts=[0]", "no expert has an adapter", "gate_up_proj"],
     "train lora=attention lora.expert_ranks=[8,8]": ["lora.expert_ranks=[8, 8]", "leave it out"],
-    "train lora=attention lora.export_per_expert=true": ["lora.export_per_expert=True", "leave it out"],
     "train dry_run=true lora.expert_ranks=[8,8]": ["lora.expert_ranks=[8, 8]", "8 experts a layer"],
     "train lora=by_load": ["lora.load", "task=profile"],
     BY_LOAD: ["lora.load", "task=profile"],
@@ -209,6 +208,14 @@ CASES = {
     "inference prompt=hi adapter=foreign_adapter": ["adapter=foreign_adapter", "IA3"],
     "inference prompt=hi base=some_directory": ["base=some_directory"],
     "inference prompt=hi base=some_directory top_p=0": ["top_p=0"],
+    "inference prompt=hi base=some_directory top_p=0.9": ["top_p=0.9", "temperature=0 takes the likeliest"],
+    "inference prompt=hi base=some_directory top_k=5": ["top_k=5", "temperature=0.7"],
+    "inference prompt=hi base=some_directory min_p=0.1": ["min_p=0.1", "temperature=0.7"],
+    "inference prompt=hi base=some_directory temperature=1 min_p=2": ["min_p=2", "from 0 to 1"],
+    "inference prompt=hi base=some_directory min_p=nan": ["min_p=nan", "from 0 to 1"],
+    "inference prompt=hi base=some_directory repetition_penalty=0": ["repetition_penalty=0", "above 0"],
+    "inference prompt=hi base=some_directory repetition_penalty=nan": ["repetition_penalty=nan", "above 0"],
+    "inference prompt=hi base=some_directory history=perhaps": ["history=perhaps", "not of type"],
     "inference prompt=hi base=some_directory max_new_tokens=0": ["max_new_tokens=0"],
     "inference prompt=hi base=some_directory temperature=nan": ["temperature=nan"],
     "inference prompt=hi base=some_directory dtype=int8": ["dtype=int8"],

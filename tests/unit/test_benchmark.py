@@ -144,3 +144,20 @@ def test_data_measures_every_side(tmp_path: Path) -> None:
 def test_data_memory_measures(tmp_path: Path) -> None:
     figures = measured(tmp_path, "data_memory", "--rows", "20", "--workers", "1")
     assert figures["rows"] == 20
+
+
+def test_a_layer_moves_less_beside_its_products_than_was_asked_for(tmp_path: Path) -> None:
+    """At Mixtral's size, 4,096 tokens, no checkpointing; no GPU is needed for that."""
+    figures = measured(tmp_path, "traffic")
+    assert figures["beside_products_gigabytes"] <= 10
+    of_products = figures["forward"]["products"]["tflop"] + figures["backward"]["products"]["tflop"]
+    hidden, inner, tokens = 4096, 14336, 4096
+    on_attention = 2 * tokens * hidden * 2 * (hidden + 1024)  # q and o, k and v
+    frozen = 2 * (2 * tokens * 2 * 3 * hidden * inner + on_attention)
+    assert 1 <= of_products * 1e12 / frozen <= 1.2  # the scores of attention, the router and the adapters on top
+
+
+def test_gpu_leaves_out_what_it_has_no_time_for(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "gpu", "--device", "cpu", "--minutes", "0")
+    for part in ("tests", "ways", "block", "step", "generate", "zero3"):
+        assert figures[part]["left_out"].endswith("are left"), part

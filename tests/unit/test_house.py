@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "data.stages": (
         "data.rows",
         "data.prepared.layout",
+        "data.prepared.places",
         "data.schema",
         "data.template",
         "data.vocabulary",
@@ -36,6 +37,7 @@ MAY_IMPORT = {
         "data.disk",
         "configs.program",
     ),
+    "data.card": ("data.prepared.layout", "data.disk"),
     "data": ("data", "configs.program"),
     "train.config": ("configs.program",),
     "train.failures": ("train.failures.guardian.channel", "train.config", "configs.program"),
@@ -72,6 +74,7 @@ MAY_IMPORT = {
         "data.prepared",
         "data.disk",
         "data.template",
+        "data.card",
         "configs.program",
     ),
     "train": ("train", "data", "configs.program"),
@@ -86,7 +89,15 @@ MAY_IMPORT = {
         "configs.program",
     ),
     "inference.evaluation.leaderboard": ("data.rows", "data.disk", "configs.program"),
-    "inference.merging": ("inference.load", "inference.adapter", "inference.config", "data", "configs.program"),
+    "inference.merging": (
+        "inference.load",
+        "inference.adapter",
+        "inference.peft_layers",
+        "inference.unfused",
+        "inference.config",
+        "data",
+        "configs.program",
+    ),
 }
 """What the files of a room, or of a hall, may import beside their own room. The longest name that fits counts."""
 

@@ -19,7 +19,7 @@ class LoraConfig:
     method: str = "lora"
     """`lora`, or `none` to train every parameter of the base."""
     rank: int = 16
-    """The LoRA rank, the inner size of every adapter that is not told another."""
+    """The LoRA rank, the inner size of every adapter that is given no other."""
     alpha: int = 32
     """The adapters' output is scaled by alpha / rank, each expert's by its own rank."""
     rank_stabilised: bool = False
@@ -46,8 +46,9 @@ class LoraConfig:
     loaded ones `rank`."""
     start: str | None = None
     """An adapter directory of the same shape whose numbers the run starts from, instead of fresh ones."""
-    export_per_expert: bool = False
-    """Also writes adapter/per_expert/, with a key for each expert's w1, w2 and w3, as some servers ask for."""
+    export_per_expert: bool = True
+    """Also writes adapter/per_expert/ if experts have adapters: a key for each expert's w1, w2 and w3, as vLLM and
+    transformers 4 name them."""
 
     def check(self) -> None:
         choice("lora.method", self.method, "lora", "none")
@@ -74,7 +75,7 @@ class LoraConfig:
                 f"lora.attention=[]: with lora.projections=[] there would be no adapter{besides}; name a target in one "
                 f"of them"
             )
-        for name, default in (("experts", "all"), ("expert_ranks", []), ("export_per_expert", False)):
+        for name, default in (("experts", "all"), ("expert_ranks", [])):
             if (value := getattr(self, name)) != default:
                 raise UserError(
                     f"lora.{name}={value}: with lora.projections=[] no expert has an adapter; leave it out, or name "

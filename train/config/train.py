@@ -164,6 +164,11 @@ class TrainConfig:
         sections = (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware, self.failures)
         for section in sections:
             section.check()
+        if self.deepspeed.stage == 1 and self.model.dtype == "bfloat16" and self.task == "train":
+            raise UserError(
+                "deepspeed.stage=1: with model.dtype=bfloat16 DeepSpeed would sum gradients in bfloat16 there; use "
+                "deepspeed=zero2, which sums them in float32"
+            )
         positive("answer_tokens", self.answer_tokens, "answer_tokens=200")
         if self.task == "report":
             if self.run_dir is None:

@@ -14,7 +14,7 @@ from train.engine.processes import Processes
 from train.engine.state import Read, TrainedState
 from train.engine.zero import deepspeed_config
 from train.failures.guard import Guard
-from train.model.loss import MixtralWithLoss
+from train.model.loss import Extents, MixtralWithLoss
 from train.model.routing import Routing
 
 
@@ -62,7 +62,7 @@ class ForwardEngine:
         return self.processes.device
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Says what the process does from now on, and in which step if that changes: what is told if it dies."""
+        """Notes what the process does from now on, and in which step if that changes, to be reported if it dies."""
         self._step = self._step if step is None else step
         if self.guard is not None:
             self.guard.at(self._step, phase)
@@ -80,9 +80,10 @@ class ForwardEngine:
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses of `MixtralWithLoss` for this process's micro-batch."""
         self.at("forward" if self._engine.training else "evaluating")
+        extents = Extents.of(batch.positions, batch.targets, batch.is_token, self.device)
         on_device = batch.to(self.device)
         losses: tuple[torch.Tensor, torch.Tensor] = self._engine(
-            on_device.ids, on_device.positions, on_device.targets, on_device.is_token
+            on_device.ids, on_device.positions, on_device.targets, on_device.is_token, extents
         )
         return losses
 
@@ -107,7 +108,8 @@ class ForwardEngine:
         """Each value summed over the processes, in float64; collective."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
-        return [float(value) for value in total]
+        summed: list[float] = total.tolist()  # in one piece: the host waits for each that it takes from a GPU
+        return summed
 
     def any_process(self, flag: bool) -> bool:
         """Whether a flag is set on any process; collective."""

@@ -14,7 +14,7 @@ from train.lora.attach import trainable
 
 
 class SkippableAdamW(torch.optim.AdamW):
-    """AdamW that can be told to skip a step, which DeepSpeed takes in any case in float32 without ZeRO."""
+    """AdamW that can skip a step, which DeepSpeed takes in any case in float32 without ZeRO."""
 
     _skips = False
 
@@ -35,7 +35,7 @@ class SkippableAdamW(torch.optim.AdamW):
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """The optimizer of a model's trained parameters, by torch's fused kernel.
 
-    In float32 without ZeRO it is one that can skip: everywhere else DeepSpeed itself skips a step that is not finite.
+    In float32 without ZeRO it can skip a step that is not finite; everywhere else DeepSpeed does.
 
     Its rate is 0 until a step sets it: DeepSpeed's stage 0 takes a step of its own to allocate the moments.
 

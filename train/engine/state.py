@@ -45,7 +45,7 @@ class TrainedState:
             optimizer: of the parameters that train.
             stage: the ZeRO stage.
             processes: hold the state together.
-            at: is told, before each parameter, what the process does.
+            at: called before each parameter with what the process does.
         """
         self._model, self._optimizer, self._stage, self._processes, self._at = model, optimizer, stage, processes, at
         self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]

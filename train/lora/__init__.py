@@ -5,9 +5,12 @@
     factors.py        the factors of a block's experts as parameters, and their scaling
     dispatch.py       tokens sorted by expert
     products.py       matrix products over sorted rows: one expert after another, or all experts in one
+    elementwise.py    what else a block computes, as operators of torch
+    kernels.py        those operators in Triton, for GPUs
     split_experts.py  the experts' forward and backward
     proof.py          whether every targeted expert gets a gradient, and how far each has moved
-    peft_files.py     adapters in PEFT's format, written and read
+
+    files/            adapters on disk: PEFT's format, and one with a name for each expert's matrices
 
 May import train.config, data.disk and configs.program.
 """

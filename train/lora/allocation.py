@@ -1,13 +1,23 @@
 """Which experts get an adapter, and of which rank: as the settings say, or from a measured load."""
 
-import json
 from pathlib import Path
+from typing import Annotated, TypedDict
 
-from configs.program.errors import UserError, one_line
+from msgspec import Meta
+
+from configs.program.errors import UserError
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError, read_regular
 from train.config.lora import LoraConfig
 
 STEP = 8
 """Ranks in proportion to load are multiples of this: rows of whole 16 bytes, which grouped products ask for."""
+
+
+class Load(TypedDict):
+    """What is read of an expert_load.json."""
+
+    tokens_per_expert: list[list[Annotated[int, Meta(ge=0)]]]
 
 
 def expert_ranks(config: LoraConfig, layers: int, experts: int, parameters_per_rank: int) -> list[list[int]]:
@@ -79,20 +89,17 @@ def read_load(path: Path) -> list[list[int]]:
     Raises:
         UserError: the file is not one.
     """
+    remedy = "`python -m train task=profile` writes one"
     try:
-        tokens: list[list[int]] = json.loads(path.read_text())["tokens_per_expert"]
-        if any(type(number) is not int or number < 0 for of_layer in tokens for number in of_layer):
-            raise ValueError("tokens_per_expert holds something other than numbers of tokens")
+        content = read_regular(path)
+    except UnreadableError as error:
+        raise UserError(f"lora.load={path}: it can't be read ({error}); {remedy}") from error
+    try:
+        tokens = parse_json(content, Load)["tokens_per_expert"]
         if not tokens or not all(sum(of_layer) for of_layer in tokens):
-            raise ValueError("a layer has no tokens")
+            raise UnreadableError("a layer has no tokens")
         if len({len(of_layer) for of_layer in tokens}) > 1:
-            raise ValueError("its layers have different numbers of experts")
-    except OSError as error:
-        raise UserError(
-            f"lora.load={path}: it can't be read ({error.strerror}); `python -m train task=profile` writes one"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"lora.load={path}: that is no measured load ({one_line(error)}); `python -m train task=profile` writes one"
-        ) from error
+            raise UnreadableError("its layers have different numbers of experts")
+    except UnreadableError as error:
+        raise UserError(f"lora.load={path}: that is no measured load ({error}); {remedy}") from error
     return tokens

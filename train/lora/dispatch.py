@@ -3,7 +3,6 @@
 Shapes: E experts, T tokens, k experts per token, H hidden, P rows: token-expert pairs sorted by expert, and filling.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +62,3 @@ class Routed:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All that the backward needs to know of the routing."""
         return self.row_of_Tk, self.pair_P, self.ends_E
-
-    def choices(self, y_PH: torch.Tensor) -> Iterator[torch.Tensor]:
-        """[T, H], the rows of the tokens' first choices, then of the second, …
-
-        They are added in this order, so every run gives the same bits; scattering with atomic additions would not on
-        CUDA.
-        """
-        # index_select copies whole rows, where y[rows] goes element by element, slower on the CPU
-        return (y_PH.index_select(0, row_T) for row_T in self.row_of_Tk.unbind(1))

@@ -1,6 +1,6 @@
 """The low-rank factors of a block's experts, as parameters of its `MixtralExperts`.
 
-Shapes: E experts, r LoRA rank, R all ranks of a block one after another, Q the largest rank, filled up.
+Shapes: E experts, r LoRA rank, R all ranks of a block one after another.
 """
 
 import functools
@@ -19,8 +19,7 @@ from train.config.lora import EXPERT_TARGETS
 class Adapter:
     """The adapter of one projection of one block; its factors are parameters of the `MixtralExperts`.
 
-    They are stored with the experts' rows one below the other, A as [R, in] and the transposed B as [R, out]. A grouped
-    product needs the same rank for all: `filled`.
+    They are stored with the experts' rows one below the other, A as [R, in] and the transposed B as [R, out].
     """
 
     ranks: tuple[int, ...]
@@ -35,25 +34,9 @@ class Adapter:
         """Those of each expert in A and B, none for one without an adapter."""
         return _rows(self.ranks)
 
-    def filled(self, factor: torch.Tensor) -> torch.Tensor:
-        """[E, Q, …] of [R, …]: each expert's rows, and zeros up to one rank for all, whole 16 bytes of it."""
-        unit = 16 // factor.dtype.itemsize
-        experts, filled = len(self.ranks), -(-max(self.ranks) // unit) * unit
-        if len(factor) == experts * filled:
-            return factor.view(experts, filled, -1)
-        zeros = factor.new_zeros(experts * filled, factor.shape[1])
-        return zeros.index_copy_(0, _filled_rows(self.ranks, filled, factor.device), factor).view(experts, filled, -1)
-
-    def unfilled(self, gradient_EQ: torch.Tensor) -> torch.Tensor:
-        """The inverse of `filled`, for a gradient."""
-        flat = gradient_EQ.flatten(0, 1)
-        if len(flat) == sum(self.ranks):
-            return flat
-        return flat.index_select(0, _filled_rows(self.ranks, gradient_EQ.shape[1], flat.device))
-
-    def scales_on(self, device: torch.device) -> torch.Tensor:
-        """The scales as [E] float32."""
-        return _scales(self.scales, device)
+    def shares(self, device: torch.device) -> torch.Tensor:
+        """[E, R] float32: s_e where the expert owns the row of the factors, else 0."""
+        return _shares(self.ranks, self.scales, device)
 
 
 @functools.cache
@@ -62,19 +45,10 @@ def _rows(ranks: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True))
 
 
-# Cached, because the way from a Python list to a CUDA device makes the host wait, and both are constants of an adapter.
-
-
-@functools.cache
-def _filled_rows(ranks: tuple[int, ...], filled: int, device: torch.device) -> torch.Tensor:
-    """[R] int64: the row that each row of a factor gets when every expert has `filled` of them."""
-    rows = [expert * filled + row for expert, rank in enumerate(ranks) for row in range(rank)]
-    return torch.tensor(rows, device=device)
-
-
-@functools.cache
-def _scales(scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(scales, device=device)
+@functools.cache  # the way from a Python list to a CUDA device makes the host wait, and it is a constant of an adapter
+def _shares(ranks: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    rows = [[scale] * rank for rank, scale in zip(ranks, scales, strict=True)]
+    return torch.block_diag(*(torch.tensor([row]) for row in rows)).to(device)
 
 
 def attach(

@@ -1,14 +1,19 @@
 """Matrix products over rows that are sorted by expert, in one of two ways: `OneExpert` after another, or `AllExperts`
 in torch's grouped product. `Group` is what they have in common; `way` chooses.
 
-Shapes: E experts, P rows (token-expert pairs sorted by expert), r LoRA rank, R all ranks of a block one after another,
-Q the largest rank, filled up.
+The two differ in the products with factors as well. One expert's rows meet its own factors alone. With all experts'
+rows at once, a grouped product could not add to what is there: it would write a second tensor as large as the output,
+to be read again by an addition. So all rows meet all factors in one plain product, which can add, and what does not
+belong to a row's expert is multiplied by 0. That is E times the arithmetic of the factors, and still less time than the
+memory takes to bring the rows, up to ranks of about 64.
+
+Shapes: E experts, P rows (token-expert pairs sorted by expert), r LoRA rank, R all ranks of a block one after another.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,17 +68,6 @@ class Buffer:
 # The two ways
 
 
-class Factors(NamedTuple):
-    """The factors of a group's experts."""
-
-    scale: Any
-    """s, a number; or [P, 1], that of each row."""
-    A: torch.Tensor
-    """[r, in], or [E, Q, in] of all experts."""
-    B: torch.Tensor
-    """[r, out], or [E, Q, out]."""
-
-
 class Group(ABC):
     """Rows that one matrix product serves, with what their experts have of weights, factors and gradients."""
 
@@ -98,20 +92,20 @@ class Group(ABC):
         """All rows, in groups."""
 
     @abstractmethod
-    def factors(self, adapter: Adapter, A_RI: torch.Tensor, B_RO: torch.Tensor) -> Factors | None:
-        """Those of the group's experts, out of a block's; None if they have no adapter."""
+    def rows_of_factors(self, adapter: Adapter) -> slice:
+        """Among the R, those that the rows are multiplied with; none if the experts have no adapter."""
 
     @abstractmethod
-    def put(self, adapter: Adapter, gradient: torch.Tensor, into: torch.Tensor) -> None:
-        """Writes the gradient of an A or B of `factors` into that of the block, [R, …]."""
+    def scale(self, adapter: Adapter, low: torch.Tensor) -> torch.Tensor:
+        """Multiplies the product of the rows and those rows of a factor by s in place, [rows, r]: by 0 where the row of
+        the factor belongs to another expert."""
 
     @abstractmethod
-    def times(self, x: torch.Tensor, weight: torch.Tensor, into: Buffer | None = None) -> torch.Tensor:
-        """x W, [rows, out], which then is in the group's part of the buffer; `weight` is [in, out] or [E, in, out]."""
+    def times(self, x: torch.Tensor, weight: torch.Tensor, into: Buffer) -> torch.Tensor:
+        """x W, [rows, out], which then is in the group's part of the buffer.
 
-    @abstractmethod
-    def add(self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """total += x W, in place."""
+        `weight` is [in, out], or [E, in, out] with a matrix for each expert of the group.
+        """
 
     @abstractmethod
     def outer(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -147,20 +141,14 @@ class OneExpert(Group):
                 yield OneExpert(slice(start, end), expert)
             start = end
 
-    def factors(self, adapter: Adapter, A_RI: torch.Tensor, B_RO: torch.Tensor) -> Factors | None:
-        if not adapter.ranks[self.experts]:
-            return None
-        rows = adapter.rows[self.experts]
-        return Factors(adapter.scales[self.experts], A_RI[rows], B_RO[rows])
+    def rows_of_factors(self, adapter: Adapter) -> slice:
+        return adapter.rows[self.experts]
 
-    def put(self, adapter: Adapter, gradient: torch.Tensor, into: torch.Tensor) -> None:
-        into[adapter.rows[self.experts]] = gradient
+    def scale(self, adapter: Adapter, low: torch.Tensor) -> torch.Tensor:
+        return low.mul_(adapter.scales[self.experts])
 
-    def times(self, x: torch.Tensor, weight: torch.Tensor, into: Buffer | None = None) -> torch.Tensor:
-        return x @ weight if into is None else torch.mm(x, weight, out=self.part(into.tensor, weight.shape[1]))
-
-    def add(self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-        torch.addmm(total, x, weight, out=total)  # in one pass over the total
+    def times(self, x: torch.Tensor, weight: torch.Tensor, into: Buffer) -> torch.Tensor:
+        return torch.mm(x, weight, out=self.part(into.tensor, weight.shape[1]))
 
     def outer(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return y.T @ x
@@ -172,10 +160,10 @@ class AllExperts(Group):
 
     ends_E: torch.Tensor
     """int32, the end of each expert's rows."""
+    expert_P: torch.Tensor
+    """The expert of each row."""
     unused_E11: torch.Tensor
     """bool, the experts without rows."""
-    row_count: int
-    """P."""
 
     rows = slice(None)
     experts = slice(None)
@@ -193,28 +181,18 @@ class AllExperts(Group):
         """One group."""
         ends_E = routed.ends_E
         unused_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
-        yield AllExperts(ends_E.to(torch.int32), unused_E.view(-1, 1, 1), len(routed.pair_P))
+        expert_P = torch.bucketize(torch.arange(len(routed.pair_P), device=ends_E.device), ends_E, right=True)
+        yield AllExperts(ends_E.to(torch.int32), expert_P, unused_E.view(-1, 1, 1))
 
-    def factors(self, adapter: Adapter, A_RI: torch.Tensor, B_RO: torch.Tensor) -> Factors:
-        A, B = adapter.filled(A_RI), adapter.filled(B_RO)
-        # The factors of an expert without an adapter are zeros, whatever they are scaled by.
-        scales = {scale for scale in adapter.scales if scale}
-        if len(scales) == 1:
-            return Factors(scales.pop(), A, B)
-        expert_P = torch.bucketize(torch.arange(self.row_count, device=A.device), self.ends_E, right=True)
-        return Factors(adapter.scales_on(A.device)[expert_P].unsqueeze(-1), A, B)
+    def rows_of_factors(self, adapter: Adapter) -> slice:
+        return slice(0, sum(adapter.ranks))
 
-    def put(self, adapter: Adapter, gradient: torch.Tensor, into: torch.Tensor) -> None:
-        into.copy_(adapter.unfilled(gradient))
+    def scale(self, adapter: Adapter, low: torch.Tensor) -> torch.Tensor:
+        return low.mul_(adapter.shares(low.device).index_select(0, self.expert_P))
 
-    def times(self, x: torch.Tensor, weight: torch.Tensor, into: Buffer | None = None) -> torch.Tensor:
-        y = F.grouped_mm(x, weight, offs=self.ends_E)
-        if into is not None:
-            into.tensor = y
-        return y
-
-    def add(self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-        total += F.grouped_mm(x, weight, offs=self.ends_E)
+    def times(self, x: torch.Tensor, weight: torch.Tensor, into: Buffer) -> torch.Tensor:
+        into.tensor = F.grouped_mm(x, weight, offs=self.ends_E) if weight.dim() == 3 else x @ weight
+        return into.tensor
 
     def outer(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         # On some GPUs the grouped product leaves arbitrary numbers for a group without rows (pytorch issue 172439).

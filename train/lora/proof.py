@@ -8,6 +8,10 @@ from torch import nn
 
 from train.lora.factors import Adapter, adapters
 
+FEWEST = 2
+"""Tokens that prove something. Where activations are computed again for the backward, a single one that stands between
+two experts may fall to the other: the expert that was noted then has no gradient, and nothing is wrong."""
+
 
 class ExpertNotLearningError(RuntimeError):
     """A targeted expert whose tokens reach the loss got no gradient."""
@@ -47,13 +51,13 @@ class FirstGradients:
         """Compares what was found, summed over the processes, with the tokens of each expert that reach the loss.
 
         Raises:
-            ExpertNotLearningError: an expert has such tokens, and no gradient.
+            ExpertNotLearningError: an expert has `FEWEST` such tokens or more, and no gradient.
         """
         numbers = iter(found)
         for layer, projection, adapter in self._factors:
             for expert, rank in enumerate(adapter.ranks):
                 alive, tokens = next(numbers) > 0, int(reaching_LE[layer, expert])
-                if rank and tokens and not alive:
+                if rank and tokens >= FEWEST and not alive:
                     raise ExpertNotLearningError(
                         f"layer {layer}, expert {expert}: {tokens:,} tokens of the first step reach the loss through "
                         f"it, and its adapter on {projection} got no gradient"

@@ -14,18 +14,16 @@ Shapes: E experts, T tokens, k experts per token, P rows (token-expert pairs sor
 intermediate, r LoRA rank, R all ranks of a block one after another. Sizes without a letter are those of a group.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from train.config.lora import EXPERT_TARGETS
-from train.lora import products
+from train.lora import elementwise, products
 from train.lora.dispatch import Routed
 from train.lora.factors import Adapter
 from train.lora.products import Buffer, Group
@@ -128,11 +126,11 @@ class _Projection:
     def forward(self, group: Group, x: torch.Tensor, results: Results) -> torch.Tensor:
         """The output, [rows, out], which then is among the results as well."""
         y = group.times(x, self.weight[group.experts].mT, results.y)
-        if self.adapter is None or (factors := group.factors(self.adapter, self.A, self.B)) is None:
-            return y
-        h = group.times(self._dropped(group, x), factors.A.mT, results.low)
-        h.mul_(factors.scale)  # scaling the [rows, r] middle costs least
-        group.add(y, h, factors.B)
+        if (adapter := self._adapter_of(group)) is not None:
+            A, B = self._factors(group)
+            assert results.low is not None
+            low = group.scale(adapter, group.times(self._dropped(group, x), A.mT, results.low))
+            torch.addmm(y, low, B, out=y)  # in one pass over y
         return y
 
     def gradients(self, needed: Tensors) -> Tensors:
@@ -144,43 +142,66 @@ class _Projection:
             None,
         )
 
-    def backward(
+    def backward_of_input(
+        self, group: Group, dy: torch.Tensor, dx: Buffer | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """From the gradient of the outputs, [rows, out].
+
+        Returns:
+            The gradient of the inputs, [rows, in], which then is in `dx` as well, or None without `dx`; and that of
+            A m(x), [rows, r], for `backward_of_weights`, or None without an adapter.
+        """
+        gradient = None if dx is None else group.times(dy, self.weight[group.experts], dx)
+        if (adapter := self._adapter_of(group)) is None:
+            return gradient, None
+        A, B = self._factors(group)
+        d_low = group.scale(adapter, dy @ B.mT)
+        if gradient is not None and self.keep is None:
+            torch.addmm(gradient, d_low, A, out=gradient)
+        elif gradient is not None:
+            gradient += self._dropped(group, d_low @ A)
+        return gradient, d_low
+
+    def backward_of_weights(
         self,
         group: Group,
         dy: torch.Tensor,
         x: torch.Tensor,
         low: torch.Tensor | None,
+        d_low: torch.Tensor | None,
         gradients: Tensors,
-        dx: Buffer | None,
-    ) -> torch.Tensor | None:
-        """Writes the group's part of the gradients.
+    ) -> None:
+        """Writes the group's part of the gradients of weights and factors.
 
         Args:
             group: the rows.
             dy: [rows, out], the gradient of their outputs.
             x: [rows, in], their inputs.
             low: s·A m(x) of all rows.
-            gradients: those of the weights and factors.
-            dx: for the gradient of the inputs, if that is needed.
-
-        Returns:
-            The gradient of the inputs, [rows, in], which then is in `dx` as well; None without `dx`.
+            d_low: the gradient of A m(x), of `backward_of_input`.
+            gradients: what is written to.
         """
         if gradients.weight is not None:
             gradients.weight[group.experts] = group.outer(dy, x)
-        gradient = None if dx is None else group.times(dy, self.weight[group.experts], dx)
-        if self.adapter is None or (factors := group.factors(self.adapter, self.A, self.B)) is None:
-            return gradient
-        assert low is not None
-        h = group.part(low, factors.A.shape[-2])
-        dh = group.times(dy, factors.B.mT).mul_(factors.scale)
-        group.put(self.adapter, group.outer(dh, self._dropped(group, x)), gradients.A)
-        group.put(self.adapter, group.outer(h, dy), gradients.B)
-        if gradient is not None and self.keep is None:
-            group.add(gradient, dh, factors.A)
-        elif gradient is not None:
-            gradient += self._dropped(group, group.times(dh, factors.A))
-        return gradient
+        if (adapter := self._adapter_of(group)) is not None:
+            rows = group.rows_of_factors(adapter)
+            assert low is not None
+            assert d_low is not None
+            torch.mm(d_low.mT, self._dropped(group, x), out=gradients.A[rows])
+            torch.mm(group.part(low, d_low.shape[1]).mT, dy, out=gradients.B[rows])
+
+    def _adapter_of(self, group: Group) -> Adapter | None:
+        """The adapter, if the group's experts have one."""
+        if self.adapter is None:
+            return None
+        rows = group.rows_of_factors(self.adapter)
+        return self.adapter if rows.stop > rows.start else None
+
+    def _factors(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, the rows that the group is multiplied with."""
+        assert self.adapter is not None
+        rows = group.rows_of_factors(self.adapter)
+        return self.A[rows], self.B[rows]
 
     def _dropped(self, group: Group, x: torch.Tensor) -> torch.Tensor:
         """m(x); also what a gradient of m(x) goes through."""
@@ -213,14 +234,12 @@ class _SplitExperts(torch.autograd.Function):
         for_gate_up, for_down = gate_up.results(way, x_TH), down.results(way, x_TH)
         for group in way.of(routed):
             x = x_TH.index_select(0, routed.token_P[group.rows])
-            gate, up = gate_up.forward(group, x, for_gate_up).chunk(2, dim=-1)
-            down.forward(group, F.silu(gate).mul_(up), for_down)
+            down.forward(group, elementwise.swiglu(gate_up.forward(group, x, for_gate_up)), for_down)
         y_PH = for_down.y.tensor
         ctx.save_for_backward(x_TH, weights_Tk, *for_gate_up.tensors, *for_down.tensors, *routed.tensors, *tensors)
         ctx.adapters, ctx.way = adapters, way
-        weights = weights_Tk.unsqueeze(-1).unbind(1)
-        weighted = (y_TH * weight for y_TH, weight in zip(routed.choices(y_PH), weights, strict=True))
-        return functools.reduce(torch.add, weighted).to(x_TH.dtype)
+        out_TH: torch.Tensor = elementwise.weighted_sum(y_PH, routed.row_of_Tk, weights_Tk)
+        return out_TH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -232,30 +251,21 @@ class _SplitExperts(torch.autograd.Function):
         _, _, _, x_needed, _, *needed = ctx.needs_input_grad
         of_gate_up, of_down = (p.gradients(n) for p, n in zip((gate_up, down), _from_flat(needed), strict=True))
 
-        wide = torch.promote_types(x_TH.dtype, torch.float32)
-        d_wide_TH = d_TH.to(wide)
-        d_weights_Tk = torch.stack([(d_wide_TH * y_TH).sum(dim=-1) for y_TH in routed.choices(y_PH)], dim=1)
-        weight_P = weights_Tk.new_zeros(len(routed.pair_P))
-        weight_P[routed.row_of_Tk] = weights_Tk
-        d_PH = (d_TH.index_select(0, routed.token_P) * weight_P.unsqueeze(-1)).to(x_TH.dtype)
+        d_PH, d_weights_Tk = elementwise.weighted_sum_backward(d_TH, y_PH, routed.row_of_Tk, routed.token_P, weights_Tk)
         dx_PH = way.buffer(routed, x_TH, x_TH.shape[1]) if x_needed else None
         d_PI = way.buffer(routed, x_TH, down.weight.shape[2])
         for group in way.of(routed):
-            both = gate_up_P2I[group.rows]
-            gate, up = both.chunk(2, dim=-1)
-            activated = F.silu(gate)
-            d = down.backward(group, d_PH[group.rows], activated * up, low_down, of_down, d_PI)
+            both, dy = gate_up_P2I[group.rows], d_PH[group.rows]
+            d, d_low = down.backward_of_input(group, dy, d_PI)
             assert d is not None
-            d_both = torch.empty_like(both)
-            d_gate, d_up = d_both.chunk(2, dim=-1)
-            torch.mul(d, activated, out=d_up)
-            torch.ops.aten.silu_backward.grad_input(d.mul_(up), gate, grad_input=d_gate)
+            d_both = elementwise.swiglu_backward(both, d)
+            activated = d  # what `swiglu_backward` leaves there
+            down.backward_of_weights(group, dy, activated, low_down, d_low, of_down)
+            _, d_low = gate_up.backward_of_input(group, d_both, dx_PH)
             x = x_TH.index_select(0, routed.token_P[group.rows])
-            gate_up.backward(group, d_both, x, low_gate_up, of_gate_up, dx_PH)
-        dx_TH = None
-        if dx_PH is not None:
-            dx_TH = functools.reduce(torch.add, (dx.to(wide) for dx in routed.choices(dx_PH.tensor))).to(x_TH.dtype)
-        return None, None, None, dx_TH, d_weights_Tk.to(weights_Tk.dtype), *_flat([of_gate_up, of_down])
+            gate_up.backward_of_weights(group, d_both, x, low_gate_up, d_low, of_gate_up)
+        dx_TH = None if dx_PH is None else elementwise.weighted_sum(dx_PH.tensor, routed.row_of_Tk, None)
+        return None, None, None, dx_TH, d_weights_Tk, *_flat([of_gate_up, of_down])
 
 
 def _projections(

@@ -2,6 +2,7 @@
 
     mixtral.py        the base, random or pretrained, with adapters attached
     attention.py      attention of packed rows: each conversation sees itself alone
+    norm.py           RMSNorm, in one pass on CUDA
     head.py           the head and its cross-entropy, in chunks of positions
     routing.py        what the routers do: expert load, entropy, auxiliary loss
     loss.py           all of it in one forward: ids → cross-entropy and the routers' loss

@@ -64,13 +64,17 @@ def beginnings(positions_T: torch.Tensor) -> torch.Tensor:
 class Conversations:
     """The bounds of a micro-batch's conversations: found once, used by every layer."""
 
-    def __init__(self, positions_T: torch.Tensor):
-        """Finds them in positions, as `beginnings` does."""
+    def __init__(self, positions_T: torch.Tensor, device: torch.device | None = None):
+        """Finds them in positions, as `beginnings` does, for attention on that device.
+
+        Positions on the CPU are found without asking a GPU, for whose answer the host would wait.
+        """
         self._tokens = len(positions_T)
         starts = beginnings(positions_T).nonzero().flatten()
-        self.bounds = torch.nn.functional.pad(starts, (0, 1), value=self._tokens).to(torch.int32)
+        bounds = torch.nn.functional.pad(starts, (0, 1), value=self._tokens).to(torch.int32)
+        self.longest = int(bounds.diff().max())
+        self.bounds = bounds.to(device or positions_T.device, non_blocking=True)
         """[conversations + 1]: the first token of each, and the number of tokens."""
-        self.longest = int(self.bounds.diff().max())
         self._blocks: list[Block] | None = None
 
     def blocks(self) -> list[Block]:

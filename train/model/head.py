@@ -13,8 +13,15 @@ from torch import nn
 
 CHUNK = 256
 """Positions whose logits exist at once: 32 MiB in float32 for 32,000 pieces."""
+CHUNK_ON_GPU = 1024
+"""The same on a GPU, whose products want more rows."""
 UNLIKELY = 1e-30
 """Probabilities below this are near the end of float32, where a logarithm loses its precision and then its value."""
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Asking it for a number takes no time there."""
+    return tensor.device.type == "cpu"
 
 
 class CrossEntropyHead(nn.Module):
@@ -46,24 +53,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None,
             torch.zeros(weight_VH.shape, dtype=wide, device=hidden_NH.device) if ctx.needs_input_grad[1] else None,
         )
+        on_cpu = is_on_cpu(hidden_NH)
+        chunk = CHUNK if on_cpu else CHUNK_ON_GPU
         # Tuning for the CPU: of one size in every step, because tensors of ever other sizes break up glibc's heap.
-        buffers = [hidden_NH.new_empty(CHUNK, len(weight_VH), dtype=dtype) for dtype in (hidden_NH.dtype, wide)]
-        for start in range(0, len(hidden_NH), CHUNK):
-            hidden, targets = hidden_NH[start : start + CHUNK], targets_N[start : start + CHUNK].unsqueeze(1)
+        buffers = [hidden_NH.new_empty(chunk, len(weight_VH), dtype=dtype) for dtype in (hidden_NH.dtype, wide)]
+        for start in range(0, len(hidden_NH), chunk):
+            hidden, targets = hidden_NH[start : start + chunk], targets_N[start : start + chunk].unsqueeze(1)
             logits = torch.mm(hidden, weight_VH.T, out=buffers[0][: len(hidden)])
             p = buffers[1][: len(hidden)].copy_(logits)
             torch.softmax(p, -1, out=p)
             of_target = p.gather(1, targets)
-            logp = of_target.log()
-            if bool((unlikely := of_target.squeeze(1) < UNLIKELY).any()):
-                logp[unlikely] = logits[unlikely].log_softmax(-1, dtype=wide).gather(1, targets[unlikely])
+            if on_cpu:
+                logp = of_target.log()
+                if bool((unlikely := of_target.squeeze(1) < UNLIKELY).any()):
+                    logp[unlikely] = logits[unlikely].log_softmax(-1, dtype=wide).gather(1, targets[unlikely])
+            else:  # another pass takes less time than to ask a GPU whether it is needed
+                logp = logits.log_softmax(-1, dtype=wide).gather(1, targets)
             loss -= logp.sum()
             if d_hidden is None and d_weight is None:
                 continue
             # the gradient of the logits: p, and p - 1 at the target
             d_logits = logits.copy_(p.scatter_(1, targets, of_target - 1))
             if d_hidden is not None:
-                torch.mm(d_logits, weight_VH, out=d_hidden[start : start + CHUNK])
+                torch.mm(d_logits, weight_VH, out=d_hidden[start : start + chunk])
             if d_weight is not None:
                 d_weight += d_logits.T @ hidden
         ctx.save_for_backward(d_hidden, d_weight)

@@ -1,5 +1,6 @@
 """The losses of a micro-batch: cross-entropy summed over supervised tokens, and the routers' load-balancing loss."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,33 @@ from train.model import attention
 from train.model.attention import Conversations
 from train.model.head import CrossEntropyHead
 from train.model.routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """What is where in a micro-batch. Found in the tensors that the host has, no GPU is asked and waited for."""
+
+    conversations: Conversations
+    supervised_N: torch.Tensor
+    """int64: the positions that are trained, among all of the micro-batch."""
+    has_tokens: bool
+    """Whether there is anything but padding."""
+
+    @classmethod
+    def of(
+        cls,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        is_token: torch.Tensor,
+        device: torch.device | None = None,
+    ) -> "Extents":
+        """Of the fields of a batch, for a forward on that device."""
+        supervised_N = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        return cls(
+            Conversations(positions.flatten(), device),
+            supervised_N.to(device or targets.device, non_blocking=True),
+            bool(is_token.any()),
+        )
 
 
 class MixtralWithLoss(nn.Module):
@@ -37,9 +65,16 @@ class MixtralWithLoss(nn.Module):
         """What the routers did since this was last reset."""
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, is_token: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        is_token: torch.Tensor,
+        extents: Extents | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of a micro-batch; the arguments are the fields of `data.prepared.dataset.Batch`, [B, T].
+
+        `extents` are found in them if they are not given.
 
         Returns:
             The cross-entropy in nats, summed over the supervised tokens, and the load-balancing loss averaged over the
@@ -49,12 +84,13 @@ class MixtralWithLoss(nn.Module):
         # There is no attention mask: attention sees from the restarting positions where conversations begin. So several
         # rows can be one long row, as transformers' flash attention wants them; its other implementations make a mask
         # for each row.
+        extents = extents or Extents.of(positions, targets, is_token)
         more: dict[str, Any] = {}
         row_ids, row_positions = ids, positions
         if self.causal_lm.config._attn_implementation in (attention.IMPLEMENTATION, "flash_attention_2"):
             row_ids, row_positions = ids.view(1, -1), positions.view(1, -1)
         if self.causal_lm.config._attn_implementation == attention.IMPLEMENTATION:
-            more["conversations"] = Conversations(positions.flatten())
+            more["conversations"] = extents.conversations
         embedded = self.causal_lm.model.embed_tokens(row_ids)
         if self.differentiates_input and torch.is_grad_enabled():
             # Marked after the embedding: marked earlier, its weights would be gathered once more in the backward.
@@ -69,7 +105,7 @@ class MixtralWithLoss(nn.Module):
             **more,
         )
         # The head is the largest product of all, and unsupervised positions don't need it.
-        supervised_N = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        supervised_N = extents.supervised_N
         cross_entropy = self.head(
             outputs.last_hidden_state.flatten(0, 1)[supervised_N], targets.flatten()[supervised_N]
         )
@@ -81,7 +117,7 @@ class MixtralWithLoss(nn.Module):
         if not with_router_loss:
             return cross_entropy, cross_entropy.new_zeros(())
         # A blank micro-batch has no mean; its weight in the step is 0, so any finite number serves.
-        mask = is_token if bool(is_token.any()) else None
+        mask = is_token if extents.has_tokens else None
         balance = load_balancing_loss_func(
             tuple(outputs.router_logits), config.num_local_experts, config.num_experts_per_tok, mask
         )

@@ -15,7 +15,7 @@ from train.config.model import VOCABULARY, ModelConfig
 from train.config.train import TrainConfig
 from train.lora import split_experts
 from train.lora.attach import add_adapters
-from train.model import attention, recomputation
+from train.model import attention, norm, recomputation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -33,6 +33,7 @@ def build(config: TrainConfig, device: torch.device | None = None) -> MixtralFor
     torch.manual_seed(config.seed)
     model = random_base(config.model) if config.model.path is None else pretrained(config.model, device)
     model.config.use_cache = False
+    norm.replace(model)
     if config.lora.method == "none" or config.task == "profile":
         model.set_experts_implementation(split_experts.IMPLEMENTATION)  # the plain grouped products, without adapters
     else:

@@ -14,8 +14,9 @@ from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.files import replace_file
 from data.disk.plain_text import read_json
-from data.prepared.layout import MANIFEST
-from data.prepared.report import example, some_rows
+from data.prepared.layout import MANIFEST, SPLITS, open_split
+from data.prepared.report import example
+from data.prepared.selection import selected
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.report.answers import ANSWERS, ask
@@ -191,7 +192,9 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
     if manifest and with_examples:
         try:
             tokenizer = ChatTokenizer.load(PrepareConfig().tokenizer)
-            found["examples"] = [example(row, tokenizer) for row in some_rows(path, EXAMPLES)]
+            tables = {split: open_split(path, split) for split in SPLITS}
+            rows = selected(path, manifest, tables, PrepareConfig(rows=EXAMPLES), spread=True)
+            found["examples"] = [example(row, tokenizer) for row in rows]
         except (UserError, OSError, ValueError):
             found["examples"] = []
     return found

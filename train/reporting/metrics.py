@@ -8,10 +8,11 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -19,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from data.disk.files import replace_file
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError
 from train.config.train import LoggingConfig
 from train.history import StepRecord, finite
 from train.model.routing import Routing
@@ -26,8 +29,18 @@ from train.report.report import try_report
 from train.reporting.wandb_run import Wandb
 
 METRICS = "metrics.jsonl"
+LONGEST_LINE = 1 << 24
+"""Bytes of the longest line that is read; what is longer is none of ours."""
 UNWRITTEN = 16 << 20
 """The most bytes of lines that wait for the disk: those of some ten thousand steps."""
+
+
+class Line(TypedDict):
+    """What is read of a line of metrics.jsonl."""
+
+    step: int
+    loss: NotRequired[float | str]
+    evaluation_loss: NotRequired[float | str]
 
 
 class Metrics:
@@ -58,6 +71,7 @@ class Metrics:
         self._is_main = is_main
         self._config = config
         self._directory = directory
+        self._dataset = settings.get("dataset")
         resumed = resumed or {}
         self._wandb_id: str | None = resumed.get("wandb")
         self._lines: _Lines | None = None
@@ -103,9 +117,10 @@ class Metrics:
         if wrong is not None:
             sentences = {
                 "refused": "loss or gradient not finite, the update was refused",
-                "spike": f"loss {record.loss:.3f} is far above the steps before; metrics.jsonl names its rows",
+                "spike": f"loss {record.loss:.3f} is far above the steps before",
             }
-            console.print(f"step {record.step}: {sentences[wrong]}", style="bold red")
+            text = f"step {record.step}: {sentences[wrong]}; {self._look_at(rows)}"
+            console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
         rate = record.tokens / record.seconds
         if self._progress is not None and self._task is not None:
             status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
@@ -128,6 +143,12 @@ class Metrics:
                 **suspects,
             }
         )
+
+    def _look_at(self, rows: list[int | None]) -> str:
+        """How to see the rows of a step."""
+        numbers = ",".join(str(row) for row in rows if row is not None)
+        output = shlex.quote(f"output={self._dataset}")
+        return f"see its rows: python -m data task=preview {output} 'train_rows=[{numbers}]'"
 
     def routed(self, step: int, routing: Routing) -> None:
         """Records what the routers did in a step."""
@@ -255,13 +276,17 @@ def _opened(directory: Path, resumed: dict[str, Any]) -> int:
 def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
     """Drops from metrics.jsonl the lines of steps after the `last`, of evaluations that will be made again, and what a
     killed process left of a line."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    path.touch()
+    with path.open("rb") as file:
+        replace_file(path, _kept(file, last, evaluations))
+
+
+def _kept(lines: BinaryIO, last: int, evaluations: dict[str, Any]) -> Iterator[bytes]:
+    while line := lines.readline(LONGEST_LINE):
         try:
-            record = json.loads(line)
-            if record["step"] > last or ("evaluation_loss" in record and str(record["step"]) not in evaluations):
-                continue
-        except (ValueError, KeyError, TypeError):
+            record = parse_json(line, Line)
+        except UnreadableError:
             continue
-        kept.append(line)
-    replace_file(path, kept)
+        again = "evaluation_loss" in record and str(record["step"]) not in evaluations
+        if line.endswith(b"\n") and record["step"] <= last and not again:
+            yield line

@@ -18,25 +18,71 @@ import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 import xxhash
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
 from configs.program.errors import one_line
 from data.disk.files import discard, file_hash, publish, remove, sync
+from data.disk.formats.json_text import parse_json, shaped
+from data.disk.formats.regular import UnreadableError, read_regular
 from data.disk.tensor_file import TensorFile, read_header
+from train.history import History
 from train.saving.background import Background
+from train.saving.identity import Recorded
 
 FOLDER = "checkpoints"
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
 FORMAT = 1
-"""Of trainer.json; a file with another number is of another version of this program."""
+"""The version of trainer.json; a file with another number was written by another version of this program."""
 STATE = ("master", "exp_avg", "exp_avg_sq")
 """What is stored of every trained parameter, in float32: its value and Adam's two moments, by torch's names."""
 
 Shape = tuple[int, ...]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class State(TypedDict):
+    """Of `History` and `Metrics`; the former says what it can go on from."""
+
+    step: Count
+    last: dict[str, float | str | bool] | None
+    evaluations: dict[str, float | str]
+    wandb: NotRequired[str | None]
+
+
+class HealthState(TypedDict):
+    """Of `Health`."""
+
+    refused: Count
+    recent: list[float]
+
+
+class Trainer(Recorded):
+    """The content of trainer.json."""
+
+    format: int
+    step: Count
+    optimizer_steps: Count
+    metrics: State
+    health: HealthState
+
+
+class Written(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: Count
+    xxh3: str
+
+
+class Sealed(TypedDict):
+    """The content of a manifest."""
+
+    digest: str
+    files: dict[str, Written]
 
 
 class CheckpointWriter:
@@ -105,16 +151,25 @@ class Checkpoint:
             DamagedError: one of the two is missing, can't be read, or is not as it was written.
         """
         self.path = path
-        self._files: dict[str, Any] = _unsealed(path / MANIFEST)["files"]
+        self._files = _unsealed(path / MANIFEST)
         self._check(TRAINER)
-        self.trainer: dict[str, Any] = json.loads((path / TRAINER).read_bytes())
-        if not isinstance(self.trainer, dict) or self.trainer.get("format") != FORMAT:
-            raise DamagedError(f"{TRAINER} is of another version of this program")
+        try:
+            content = parse_json(read_regular(path / TRAINER), dict[str, Any])
+            if content.get("format") != FORMAT:
+                raise DamagedError(f"{TRAINER} is of another version of this program")
+            self.trainer = shaped(content, Trainer)
+            History(content["metrics"])
+        except UnreadableError as error:
+            raise DamagedError(f"{TRAINER} can't be read: {error}") from error
+        except (ValueError, TypeError) as error:
+            if isinstance(error, DamagedError):
+                raise
+            raise DamagedError(f"{TRAINER} has metrics that can't be read: {one_line(error)}") from error
 
     @property
     def step(self) -> int:
         """The number of steps that had been taken."""
-        return int(self.trainer["step"])
+        return self.trainer["step"]
 
     def check(self, shapes: dict[str, Shape]) -> None:
         """Compares every file with the manifest, and the tensors with the parameters that train.
@@ -130,8 +185,8 @@ class Checkpoint:
                 raise DamagedError(f"{file} is missing")
             try:
                 stored = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_header(self.path / file)}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise DamagedError(f"{file} can't be read: {one_line(error)}") from error
+            except UnreadableError as error:
+                raise DamagedError(f"{file} can't be read: {error}") from error
             for name, shape in shapes.items():
                 if name not in stored:
                     raise DamagedError(f"{file} lacks the tensor {name}")
@@ -146,10 +201,10 @@ class Checkpoint:
             raise DamagedError(f"{MANIFEST} lacks {name}")
         path = self.path / name
         try:
+            if not path.is_file():
+                raise DamagedError(f"{name} is missing")
             if path.stat().st_size != written["bytes"] or file_hash(path) != written["xxh3"]:
                 raise DamagedError(f"{name} is not as it was written")
-        except FileNotFoundError:
-            raise DamagedError(f"{name} is missing") from None
         except OSError as error:
             raise DamagedError(f"{name} can't be read: {one_line(error)}") from error
 
@@ -220,20 +275,15 @@ def _sealed(content: dict[str, Any]) -> bytes:
     return _json({"digest": xxhash.xxh3_128_hexdigest(_json(content)), **content})
 
 
-def _unsealed(path: Path) -> dict[str, Any]:
-    """The content of a file that `_sealed` made."""
+def _unsealed(path: Path) -> dict[str, Written]:
+    """The files in a manifest that `_sealed` made."""
+    if not path.exists():
+        raise DamagedError(f"{path.name} is missing")
     try:
-        raw = path.read_bytes()
-        content = json.loads(raw)
-        del content["digest"]
-        intact = raw == _sealed(content) and all(
-            isinstance(written, dict) and {"bytes", "xxh3"} <= written.keys() for written in content["files"].values()
-        )
-    except FileNotFoundError:
-        raise DamagedError(f"{path.name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path.name} can't be read: {one_line(error)}") from error
-    if not intact:
+        raw = read_regular(path)
+        content = parse_json(raw, Sealed)
+    except UnreadableError as error:
+        raise DamagedError(f"{path.name} can't be read: {error}") from error
+    if raw != _sealed({name: value for name, value in content.items() if name != "digest"}):
         raise DamagedError(f"{path.name} is not as it was written")
-    assert isinstance(content, dict)
-    return content
+    return content["files"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from configs.program.errors import UserError
 from configs.program.launch import local_rank
@@ -16,6 +16,7 @@ from data.disk.files import file_hash, sha256
 from data.disk.weights import StoredWeights, local_directory
 from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import MANIFEST
+from data.prepared.whole import check_files
 from train.config.train import TrainConfig
 
 FREE = (
@@ -35,6 +36,7 @@ FREE = (
     "model.path",
     "model.revision",
     "activation_checkpointing",
+    "lora.export_per_expert",
     "deepspeed.bucket_size",
     "deepspeed.prefetch_bucket_size",
     "deepspeed.persistence_threshold",
@@ -92,14 +94,14 @@ class Inputs:
 
     @cached_property
     def wrong_rows(self) -> str | None:
-        """A sentence about the first file of the dataset whose bytes are not those that its manifest names, or None.
+        """A sentence about the first file of the dataset that is not what its manifest says, or None.
 
         At 1.4 GB/s on one core of an AMD EPYC, reading a million conversations takes less than a second.
         """
-        directory = self._dataset.directory
-        for name, recorded in self._dataset.manifest["files"].items():
-            if sha256(directory / name) != recorded["sha256"]:
-                return f"dataset={directory}: {name} has changed since it was prepared; prepare it again"
+        try:
+            check_files(self._dataset.directory, self._dataset.manifest, "dataset")
+        except UserError as error:
+            return str(error)
         return None
 
     def same_everywhere(self) -> dict[str, Any]:
@@ -169,7 +171,30 @@ def stored_settings(config: TrainConfig) -> dict[str, Any]:
     return redacted(asdict(config))
 
 
-def check(stored: dict[str, Any], config: TrainConfig, hashes: dict[str, Any], *, finished: Path | None = None) -> None:
+class RecordedBase(TypedDict):
+    """What a run recorded of its base."""
+
+    fingerprint: str | None
+    files: dict[str, str]
+
+
+class RecordedDataset(TypedDict):
+    """What a run recorded of its dataset."""
+
+    manifest_sha256: str
+
+
+class Recorded(TypedDict):
+    """What receipts and checkpoints hold of a run's settings and inputs."""
+
+    settings: dict[str, Any]
+    base: RecordedBase
+    dataset: RecordedDataset
+    load: NotRequired[str | None]
+    start: NotRequired[str | None]
+
+
+def check(stored: Recorded, config: TrainConfig, hashes: dict[str, Any], *, finished: Path | None = None) -> None:
     """Compares a launch with the run that is there, leaving out what `resume_despite` names.
 
     Args:

@@ -9,11 +9,14 @@ import torch
 from rich.table import Table
 
 from configs.program.console import console
-from data.disk.adapter_directory import RECEIPT, TRAIN_CONFIG
+from data.card import write_adapter_card
+from data.disk.adapter_directory import CONFIG, PER_EXPERT, RECEIPT, TRAIN_CONFIG
+from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
 from train.history import finite
-from train.lora import factors, peft_files
+from train.lora import factors
+from train.lora.files import peft_files
 from train.lora.proof import Movement
 from train.saving.background import Background
 from train.saving.starting_point import movements_of
@@ -100,10 +103,20 @@ class Result:
             content = (self._config.model, self._config.lora, self._tensors, adapters)
             peft_files.write(self._path, *content)
             if self._per_expert:
-                per_expert = self._path / "per_expert"
+                per_expert = self._path / PER_EXPERT
                 per_expert.mkdir()
                 peft_files.write_per_expert(per_expert, *content)
             self.moved = movements_of(self._config, self._model, self._tensors)
-        (self._path / TRAIN_CONFIG).write_text(settings, encoding="utf-8")
-        complete = {**receipt, "experts_moved": [moved.record() for moved in self.moved]}
-        (self._path / RECEIPT).write_text(json.dumps(finite(complete), indent=2) + "\n", encoding="utf-8")
+        complete = finite({**receipt, "experts_moved": [moved.record() for moved in self.moved]})
+        for directory in (path for path in (self._path, self._path / PER_EXPERT) if path.is_dir()):
+            (directory / TRAIN_CONFIG).write_text(settings, encoding="utf-8")
+            (directory / RECEIPT).write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+            if self._files is None:
+                self._make_whole(directory, complete)
+
+    def _make_whole(self, directory: Path, receipt: dict[str, Any]) -> None:
+        """Adds what an adapter needs to be handed on alone: tokenizer, chat template and card."""
+        base = self._config.model.path
+        ChatTokenizer.load().save(directory, Path(base) if base and Path(base).is_dir() else None)
+        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        write_adapter_card(directory, self._config.name, settings, receipt)

@@ -1,16 +1,16 @@
 """Where a run goes on: the newest whole checkpoint → engine, health, history."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from configs.program.console import console
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError
 from configs.program.launch import local_rank
 from data.disk.adapter_directory import RECEIPT
+from data.disk.formats.json_text import read_json
 from data.prepared.dataset import Batch
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
@@ -18,7 +18,7 @@ from train.engine.processes import agree, gathered
 from train.health import Health
 from train.saving import checkpoint, identity, run_directory
 from train.saving.checkpoint import Checkpoint, DamagedError
-from train.saving.identity import Inputs
+from train.saving.identity import Inputs, Recorded
 from train.saving.receipt import Record
 from train.saving.run_directory import RunDirectory
 
@@ -58,16 +58,9 @@ def check_same_run(directory: RunDirectory, record: Record, inputs: Inputs) -> N
 
 def _compare(path: Path, config: TrainConfig, hashes: dict[str, Any], *, finished: bool, resumes: bool) -> None:
     if finished:
-        try:
-            receipt = json.loads((path / RECEIPT).read_text(encoding="utf-8"))
-            identity.check(receipt, config, hashes, finished=path)
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"run_dir={path}: its {RECEIPT} can't be read ({one_line(error)}); restore it, or give overwrite=true "
-                f"to do the run again"
-            ) from error
+        remedy = "restore it, or give overwrite=true to do the run again"
+        receipt = read_json(path / RECEIPT, Recorded, f"run_dir={path}", remedy)
+        identity.check(receipt, config, hashes, finished=path)
     elif resumes:
         for saved in checkpoint.paths(path):
             with contextlib.suppress(DamagedError):  # reported by `find_checkpoint`, which reads all of it
@@ -147,8 +140,7 @@ def restore(
             f"command again, and the one before is used"
         ) from error
     health.restore(trainer["health"])
-    metrics: dict[str, Any] = trainer["metrics"]
-    return metrics
+    return dict(trainer["metrics"])
 
 
 def _no_files(name: str, kind: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ runs/{name}-{date}-{time}/
   config.yaml               the resolved configuration
   metrics.jsonl
   checkpoints/step-000123/  all that the run needs to go on from there; see checkpoint.py
-  adapter/                  the result, in PEFT's format, with per_expert/ in it if asked for; model/ after training in
+  adapter/                  the result, in PEFT's format, with per_expert/ in it; model/ after training in
                             full
   receipt.json              what was run, on what, from what, with what outcome; written last
   expert_load.json, .png    of task=profile: which experts the routers choose

@@ -138,7 +138,7 @@ class Saver:
             return
         run, config = self._directory.path, self._record.config
         path, temporary = run / self._name, run / f".{self._name}.tmp"
-        per_expert = config.lora.export_per_expert
+        per_expert = config.lora.export_per_expert and bool(config.lora.projections)
         saved = Result(temporary / self._name, config, self._engine, self._background, per_expert=per_expert)
         for name, state in self._engine.state(moments=False):
             saved.write(name, state["master"])

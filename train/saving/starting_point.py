@@ -11,8 +11,9 @@ from data.disk.adapter_directory import WEIGHTS
 from train.config.lora import LoraConfig
 from train.config.train import TrainConfig
 from train.engine.zero import gathered_whole
-from train.lora import factors, peft_files
+from train.lora import factors
 from train.lora.attach import trainable
+from train.lora.files import peft_files
 from train.lora.proof import Movement, movements
 
 
@@ -52,6 +53,6 @@ def movements_of(config: TrainConfig, model: MixtralForCausalLM, tensors: dict[s
             start = {name: tensor.to(model.dtype) for name, tensor in start.items()}  # as training began from them
         return movements(model, tensors, start)
     except Exception as error:
-        told = f"{one_line(error)}. How far the experts' adapters have moved is not told."
-        console.print(told, soft_wrap=True)
+        message = f"{one_line(error)}. How far the experts' adapters have moved is not known."
+        console.print(message, soft_wrap=True)
         return []

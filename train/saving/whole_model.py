@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 class ModelFiles:
-    """The files of one model, to which parameters are written in the order in which they were announced."""
+    """The files of one model, whose parameters are written in the order in which they were announced."""
 
     def __init__(self, directory: Path, shapes: dict[str, Shape], dtype: torch.dtype):
         """Divides the parameters among files, by transformers' names and full shapes; writes nothing yet."""

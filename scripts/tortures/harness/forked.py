@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "400", "WANDB_MODE": "disabled"}
-"""Of all processes here, the server's too."""
+"""The environment of every process here, the server included."""
 
 
 def fork(module: str, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> BaseProcess:

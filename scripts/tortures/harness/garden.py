@@ -144,8 +144,8 @@ class Garden:
         )
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         require(not self.canary.exists(), f"it was executed: {program} {' '.join(arguments)}\n{done.stderr}")
-        told = f"{program} {' '.join(arguments)} ended with {done.returncode}, not {expect}:\n{done.stderr}"
-        require(done.returncode == expect, told)
+        message = f"{program} {' '.join(arguments)} ended with {done.returncode}, not {expect}:\n{done.stderr}"
+        require(done.returncode == expect, message)
         said = [line for line in said if line.startswith(f"{program}: ")] or said
         return {"exit_code": done.returncode, "said": said[-1].replace(str(self.top), "…") if said else ""}
 

@@ -219,7 +219,7 @@ class Launch:
         while self.running:
             if condition():
                 return True
-            time.sleep(0.001)
+            time.sleep(0.004)  # far less than a step takes, and so rare that looking takes no time from the run
         return False
 
     def writes(self) -> set[tuple[str, int]]:

@@ -55,7 +55,7 @@ def last_step(run: Path) -> int:
 
 
 def last_checkpoint(run: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
+    """The step of the newest checkpoint; 0 if there is none."""
     return max((checkpoint.step_of(place) or 0 for place in checkpoint.paths(run)), default=0)
 
 

@@ -19,10 +19,10 @@ class FailedError(Exception):
     """Something did not go as it has to; the text says what."""
 
 
-def require(holds: object, told: str) -> None:
+def require(holds: object, message: str) -> None:
     """Raises `FailedError` with the text unless the condition holds."""
     if not holds:
-        raise FailedError(told)
+        raise FailedError(message)
 
 
 def attempt(name: str, trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def report(title: str, trials: list[dict[str, Any]], seed: int) -> dict[str, Any
     console = Console(width=160)
     console.print(table)
     failed = [f"{trial['trial']}: {trial['failed']}" for trial in trials if trial["failed"]]
-    for told in failed:
-        console.print(f"Failed (--seed {seed}): {told}", style="bold red", markup=False)
+    for message in failed:
+        console.print(f"Failed (--seed {seed}): {message}", style="bold red", markup=False)
     console.print(f"{len(trials) - len(failed)} of {len(trials)} went as they have to")
     return {"seed": seed, "trials": trials, "failed": failed}
 

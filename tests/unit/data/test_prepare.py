@@ -58,7 +58,7 @@ def tree(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
-WHOLE = {"manifest.json", "rejects.jsonl", "train/rows.arrow", "eval/rows.arrow"}
+WHOLE = {"manifest.json", "rejects.jsonl", "places.arrow", "train/rows.arrow", "eval/rows.arrow"}
 
 
 @pytest.fixture
@@ -113,6 +113,7 @@ def test_manifest_tells_the_truth(prepare: Callable[..., Any], out: Path, files:
             "bytes": len(path.read_bytes()),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "schema": "instruction",
+            "columns": {},
             "rows": rows,
             "unread_fields": {},
             "harmless_fields": {},
@@ -196,7 +197,7 @@ def test_conversation_longer_than_a_row_is_rejected(prepare: Callable[..., Any],
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
     (reject,) = [reject for reject in rejects if reject["reason"] == "too_long"]
     assert (reject["file"], reject["row"]) == (str(files[0]), 14)
-    assert reject["detail"].endswith("tokens, and a row holds 128")
+    assert reject["detail"].endswith("tokens, and a row holds 128 (seq_len)")
     assert manifest(out)["rows"]["rejected_by_reason"]["too_long"] == 1
     assert 14 not in {n for split in ("train", "eval") for row in arrow(out, split) for n in row["rows"]}
 
@@ -226,7 +227,15 @@ def test_too_many_rejects_stop_the_run(prepare: Callable[..., Any], out: Path, t
     assert sentence.startswith("data: max_reject_fraction=0.05: 3 of 40 rows")
     assert all(reason in sentence for _, reason in BAD_LINES.values())
     assert not out.exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.jsonl", "out-rejects.jsonl"}
+    assert sentence.endswith("; out-rejects.jsonl lists them")
+    rejects = [json.loads(line) for line in (tmp_path / "out-rejects.jsonl").read_text().splitlines()]
+    assert sorted(reject["reason"] for reject in rejects) == sorted(reason for _, reason in BAD_LINES.values())
+    # A file of that name that holds anything else is left alone, and one of an earlier run is replaced.
+    for before, after in (("{}\n", "{}\n"), ('{"file": "x"}\n', (tmp_path / "out-rejects.jsonl").read_text())):
+        (tmp_path / "out-rejects.jsonl").write_text(before)
+        assert prepare("max_reject_fraction=0.05").exit_code == 2
+        assert (tmp_path / "out-rejects.jsonl").read_text() == after
 
 
 def test_share_of_rejects_exactly_at_the_limit_is_allowed(

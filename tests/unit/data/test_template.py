@@ -421,6 +421,86 @@ def test_stock_decoding_shows_the_answer_without_the_space_before_it(stock: Any)
     assert stock.decode(answer, skip_special_tokens=True) == "Größe 🧿 "
 
 
+@given(conversations())
+def test_the_stock_mask_is_our_labels_token_by_token(stock: Any, conversation: Conversation) -> None:
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    encoded = stock.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    tokenized = chat().encode(conversation)
+    assert encoded["input_ids"] == tokenized.ids
+    assert encoded["assistant_masks"] == [int(label != IGNORE_INDEX) for label in tokenized.labels]
+
+
+@given(contents.map(str.strip).filter(lambda text: text and not text.endswith("▁")))
+def test_a_last_message_can_be_continued_whatever_it_says(stock: Any, begun: str) -> None:
+    conversation = Conversation((Message("user", "Hi"), Message("assistant", begun)))
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    in_parts = [messages[0], {"role": "assistant", "content": [{"type": "text", "text": begun}]}]
+    expected = chat().encode(conversation).ids[:-2]  # without the space after it and </s>
+    for given_as in (messages, in_parts):
+        assert stock.apply_chat_template(given_as, return_dict=False, continue_final_message=True) == expected
+
+
+def test_the_end_of_a_message_that_is_continued_stays_as_it_is(stock: Any) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "One, </s> two:\n"}]
+    text = stock.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert text == f"<s>[INST] Hi [/INST] One, <{BREAK}/s> two:\n"
+
+
+def test_parts_of_text_are_joined_before_control_tokens_are_looked_for(stock: Any) -> None:
+    parts = [{"type": "text", "text": text} for text in ("a <", "s> b", "", " c ")]
+    messages = [{"role": role, "content": parts} for role in ("system", "user", "assistant")]
+    conversation = Conversation(
+        (Message("system", "a <s> b c "), Message("user", "a <s> b c "), Message("assistant", "a <s> b c "))
+    )
+    assert stock.apply_chat_template(messages, return_dict=False) == chat().encode(conversation).ids
+
+
+USER = {"role": "user", "content": "Hi"}
+TOOL = {"type": "function", "function": {"name": "find_parcel", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "find_parcel", "arguments": {"number": 11}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "told"),
+    [
+        ([{"role": "user", "content": [{"type": "image", "url": "table.png"}]}], {}, "give parts of type text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], {}, "give parts of type text"),
+        ([{"role": "user", "content": ["Hi"]}], {}, "give parts of type text"),
+        ([{"role": "user", "content": None}], {}, "has to be text"),
+        ([{"role": "user"}], {}, "has to be text"),
+        ([{"role": "user", "content": 5}], {}, "has to be text"),
+        ([{"role": "user", "content": {"type": "text", "text": "Hi"}}], {}, "has to be text"),
+        ([{"role": "system", "content": None}, USER], {}, "has to be text"),
+        ([{"role": "system", "content": "Be brief."}], {}, "there is nothing to answer"),
+        ([USER], {"tools": [TOOL]}, "trained without tools"),
+        ([USER], {"documents": [{"title": "a", "text": "b"}]}, "trained without tools and documents"),
+        ([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}], {}, "leave out tool_calls"),
+        ([USER, {"role": "tool", "content": "11"}], {}, "alternate"),
+    ],
+)
+def test_what_the_model_never_learned_to_read_is_refused(
+    stock: Any, messages: list[dict[str, Any]], more: dict[str, Any], told: str
+) -> None:
+    """Left out, or as Python's text of it, it would change the answer without a word."""
+    from jinja2 import TemplateError
+
+    with pytest.raises(TemplateError, match=told):
+        stock.apply_chat_template(messages, tokenize=False, **more)
+
+
+@pytest.mark.parametrize("more", [{"tools": None}, {"tools": []}, {"documents": []}])
+def test_what_clients_send_though_it_is_empty_is_taken(stock: Any, more: dict[str, Any]) -> None:
+    answered = [USER, {"role": "assistant", "content": "Hello.", "tool_calls": None}, USER]
+    assert stock.apply_chat_template(answered, tokenize=False, **more).endswith("</s><s>[INST] Hi [/INST]")
+
+
+def test_prompts_of_several_lengths_are_padded_on_the_left(stock: Any) -> None:
+    padded = stock(["Hi", "Hello there"], padding=True)
+    assert sorted(padded) == ["attention_mask", "input_ids"] == sorted(stock.model_input_names)
+    assert padded["input_ids"] == [[0, *stock("Hi").input_ids], stock("Hello there").input_ids]
+    assert padded["attention_mask"] == [[0, 1], [1, 1]]
+
+
 @pytest.mark.parametrize("roles", [("assistant",), ("user", "user"), ("system", "assistant"), ("user", "system")])
 def test_stock_template_refuses_roles_out_of_order(stock: Any, roles: tuple[str, ...]) -> None:
     from jinja2 import TemplateError

@@ -135,12 +135,13 @@ def test_some_rows_of_one_expert_are_those_of_the_whole(tmp_path: Path) -> None:
     base = make_base()
     make_adapter(tmp_path, base, **KINDS["all"])
     adapter = Adapter(tmp_path, base.config)
-    name = "model.layers.1.mlp.experts.gate_up_proj"
+    name, matrix = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.block_sparse_moe.experts.3.{}.weight"
     whole, original = dict(fold(copy.deepcopy(base), adapter).named_parameters()), dict(base.named_parameters())
-    for rows in (slice(0, 48), slice(48, 96)):
-        part = original[name].data[3, rows].clone()
-        adapter.fold(name, part, 3, rows)
-        torch.testing.assert_close(part, whole[name].data[3, rows], rtol=0, atol=1e-7)
+    for matrix_name, first, rows in (("w1", 0, slice(0, 20)), ("w3", 48, slice(20, 48))):
+        here = slice(first + rows.start, first + rows.stop)
+        part = original[name].data[3, here].clone()
+        adapter.fold(matrix.format(matrix_name), part, rows)
+        torch.testing.assert_close(part, whole[name].data[3, here], rtol=0, atol=1e-7)
 
 
 def test_experts_without_training_are_known(tmp_path: Path) -> None:
@@ -151,8 +152,8 @@ def test_experts_without_training_are_known(tmp_path: Path) -> None:
             module.lora_B["default"].weight.data.unflatten(1, (-1, 4))[:, :, 2] = 0
     stock.save_pretrained(str(tmp_path))
     adapter = Adapter(tmp_path, base.config)
-    name = "model.layers.0.mlp.experts.down_proj"
-    assert [adapter.changes(name, expert) for expert in range(4)] == [True, True, False, True]
+    name = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    assert [adapter.changes(name.format(expert)) for expert in range(4)] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(

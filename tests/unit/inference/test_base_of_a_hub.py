@@ -1,5 +1,6 @@
 """A base that a hub keeps: of one commit, downloaded once, or one sentence that says why not."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from configs.program.errors import UserError
+from inference.adapter import Adapter
 from inference.config import InferenceConfig
-from inference.load import find_base, load, load_base, load_tokenizer
+from inference.load import find_adapter, find_base, load, load_base, load_tokenizer
 from tests.hub import FIRST, SECOND, Hub
-from tests.unit.inference.test_adapter import make_base
+from tests.unit.inference.test_adapter import make_adapter, make_base
 from train.config.model import ModelConfig
 from train.config.train import TrainConfig
 from train.model import mixtral
@@ -139,6 +141,43 @@ def test_training_ends_before_processes_meet_if_the_base_can_t_be_had(
     assert "train: model.path=user/base: there is no such directory, and the transfer was cut off" in outcome.stderr
     assert not torch.distributed.is_initialized()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_a_hub_is_read_with_the_base_that_it_names(
+    hub: Hub, versions: list[dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Of the commit that was found; no more of it is downloaded than is read."""
+    base = make_base(vocab_size=32_000)
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "user/base"})
+    )
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    held = hub.add("models/user/adapter", files | {"per_expert/adapter_config.json": b"", "more.bin": b"x" * 1000})
+    held.commits[SECOND] = files | {"adapter_model.safetensors": b"another"}
+    hub.add("models/user/base", versions[0])
+    config = asked(base=None, adapter="user/adapter", adapter_revision=FIRST)
+    found = find_base(config)
+    assert (found.source, found.revision) == ("user/base", FIRST)
+    assert find_adapter(config, found).updates.keys() == Adapter(tmp_path / "adapter", base.config).updates.keys()
+    assert {name.rpartition("/")[2] for name in hub.sent if "/adapter/" in name} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    with pytest.raises(UserError, match=r"its adapter_model\.safetensors is damaged"):
+        newest = asked(base=None, adapter="user/adapter")
+        find_adapter(newest, find_base(newest))
+    with pytest.raises(UserError, match=r"^adapter=user/nothing: "):
+        find_base(asked(adapter="user/nothing"))
+
+
+def test_a_pickled_base_of_a_hub_is_told_and_not_downloaded(hub: Hub, versions: list[dict[str, bytes]]) -> None:
+    pickled = {name: content for name, content in versions[0].items() if "safetensors" not in name}
+    hub.add("models/user/base", pickled | {"pytorch_model-00001-of-00002.bin": b"x"})
+    with pytest.raises(UserError, match=r"base=user/base: its weights are pickled \(pytorch_model-00001-"):
+        load(asked())
+    assert not any(name.endswith(".bin") for name in hub.sent)
 
 
 FETCH = """

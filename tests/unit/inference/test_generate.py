@@ -153,8 +153,30 @@ def test_what_sampling_may_take() -> None:
     assert drawn != greedy
     assert ids(temperature=5.0, seed=1) == drawn
     assert ids(temperature=5.0, seed=2) != drawn
+    assert ids(temperature=5.0, min_p=1.0) == greedy
+    assert ids(temperature=5.0, seed=1, min_p=1e-9) == drawn
     assert len({ids(temperature=1.0, top_k=2, max_new_tokens=1, seed=seed)[0] for seed in range(40)}) == 2
     assert len({ids(temperature=5.0, top_k=0, max_new_tokens=1, seed=seed)[0] for seed in range(40)}) > 20
+
+
+def test_a_penalty_on_what_was_said_before() -> None:
+    """Each token of a greedy answer against the model's own logits, with those of earlier tokens changed.
+
+    Below 1 the penalty is a reward, which a model that never repeats itself shows better.
+    """
+    loaded = small()
+    asked = Conversation((Message("user", "go"),))
+    config = InferenceConfig(max_new_tokens=12, repetition_penalty=0.3)
+    sequence = loaded.tokenizer.encode_prompt(asked)
+    answer = generate(loaded, config, asked, lambda _: None)
+    for token in answer.ids:
+        with torch.inference_mode():
+            logits = loaded.model(torch.tensor([sequence])).logits[0, -1].tolist()
+        for seen in set(sequence):
+            logits[seen] = logits[seen] / 0.3 if logits[seen] > 0 else logits[seen] * 0.3
+        assert token == max(range(len(logits)), key=logits.__getitem__)
+        sequence.append(token)
+    assert answer.ids != generate(loaded, InferenceConfig(max_new_tokens=12), asked, lambda _: None).ids
 
 
 def test_what_the_base_recommends_is_not_mixed_in(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import MixtralForCausalLM
 from configs.program.errors import UserError
 from inference.adapter import Adapter
 from inference.config import InferenceConfig
-from inference.load import choose_dtype, fold, is_spread, load, one_gpu
+from inference.load import choose_dtype, find_base, fold, is_spread, load, one_gpu
 from tests.support.nano import nano_config, save, trained_nano
 
 
@@ -48,6 +48,40 @@ def test_the_folded_model_is_the_trained_one(saved: tuple[Path, Path, torch.Tens
     assert not any("lora" in name for name, _ in loaded.model.named_parameters())
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(prompt()).logits.double(), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pickled_base_is_told_how_to_be_converted(saved: tuple[Path, Path, torch.Tensor]) -> None:
+    base, adapter, _ = saved
+    (base / "training_args.bin").touch()
+    weights = base / "model.safetensors"
+    torch.save(load_file(weights), base / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match=r"its weights are pickled \(pytorch_model\.bin\).* python -c \"from "):
+        load(asked(base, adapter))
+
+
+@pytest.mark.parametrize("given", ["relative", "absolute"])
+def test_the_base_is_found_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """By the name that the adapter has for it, in which no private path is."""
+    top, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    config = nano_config()
+    base, adapted = trained_nano(config)
+    for directory in (top / "runs" / "mine" / "adapter", elsewhere):
+        directory.mkdir(parents=True)
+    base.float().save_pretrained(top / "runs" / "base" / "model")
+    monkeypatch.chdir(top)
+    config.model.path = "runs/base/model" if given == "relative" else str(top / "runs" / "base" / "model")
+    adapter = top / "runs" / "mine" / "adapter"
+    save(adapter, config, adapted)
+    (adapter / "receipt.json").write_text(json.dumps({"base": {"path": config.model.path}}))
+    named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == ("runs/base/model" if given == "relative" else "model")
+    for place, path in ((top, "runs/mine/adapter"), (elsewhere, str(adapter))):
+        monkeypatch.chdir(place)
+        found = find_base(InferenceConfig(adapter=path, prompt="hello"))
+        assert found.directory.resolve() == top / "runs" / "base" / "model"
 
 
 @pytest.mark.parametrize(

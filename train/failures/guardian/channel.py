@@ -10,7 +10,7 @@ POSITION = struct.Struct("<qqd32s")
 """What the training process writes into the shared page: step, moves within the step, since when it is there, phase."""
 
 JOIN_TIMEOUT = 30.0
-"""Seconds for which the hub waits for the others to connect, or `peer_timeout` if that is longer."""
+"""How many seconds the hub waits for the others to connect, or `peer_timeout` if that is longer."""
 
 PAUSE = 5
 """A guardian that slept for so many beat intervals was itself held up, and blames nobody for what it did not hear."""

@@ -17,7 +17,7 @@ STRANGER_TIMEOUT = 10.0
 """Seconds after which a connection that has not introduced itself is dropped."""
 
 LINGER = 2.0
-"""Seconds for which the hub waits until the others have read its last word."""
+"""How many seconds the hub waits for the others to read its last word."""
 
 
 @dataclass(slots=True)

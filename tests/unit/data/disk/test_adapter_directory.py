@@ -1,10 +1,13 @@
 """What training and inference agree on about an adapter directory is what stock PEFT does."""
 
+from typing import Any
+
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from data.disk.adapter_directory import PREFIX, join_experts, separate_experts
+from data.disk.adapter_directory import PREFIX, join_experts, public, separate_experts
 
 E, R, I, O = 3, 2, 16, 48  # noqa: E741 - experts, rank, inputs, outputs
 
@@ -34,3 +37,23 @@ def test_the_layout_is_that_of_stock_peft() -> None:
         for factor, joined in zip("AB", join_experts(A_ERI, B_EOR), strict=True):
             getattr(wrapper, f"lora_{factor}")["default"].weight.copy_(joined)
         torch.testing.assert_close(wrapper.get_delta_weight("default"), B_EOR @ A_ERI)
+
+
+@pytest.mark.parametrize(
+    ("value", "left"),
+    [
+        ("/home/somebody/models/Mixtral-8x7B", "Mixtral-8x7B"),
+        ("/home/some body/models/my base", "my base"),
+        ("base=/home/somebody/my base", "base=my base"),
+        ("files=[/data/a.jsonl,/data/b.jsonl]", "files=[a.jsonl,b.jsonl]"),
+        ("--at /usr/bin/python3", "--at python3"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+        ("runs/quickstart-base/model", "runs/quickstart-base/model"),
+        ("../shared/base", "../shared/base"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("an answer ends with </s> and/or nothing", "an answer ends with </s> and/or nothing"),
+        (["/a/b", {"path": "/c/d", "rank": 4}, None], ["b", {"path": "d", "rank": 4}, None]),
+    ],
+)
+def test_no_absolute_path_is_handed_on(value: Any, left: Any) -> None:
+    assert public(value) == left

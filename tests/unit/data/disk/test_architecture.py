@@ -3,6 +3,7 @@
 import ast
 import builtins
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,70 @@ def test_values_of_another_kind_end_in_a_sentence(base: Path, settings: dict[str
     say(base, **settings)
     with pytest.raises(UserError, match=r"^base: "):
         read_architecture(str(base), None, "base")
+
+
+UNFIT = {
+    "many layers": ({"num_hidden_layers": 10_000_000}, "num_hidden_layers: expected int <= 1024"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads: expected int >= 1"),
+    "no width": ({"hidden_size": 0}, "hidden_size: expected int >= 1"),
+    "fraction": ({"num_local_experts": 4.5}, "num_local_experts: expected int, got float"),
+    "truth": ({"num_key_value_heads": True}, "num_key_value_heads: expected int"),
+    "chosen": ({"num_experts_per_tok": 5}, "5 can't be chosen of 4 num_local_experts"),
+    "heads": ({"num_attention_heads": 5}, "32 is no multiple of the 5 num_attention_heads"),
+    "groups": ({"num_key_value_heads": 3}, "4 is no multiple of the 3 num_key_value_heads"),
+    "odd": ({"head_dim": 7}, "head_dim: 7 is odd"),
+    "labels": ({"label2id": {"x": "y"}}, "label2id"),
+    "rope": ({"rope_parameters": 5}, "rope_parameters: expected"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_sizes_are_bounded_and_fit_each_other(base: Path, case: str) -> None:
+    """Before transformers sees them, by field; a base of ten million layers was built until the memory ended."""
+    settings, told = UNFIT[case]
+    say(base, **settings)
+    with pytest.raises(UserError) as refused:
+        read_architecture(str(base), None, "base")
+    assert str(refused.value).startswith("base: its config.json says what no Mixtral is (")
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("settings", [{"num_hidden_layers": 900}, {"num_local_experts": 512}, {"vocab_size": 1 << 23}])
+def test_a_base_that_asks_for_more_than_its_files_hold_gets_no_memory(base: Path, settings: dict[str, Any]) -> None:
+    """transformers would make room for all of it first."""
+    say(base, **settings)
+    with pytest.raises(UserError, match=f"^base={base}: its tensor .* (is missing|asks for)"):
+        load(base)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"max_length": "x"}', "[" * 100_000])
+def test_what_a_base_recommends_for_generation_is_not_read(base: Path, content: str) -> None:
+    (base / "generation_config.json").write_text(content)
+    assert load(base).generation_config.max_length is None or load(base).generation_config.max_length > 0
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_beside_the_weights_is_waited_for_by_nobody(base: Path) -> None:
+    (base / "generation_config.json").unlink(missing_ok=True)
+    os.mkfifo(base / "generation_config.json")
+    load(base)
+    (base / "config.json").unlink()
+    os.mkfifo(base / "config.json")
+    with pytest.raises(UserError, match="no regular file"):
+        load(base)
+
+
+def test_an_adapter_within_a_base_is_not_loaded_on_top(base: Path) -> None:
+    """transformers would, without a word."""
+    (base / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"adapter_config.json; move the adapter"):
+        mixtral.pretrained(ModelConfig(path=str(base), attention="sdpa"))
+
+
+def test_where_the_weights_lie_is_not_for_the_config_to_say(base: Path) -> None:
+    say(base, transformers_weights="elsewhere.safetensors", fusion_config={"x": 1}, distributed_config={"x": 1})
+    assert torch.equal(load(base).lm_head.weight, load(base).lm_head.weight)
+    assert "transformers_weights" not in exported(json.loads((base / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "5", "", "{"])

@@ -24,6 +24,7 @@ from data.prepared.dataset import (
 )
 from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, open_split
 from data.schema import IGNORE_INDEX, PackedRow
+from tests.support.manifests import manifest_of
 
 X = IGNORE_INDEX
 SEQ_LEN = 6
@@ -253,9 +254,7 @@ def prepared(directory: Path, *, packing: bool = True) -> Path:
     """A prepared dataset of ROWS, as small as can be."""
     for split, rows in zip(SPLITS, (ROWS, []), strict=True):
         write(directory / split / "rows.arrow", rows)
-    files = {f"{split}/rows.arrow": {"bytes": (directory / split / "rows.arrow").stat().st_size} for split in SPLITS}
-    manifest = {"kind": MANIFEST_KIND, "layout": LAYOUT, "seq_len": SEQ_LEN, "packing": packing, "files": files}
-    (directory / MANIFEST).write_text(json.dumps(manifest))
+    (directory / MANIFEST).write_text(json.dumps(manifest_of(directory, seq_len=SEQ_LEN, packing=packing)))
     return directory
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from data.disk.files import sha256
 from data.prepared.dataset import PreparedDataset
+from data.prepared.layout import SPLITS, open_split
 from data.prepared.report import BARS, Histogram
 from data.schema import IGNORE_INDEX, Conversation, Message
 from data.template import ChatTokenizer
@@ -98,6 +99,105 @@ def test_preview_in_colour_needs_no_marks(
     out = run_program("data", "task=preview", "output=out", "rows=1").stdout
     assert "\x1b[1;32m" not in out
     assert re.search(r"^[ ^]*\^[ ^]*$", out, re.MULTILINE)
+
+
+def headings(text: str) -> list[str]:
+    """The lines that name rows and conversations, without the line that is drawn behind."""
+    return [line.rstrip("─ ") for line in text.splitlines() if line.startswith(("row ", "conversation "))]
+
+
+def test_preview_names_file_and_line_as_rejects_do(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    """Blank lines count, items of a list count from 0; what is printed can be pasted behind where=."""
+    (tmp_path / "rows").mkdir()
+    lines = [json.dumps({"instruction": f"Say {n}.", "output": str(n)}) for n in range(3)]
+    (tmp_path / "rows" / "a.jsonl").write_text(f"\n\n{lines[0]}\nnonsense\n\n{lines[1]}\n")
+    (tmp_path / "b.json").write_text(f"[{lines[2]}, {lines[0]}]")
+    settings = ("output=out", "eval_fraction=0", "packing=false", "max_reject_fraction=0.5")
+    assert run_program("data", "files=[rows/a.jsonl,b.json]", *settings).exit_code == 0
+    shown = headings(run_program("data", "task=preview", "output=out", "rows=9").stdout)
+    places = [line.split(", ")[1].split(": ")[0] for line in shown if line.startswith("conversation")]
+    assert sorted(places) == ["b.json:0", "b.json:1", "rows/a.jsonl:3", "rows/a.jsonl:6"]
+
+    for place, text in (("rows/a.jsonl:6", "▁Say ▁ 1 ."), ("a.jsonl:3", "▁Say ▁ 0 ."), ("b.json:0", "▁Say ▁ 2 .")):
+        out = run_program("data", "task=preview", "output=out", f"where={place}").stdout
+        assert len(headings(out)) == 2
+        assert f"{place}: " in out
+        assert text in out
+        assert run_program("data", "task=report", "output=out", f"where={place}").exit_code == 0
+        page = Page((tmp_path / "out-report.html").read_text(encoding="utf-8"))
+        pre = "".join(data for tag, data in page.texts if tag in ("pre", "mark"))
+        assert f"Say {text[-3]}." in pre
+        assert any(f"{place}, " in data for tag, data in page.texts if tag == "small")
+
+
+def test_where_that_names_nothing(run_program: Callable[..., Any], prepared: Path) -> None:
+    for where, told in (
+        ("rows.json:60", "was rejected (unknown_role): conversations[0] is said by 'tool'"),
+        ("rows.json:62", "no row stands there; rows.json has them from row 0 to 61"),
+        ("other.json:1", "no file was called so; give rows.json"),
+        (f"rows.json:{'9' * 5000}", "it is no place; give FILE:NUMBER"),
+        ("rows.json", "it is no place; give FILE:NUMBER, for example rows.json:0"),
+    ):
+        outcome = run_program("data", "task=preview", "output=out", f"where={where}")
+        assert outcome.exit_code == 2
+        assert outcome.stderr.startswith(f"data: where={where}: ")
+        assert told in outcome.stderr
+        assert outcome.stdout == ""
+    outcome = run_program("data", "task=preview", "output=out", "train_rows=[0,1000]")
+    assert (outcome.exit_code, outcome.stderr[:30]) == (2, "data: train_rows=[1000]: the t")
+    outcome = run_program("data", "task=preview", "output=out", "where=rows.json:1", "train_rows=[0]")
+    assert (outcome.exit_code, outcome.stderr[:30]) == (2, "data: where=rows.json:1: train")
+    (prepared / "places.arrow").write_bytes(bytes((prepared / "places.arrow").stat().st_size))
+    outcome = run_program("data", "task=preview", "output=out")
+    why = "places.arrow is not whole (it has changed since it was prepared)"
+    assert outcome.stderr == f"data: output=out: {why}; prepare it again\n"
+
+
+def test_held_out_split_and_repeated_rows_are_found(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    rows = []
+    for n in range(20):
+        turns = [{"role": ("user", "assistant")[k % 2], "content": f"Text {n} {k} " * 5} for k in range(6)]
+        rows.append({"messages": turns})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = ("seq_len=64", "overlong=split_turns", "eval_fraction=0.2", "weights={rows.json: 2}")
+    assert run_program("data", "files=[rows.json]", "output=out", *settings).exit_code == 0
+    dataset = PreparedDataset(tmp_path / "out")
+    held_out = {row for n in range(len(dataset.eval)) for row in dataset.eval[n].rows}
+    for row in range(20):
+        out = run_program("data", "task=preview", "output=out", f"where=rows.json:{row}").stdout
+        shown = [line for line in out.splitlines() if line.startswith("conversation ")]
+        assert len(shown) == 3  # its parts, each once though an epoch trains on it twice
+        assert all(f", rows.json:{row}: " in line for line in shown)
+        assert ("row of eval" in out) == (row in held_out)
+
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "Say it.", "output": str(n)} for n in range(5)]))
+    settings = ("output=out", "eval_fraction=0", "weights={rows.json: 3}")
+    assert run_program("data", "files=[rows.json]", *settings).exit_code == 0
+    assert len(PreparedDataset(tmp_path / "out").train) == 1  # copies of a row in one packed row
+    out = run_program("data", "task=preview", "output=out", "where=rows.json:2").stdout
+    assert len(headings(out)) == 2
+
+
+def test_rows_of_a_step_and_a_number_of_conversations(run_program: Callable[..., Any], prepared: Path) -> None:
+    train = PreparedDataset(prepared).train
+
+    def shown(*settings: str) -> list[str]:
+        outcome = run_program("data", "task=preview", "output=out", *settings)
+        assert outcome.exit_code == 0, outcome.stderr
+        return headings(outcome.stdout)
+
+    rows = [line for line in shown("train_rows=[4,0]") if line.startswith("row")]
+    assert [line.split(":")[0] for line in rows] == ["row 4", "row 0"]
+    for number in (1, 3, 10):
+        assert sum(line.startswith("conversation") for line in shown(f"conversations={number}")) == number
+    few = sum(len(train[n].lengths) for n in (2, 3))
+    both = shown("train_rows=[2,3]", "conversations=1000")
+    assert sum(line.startswith("conversation") for line in both) == few
+
+    assert run_program("data", "task=report", "output=out", "conversations=7").exit_code == 0
+    page = (prepared.parent / "out-report.html").read_text(encoding="utf-8")
+    assert page.count('class="conversation"') == 7
+    assert page.count("<details") > 1
 
 
 # Report
@@ -186,7 +286,8 @@ def test_report_is_one_page_that_tells_the_truth(run_program: Callable[..., Any]
 def test_report_counts_lengths_turns_and_rows(run_program: Callable[..., Any], prepared: Path) -> None:
     from data.prepared.report import _histograms
 
-    lengths, turns, used = _histograms(prepared, 128)
+    tables = {split: open_split(prepared, split) for split in SPLITS}
+    lengths, turns, used = _histograms(tables, 128)
     dataset = PreparedDataset(prepared)
     rows = [table[i] for table in (dataset.train, dataset.eval) for i in range(len(table))]
     assert sorted(np.repeat(np.arange(129), lengths.counts)) == sorted(n for row in rows for n in row.lengths)

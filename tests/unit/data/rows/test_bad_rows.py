@@ -41,7 +41,7 @@ BAD: dict[str, list[Callable[[int], bytes]]] = {
         lambda _: sharegpt({"value": "Hi"}, REPLY),
     ],
     "empty_field": [lambda _: sharegpt(USER, turn("gpt", "")), lambda _: sharegpt(turn("human", " \n"), REPLY)],
-    "not_text": [lambda n: sharegpt(USER, turn("gpt", n)), lambda n: sharegpt(turn("human", [str(n)]), REPLY)],
+    "not_text": [lambda n: sharegpt(USER, turn("gpt", n + 0.5)), lambda n: sharegpt(turn("human", [str(n)]), REPLY)],
     "unknown_role": [
         lambda n: sharegpt(USER, turn("function_call", f"f({n})"), turn("observation", "1"), REPLY),
         lambda n: sharegpt(USER, turn("tool", str(n))),

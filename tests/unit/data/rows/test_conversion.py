@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from data.config import SCHEMAS as SETTINGS
-from data.rows.conversion import SCHEMAS, detect_schema, to_conversation
+from data.rows.columns import names_of
+from data.rows.conversion import SCHEMAS, to_conversation
 from data.rows.reading import RawRow, Reject
 from data.schema import Conversation, Message
 
@@ -16,6 +17,11 @@ HUMAN = {"from": "human", "value": "Hi"}
 GPT = {"from": "gpt", "value": " Hello. "}
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}
+
+
+def schema_of(value: Any, columns: dict[str, str]) -> str | None:
+    names = names_of(value, columns)
+    return None if names is None else names.schema
 
 
 def convert(value: Any, schema: str, **options: Any) -> Conversation | Reject:
@@ -65,7 +71,8 @@ def test_messages() -> None:
     ("value", "schema", "reason"),
     [
         ({"conversations": None}, "sharegpt", "missing_field"),
-        ({"messages": [USER, ASSISTANT]}, "sharegpt", "missing_field"),
+        ({"messages": [USER, ASSISTANT]}, "sharegpt", "other_schema"),
+        ({"turns": [USER, ASSISTANT]}, "sharegpt", "missing_field"),
         ({"conversations": "Hi"}, "sharegpt", "not_a_list"),
         ({"conversations": ["Hi"]}, "sharegpt", "not_an_object"),
         ({"conversations": []}, "sharegpt", "turns_out_of_order"),
@@ -105,18 +112,19 @@ def test_a_detail_says_which_turn() -> None:
         ({"instruction": "x", "output": "y"}, "instruction"),
         ({"conversations": [], "instruction": "x"}, "sharegpt"),
         ({"messages": []}, "messages"),
-        ({"question": "x"}, None),
+        ({"question": "x"}, "instruction"),
+        ({"says": "x"}, None),
         ([1], None),
     ],
 )
 def test_detection(value: Any, schema: str | None) -> None:
-    assert detect_schema(value, {}) == schema
+    assert schema_of(value, {}) == schema
 
 
 def test_columns_may_have_other_names() -> None:
     columns = {"instruction": "question", "output": "answer"}
     row = {"question": "Hi", "answer": "Hello.", "context": "ignored"}
-    assert detect_schema(row, columns) == "instruction"
+    assert schema_of(row, columns) == "instruction"
     assert said(row, "instruction", columns=columns) == [("user", "Hi"), ("assistant", "Hello.")]
 
 
@@ -147,7 +155,7 @@ def test_each_source_has_its_own_schema(run_program, tmp_path: Path) -> None:
     assert [(source["schema"], source["rows"]) for source in inputs] == [("instruction", 1), ("sharegpt", 2)]
     forced = run_program("data", "files=[b.json]", "output=out", "schema=messages", "eval_fraction=0")
     assert forced.exit_code == 2
-    assert "missing_field 2×" in forced.stderr
+    assert "other_schema 2×" in forced.stderr
 
 
 def test_the_same_conversation_in_three_schemas_is_one_conversation() -> None:
@@ -164,7 +172,7 @@ def test_every_schema_can_be_asked_for() -> None:
 def test_columns_of_turns_are_renamed() -> None:
     columns = {"messages": "dialogue", "role": "speaker", "content": "text"}
     value = {"dialogue": [{"speaker": "user", "text": "Hi"}, {"speaker": "assistant", "text": "Hello."}]}
-    assert detect_schema(value, columns) == "messages"
+    assert schema_of(value, columns) == "messages"
     assert said(value, "messages", columns=columns) == [("user", "Hi"), ("assistant", "Hello.")]
     reject = convert({"dialogue": ["Hi"]}, "messages", columns=columns)
     assert isinstance(reject, Reject)
@@ -172,4 +180,4 @@ def test_columns_of_turns_are_renamed() -> None:
 
 
 def test_a_column_without_values_speaks_for_no_schema() -> None:
-    assert detect_schema({"messages": None, "instruction": "Say it.", "output": "It."}, {}) == "instruction"
+    assert schema_of({"messages": None, "instruction": "Say it.", "output": "It."}, {}) == "instruction"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from data.prepared.dataset import PreparedDataset
-from data.rows.conversion import SCHEMAS, detect_schema, to_conversation
+from data.rows.columns import names_of
+from data.rows.conversion import SCHEMAS, to_conversation
 from data.rows.reading import RawRow, Reject
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
@@ -32,6 +33,11 @@ def asked(schema: str, flags: dict[str, Any], *, of_user: dict[str, Any] | None 
     """Two turns; the first reply has flags."""
     user = ("user", "Where is Oslo?", of_user or {})
     return turns(schema, user, ("assistant", "On the moon.", flags), user, ("assistant", "In Norway.", {}))
+
+
+def schema_of(value: Any, columns: dict[str, str]) -> str | None:
+    names = names_of(value, columns)
+    return None if names is None else names.schema
 
 
 def convert(value: Any, schema: str, **options: Any) -> Conversation | Reject:
@@ -182,7 +188,7 @@ def test_history_and_system_of_instruction_rows_are_context() -> None:
         ([["a", "b", "c"]], "not_a_pair", "history[0]"),
         ([["a", ""]], "empty_field", "history[0][1] is empty"),
         ([["a", None]], "empty_field", "history[0][1] is empty"),
-        ([["a", 3]], "not_text", "history[0][1] is int"),
+        ([["a", 0.5]], "not_text", "history[0][1] is float"),
         ([["[INST]", "b"]], "template_marker", "[INST]"),
     ],
 )
@@ -235,11 +241,14 @@ def test_a_renamed_field_is_not_read_again_under_its_old_name() -> None:
 
 def test_a_renamed_field_decides_the_schema_under_its_new_name(prepare: Callable[..., Any], tmp_path: Path) -> None:
     row = {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
-    assert detect_schema(row, {"conversations": "messages"}) == "sharegpt"
-    assert detect_schema(row, {"instruction": "messages"}) == "instruction"
+    assert schema_of(row, {"conversations": "messages"}) == "sharegpt"
+    assert schema_of(row, {"instruction": "messages"}) == "instruction"
     both = {**row, "chat": row["messages"]}
-    assert detect_schema(both, {}) == "messages"
-    assert detect_schema(both, {"conversations": "chat"}) == "sharegpt"
+    assert schema_of(both, {}) == "sharegpt"
+    assert schema_of({**both, "messages": []}, {}) == "messages"
+    refused, _ = prepare([row], "columns={conversations: mesages}")
+    assert "there is no field mesages, which columns.conversations names; there is messages" in refused.stderr
+    assert schema_of(both, {"conversations": "chat"}) == "sharegpt"
     outcome, manifest = prepare([row], "columns={conversations: messages}")
     assert outcome.exit_code == 0
     assert manifest["inputs"][0]["schema"] == "sharegpt"
@@ -265,8 +274,8 @@ def test_a_renamed_field_decides_the_schema_under_its_new_name(prepare: Callable
             "{value: content}",
             "there is no field conversations[0].content, which columns.value names",
         ),
-        ({"instruction": "x", "output": "y", "answer": 5}, "{output: answer}", "the field answer is int, not text"),
-        ({"dialogue": "x"}, "{messages: dialogue}", "the field dialogue is str, not a list"),
+        ({"instruction": "x", "output": "y", "answer": 0.5}, "{output: answer}", "the field answer is float, not text"),
+        ({"dialogue": "x"}, "{messages: dialogue}", "the field dialogue is a text, not a list"),
         ({"dialogue": [5]}, "{messages: dialogue}", "dialogue[0] is int, not an object"),
     ],
 )

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.program.errors import UserError
-from data.rows import reading
+from data.rows import json_rows
 from data.rows.conversion import to_conversation
-from data.rows.reading import DEEPEST, Chunk, JsonArray, RawRow, Reject, read_arrow, read_file
+from data.rows.json_rows import JsonRows
+from data.rows.reading import DEEPEST, Chunk, RawRow, Reject, read_arrow, read_file
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -36,7 +37,7 @@ class Dribble(io.BytesIO):
 
 
 def items(content: bytes, piece: int) -> list[Any]:
-    return [json.loads(text) for text in JsonArray("rows.json", content[:1], Dribble(content[1:], piece))]
+    return [json.loads(text) for text in JsonRows("rows.json", content[:1], Dribble(content[1:], piece)).array()]
 
 
 @given(st.lists(values, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 40))
@@ -71,19 +72,19 @@ def test_what_is_no_array_is_refused_with_the_place(content: bytes, why: str, pi
 
 
 def test_an_item_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LONGEST_ROW", 1000)
-    monkeypatch.setattr(reading, "BLOCK", 100)
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 1000)
+    monkeypatch.setattr(json_rows, "BLOCK", 100)
     endless = io.BytesIO(b'"' + b"x" * 100_000)
     with pytest.raises(UserError, match="can't be parsed at item 0"):
-        list(JsonArray("rows.json", b"[", endless))
+        list(JsonRows("rows.json", b"[", endless).array())
     assert endless.tell() < 10_000
 
 
 def test_memory_does_not_hold_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "BLOCK", 100)
+    monkeypatch.setattr(json_rows, "BLOCK", 100)
     file = io.BytesIO(json.dumps([{"n": n, "text": "x" * 50} for n in range(1000)]).encode())
-    array = JsonArray("rows.json", file.read(1), file)
-    for read, _ in enumerate(array, start=1):
+    array = JsonRows("rows.json", file.read(1), file)
+    for read, _ in enumerate(array.array(), start=1):
         assert len(array._text) < 400
         assert file.tell() < 80 * read + 400
 

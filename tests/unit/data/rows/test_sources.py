@@ -120,7 +120,7 @@ def test_bottomless_nesting_is_no_fault_of_ours(tmp_path: Path, name: str, depth
         assert isinstance(found, Reject)
 
 
-@pytest.mark.parametrize("content", [b"name,age\n1,2\n", b"PK\x03\x04", b'[{"instruction": ', b"[\xff]"])
+@pytest.mark.parametrize("content", [b"name,age\n1,2\n", b'[{"instruction": ', b"[\xff]"])
 def test_file_that_is_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.json"
     with pytest.raises(UserError, match=f"files={path}: it is not JSON"):
@@ -193,7 +193,7 @@ def test_input_may_be_left_out() -> None:
         ({"output": None}, "missing_field", "output"),
         ({"instruction": ""}, "empty_field", "instruction"),
         ({"output": " \n\t"}, "empty_field", "output"),
-        ({"instruction": 5}, "not_text", "instruction"),
+        ({"instruction": 0.5}, "not_text", "instruction"),
         ({"input": ["x"]}, "not_text", "input"),
         ({"output": {"text": "x"}}, "not_text", "output"),
         ({"instruction": "a\0b"}, "nul_character", "instruction"),

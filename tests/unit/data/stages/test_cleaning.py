@@ -11,7 +11,7 @@ import pytest
 
 from data.prepared.dataset import PreparedDataset
 from data.schema import Conversation, Message
-from data.stages.contamination import GRAM, words_of
+from data.stages.contamination import GRAM, units_of
 from data.stages.duplicates import Seen, likeness
 from data.stages.intake import copies_of
 
@@ -173,7 +173,7 @@ def test_rows_with_evaluation_data_are_rejected(prepare: Callable[..., Any], tmp
     made = prepare("rows.jsonl", f"contamination=[eval.{kind}]", "max_reject_fraction=0")
 
     assert [(r["line"], r["reason"]) for r in made["rejects"]] == [(1, "contaminated"), (3, "contaminated")]
-    assert made["rejects"][1]["detail"].endswith(" ".join(words_of(QUESTION)[:GRAM]))
+    assert made["rejects"][1]["detail"].endswith(" ".join(units_of(QUESTION)[:GRAM]))
     (told,) = made["contamination"]
     assert (told["file"], len(told["sha256"])) == (f"eval.{kind}", 64)
 

@@ -17,6 +17,7 @@ import pytest
 
 from data.config import PrepareConfig
 from data.prepare import prepare
+from data.rows.columns import Names
 from data.rows.reading import read_file
 from data.stages.encoding import BYTES_PER_WORKER, Pool, number_of_workers
 
@@ -118,7 +119,7 @@ def test_memory_is_bounded_where_one_worker_is_slow(tmp_path: Path) -> None:
             yield chunk
 
     try:
-        for written, _ in enumerate(pool.encode(chunks(), "instruction")):
+        for written, _ in enumerate(pool.encode(chunks(), Names.of("instruction", {}))):
             assert read - written <= 17
     finally:
         pool.close()

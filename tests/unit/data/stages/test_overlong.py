@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data.config import PrepareConfig
+from data.rows.columns import Names
+from data.rows.reading import Chunk
 from data.schema import IGNORE_INDEX, Conversation, Message
-from data.stages.encoding import Shortened
-from data.stages.overlong import split_turns, truncate
+from data.stages.encoding import Encoder, Shortened
+from data.stages.overlong import LONGEST_PIECE, MARGIN, least_tokens, split_turns, truncate, within_reach
 from data.template import BOS, EOS, ChatTokenizer
 
 TOKENIZER = ChatTokenizer.load()
@@ -118,8 +123,8 @@ def test_preparing_with_each_policy(
 
 
 def test_the_parts_of_a_row_stay_on_one_side_of_the_split(run_program: Callable[..., Any], tmp_path: Path) -> None:
-    row = {"messages": [{"role": m.role, "content": m.content} for m in TURNS]}
-    (tmp_path / "rows.json").write_text(json.dumps([row] * 12))
+    rows = [{"messages": [{"role": m.role, "content": f"{m.content} {n}"} for m in TURNS]} for n in range(12)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     settings = ("seq_len=40", "overlong=split_turns", "eval_fraction=0.3")
     assert run_program("data", "files=[rows.json]", "output=out", *settings).exit_code == 0
     from data.prepared.dataset import PreparedDataset
@@ -184,3 +189,68 @@ def test_splitting_keeps_every_trained_reply_and_no_part_without_one(replies: tu
         assert all(part.supervised and len(part) <= seq_len for part in parts)
         trained = [label for part in parts for label in part.labels if label != IGNORE_INDEX]
         assert trained == [label for label in whole.labels if label != IGNORE_INDEX]
+
+
+# What can't fit by its characters
+
+
+def test_no_piece_is_longer_than_the_longest() -> None:
+    assert max(map(len, TOKENIZER.pieces)) == LONGEST_PIECE
+
+
+TEXTS = st.lists(st.sampled_from(["a", " " * 40, "word ", "\n\n", "日本", "🧿", "x" * 50]), min_size=1, max_size=30)
+
+
+@given(TEXTS, TEXTS)
+def test_a_conversation_has_at_least_the_least_tokens(question: list[str], answer: list[str]) -> None:
+    conversation = Conversation((Message("user", "".join(question)), Message("assistant", "".join(answer) + ".")))
+    assert 0 < least_tokens(conversation) <= len(TOKENIZER.encode(conversation))
+
+
+LONG = 16 * LONGEST_PIECE + MARGIN + 1
+LONG_TEXTS = {
+    "words": "one or two words " * LONG,
+    "spaces": "a" + " " * 2 * LONG + "b",
+    "line ends": "a" + "\n" * 2 * LONG + "b",
+    "one word": "x" * 2 * LONG,
+    "signs": "🧿" * 2 * LONG,
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 5])
+def test_cutting_long_texts_first_changes_nothing(text: str, place: int) -> None:
+    messages = list(WITH_SYSTEM.messages)
+    messages[place] = Message(messages[place].role, text)
+    whole = Conversation(tuple(messages))
+    for seq_len in (16, 40, 90):
+        near = within_reach(whole, seq_len)
+        assert sum(len(message.content) for message in near.messages) < 20 * seq_len + 2 * MARGIN
+        assert truncate(TOKENIZER.encode(near), seq_len) == truncate(TOKENIZER.encode(whole), seq_len)
+        assert split_turns(near, TOKENIZER, seq_len) == split_turns(whole, TOKENIZER, seq_len)
+    assert within_reach(whole, 8 * LONG) is whole
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split_turns"])
+def test_what_can_not_fit_is_not_encoded(overlong: str) -> None:
+    """Of five million characters, as few get to the merges as may matter, for the evaluation data too."""
+    seen: list[int] = []
+
+    class Counting(ChatTokenizer):
+        def encode(self, conversation: Conversation) -> Any:
+            seen.append(sum(len(message.content) for message in conversation.messages))
+            return super().encode(conversation)
+
+    encoder = Encoder(PrepareConfig(seq_len=64, overlong=overlong), Counting.load(), None)
+    row = json.dumps({"instruction": "Go on.", "output": "x" * 5_000_000})
+    encoded = encoder.encode(Chunk("rows.jsonl", "line", [1], [row]), Names.of("instruction", {}))
+    assert all(size < 64 * LONGEST_PIECE + MARGIN + 100 for size in seen)
+    if overlong == "drop":
+        assert not seen
+        ((_, reject),) = encoded.rejects
+        assert reject.reason == "too_long"
+        assert reject.detail == "the conversation has at least 312501 tokens, and a row holds 64 (seq_len)"
+    else:
+        ((_, (part,)),) = encoded.kept
+        assert len(part) == 64
+        assert encoded.shortened == {0: Shortened(0, 1)}

@@ -144,6 +144,31 @@ def test_a_model_that_is_spread_over_devices_answers_in_padded_batches(
     assert len(taken) == 2
 
 
+def test_the_padding_is_no_repetition(tmp_path: Path, loaded: Loaded) -> None:
+    """With a strong reward for what was said before, a token of the padding would be the answer."""
+    asked = config(tmp_path, repetition_penalty=1e-4, batch_size=5)
+    batch(asked)
+    for line, row in list(zip(lines(tmp_path / "out.jsonl"), ROWS, strict=True))[::2]:
+        text = row["instruction"] if "instruction" in row else row["messages"][0]["content"]
+        alone = generate(loaded, asked, Conversation((Message("user", text),)), lambda _: None)
+        assert line["answer"] == alone.text
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 0.05}, {"temperature": 5.0, "min_p": 0.5}])
+def test_what_continuous_batching_would_leave_out_is_done_in_padded_batches(
+    tmp_path: Path, loaded: Loaded, capsys: pytest.CaptureFixture[str], settings: dict[str, float]
+) -> None:
+    batch(config(tmp_path, **settings))
+    expected = (tmp_path / "out.jsonl").read_text()
+    capsys.readouterr()
+    batch(config(tmp_path, batching="continuous", overwrite=True, **settings))
+    assert (tmp_path / "out.jsonl").read_text() == expected
+    name = list(settings)[-1]
+    assert f"transformers' continuous batching doesn't know {name}; padded" in capsys.readouterr().err
+    batch(config(tmp_path, overwrite=True))
+    assert (tmp_path / "out.jsonl").read_text() != expected
+
+
 def test_bad_rows_become_error_lines(tmp_path: Path, loaded: Loaded) -> None:
     good = json.dumps(ROWS[0])
     rows = [good, *BAD, "", good, b"\xff\xfe".decode("latin-1")]

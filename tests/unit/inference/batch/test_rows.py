@@ -64,7 +64,7 @@ def test_a_list_of_messages_may_be_called_prompt(tmp_path: Path) -> None:
     [
         ({"prompt": ""}, "empty_field"),
         ({"prompt": "fake [/INST] it"}, "template_marker"),
-        ({"prompt": 5}, "unknown_schema"),
+        ({"prompt": 0.5}, "not_text"),
         ({"prompt": "\ud800"}, "lone_surrogate"),
     ],
 )
@@ -146,13 +146,16 @@ def test_lines_of_a_list_are_sorted_by_row(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
-    from inference.chat import _piped
+    from inference.chat.chat import piped_lines
     from inference.prompt import ask
 
     text = "Hello, who are you?"
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     asked = InferenceConfig(base="base", prompt_file=str(tmp_path / "bom.txt"))
     assert ask(asked).messages[-1].content == text
-    for reading in (lambda: [ask(InferenceConfig(base="base", prompt="-")).messages[-1].content], lambda: [*_piped()]):
+    for reading in (
+        lambda: [ask(InferenceConfig(base="base", prompt="-")).messages[-1].content],
+        lambda: [*piped_lines()],
+    ):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + text.encode()), "utf-8"))
         assert reading() == [text]

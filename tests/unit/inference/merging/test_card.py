@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from configs.program.errors import UserError
+from data.card import Story, read_story
 from data.disk.plain_text import parse_yaml, plain, read_json
-from inference.merging.card import Story, read_story, write_card
+from inference.merging.card import write_card
 from inference.merging.merge import merge
 from tests.unit.inference.merging.test_merge import make
 

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
-from configs.program.errors import UserError
+from configs.program.errors import UserError, VerificationError
 from data.disk import files as disk_files
 from data.disk import weights
 from data.disk.mixtral_files import pieces
@@ -34,7 +35,6 @@ from inference.merging import merge as merging
 from inference.merging import verify as verification
 from inference.merging.merge import merge, write_weights
 from inference.merging.verify import (
-    VerificationError,
     compare_logits,
     compare_tensors,
     logits,
@@ -42,6 +42,7 @@ from inference.merging.verify import (
     streamed,
     verify,
 )
+from inference.run import run
 from tests.conftest import Live
 from tests.support.killing import killed_at_every_change
 from tests.unit.inference.test_adapter import KINDS, make_adapter, make_base
@@ -233,7 +234,7 @@ def test_the_verification_finds_what_is_wrong(tmp_path: Path) -> None:
                 stored[name], stored[other] = stored[other].clone(), stored[name].clone()
 
     for edit, comparison, sentence in (
-        (one_bit, compare_tensors, "model.norm.weight changed"),
+        (one_bit, compare_tensors, r"model.norm.weight: at \[\d+\] it is \S+ after merging, and \S+ in the base"),
         (left_out, compare_tensors, "experts.2.w1.weight is lost in rounding"),
         (mispaired, compare_logits, "logits differ"),
     ):
@@ -242,6 +243,30 @@ def test_the_verification_finds_what_is_wrong(tmp_path: Path) -> None:
         extra = (ChatTokenizer.load(),) if comparison is compare_logits else ()
         with pytest.raises((VerificationError, UserError), match=sentence):
             comparison(tmp_path / "out", parts, adapter, *extra)  # type: ignore[operator]
+
+
+def test_a_merge_that_is_not_what_it_has_to_be_ends_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One bit is flipped behind the back of the merge: exit code 1, the tensor, both numbers, and nothing is left."""
+    config = make(tmp_path)
+    honest = merging.write_weights
+
+    def dishonest(directory: Path, *rest: Any) -> float:
+        seconds = honest(directory, *rest)
+        stored = load_file(directory / "model.safetensors")
+        stored["model.norm.weight"][3] += 0.5
+        save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+        return seconds
+
+    monkeypatch.setattr(merging, "write_weights", dishonest)
+    with pytest.raises(SystemExit) as left:
+        run(config)
+    assert left.value.code == 1
+    told = capfd.readouterr().err.strip()
+    assert told.startswith("inference: model.norm.weight: at [3] it is 1.5 after merging, and 1.0 in the base")
+    assert "\n" not in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
@@ -438,6 +463,9 @@ def test_the_card_says_what_a_reader_needs(tmp_path: Path) -> None:
     ):
         assert part in card
     assert str(tmp_path) not in card.replace(f"{tmp_path.name}/base", "")
+    told = (tmp_path / "out" / "merge.json").read_text()
+    assert str(tmp_path) not in told
+    assert not re.search(r'"/|=/', told)  # neither the base's and adapter's paths nor those of the command
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from configs.program.errors import UserError
 from train.config.engine import DeepSpeedConfig, HardwareConfig
+from train.config.lora import LoraConfig
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.zero import deepspeed_config
 
@@ -64,3 +65,14 @@ def test_what_only_goes_forward_shards_no_optimizer(stage: int, forward: int) ->
     assert told["zero_optimization"]["stage"] == forward
     assert "offload_optimizer" not in told["zero_optimization"]
     assert deepspeed_config(config, BatchArithmetic(1, 1, 1))["zero_optimization"]["stage"] == stage
+
+
+def test_gradients_are_never_summed_in_bfloat16() -> None:
+    for stage in (2, 3):
+        told = deepspeed_config(TrainConfig(deepspeed=DeepSpeedConfig(stage=stage)), BatchArithmetic(1, 4, 1))
+        assert told["data_types"] == {"grad_accum_dtype": "fp32"}
+    config = TrainConfig(deepspeed=DeepSpeedConfig(stage=1), lora=LoraConfig(method="none"))
+    with pytest.raises(UserError, match=r"^deepspeed\.stage=1: with model\.dtype=bfloat16 .* use deepspeed=zero2"):
+        config.check()
+    config.model.dtype = "float32"
+    config.check()

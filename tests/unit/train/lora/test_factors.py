@@ -36,21 +36,8 @@ def test_a_seed_gives_the_same_start_whatever_the_device() -> None:
     assert torch.equal(starts[0].bfloat16(), starts[1])
 
 
-@pytest.mark.parametrize(("dtype", "filled"), [(torch.float32, 8), (torch.bfloat16, 8), (torch.float64, 6)])
-def test_every_expert_gets_the_rows_of_one_rank_and_gradients_go_back(dtype: torch.dtype, filled: int) -> None:
-    """The largest rank, up to whole 16 bytes."""
-    adapter = factors.Adapter(ranks=(3, 0, 5), scales=(2.0, 0.0, 1.0), dropout=0.0)
-    factor = torch.arange(1, 33, dtype=dtype).view(8, 4)
-    of_each = adapter.filled(factor)
-    assert of_each.shape == (3, filled, 4)
-    for rank, rows, expert in zip(adapter.ranks, adapter.rows, of_each, strict=True):
-        assert torch.equal(expert[:rank], factor[rows])
-        assert not expert[rank:].any()
-    assert torch.equal(adapter.unfilled(of_each), factor)
-
-
-def test_equal_ranks_of_whole_16_bytes_are_not_copied() -> None:
-    adapter = factors.Adapter(ranks=(8, 8), scales=(2.0, 2.0), dropout=0.0)
-    factor = torch.randn(16, 4)
-    assert adapter.filled(factor).data_ptr() == factor.data_ptr()
-    assert adapter.unfilled(adapter.filled(factor)).data_ptr() == factor.data_ptr()
+def test_shares_are_the_scale_where_an_expert_owns_the_row_and_zero_elsewhere() -> None:
+    adapter = factors.Adapter(ranks=(3, 0, 2), scales=(2.0, 0.0, 0.5), dropout=0.0)
+    shares = adapter.shares(torch.device("cpu"))
+    assert shares.tolist() == [[2.0, 2.0, 2.0, 0, 0], [0] * 5, [0, 0, 0, 0.5, 0.5]]
+    assert adapter.shares(torch.device("cpu")) is shares  # the host waits for it once

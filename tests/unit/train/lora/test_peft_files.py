@@ -18,7 +18,8 @@ from transformers import MixtralForCausalLM
 from configs.program.errors import UserError
 from tests.support.nano import nano_config, save, trained_nano
 from train.config.lora import LoraConfig
-from train.lora import attach, factors, peft_files
+from train.lora import attach, factors
+from train.lora.files import peft_files
 from train.lora.proof import movements
 from train.saving.starting_point import movements_of, start_from
 
@@ -352,4 +353,4 @@ def test_a_start_that_is_gone_costs_the_movements_and_not_the_result(
     assert movements_of(config, adapted, tensors) == []
     (tmp_path / "adapter_model.safetensors").unlink()
     assert movements_of(config, adapted, tensors) == []
-    assert capsys.readouterr().err.count("How far the experts' adapters have moved is not told.") == 2
+    assert capsys.readouterr().err.count("How far the experts' adapters have moved is not known.") == 2

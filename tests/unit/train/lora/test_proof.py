@@ -64,3 +64,16 @@ def test_a_few_tokens_of_one_conversation_leave_experts_without_and_that_is_no_e
     assert 0 < routing.reaching_LE[-1].sum() <= 2
     assert 0.0 in found
     gradients.check(found, routing.reaching_LE)
+
+
+def test_a_single_token_that_fell_to_another_expert_when_it_was_computed_again_is_no_error() -> None:
+    """The routers are noted in the forward, and gradients are those of the recomputation."""
+    gradients, found, routing = first_step(fresh(), packed(torch.randint(3, 400, (128,))))
+    layers, experts = routing.reaching_LE.shape
+    assert len(found) == layers * 2 * experts
+    found[:] = [0.0 if index % experts == 3 else alive for index, alive in enumerate(found)]
+    routing.reaching_LE[:, 3] = 1
+    gradients.check(found, routing.reaching_LE)
+    routing.reaching_LE[1, 3] = 2
+    with pytest.raises(ExpertNotLearningError, match="layer 1, expert 3: 2 tokens"):
+        gradients.check(found, routing.reaching_LE)

@@ -241,7 +241,7 @@ def test_tokens_are_sorted_gathered_and_counted_once_for_a_block() -> None:
     with Calls() as calls:
         out = split_experts.split_lora_forward(experts, x, index, weights)
     assert [calls.of["sort"], calls.of["searchsorted"]] == [1, 1]
-    assert calls.of["index_select"] == 4 + 2  # the tokens of each expert, then the outputs of each choice
+    assert [calls.of["index_select"], calls.of["weighted_sum"]] == [4, 1]  # the tokens of each expert
     with Calls() as calls:
         out.sum().backward()
     assert [calls.of["sort"], calls.of["searchsorted"]] == [0, 0]
@@ -250,7 +250,7 @@ def test_tokens_are_sorted_gathered_and_counted_once_for_a_block() -> None:
 @pytest.mark.parametrize("lora_rank", [8, (8, 0, 0, 8), (8, 4, 0, 8)])
 def test_all_experts_in_one_product_make_the_host_wait_for_nothing(lora_rank: int | tuple[int, ...]) -> None:
     """Once the constants of the adapters are there: no number is asked for, none comes from a Python list, and none of
-    the operations that have to know how much they will give. One rank for all that have an adapter is one scale."""
+    the operations that have to know how much they will give."""
     torch.manual_seed(0)
     experts = make_experts(**FROZEN, lora_rank=lora_rank, dtype=torch.float32)
     index, weights = routed(30, 4)
@@ -261,7 +261,6 @@ def test_all_experts_in_one_product_make_the_host_wait_for_nothing(lora_rank: in
             split_experts.split_lora_forward(experts, x, index, weights).sum().backward()
     waiting = {"_local_scalar_dense", "bincount", "nonzero", "lift_fresh", "_to_copy", "masked_select"}
     assert {name for name in waiting if calls.of[name]} <= {"_to_copy"}  # of the groups' ends to int32, on the device
-    assert calls.of["bucketize"] == (2 * 2 if lora_rank == (8, 4, 0, 8) else 0)
 
 
 @pytest.mark.parametrize("lora_rank", [8, (8, 4, 0, 8)])

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from tests.support.nano import nano_config, save, trained_nano
 from train.config.lora import EXPERT_TARGETS
-from train.lora import attach, factors, peft_files
+from train.lora import attach, factors
+from train.lora.files import peft_files
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_a_base_that_lacks_a_tensor_is_refused_by_its_name(base: Path) -> None:
 def test_a_damaged_file_is_refused(base: Path) -> None:
     content = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=f"model.path={base}: no model can be loaded"):
+    with pytest.raises(UserError, match=f"model.path={base}: its model.safetensors can.t be read"):
         load(base)
 
 

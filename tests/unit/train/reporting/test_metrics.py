@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,29 @@ def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Pat
     assert written[0]["tokens_per_second"] == 200
     assert (written[1]["wrong"], written[1]["rows"]) == ("refused", [50])  # with the rows that did it
     assert "rows" not in written[0]
+
+
+def test_a_spike_says_how_to_see_its_rows(
+    run_program: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a command that can be pasted, and that shows the rows of the step."""
+    rows = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = ("packing=false", "eval_fraction=0")
+    assert run_program("data", "files=[rows.json]", "output=my data", *settings).exit_code == 0
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {"dataset": "my data"}, is_main=True)
+    capsys.readouterr()
+    metrics.stepped(record(1, loss=9.0), "spike", [17, 3, None])
+    metrics.close()
+    said = "".join(capsys.readouterr())
+    assert len(said.splitlines()) == 1
+    command = shlex.split(said[said.index("python -m data") :])
+    assert command[:3] == ["python", "-m", "data"]
+    outcome = run_program("data", *command[3:])
+    assert [line.split(":")[0] for line in outcome.stdout.splitlines() if line.startswith("row ")] == [
+        "row 17",
+        "row 3",
+    ]
 
 
 def test_numbers_that_json_does_not_know_come_back_from_a_checkpoint() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from data.disk.files import file_hash
 from data.prepared.dataset import PreparedDataset
@@ -13,6 +14,20 @@ from train.saving.identity import Inputs
 from train.saving.receipt import Record, record_launch
 from train.saving.resume import check_same_run
 from train.saving.run_directory import RunDirectory
+
+
+def trainer_state(step: int) -> dict[str, Any]:
+    """The least that a trainer.json holds."""
+    return {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "optimizer_steps": step,
+        "settings": {},
+        "base": {"fingerprint": None, "files": {}},
+        "dataset": {"manifest_sha256": "0"},
+        "metrics": {"step": step, "last": None, "evaluations": {}},
+        "health": {"refused": 0, "recent": []},
+    }
 
 
 def launch(
@@ -40,7 +55,7 @@ def checkpointed(directory: RunDirectory, record: Record, step: int, **settings:
     """A checkpoint of a run, with what is compared and nothing else."""
     path = checkpoint.path_of(directory.path, step)
     path.mkdir(parents=True)
-    trainer = {"format": checkpoint.FORMAT, "step": step, "settings": record.settings | settings, **record.inputs}
+    trainer = {**trainer_state(step), "settings": record.settings | settings, **record.inputs}
     (path / checkpoint.TRAINER).write_text(json.dumps(trainer))
     written = {"bytes": (path / checkpoint.TRAINER).stat().st_size, "xxh3": file_hash(path / checkpoint.TRAINER)}
     (path / checkpoint.MANIFEST).write_bytes(checkpoint._sealed({"files": {checkpoint.TRAINER: written}}))

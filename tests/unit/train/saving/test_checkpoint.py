@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.disk.files import file_hash
+from tests.unit.train.saving.launches import trainer_state
 from train.saving import checkpoint
 from train.saving.background import Background
 from train.saving.checkpoint import STATE, Checkpoint, CheckpointWriter, DamagedError
@@ -30,7 +31,7 @@ def write(place: Path, background: Background, **trainer: object) -> dict[str, d
         writer.write(name, of_parameter)
     background.submit((writer.directory / "adapter").mkdir)
     background.submit(lambda: (writer.directory / "adapter" / "adapter_config.json").write_text("{}"))  # type: ignore[func-returns-value]
-    writer.finish({"step": checkpoint.step_of(place), **trainer})
+    writer.finish({**trainer_state(checkpoint.step_of(place) or 0), **trainer})
     return tensors
 
 

@@ -83,7 +83,7 @@ def test_another_dataset_or_one_whose_rows_changed_is_refused(
     bad = bytearray(good)
     bad[len(bad) // 2] ^= 1
     rows.write_bytes(bad)
-    with pytest.raises(UserError, match=r"train/rows\.arrow has changed since it was prepared"):
+    with pytest.raises(UserError, match=r"train/rows\.arrow is not whole \(it has changed since it was prepared"):
         directory(dataset, processes, interrupted)
     rows.write_bytes(good)
 

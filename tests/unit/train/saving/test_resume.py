@@ -25,7 +25,9 @@ def test_a_fresh_run_refuses_rows_that_are_not_those_of_the_manifest(
     content = bytearray(rows.read_bytes())
     content[len(content) // 2] ^= 1
     rows.write_bytes(content)
-    with pytest.raises(UserError, match=rf"^dataset=.*: {split}/rows\.arrow has changed since it was prepared"):
+    with pytest.raises(
+        UserError, match=rf"^dataset=.*: {split}/rows\.arrow is not whole \(it has changed since it was prepared"
+    ):
         directory(dataset, processes, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -10,22 +10,29 @@ Letters in names of tensors: E experts, R the largest rank, r the rank of one ex
 """
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from configs.program.errors import UserError, one_line
-from data.disk.adapter_directory import CONFIG, PREFIX, WEIGHTS, check_settings, join_experts, separate_experts
+from configs.program.errors import UserError
+from data.disk.adapter_directory import (
+    PREFIX,
+    WEIGHTS,
+    join_experts,
+    public,
+    read_settings,
+    read_shapes,
+    separate_experts,
+)
 from data.disk.mixtral_files import MATRICES, original_name
 from data.disk.tensor_file import TensorFile
 from train.config.lora import LoraConfig
 from train.config.model import ModelConfig
 from train.lora.factors import Adapter, Scaling
+from train.lora.files import per_expert
 
 Adapters = dict[str, dict[str, Adapter]]
 """By the name of the `MixtralExperts`, then by projection, as `factors.adapters` gives them."""
@@ -75,11 +82,9 @@ def _write_settings(
     """Writes adapter_config.json, the same bytes for the same settings."""
     from peft import LoraConfig as PeftConfig
 
-    # The absolute path of a local base, so that it is found from any working directory.
-    local = model.path is not None and Path(model.path).is_dir()
     largest = _largest(adapters)
     config = PeftConfig(
-        base_model_name_or_path=str(Path(str(model.path)).resolve()) if local else model.path,
+        base_model_name_or_path=public(model.path),
         revision=model.revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -186,11 +191,12 @@ def write_per_expert(
 def read(
     directory: Path, wanted: dict[str, torch.Tensor], adapters: Adapters, lora: LoraConfig
 ) -> dict[str, torch.Tensor]:
-    """The trained parameters by our names, out of what `write` wrote for the same settings.
+    """The trained parameters by our names, out of what `write` or `write_per_expert` wrote for the same settings, or of
+    another adapter that names each expert's matrices.
 
     Args:
         directory: of the adapter.
-        wanted: the trained parameters, for their names and shapes.
+        wanted: the trained parameters before training.
         adapters: those of the model's experts.
         lora: the settings.
 
@@ -199,13 +205,18 @@ def read(
     """
     named = f"lora.start={directory}"
     stored = _read_files(directory, named, adapters, lora)
-    check_keys(named, stored, {key: tuple(t.shape) for key, t in to_peft(lora, wanted, adapters).items()})
     for key, tensor in stored.items():
         if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             raise UserError(
                 f"{named}: its tensor {key} holds numbers that are not finite, as of a training that diverged; give an "
                 f"earlier checkpoint"
             )
+    if per_expert.names_experts(stored):
+        found = per_expert.read(named, stored, wanted, adapters, lora)
+        left = {name: f"{PREFIX}{_plain_name(name)}" for name in wanted if name not in found}
+        check_keys(named, stored, {key: tuple(wanted[name].shape) for name, key in left.items()})
+        return found | {name: stored[key] for name, key in left.items()}
+    check_keys(named, stored, {key: tuple(t.shape) for key, t in to_peft(lora, wanted, adapters).items()})
     found = {name: stored[f"{PREFIX}{_plain_name(name)}"] for name in wanted if not _block_of(name, adapters)}
     largest = _largest(adapters) or lora.rank
     adapted = [adapter for of_block in adapters.values() for adapter in of_block.values()]
@@ -226,17 +237,12 @@ def read(
 
 def _read_files(directory: Path, named: str, adapters: Adapters, lora: LoraConfig) -> dict[str, torch.Tensor]:
     """The tensors of an adapter directory whose settings are those that training asks for."""
-    try:
-        settings = json.loads((directory / CONFIG).read_text())
-        stored = load_file(directory / WEIGHTS)
-        if not isinstance(settings, dict):
-            raise ValueError(f"{CONFIG} holds no settings")
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(
-            f"{named}: it is no adapter directory ({one_line(error)}); name one that training wrote"
-        ) from error
-    settings = check_settings(settings, named)
-    asked = {"r": _largest(adapters) or lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised}
+    settings = read_settings(directory, named)
+    read_shapes(directory, named)
+    stored = load_file(directory / WEIGHTS)
+    asked = {"lora_alpha": lora.alpha, "use_rslora": lora.rank_stabilised}
+    if not per_expert.names_experts(stored):  # there the shapes say it
+        asked = {"r": _largest(adapters) or lora.rank, **asked}
     for name, value in asked.items():
         if settings.get(name) != value:
             raise UserError(f"{named}: its {name} is {settings.get(name)}, the settings ask for {value}; give the same")

@@ -1,0 +1,112 @@
+"""JSON → plain values of a declared shape.
+
+A shape is a type in Python's own notation, mostly a `TypedDict` beside the code that uses the values; msgspec compares.
+A field that the shape doesn't name may be there and have any value.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from configs.program.errors import UserError, one_line
+from data.disk.formats.regular import LARGEST, UnreadableError, read_regular
+
+DEEPEST = 40
+"""Levels of nesting that are read; our own files have six."""
+
+HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+"""How JSON may spell half of a surrogate pair, which is no text if the other half is missing."""
+
+LONGEST_QUOTE = 100
+"""Characters of a name that a sentence quotes."""
+
+Shape = TypeVar("Shape")
+
+
+def read_json(
+    path: Path, shape: type[Shape], setting: str, remedy: str, *, largest: int = LARGEST, linked: bool = False
+) -> Shape:
+    """The values of a JSON file, as they stand there.
+
+    Args:
+        path: of a regular file.
+        shape: what they have to be.
+        setting: how the error begins, such as `base=models/mixtral`.
+        remedy: how it ends.
+        largest: bytes that the file may have.
+        linked: whether it may be a link out of its directory.
+
+    Raises:
+        UserError: it can't be read, or is not of this shape; it names file and field.
+    """
+    try:
+        return parse_json(read_regular(path, largest, linked=linked), shape)
+    except UnreadableError as error:
+        raise UserError(f"{setting}: its {path.name} can't be read ({error}); {remedy}") from error
+
+
+def parse_json(content: bytes, shape: type[Shape]) -> Shape:
+    """The values of JSON in UTF-8.
+
+    Raises:
+        UnreadableError: it is no JSON, nested too deeply, names a field twice, or is not of this shape.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        if content.count(b"[") + content.count(b"{") > DEEPEST and not is_shallow(value):
+            raise RecursionError
+        if HALF_A_PAIR.search(content):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise UnreadableError(f"it is nested more than {DEEPEST} deep") from None
+    except UnicodeDecodeError as error:
+        raise UnreadableError("it is not UTF-8 text") from error
+    except UnicodeEncodeError as error:
+        raise UnreadableError("it holds half of a surrogate pair, which is no text") from error
+    except UnreadableError:
+        raise
+    except ValueError as error:
+        raise UnreadableError(f"it is not JSON: {one_line(error)}") from error
+    return shaped(value, shape)
+
+
+def shaped(value: Any, shape: type[Shape]) -> Shape:
+    """The value itself.
+
+    Raises:
+        UnreadableError: it is not of this shape; it names the field.
+    """
+    try:
+        msgspec.convert(value, shape)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).replace("`", "").partition(" - at $")
+        field = place.lstrip(".")
+        raise UnreadableError(f"{field}: {what[:1].lower()}{what[1:]}" if field else what.lower()) from error
+    return value
+
+
+def is_shallow(value: object) -> bool:
+    """Whether JSON is nested at most `DEEPEST` deep, so that whoever writes it again can."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]  # type: ignore[attr-defined]
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise UnreadableError(f"it names {twice[:LONGEST_QUOTE]!r} twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise UnreadableError(f"it holds {name}, which is no number of JSON's")

@@ -1,0 +1,209 @@
+"""Damages the files that the programs read, in every way: each must be refused in a sentence, or do no harm.
+
+Each try copies what one reader of a program needs, damages one file of it, and lets the program read it in a process of
+its own with bounds on time and memory. It counts as harmless if what comes out is what comes out undamaged; as changed
+if it is not, as that of a row in which a letter is another. The other kinds must not be: a traceback, a process that
+hangs or fills the memory, one that a signal ends, files that are written outside of the output, and planted code that
+was executed. Half of the files beside which a hash is kept get the hash of what they are damaged to.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.program.errors import UserError
+
+from .harness.trials import common_arguments, generator
+from .hostile.children import Child, Outcome
+from .hostile.damages import EXECUTED, damages_of
+from .hostile.readers import READERS, Reader, build, made, seal
+
+KINDS = ("refused", "harmless", "changed", "traceback", "hang", "signal", "outside", "executed")
+BAD = KINDS[3:]
+IMPORTS = (
+    *("data.run", "data.rows.tables", "inference.run", "inference.generate", "inference.batch.batch"),
+    *("inference.merging.merge", "train.run", "train.plan", "peft", "sentencepiece.sentencepiece_model_pb2"),
+    *("transformers.models.mixtral.modeling_mixtral", "datasets", "datasets.data_files", "pyarrow.parquet"),
+    *("deepspeed.runtime.engine", "hydra._internal.core_plugins.basic_launcher", "networkx", "jinja2.ext"),
+)
+"""What takes long to import, so that a try that is forked has it."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `torture.py files`."""
+    parser.add_argument("--tries", type=int, default=5000, help="files that are damaged (5000)")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first try, to repeat one (0)")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="programs that run at once (one a core)")
+    common_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Damages, reads, prints, and returns what was found."""
+    readers = [reader for reader in READERS if re.search(options.only, reader.name)]
+    if not readers:
+        raise UserError(f"--only={options.only}: no reader is called so; leave it out to see all of their names")
+    os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "400", "WANDB_MODE": "disabled"}
+    for name in IMPORTS:
+        __import__(name)
+    scratch = (options.scratch or Path(tempfile.mkdtemp(prefix="torture-"))).resolve()
+    scratch.mkdir(parents=True, exist_ok=True)
+    torture = Torture(scratch, readers, options.seed)
+    torture.prepare()
+    for number in range(options.first, options.first + options.tries):
+        torture.wait(below=options.at_once)
+        torture.begin(number)
+    torture.wait(below=1)
+    figures = torture.report()
+    if not figures["failed"] and not options.scratch:
+        shutil.rmtree(scratch)
+    else:
+        print(f"The files are in {scratch}")
+    return figures
+
+
+class Torture:
+    """Tries, and what became of them."""
+
+    def __init__(self, scratch: Path, readers: list[Reader], seed: int):
+        """In a directory of its own."""
+        self._scratch, self._readers, self._seed = scratch, readers, seed
+        self._sound = scratch / "sound" / "place"
+        self._running: list[Try] = []
+        self._wanted: dict[str, dict[str, str]] = {}
+        self._counts = {reader.name: Counter[str]() for reader in readers}
+        self._seconds = dict.fromkeys(self._counts, 0.0)
+        self._ways: Counter[str] = Counter()
+        self._failed: list[str] = []
+
+    def prepare(self) -> None:
+        """Makes what is read."""
+        if not self._sound.exists():
+            self._sound.mkdir(parents=True)
+            _finish(Child(lambda: build(Path.cwd()), self._sound), "what is to be read")
+            shapes = _finish(Child(_shapes, self._sound), "the checkpoint")
+            (self._sound / "in/shapes.json").write_text(json.dumps(shapes))
+
+    def _undamaged(self, reader: Reader) -> dict[str, str]:
+        """What a reader makes of what nothing was done to."""
+        if reader.name not in self._wanted:
+            place = self._place(reader, "undamaged")
+            _finish(Child(reader.action, place), reader.name)
+            self._wanted[reader.name] = made(reader, place)
+            shutil.rmtree(place.parent)
+        return self._wanted[reader.name]
+
+    def _place(self, reader: Reader, name: str) -> Path:
+        """A directory with a copy of what a reader needs, and a file elsewhere that nobody may change."""
+        place = self._scratch / name / "place"
+        shutil.rmtree(place.parent, ignore_errors=True)
+        (place / "in").mkdir(parents=True)
+        (place / "out").mkdir()
+        for needed in reader.needs:
+            source, target = self._sound / needed, place / needed
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source, target) if source.is_dir() else shutil.copy2(source, target)
+        (place / "outside").mkdir()
+        (place / "outside" / "victim").write_text('{"kept": true}\n')
+        return place
+
+    def begin(self, number: int) -> None:
+        """Damages a file, and lets it be read."""
+        random = generator("files", self._seed, number)
+        reader = random.choices(self._readers, [reader.weight for reader in self._readers])[0]
+        place = self._place(reader, f"try-{number}")
+        damaged = place / random.choice(reader.files)
+        ways = damages_of(damaged)
+        way = random.choice(sorted(ways))
+        with contextlib.chdir(place):
+            told = ways[way](damaged, random)
+        sealed = random.random() < 0.5 and seal(damaged, place)
+        what = f"{damaged.relative_to(place)}: {way}: {told}{', sealed' if sealed else ''}"
+        self._ways[way] += 1
+        self._running.append(Try(number, reader, what, place))
+
+    def wait(self, *, below: int) -> None:
+        """Until fewer tries run than that."""
+        while len(self._running) >= below:
+            for one in list(self._running):
+                if (outcome := one.child.poll()) is not None:
+                    self._running.remove(one)
+                    self._judge(one, outcome)
+            time.sleep(0.002)
+
+    def _judge(self, one: "Try", outcome: Outcome) -> None:
+        kind = outcome.kind
+        if kind == "accepted":
+            kind = "harmless" if made(one.reader, one.place) == self._undamaged(one.reader) else "changed"
+        if one.before != _state(one.place):
+            kind = "outside"
+        if any(one.place.rglob(EXECUTED)):
+            kind = "executed"
+        self._counts[one.reader.name][kind] += 1
+        self._seconds[one.reader.name] += outcome.seconds
+        if kind in BAD:
+            self._failed.append(f"try {one.number}, {one.reader.name}, {one.what}: {kind}: {outcome.said[-1500:]}")
+            print(f"Failed (--seed {self._seed}): {self._failed[-1]}", flush=True)
+        shutil.rmtree(one.place.parent)
+
+    def report(self) -> dict[str, Any]:
+        """Prints the table; the figures."""
+        table = Table("reader", "tries", *KINDS, "seconds", title="Damaged files, and seconds of a processor for each")
+        rows = [
+            {
+                "reader": name,
+                "tries": (tries := counts.total()),
+                **{kind: counts[kind] for kind in KINDS},
+                "seconds": round(self._seconds[name] / max(1, tries), 3),
+            }
+            for name, counts in self._counts.items()
+        ]
+        everything = {key: sum(row[key] for row in rows) for key in ("tries", *KINDS)}
+        everything["seconds"] = round(sum(self._seconds.values()) / max(1, everything["tries"]), 3)
+        for row in [*rows, {"reader": "all", **everything}]:
+            table.add_row(*map(str, row.values()))
+        Console(width=160).print(table)
+        damages = dict(sorted(self._ways.items()))
+        return {"seed": self._seed, **everything, "readers": rows, "damages": damages, "failed": self._failed}
+
+
+class Try:
+    """A program that reads a damaged file."""
+
+    def __init__(self, number: int, reader: Reader, what: str, place: Path):
+        """Starts it."""
+        self.number, self.reader, self.what, self.place = number, reader, what, place
+        self.before = _state(place)
+        self.child = Child(reader.action, place)
+
+
+def _state(place: Path) -> dict[str, tuple[int, int, int]]:
+    """All that a try must leave as it is: names, kinds, sizes and times, without `out/`."""
+    kept = (path for path in place.rglob("*") if path.relative_to(place).parts[0] != "out" and path.name != EXECUTED)
+    states = {str(path.relative_to(place)): path.lstat() for path in kept}
+    return {name: (state.st_mode, state.st_size, state.st_mtime_ns) for name, state in states.items() if name != "in"}
+
+
+def _finish(child: Child, what: str) -> Any:
+    """What a child that nothing was done to returns."""
+    while (outcome := child.poll()) is None:
+        time.sleep(0.01)
+    if outcome.kind != "accepted":
+        raise RuntimeError(f"{what}, undamaged: {outcome.kind}: {outcome.said}")
+    return outcome.result
+
+
+def _shapes() -> dict[str, list[int]]:
+    from .harness.outcome import stored_shapes
+
+    return {name: list(shape) for name, shape in stored_shapes(Path("out/run/checkpoints/step-000002")).items()}
