@@ -82,7 +82,7 @@ def find_sources(config: PrepareConfig) -> list[Source]:
         for name in files_of("files", entry):
             if any(Path(name).samefile(other.name) for other in sources):
                 raise UserError(
-                    f"files={name}: it is named twice; to train on it more often, give weights={{{entry}: 2}}"
+                    f"files={name}: it is named twice; to train on it more often, give 'weights={{{entry}: 2}}'"
                 )
             description = {"file": name, "bytes": Path(name).stat().st_size, "sha256": sha256(Path(name))}
             sources.append(

@@ -51,7 +51,7 @@ CASES = {
     "train optim.learning_rate=5": ["optim.learning_rate", "no such setting"],
     "train +anything=5": ["anything", "no such setting"],
     "train lora.rnak=5": ["lora.rnak", "did you mean lora.rank?"],
-    "inference max_tokens=5": ["max_tokens", "no such setting"],
+    "inference max_length=5": ["max_length", "did you mean max_new_tokens?"],
     "data seq_len=abc": ["seq_len=abc", "not of type"],
     "data files=good.jsonl": ["files", "good.jsonl"],
     "train lora.rank=abc": ["lora.rank=abc", "not of type"],

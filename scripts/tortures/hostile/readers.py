@@ -165,7 +165,7 @@ def merge(**settings: Any) -> None:
 
 def _train(*arguments: str) -> None:
     """`python -m train`."""
-    from train.run import main
+    from train.program import main
 
     sys.argv = ["python -m train", *TRAINING, *arguments]
     main()
