@@ -10,7 +10,6 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from configs.program.errors import UserError
 from data.disk.files import sha256
@@ -62,6 +61,8 @@ def check_rows(table: pa.Table, seq_len: int, rows_in: int) -> None:
         seq_len: the tokens that the longest may have.
         rows_in: the raw rows that went into the dataset.
     """
+    import pyarrow.compute as pc  # here, as it takes a while, which a mistake in the settings shouldn't
+
     tokens = _counts(table, "ids")
     if tokens.size and (tokens.min() < 1 or tokens.max() > seq_len):
         raise UnreadableError(f"a row has {tokens.min() if tokens.min() < 1 else tokens.max()} tokens")
@@ -89,6 +90,8 @@ def check_rows(table: pa.Table, seq_len: int, rows_in: int) -> None:
 
 def _counts(table: pa.Table, name: str) -> np.ndarray:
     """[rows] int64: how many values each row has in a column."""
+    import pyarrow.compute as pc
+
     return pc.list_value_length(table[name]).to_numpy().astype(np.int64)
 
 

@@ -21,8 +21,6 @@ of a processor. What is bounded in the programs themselves ends far below."""
 MEMORY = 6 << 30
 """Bytes that a try may have beside what its libraries map."""
 REFUSED, CRASHED = 2, 70
-SENTENCES = 1
-"""Lines in which a try may say why it refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +69,7 @@ class Child:
         said, code = self._said(), os.WEXITSTATUS(status)
         if code == 0:
             return Outcome("accepted", said, json.loads(self._result.read_text()), seconds)
-        lines = [line for line in said.splitlines() if line.strip()]
-        if code in (1, REFUSED) and len(lines) == SENTENCES and "Traceback" not in said:
+        if code in (1, REFUSED) and "Traceback" not in said:
             return Outcome("refused", said, None, seconds)
         return Outcome("traceback", f"exit code {code}: {said}", None, seconds)
 
