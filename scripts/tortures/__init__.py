@@ -5,9 +5,11 @@
     peers.py    one of two processes killed or stopped, in every phase
     damage.py   every file of a checkpoint damaged in every way
     disk.py     a disk that gets full, or turns read-only
+    files.py    every file that the three programs read damaged in every way
     planted.py  code planted in all that the programs read
 
     harness/    the small runs that these are done to
+    hostile/    what files.py does to files, and who reads them
 
 May import everything; the tests import it, as the short form of each torture is a test.
 """
