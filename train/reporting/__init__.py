@@ -3,5 +3,5 @@
     metrics.py     the progress bar, and the lines of metrics.jsonl
     wandb_run.py   the same metrics for wandb, in a thread of their own
 
-May import train.history, train.model.routing, train.config, data.disk and configs.program.
+May import train.history, train.model.routing, train.report, train.config, data.disk and configs.program.
 """
