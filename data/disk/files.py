@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +171,35 @@ def lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def open_alone(path: Path, *, setting: str) -> int:
+    """A descriptor of a file that one process reads and appends to; the file is made if there is none.
+
+    Raises:
+        UserError: it can't be written, it is something else, or another process has it; the text begins with `setting`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"{setting}: {path} can't be written ({error.strerror}); name a writable place") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{setting}: {path} is no regular file; remove it, or name another")
+    with contextlib.suppress(OSError):  # a file system without locks
+        if not lock(descriptor):
+            os.close(descriptor)
+            raise UserError(f"{setting}: another process writes {path}; wait for it, or name another")
+    return descriptor
+
+
+def append(descriptor: int, content: bytes) -> None:
+    """Adds to a file, and waits until the disk has it."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
 
 
 def _locked(directory: Path) -> int | None:

@@ -1,9 +1,7 @@
 """Answers as they are written to disk, so that a killed run goes on from where it was."""
 
-import contextlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import WEIGHTS
-from data.disk.files import lock, replace_file, sha256, sync
+from data.disk.files import append, open_alone, replace_file, sha256, sync
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
 from inference.batch.rows import encoded
@@ -86,10 +84,7 @@ class Journal:
 
     def append(self, answers: list[dict[str, Any]]) -> None:
         """Adds a unit in one write, and waits until the disk has it."""
-        view = memoryview(b"".join(map(encoded, answers)))
-        while view:
-            view = view[os.write(self._descriptor, view) :]
-        os.fsync(self._descriptor)
+        append(self._descriptor, b"".join(map(encoded, answers)))
 
     def answers(self) -> list[dict[str, Any]]:
         """All answers so far."""
@@ -103,7 +98,7 @@ def open_journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     Raises:
         UserError: it can't be written, another process writes it, or it belongs to another run.
     """
-    descriptor = locked(path)
+    descriptor = open_alone(path, setting="output")
     try:
         if not _begins_as_ours(path.read_bytes()):
             raise UserError(
@@ -123,8 +118,7 @@ def open_journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         if not answers:
             os.ftruncate(descriptor, 0)
             head = json.dumps(identity).encode()
-            os.write(descriptor, head + b"\n")
-            os.fsync(descriptor)
+            append(descriptor, head + b"\n")
             sync(path.parent)
         yield Journal(path, descriptor, len(head) + 1)
     finally:
@@ -150,23 +144,6 @@ def _line_of(answer: bytes) -> int:
 def position(answer: dict[str, Any]) -> int:
     """The line, or the row, that an answer belongs to."""
     return int(answer["line"] if "line" in answer else answer["row"])
-
-
-def locked(path: Path) -> int:
-    """A descriptor of the journal, for this process alone."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as error:
-        raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"output={path}: it is no regular file; remove it, or name another output")
-    with contextlib.suppress(OSError):  # a file system without locks
-        if not lock(descriptor):
-            os.close(descriptor)
-            raise UserError(f"output={path}: another process is writing it; wait for it, or name another")
-    return descriptor
 
 
 def identity(config: InferenceConfig, source: Path) -> dict[str, Any]:

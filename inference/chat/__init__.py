@@ -5,5 +5,5 @@
     talk.py      the conversation so far, in a context that never overflows
     terminal.py  lines that are edited and remembered; words wrapped at the window
 
-May import inference's hall, data and configs.program.
+May import inference.{load,generate,prompt,config}, data and configs.program.
 """

@@ -12,5 +12,5 @@
     tables.py         the result on the screen
     evaluate.py       the task itself
 
-May import inference.{load,generate,adapter,config}, data and configs.program.
+May import inference.{load,generate,config}, data and configs.program.
 """

@@ -4,19 +4,32 @@ The first line says which model and which settings; each other line holds the an
 ids that the model read. Lines are only ever appended, each in one write that is synced.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from configs.program.errors import UserError
-from data.disk.files import lock, sync
+from configs.program.errors import UserError, one_line
+from data.disk.files import append, open_alone, sync
+from data.disk.formats.json_text import shaped
 
 FIRST_BYTES = b'{"evaluation": '
 """How every journal begins."""
+
+
+class Head(TypedDict):
+    """The first line: what the run is."""
+
+    evaluation: dict[str, Any]
+
+
+class Line(TypedDict):
+    """Any other line."""
+
+    unit: str
+    answers: list[Any]
 
 
 class Journal:
@@ -46,7 +59,7 @@ def open_journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     Raises:
         UserError: it can't be written, another process writes it, or it is of another model or other settings.
     """
-    descriptor = _locked(path)
+    descriptor = open_alone(path, setting="output")
     try:
         head, answers, end = _read(path)
         if head is None:
@@ -75,10 +88,13 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, list[Any]], int]
                 break
             value = json.loads(line)
             if head is None:
-                head = value["evaluation"]
+                head = shaped(value, Head)["evaluation"]
             else:
-                answers[value["unit"]] = value["answers"]
-        except (ValueError, TypeError, KeyError):
+                of_unit = shaped(value, Line)
+                answers[of_unit["unit"]] = of_unit["answers"]
+        except (ValueError, RecursionError) as error:
+            if head is None:
+                raise UserError(f"output: {path} is damaged ({one_line(error)}); remove it to start over") from error
             break
         end += len(line)
     return head, answers, end
@@ -93,21 +109,5 @@ def _check(path: Path, head: dict[str, Any], identity: dict[str, Any]) -> None:
             )
 
 
-def _locked(path: Path) -> int:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as error:
-        raise UserError(f"output: {path} can't be written ({error.strerror}); name a writable place") from error
-    with contextlib.suppress(OSError):  # a file system without locks
-        if not lock(descriptor):
-            os.close(descriptor)
-            raise UserError(f"output: another process writes {path}; wait for it, or name another")
-    return descriptor
-
-
 def _write(descriptor: int, value: dict[str, Any]) -> None:
-    view = memoryview(json.dumps(value).encode() + b"\n")
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.fsync(descriptor)
+    append(descriptor, json.dumps(value).encode() + b"\n")

@@ -16,7 +16,7 @@ OURS = {*PACKAGES, "scripts", "tests"}
 
 MAY_IMPORT = {
     "configs.program": (),
-    "configs.program.page": ("configs.program",),
+    "configs.program.page": (),
     "data.disk": ("configs.program",),
     "data.schema": (),
     "data.vocabulary": ("data.disk", "configs.program"),
@@ -65,7 +65,6 @@ MAY_IMPORT = {
     ),
     "train.saving": (
         "train.engine",
-        "train.model",
         "train.lora",
         "train.reporting",
         "train.history",
@@ -78,11 +77,19 @@ MAY_IMPORT = {
         "configs.program",
     ),
     "train": ("train", "data", "configs.program"),
-    "inference": ("inference", "data", "configs.program"),
+    "inference": ("data", "configs.program"),
+    "inference.chat": (
+        "inference.load",
+        "inference.generate",
+        "inference.prompt",
+        "inference.config",
+        "data",
+        "configs.program",
+    ),
+    "inference.batch": ("inference.load", "inference.generate", "inference.config", "data", "configs.program"),
     "inference.evaluation": (
         "inference.evaluation.leaderboard",
         "inference.load",
-        "inference.adapter",
         "inference.generate",
         "inference.config",
         "data",

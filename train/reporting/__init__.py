@@ -4,5 +4,5 @@
     trace.py       what torch's profiler sees in a few steps
     wandb_run.py   the same metrics for wandb, in a thread of their own
 
-May import train.history, train.model.routing, train.config, data.disk and configs.program.
+May import train.history, train.model.routing, train.report, train.config, data.disk and configs.program.
 """

@@ -11,6 +11,6 @@
     whole_model.py     a model's files, one parameter at a time
     background.py      the thread that writes
 
-May import train.engine, train.model, train.lora, train.reporting, train.history, train.health, train.config,
-data.prepared, data.disk, data.template and configs.program.
+May import train.engine, train.lora, train.reporting, train.history, train.health, train.config,
+data.prepared, data.disk, data.template, data.card and configs.program.
 """

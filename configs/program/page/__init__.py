@@ -4,5 +4,5 @@
     charts.py      numbers → SVG that follows the page's colours
     page.html.j2   what all pages share: colours for light and dark, tables, cards, tiles
 
-May import nothing of ours but configs.program.
+Imports nothing of ours outside itself.
 """
