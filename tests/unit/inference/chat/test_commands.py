@@ -143,6 +143,7 @@ def test_a_path_is_no_command(asked: Asked) -> None:
     session = commands()
     assert session.take("/etc/hosts is what?")
     assert session.take("")
+    assert session.take("\u200b")
     assert len(asked) == 1
 
 
