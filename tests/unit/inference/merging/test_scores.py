@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import sha256
 from inference.config import InferenceConfig
-from inference.evaluation.evaluate import output_of
-from inference.evaluation.results import RESULTS
-from inference.load import find_base
-from inference.merging import scores
+from inference.evaluation.evaluate import evaluate
+from inference.load import find_adapter, find_base
 from inference.merging.merge import merge
+from inference.merging.scores import read_scores
+from tests.unit.inference.evaluation.test_evaluate import write_rows
 from tests.unit.inference.merging.test_merge import make
 
 MEASURED: dict[str, Any] = {
@@ -86,7 +86,20 @@ def test_scores_of_another_model_or_shape_are_left_out_with_a_line(
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-def test_scores_are_looked_for_where_they_are_written(tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-    config = InferenceConfig(task="evaluate", adapter=str(tmp_path / "adapter"))
-    assert output_of(config) / RESULTS == tmp_path / scores.RESULTS
+def test_what_an_evaluation_writes_is_read(tmp_path: Path) -> None:
+    config = make(tmp_path, kind="attention-only")
+    asked = InferenceConfig(
+        task="evaluate",
+        base=config.base,
+        adapter=config.adapter,
+        data=str(write_rows(tmp_path / "rows")),
+        tasks=["winogrande"],
+        device="cpu",
+    )
+    result = evaluate(asked)["tasks"]["winogrande"]
+    base = find_base(config)
+    (score,), told = read_scores(find_adapter(config, base), base.weights.fingerprint)
+    assert told is None
+    assert (score.task.title, score.value, score.questions) == ("Winogrande", result["score"], 5)
+    assert score.other_rows
+    assert not score.stands_alone
