@@ -137,7 +137,8 @@ def test_the_settings_of_a_training_are_told(tmp_path: Path) -> None:
     settings = "epochs: 3\nglobal_batch: 16\nseed: 0\noptim:\n  lr: 1.0e-05\n  clip: 1.0\n"
     recipe = story_of(tmp_path, train_config__yaml=settings).recipe
     assert "- 3 epochs, 16 packed rows a step, seed 0" in recipe
-    assert "peak learning rate 1.0e-05" in recipe
+    assert "peak learning rate 1.0e-05, warm-up over unknown of the steps" in recipe
+    assert "None" not in recipe
 
 
 @pytest.mark.parametrize("name", ["receipt.json", "train_config.yaml"])
