@@ -211,8 +211,8 @@ def _recipe(config: Path, settings: dict[str, Any], left_out: list[str]) -> str:
     train = None if content is None else parse_yaml(content.decode("utf-8", "replace"))
     if train is not None:
         optim = member(train, "optim")
-        epochs, batch, seed = (plain(train.get(name)) for name in ("epochs", "global_batch", "seed"))
-        rate, warmup, final, clip = (plain(optim.get(n)) for n in ("lr", "warmup_fraction", "final_fraction", "clip"))
+        epochs, batch, seed = (_known(train.get(name)) for name in ("epochs", "global_batch", "seed"))
+        rate, warmup, final, clip = (_known(optim.get(n)) for n in ("lr", "warmup_fraction", "final_fraction", "clip"))
         lines += [
             f"- {epochs} epochs, {batch} packed rows a step, seed {seed}",
             f"- AdamW, peak learning rate {rate}, warm-up over {warmup} of the steps, cosine to {final} of the peak, "
@@ -221,6 +221,10 @@ def _recipe(config: Path, settings: dict[str, Any], left_out: list[str]) -> str:
     elif config.exists():
         left_out.append(f"the adapter's {config.name}: it can't be read as plain YAML, so it is left out")
     return "\n".join(lines) + "\n"
+
+
+def _known(value: object) -> str:
+    return plain(value) or "unknown"
 
 
 def _listed(targets: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """What the user says → a conversation that ends with it, or one sentence that says why not."""
 
 import sys
+import unicodedata
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,12 +33,17 @@ def ask(config: InferenceConfig) -> Conversation:
             text = _text(sys.stdin.buffer)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}={config.prompt_file or STDIN}: it is not UTF-8 text ({error}); give a text") from error
-    if not text.strip():
+    if is_blank(text):
         raise UserError(f"{name}: there is nothing to answer; it is empty")
     messages = [] if not (config.system or "").strip() else [Message("system", config.system or "")]
     conversation = Conversation((*messages, Message("user", text)))
     check(conversation, config.markers)
     return conversation
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, and what only formats, such as a zero-width space."""
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def _text(file: BinaryIO) -> str:

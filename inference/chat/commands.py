@@ -24,7 +24,7 @@ from data.schema import Conversation, Message
 from inference.chat.talk import Talk, tell
 from inference.config import InferenceConfig
 from inference.generate import context
-from inference.prompt import check
+from inference.prompt import check, is_blank
 
 HELP = """\
 /retry          answers the last message anew
@@ -92,7 +92,7 @@ class Commands:
             self._commands[command](rest.strip())
         elif command.startswith("/") and command[1:].isalpha():
             raise UserError(f"{command}: there is no such command; /help lists them")
-        elif command:
+        elif not is_blank(line):
             self.talk.ask(line)
         return True
 

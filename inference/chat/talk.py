@@ -89,10 +89,19 @@ class Talk:
         return text
 
     def begin(self, system: str | None, turns: list[Message]) -> None:
-        """Begins another conversation; its last message is answered if it has no answer."""
+        """Begins another conversation; its last message is answered if it has no answer.
+
+        Raises:
+            UserError: that message is too long; nothing has changed.
+        """
+        before = self.system, self.turns, self._dropped
         self.system, self.turns, self._dropped = system, turns, 0
         if len(turns) % 2:
-            self._answer(turns)
+            try:
+                self._answer(turns)
+            except UserError:
+                self.system, self.turns, self._dropped = before
+                raise
 
     def tokens(self) -> int:
         """How many tokens the conversation takes."""

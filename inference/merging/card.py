@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from data.card import HUB_ID, PROMPT_FORMAT, Story, describe_base, licence_section, write
+from inference.merging.scores import Score, describe_scores, on_the_hub
 
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,25 +21,30 @@ print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def write_card(directory: Path, name: str, story: Story, receipt: dict[str, Any], licence: str | None) -> None:
+def write_card(
+    directory: Path, name: str, story: Story, scores: list[Score], receipt: dict[str, Any], licence: str | None
+) -> None:
     """Writes README.md into `directory`; it says that what nobody recorded is unknown.
 
     Args:
         directory: the checkpoint.
         name: what the model is called.
         story: what others recorded.
+        scores: what an evaluation measured; empty if there is none.
         receipt: of the merge.
         licence: overrides the base's.
     """
     source = receipt["base"]["path"]
     from_hub = HUB_ID.fullmatch(source) is not None and not Path(source).is_dir()
-    licence = licence or story.licence
+    licence, results = licence or story.licence, on_the_hub(scores)
     head = ModelCardData(
         license=licence,
         base_model=source if from_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mixtral", "lora-merged"],
+        model_name=name if results else None,  # which stands with results alone
+        eval_results=results or None,
     )
     sections = {
         "Use": f"```python\n{SNIPPET.format(name=name)}```\n",
@@ -50,6 +56,7 @@ def write_card(directory: Path, name: str, story: Story, receipt: dict[str, Any]
         ),
         "Data": story.data,
         "Recipe": story.recipe,
+        **({"Evaluation": describe_scores(scores)} if scores else {}),
         "Verification": _verification(receipt["verification"]),
         "Licence": licence_section(licence),
     }

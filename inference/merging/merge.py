@@ -39,6 +39,7 @@ from inference.adapter import BLOCK, Adapter
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, load_tokenizer
 from inference.merging.card import write_card
+from inference.merging.scores import read_scores
 from inference.merging.verify import verify
 
 RECEIPT = "merge.json"
@@ -70,8 +71,9 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
     parts = pieces(base.weights, base.architecture)
     training = adapter.receipt
     story = read_story(base.directory, adapter.directory, adapter.settings, training)
+    scores, left_out = read_scores(adapter, base.weights.fingerprint)
     settings = exported(read_settings(base.directory, base.named))
-    for sentence in story.left_out:
+    for sentence in (*story.left_out, *([left_out] if left_out else ())):
         console.print(sentence, soft_wrap=True)
 
     output, size = Path(str(config.output)), sum(piece.size for piece in parts)
@@ -99,7 +101,7 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
             "merged": {"bytes": size, "seconds": seconds},
             "verification": verify(directory, parts, adapter, tokenizer) if config.verify else None,
         }
-        write_card(directory, output.name, story, receipt, config.licence)
+        write_card(directory, output.name, story, scores, receipt, config.licence)
         receipt["files"] = sorted([RECEIPT, *(path.name for path in directory.iterdir())])
         (directory / RECEIPT).write_text(json.dumps(public(receipt), indent=2) + "\n", encoding="utf-8")
         # once more: another process may have been faster

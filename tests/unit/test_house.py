@@ -102,6 +102,7 @@ MAY_IMPORT = {
         "inference.peft_layers",
         "inference.unfused",
         "inference.config",
+        "inference.evaluation.leaderboard.tasks",
         "data",
         "configs.program",
     ),

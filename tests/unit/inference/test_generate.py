@@ -227,3 +227,5 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompt").write_text(" \n")
     with pytest.raises(UserError, match="nothing to answer"):
         ask(InferenceConfig(prompt_file=str(tmp_path / "prompt")))
+    with pytest.raises(UserError, match="nothing to answer"):
+        ask(InferenceConfig(prompt="\u200b \u2060"))

@@ -62,6 +62,17 @@ def test_settings_change_as_on_the_command_line(text: str, settings: dict[str, A
     assert changed(found, " ".join(f"{name}={value}" for name, value in STANDARD.items())) == before
 
 
+def test_a_conversation_whose_last_message_is_too_long_is_not_loaded(asked: Asked, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "word " * 200}]}]
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    session = commands(system="Be brief.")
+    session.take("One?")
+    with pytest.raises(UserError, match="shorten it"):
+        session.take(f"/load {tmp_path}/long.json")
+    session.take("Two?")
+    assert contents(asked[-1]) == ["Be brief.", "One?", "Answer 1.", "Two?"]
+
+
 STANDARD = {name: getattr(InferenceConfig(), name) for name in SETTABLE}
 
 
@@ -132,6 +143,7 @@ def test_a_path_is_no_command(asked: Asked) -> None:
     session = commands()
     assert session.take("/etc/hosts is what?")
     assert session.take("")
+    assert session.take("\u200b")
     assert len(asked) == 1
 
 
