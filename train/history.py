@@ -17,11 +17,14 @@ class StepRecord:
     """Before clipping."""
     applied: bool
     """False if the update was skipped, because loss or gradient were not finite."""
-    router_balance: float
-    """The routers' load-balancing loss (the auxiliary loss before its weight)."""
+    load_balancing_loss: float
+    """Of the routers, before its weight `router_aux_loss`; averaged over tokens."""
     tokens: int
     supervised_tokens: int
     seconds: float
+    """From reading the rows to the update; of evaluations and checkpoints it holds nothing."""
+    epoch: float = math.nan
+    """Epochs done after this step; NaN in checkpoints that were made before it was noted."""
 
 
 class History:
@@ -32,7 +35,7 @@ class History:
         resumed = resumed or {}
         self.evaluations = {int(step): loss for step, loss in _floats(resumed.get("evaluations", {})).items()}
         """Evaluation losses by step."""
-        self.last = StepRecord(**_floats(resumed["last"])) if resumed.get("last") else None
+        self.last = _step_record(resumed["last"]) if resumed.get("last") else None
         """The last step."""
         self.resumed_after = self.last.step if self.last else 0
         """The step after which this launch goes on; 0 at the beginning of the run."""
@@ -54,6 +57,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_record(saved: dict[str, Any]) -> StepRecord:
+    """Of a checkpoint. Older ones have another name for the load-balancing loss."""
+    return StepRecord(**_floats({"load_balancing_loss" if n == "router_balance" else n: v for n, v in saved.items()}))
 
 
 def _floats(named: dict[str, Any]) -> dict[str, Any]:

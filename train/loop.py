@@ -26,8 +26,8 @@ class StepResult:
 
     loss: float
     """Cross-entropy in nats per supervised token."""
-    balance: float
-    """Load-balancing loss of the routers, averaged over tokens."""
+    load_balancing_loss: float
+    """Of the routers, averaged over tokens."""
     tokens: int
     supervised_tokens: int
     update: Update
@@ -75,16 +75,18 @@ def train(
         if engine.any_process(signals.asked_to_stop):
             raise Preempted(f"after step {done}")
         for number in range(done + 1, steps + 1):
-            started = time.perf_counter()
-            engine.at("reading rows", number)
-            rows = schedule.rows_of(number - 1)
-            micro_batches = list(
-                share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
-            )
-            lr = learning_rate(number, steps, config.optim)
-            result = watched_step(engine, micro_batches, number, lr, config, metrics, first=not updated)
+            with metrics.trace.step(number):
+                started = time.perf_counter()
+                engine.at("reading rows", number)
+                rows = schedule.rows_of(number - 1)
+                micro_batches = list(
+                    share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
+                )
+                lr = learning_rate(number, steps, config.optim)
+                result = watched_step(engine, micro_batches, number, lr, config, metrics, first=not updated)
+                seconds = time.perf_counter() - started
             updated = updated or result.update.applied
-            record = _record(number, result, lr, time.perf_counter() - started)
+            record = _record(number, result, lr, seconds, schedule.epochs_after(number))
             wrong = health.judge(record)
             history.last = record
             metrics.stepped(record, wrong, rows)
@@ -176,7 +178,7 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
         update = engine.step(lr)
     return StepResult(
         loss=cross_entropies / max(supervised, 1.0),
-        balance=balances / max(tokens, 1.0),
+        load_balancing_loss=balances / max(tokens, 1.0),
         tokens=int(tokens),
         supervised_tokens=int(supervised),
         update=update,
@@ -213,15 +215,16 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr * (config.final_fraction + (1 - config.final_fraction) * cosine)
 
 
-def _record(number: int, result: StepResult, lr: float, seconds: float) -> StepRecord:
+def _record(number: int, result: StepResult, lr: float, seconds: float, epoch: float) -> StepRecord:
     return StepRecord(
         step=number,
         loss=result.loss,
         learning_rate=lr,
         gradient_norm=result.update.gradient_norm,
         applied=result.update.applied,
-        router_balance=result.balance,
+        load_balancing_loss=result.load_balancing_loss,
         tokens=result.tokens,
         supervised_tokens=result.supervised_tokens,
         seconds=seconds,
+        epoch=epoch,
     )

@@ -185,6 +185,10 @@ class Schedule:
         """Optimizer steps in all epochs."""
         return -(-self.rows * self.epochs // self.rows_per_step)
 
+    def epochs_after(self, steps: int) -> float:
+        """How often the rows have been seen after so many steps."""
+        return min(steps * self.rows_per_step / self.rows, float(self.epochs))
+
     def rows_of(self, step: int) -> list[int | None]:
         """The rows of a step (from 0), always `rows_per_step` of them."""
         first = step * self.rows_per_step

@@ -167,7 +167,7 @@ def ours(settings: Settings) -> None:
         result = step(trainer, [table.batch(rows)], number, 1e-4, config)
         wait(settings.device)
         # with the router loss in it, as in the loss that TRL logs
-        loss = result.loss + ROUTER_AUX_LOSS * result.balance
+        loss = result.loss + ROUTER_AUX_LOSS * result.load_balancing_loss
         turns.done(loss=loss, tokens=result.tokens, supervised_tokens=result.supervised_tokens)
 
 

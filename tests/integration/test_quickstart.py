@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
 from tests.integration.conftest import ROOT, Quickstart, evaluations, inference, program, steps, train
+from train.saving.run_directory import RUN_ENTRIES
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +71,7 @@ def test_stock_peft_loads_the_adapter_and_stock_transformers_the_base(quickstart
 
 def test_the_run_directory_holds_what_the_contract_says(quickstart: Quickstart) -> None:
     run_dir = quickstart.run
+    assert {path.name for path in run_dir.iterdir()} <= RUN_ENTRIES  # or overwrite=true would not replace it
     assert {path.name for path in run_dir.iterdir()} >= {
         "config.yaml",
         "metrics.jsonl",
@@ -85,9 +87,11 @@ def test_the_run_directory_holds_what_the_contract_says(quickstart: Quickstart) 
         "learning_rate",
         "gradient_norm",
         "applied",
-        "auxiliary_loss",
+        "load_balancing_loss",
         "tokens",
         "supervised_tokens",
+        "epoch",
+        "seconds",
         "tokens_per_second",
         "memory_gib",
     }

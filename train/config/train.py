@@ -20,7 +20,10 @@ class LoggingConfig:
     every: int = 1
     """Steps between lines of metrics.jsonl."""
     routing_every: int = 10
-    """Steps between lines about the routers (expert load, entropy, auxiliary loss, unused experts); 0 for none."""
+    """Steps between lines about the routers (expert load, entropy, load-balancing loss, unused experts); 0 for none."""
+    trace_steps: list[int] = field(default_factory=list)
+    """The first and the last step, such as [10,12], of which process 0 writes a trace of torch's profiler to
+    trace.json.gz in the run directory (for https://ui.perfetto.dev); empty for none."""
     progress: bool = True
     """A progress bar on process 0."""
     wandb: str = "auto"
@@ -31,6 +34,11 @@ class LoggingConfig:
     def check(self) -> None:
         positive("logging.every", self.every, "logging.every=1")
         not_negative("logging.routing_every", self.routing_every)
+        if self.trace_steps and not (len(self.trace_steps) == 2 and 1 <= self.trace_steps[0] <= self.trace_steps[1]):
+            raise UserError(
+                f"logging.trace_steps={self.trace_steps}: it is the first and the last step that are traced; give for "
+                f"example 'logging.trace_steps=[10,12]'"
+            )
         choice("logging.wandb", self.wandb, "auto", "online", "offline", "off")
 
 

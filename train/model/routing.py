@@ -1,4 +1,4 @@
-"""What the routers do, as their logits show it: expert load, entropy, auxiliary loss, unused experts.
+"""What the routers do, as their logits show it: expert load, entropy, load-balancing loss, unused experts.
 
 Shapes: L layers, E experts, T tokens, k experts per token.
 """
@@ -84,16 +84,17 @@ class Routing:
         """The fields of metrics.jsonl; lists by layer.
 
         `expert_load`: each expert's share of the token-expert pairs. `router_entropy`: nats per token, at most ln E.
-        `router_auxiliary_loss`: E · Σ_e (share of tokens that chose e) · (mean probability of e), as in the Switch
-        Transformer (Fedus et al. 2021, arXiv:2101.03961): k at perfect balance. `unused_experts`: [layer, expert].
+        `load_balancing_loss_by_layer`: E · Σ_e (share of tokens that chose e) · (mean probability of e), as in the
+        Switch Transformer (Fedus et al. 2021, arXiv:2101.03961): k at perfect balance. `unused_experts`: [layer,
+        expert].
         """
         tokens = self.tokens.clamp(min=1)
-        auxiliary_L = self.load_LE.shape[1] * (self.load_LE / tokens * (self.probability_LE / tokens)).sum(-1)
+        balance_L = self.load_LE.shape[1] * (self.load_LE / tokens * (self.probability_LE / tokens)).sum(-1)
         share_LE = self.load_LE / self.load_LE.sum(-1, keepdim=True).clamp(min=1)
         return {
             "expert_load": [[round(share, 6) for share in of_layer] for of_layer in share_LE.tolist()],
             "router_entropy": (self.entropy_L / tokens).tolist(),
-            "router_auxiliary_loss": auxiliary_L.tolist(),
+            "load_balancing_loss_by_layer": balance_L.tolist(),
             "unused_experts": (self.load_LE == 0).nonzero().tolist(),
         }
 

@@ -13,6 +13,8 @@ from data.disk.plain_text import read_json
 from train.config.train import TrainConfig
 
 METRICS, RECEIPT, CONFIG, LAUNCHES = "metrics.jsonl", "receipt.json", "config.yaml", "launches.jsonl"
+FORMER_NAMES = {"auxiliary_loss": "load_balancing_loss"}
+"""What lines of metrics.jsonl once called a quantity, and its name now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,11 @@ def read_run(directory: Path) -> Recorded:
         directory=directory,
         receipt=read_json(directory / RECEIPT),
         settings={str(name): value for name, value in settings.items()} if isinstance(settings, dict) else {},
-        lines=[line for line in _lines(directory / METRICS) if isinstance(line.get("step"), int)],
+        lines=[
+            {FORMER_NAMES.get(name, name): value for name, value in line.items()}
+            for line in _lines(directory / METRICS)
+            if isinstance(line.get("step"), int)
+        ],
         launches=_lines(directory / LAUNCHES),
     )
 

@@ -123,7 +123,7 @@ def charts(run: Recorded) -> list[tuple[str, str, Markup, list[str]]]:
         ("Gradient norm", "before clipping; skipped updates are marked", ("gradient_norm",), skipped),
         ("Speed", "tokens a second", ("tokens_per_second",), []),
         ("Memory", "GiB, peak of process 0 so far", ("memory_gib",), []),
-        ("Routers' balance", "load-balancing loss before its weight", ("auxiliary_loss",), []),
+        ("Routers' balance", "load-balancing loss before its weight", ("load_balancing_loss",), []),
     ):
         lines = [Line(name.replace("_", " "), run.series(name)) for name in names]
         if title == "Loss" and evaluations:

@@ -1,6 +1,7 @@
 """What a run reports while it trains. Nothing here can end the run or hold it up.
 
     metrics.py     the progress bar, and the lines of metrics.jsonl
+    trace.py       what torch's profiler sees in a few steps
     wandb_run.py   the same metrics for wandb, in a thread of their own
 
 May import train.history, train.model.routing, train.config, data.disk and configs.program.

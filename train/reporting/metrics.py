@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NotRequired, TypedDict
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
@@ -26,6 +27,7 @@ from train.config.train import LoggingConfig
 from train.history import StepRecord, finite
 from train.model.routing import Routing
 from train.report.report import try_report
+from train.reporting.trace import Trace
 from train.reporting.wandb_run import Wandb
 
 METRICS = "metrics.jsonl"
@@ -33,6 +35,11 @@ LONGEST_LINE = 1 << 24
 """Bytes of the longest line that is read; what is longer is none of ours."""
 UNWRITTEN = 16 << 20
 """The most bytes of lines that wait for the disk: those of some ten thousand steps."""
+
+SPEED_PERIOD = 3600.0
+"""Seconds of steps that the time left is estimated by: rich's 30 hold no two steps of a large model."""
+SMOOTHING = 0.9
+"""What a step's tokens and seconds weigh one step later in the speed on the screen."""
 
 
 class Line(TypedDict):
@@ -44,7 +51,8 @@ class Line(TypedDict):
 
 
 class Metrics:
-    """Reports on the main process; on the others every call does nothing."""
+    """Reports on the main process. On the others calls report nothing and keep the state that goes into checkpoints;
+    no call is collective, and none returns what a collective decision may rest on."""
 
     def __init__(
         self,
@@ -83,6 +91,9 @@ class Metrics:
                 self._wandb_id = self._wandb.id
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._speed = _Speed()
+        self.trace = Trace(directory, config.trace_steps if is_main else [])
+        """Of the steps `logging.trace_steps`."""
         self._steps = 0
 
     def state(self) -> dict[str, Any]:
@@ -98,12 +109,14 @@ class Metrics:
             return
         self._progress = Progress(
             TextColumn("Training"),
-            BarColumn(),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("steps"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True)),
             console=console,
+            expand=True,
+            speed_estimate_period=SPEED_PERIOD,
         )
         with self._progress:
             self._task = self._progress.add_task("train", total=steps, completed=done, status="")
@@ -121,24 +134,24 @@ class Metrics:
             }
             text = f"step {record.step}: {sentences[wrong]}; {self._look_at(rows)}"
             console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
-        rate = record.tokens / record.seconds
         if self._progress is not None and self._task is not None:
-            status = f"loss {record.loss:.3f}  {rate:,.0f} tokens/s"
-            self._progress.update(self._task, completed=record.step, status=status)
+            self._progress.update(self._task, completed=record.step, status=self._speed.status(record))
         if record.step % self._config.every and wrong is None and record.step != self._steps:
             return
         suspects = {} if wrong is None else {"wrong": wrong, "rows": [row for row in rows if row is not None]}
         self._write(
             {
                 "step": record.step,
+                "epoch": record.epoch,
                 "loss": record.loss,
                 "learning_rate": record.learning_rate,
                 "gradient_norm": record.gradient_norm,
                 "applied": record.applied,
-                "auxiliary_loss": record.router_balance,
+                "load_balancing_loss": record.load_balancing_loss,
                 "tokens": record.tokens,
                 "supervised_tokens": record.supervised_tokens,
-                "tokens_per_second": rate,
+                "seconds": record.seconds,
+                "tokens_per_second": record.tokens / record.seconds,
                 "memory_gib": memory_gib(),
                 **suspects,
             }
@@ -158,8 +171,11 @@ class Metrics:
         self._line({"step": step, **record})
         if self._wandb is not None:
             by_layer = {
-                f"routers/{name}/layer_{layer}": value
-                for name in ("router_entropy", "router_auxiliary_loss")
+                f"routers/{short}/layer_{layer}": value
+                for short, name in (
+                    ("router_entropy", "router_entropy"),
+                    ("load_balancing_loss", "load_balancing_loss_by_layer"),
+                )
                 for layer, value in enumerate(record[name])
             }
             by_expert = {
@@ -187,8 +203,11 @@ class Metrics:
             self._lines.sync()
 
     def close(self, within: float = 10.0) -> None:
-        """Closes metrics.jsonl, writes the report, and ends wandb's run; wandb, which may have to upload, gets `within`
-        seconds."""
+        """Closes trace and metrics.jsonl, writes the report, and ends wandb's run.
+
+        wandb, which may have to upload, gets `within` seconds.
+        """
+        self.trace.close()
         if self._lines is not None:
             self._lines.close()
             try_report(self._directory)
@@ -203,6 +222,20 @@ class Metrics:
         self._line(values)
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+
+class _Speed:
+    """The words beside the progress bar; in a narrow terminal the last of them are cut off."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+
+    def status(self, record: StepRecord) -> str:
+        """Those of a step, with the speed of the last ten or so."""
+        self._tokens = SMOOTHING * self._tokens + record.tokens
+        self._seconds = SMOOTHING * self._seconds + record.seconds
+        speed = f"loss {record.loss:.3f}  {self._tokens / self._seconds:,.0f} tokens/s  epoch {record.epoch:.2f}"
+        return f"{speed}  lr {record.learning_rate:.1e}  norm {record.gradient_norm:.2g}"
 
 
 class _Lines:

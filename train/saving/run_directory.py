@@ -2,7 +2,8 @@
 
 runs/{name}-{date}-{time}/
   config.yaml               the resolved configuration
-  metrics.jsonl
+  metrics.jsonl, launches.jsonl, report.html, wandb/
+  answers.json, evaluation/ of task=report and of task=evaluate; trace.json.gz of logging.trace_steps
   checkpoints/step-000123/  all that the run needs to go on from there; see checkpoint.py
   adapter/                  the result, in PEFT's format, with per_expert/ in it; model/ after training in
                             full
@@ -30,7 +31,9 @@ from train.saving import checkpoint
 CONFIG = "config.yaml"
 RESULTS = {"adapter", "model", RECEIPT, "expert_load.json", "expert_load.png"}
 """What only a run that came to its end has written."""
-RUN_ENTRIES = {CONFIG, "metrics.jsonl", checkpoint.FOLDER, "wandb"} | RESULTS
+REPORTS = {"metrics.jsonl", "launches.jsonl", "report.html", "answers.json", "trace.json.gz", "wandb", "evaluation"}
+"""What tells of the run; answers and evaluation come later, from commands of their own."""
+RUN_ENTRIES = {CONFIG, checkpoint.FOLDER} | REPORTS | RESULTS
 """All that a run directory holds; a directory with anything else in it is not replaced."""
 
 T = TypeVar("T")

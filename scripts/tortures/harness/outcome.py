@@ -9,7 +9,7 @@ from typing import Any
 from train.saving import checkpoint
 from train.saving.checkpoint import Checkpoint
 
-CLOCK = {"tokens_per_second", "memory_gib", "checkpoint_paused_seconds", "checkpoint_seconds"}
+CLOCK = {"seconds", "tokens_per_second", "memory_gib", "checkpoint_paused_seconds", "checkpoint_seconds"}
 """Fields of metrics.jsonl about time and memory; all others must be equal."""
 FOR_THE_RECORD = {"receipt.json", "train_config.yaml"}
 """Files of a result that tell when and where it was made."""

@@ -23,7 +23,7 @@ def routing(tokens: int = 60, padding: int = 7) -> tuple[Routing, list[torch.Ten
 
 def test_the_auxiliary_loss_of_a_layer_is_transformers_own() -> None:
     made, logits, is_token = routing()
-    for layer, ours in enumerate(made.record()["router_auxiliary_loss"]):
+    for layer, ours in enumerate(made.record()["load_balancing_loss_by_layer"]):
         theirs = load_balancing_loss_func((logits[layer],), EXPERTS, K, is_token[None])
         assert ours == pytest.approx(float(theirs), rel=1e-5)
 

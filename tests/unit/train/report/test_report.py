@@ -47,10 +47,10 @@ def line(step: int, **values: Any) -> dict[str, Any]:
 
 LINES = [
     {"step": 0, "evaluation_loss": 3.25},
-    line(1),
-    {"step": 1, "expert_load": [[0.75, 0.25]], "router_entropy": [0.5], "router_auxiliary_loss": [1.0]},
+    line(1, auxiliary_loss=2.5),  # what it was once called
+    {"step": 1, "expert_load": [[0.75, 0.25]], "router_entropy": [0.5], "load_balancing_loss_by_layer": [1.0]},
     line(2, gradient_norm="inf", applied=False, wrong="refused", rows=[4]),
-    line(3),
+    line(3, load_balancing_loss=2.25),
     {"step": 3, "checkpoint_paused_seconds": 0.01, "checkpoint_seconds": 0.2},
     {"step": 3, "evaluation_loss": 2.125},
 ]
@@ -97,6 +97,10 @@ def test_the_page_says_what_the_run_recorded(tmp_path: Path) -> None:
     assert "script" not in shown.tags
     assert shown.asked == []
     assert not re.findall(r"url\(|@import|https?://", page)
+
+
+def test_a_quantity_that_was_once_called_otherwise_is_one_line(tmp_path: Path) -> None:
+    assert read_run(make_run(tmp_path)).series("load_balancing_loss") == [(1, 2.5), (3, 2.25)]
 
 
 def test_a_run_that_has_just_begun_and_a_damaged_one_have_a_page(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import resource
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ def record(step: int, *, loss: float = 2.0, applied: bool = True) -> StepRecord:
         learning_rate=1e-3,
         gradient_norm=0.5,
         applied=applied,
-        router_balance=2.0,
+        load_balancing_loss=2.0,
         tokens=100,
         supervised_tokens=60,
         seconds=0.5,
+        epoch=step / 4,
     )
 
 
@@ -58,6 +60,7 @@ def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Pat
     assert written[0]["tokens_per_second"] == 200
     assert (written[1]["wrong"], written[1]["rows"]) == ("refused", [50])  # with the rows that did it
     assert "rows" not in written[0]
+    assert (written[0]["epoch"], written[0]["seconds"], written[0]["load_balancing_loss"]) == (0.75, 0.5, 2.0)
 
 
 def test_a_spike_says_how_to_see_its_rows(
@@ -92,19 +95,28 @@ def test_numbers_that_json_does_not_know_come_back_from_a_checkpoint() -> None:
     assert math.isnan(resumed.last.loss)
     assert resumed.last.learning_rate == 1e-3
     assert resumed.evaluations == {1: math.inf}
+    former = {("router_balance" if n == "load_balancing_loss" else n): v for n, v in history.state()["last"].items()}
+    del former["epoch"]
+    older = History({"last": former}).last  # as checkpoints named it
+    assert older is not None
+    assert (older.load_balancing_loss, older.step) == (2.0, 1)
     assert finite({"a": [1.0, math.nan, (math.inf,)]}) == {"a": [1.0, "nan", ["inf"]]}
 
 
-def test_the_progress_bar_shows_steps_loss_and_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_shows_how_the_run_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.reporting.metrics.console.width", 120)
     metrics = Metrics(tmp_path, LoggingConfig(wandb="off"), {}, is_main=True)
     with metrics.progress(2, done=0):
         metrics.stepped(record(1), None, [])
-        metrics.stepped(record(2), None, [])
+        metrics.stepped(replace(record(2), tokens=290), None, [])
     metrics.evaluated(2, 1.25)
     metrics.close()
     told = capsys.readouterr().err
     assert "2/2 steps" in told
-    assert "loss 2.000  200 tokens/s" in told
+    # the step before counts nine tenths: (0.9 · 100 + 290) tokens in (0.9 + 1) · 0.5 s
+    assert "loss 2.000  400 tokens/s  epoch 0.50  lr 1.0e-03  norm 0.5" in told
     assert "step 2: evaluation loss 1.2500" in told
 
 
@@ -126,7 +138,7 @@ def test_routers_go_to_the_file_by_layer_and_movement_to_the_screen(
     metrics.close()
     (line,) = lines(tmp_path)
     assert line["step"] == 3
-    assert len(line["expert_load"]) == len(line["router_entropy"]) == len(line["router_auxiliary_loss"]) == 2
+    assert len(line["expert_load"]) == len(line["router_entropy"]) == len(line["load_balancing_loss_by_layer"]) == 2
     assert len(line["unused_experts"]) == 8
 
     # An expert of rank 0 has nothing that could move, and one that stood still is counted.
@@ -218,7 +230,8 @@ def test_routers_go_to_wandb_by_layer_with_the_numbers_of_the_file(
 
     (line,), ((step, values),) = lines(tmp_path), logged
     expected = {f"routers/router_entropy/layer_{layer}": line["router_entropy"][layer] for layer in range(3)}
-    expected |= {f"routers/router_auxiliary_loss/layer_{x}": line["router_auxiliary_loss"][x] for x in range(3)}
+    balance = line["load_balancing_loss_by_layer"]
+    expected |= {f"routers/load_balancing_loss/layer_{layer}": balance[layer] for layer in range(3)}
     expected |= {
         f"routers/expert_load/layer_{layer}/expert_{expert}": line["expert_load"][layer][expert]
         for layer in range(3)

@@ -19,7 +19,7 @@ RECORD = Record(
 
 
 def history() -> History:
-    steps = {"learning_rate": 1e-3, "gradient_norm": 0.5, "router_balance": 2.0, "seconds": 0.5}
+    steps = {"learning_rate": 1e-3, "gradient_norm": 0.5, "load_balancing_loss": 2.0, "seconds": 0.5}
     found = History()
     found.evaluations |= {0: 3.0, 3: 2.5}
     found.last = StepRecord(step=3, loss=2.0, applied=True, tokens=100, supervised_tokens=60, **steps)

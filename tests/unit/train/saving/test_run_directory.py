@@ -9,7 +9,11 @@ from data.prepared.dataset import PreparedDataset
 from tests.conftest import Outcome
 from tests.unit.train.saving.launches import checkpointed, directory, launch, old_run
 from train.config.model import ModelConfig
+from train.config.train import LoggingConfig
 from train.engine.processes import Processes
+from train.report.answers import ANSWERS
+from train.report.recorded import CONFIG, note_launch
+from train.reporting.metrics import Metrics
 from train.saving import checkpoint
 
 
@@ -26,6 +30,27 @@ def test_a_run_is_replaced_only_where_that_is_asked(
     assert not (place / "model").exists()
     assert "overwrite: true" in (place / "config.yaml").read_text()
     assert place.stat().st_ino == itself  # emptied: a disk that is mounted there could not be removed
+
+
+def test_all_that_tells_of_a_run_is_replaced_with_it(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    """With overwrite; and without it, if the run was killed before its first checkpoint."""
+    place = tmp_path / "run"
+    place.mkdir()
+    (place / CONFIG).write_text("name: old\n")
+    metrics = Metrics(place, LoggingConfig(wandb="off", progress=False, trace_steps=[1, 1]), {}, is_main=True)
+    note_launch(place, "2026-01-01T00:00:00+00:00", 1, 0)
+    with metrics.trace.step(1):
+        pass
+    metrics.close()
+    (place / ANSWERS).write_text("[]")
+    written = {"config.yaml", "metrics.jsonl", "launches.jsonl", "report.html", "trace.json.gz", "answers.json"}
+    assert {path.name for path in place.iterdir()} == written
+    assert not directory(dataset, processes, place).resumes
+    replacing, record = launch(dataset, processes, place, overwrite=True)
+    replacing.create(record.config_yaml)
+    assert [path.name for path in place.iterdir()] == [CONFIG]
 
 
 def test_what_no_run_wrote_is_never_replaced(dataset: PreparedDataset, processes: Processes, tmp_path: Path) -> None:
