@@ -85,9 +85,9 @@ class PrepareConfig:
     near_threshold: float = 0.8
     """From which estimated Jaccard similarity of their five-word sequences two conversations are alike."""
     contamination: list[str] = field(default_factory=list)
-    """Evaluation data to keep out of training: a row that shares thirteen words in a row with it is rejected. Files
-    (JSON, JSON Lines or text), or tasks of the Open LLM Leaderboard: arc, hellaswag, mmlu, truthfulqa, winogrande,
-    gsm8k."""
+    """Evaluation data to keep out of training: a row that shares thirteen words in a row with it is rejected, or as
+    much in scripts without spaces. Files as `files` takes them, any JSON, or text; or tasks of the Open LLM
+    Leaderboard: arc, hellaswag, mmlu, truthfulqa, winogrande, gsm8k."""
     workers: int = 0
     """Processes that encode, the first one included; 0 means one a core, fewer if there is little to do. What is
     written is the same."""

@@ -145,10 +145,12 @@ def refuse_too_many(intake: Intake, allowed: float, rejects: Path, output: Path)
         raise UserError("files: they hold no rows; name files with at least one row")
     if intake.kept and intake.unusable / intake.rows <= allowed:
         return
-    if intake.rows and not intake.unusable:
+    kept = keep_rejects(rejects, output)
+    if not intake.unusable:
         left_out = ", ".join(f"{reason} {number}×" for reason, number in intake.rejected.most_common())
         raise UserError(
-            f"files: nothing is left of {intake.rows} rows ({left_out}); change weights, duplicates or contamination"
+            f"files: nothing is left of {intake.rows} rows ({left_out}); change weights, duplicates or "
+            f"contamination{kept}"
         )
     unusable = Counter({reason: n for reason, n in intake.rejected.items() if reason not in CLEANED})
     reasons = ", ".join(f"{reason} {number}×" for reason, number in unusable.most_common(3))
@@ -156,7 +158,6 @@ def refuse_too_many(intake: Intake, allowed: float, rejects: Path, output: Path)
     if intake.kept:
         share = math.ceil(100 * intake.unusable / intake.rows) / 100
         ways.append(f"leave them out by max_reject_fraction={share}")
-    kept = keep_rejects(rejects, output)
     raise UserError(
         f"max_reject_fraction={allowed}: {intake.unusable} of {intake.rows} rows can't be used ({reasons}; the first: "
         f"{intake.first_unusable}); {', or '.join(ways)}{kept}"

@@ -85,7 +85,10 @@ def _kind(beginning: bytes, path: PurePath, *, is_packed: bool) -> str:
         return "Arrow"
     # A name that promises a compression which isn't there promises nothing else either.
     ending = (plain_name(str(path)) if is_packed else path).suffix.lower()
-    return TABLES.get(ending) or ("lines" if ending in LINES else "JSON")
+    if ending in LINES:
+        return "lines"
+    is_json = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
+    return "JSON" if is_json else TABLES.get(ending, "JSON")
 
 
 def _refused(beginning: bytes) -> str:

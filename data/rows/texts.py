@@ -64,7 +64,8 @@ def _as_text(value: Any, field: str) -> str:
             if part.get("type", "text") != "text" or "text" not in part:
                 what = f"{field}[{index}] is a part of type {part.get('type')}, and only text can be trained on"
                 raise UnusableError("not_text", what)
-        return "".join(usable(part["text"], f"{field}[].text", required=False) for part in value)
+        texts = [part["text"] for part in value]  # whole: a blank part may stand between two words
+        return "".join(text if isinstance(text, str) else _as_text(readable(text, field), field) for text in texts)
     if isinstance(value, dict) and "replies" in value:
         what = f"the field {field} is a tree of messages (replies); write each path through it as a row of messages"
         raise UnusableError("not_text", what)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from configs.program.errors import UserError
 from data.export import BREAK
+from data.rows.conversion import to_conversation
+from data.rows.reading import RawRow
 from data.schema import IGNORE_INDEX, Conversation, Message
 from data.template import ChatTokenizer
 from data.vocabulary import FIRST_PIECE
@@ -452,6 +454,15 @@ def test_parts_of_text_are_joined_before_control_tokens_are_looked_for(stock: An
     conversation = Conversation(
         (Message("system", "a <s> b c "), Message("user", "a <s> b c "), Message("assistant", "a <s> b c "))
     )
+    assert stock.apply_chat_template(messages, return_dict=False) == chat().encode(conversation).ids
+
+
+@pytest.mark.parametrize("texts", [("two ", "words"), ("two", "words"), ("two", " ", "words"), ("\n", "Hi", " ")])
+def test_parts_of_rows_are_joined_as_the_stored_template_joins_them(stock: Any, texts: tuple[str, ...]) -> None:
+    parts = [{"type": "text", "text": text} for text in texts]
+    messages = [{"role": role, "content": parts} for role in ("system", "user", "assistant", "user", "assistant")]
+    conversation = to_conversation(RawRow({"messages": messages}, "rows.jsonl", "line", 1), "messages")
+    assert isinstance(conversation, Conversation)
     assert stock.apply_chat_template(messages, return_dict=False) == chat().encode(conversation).ids
 
 

@@ -198,6 +198,14 @@ def test_content_says_what_a_file_is(tmp_path: Path, kind: str, packing: str, na
     assert values(path) == ROWS
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.arrow", "rows.txt"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_json_is_read_under_the_name_of_a_table(tmp_path: Path, kind: str, mark: str, name: str) -> None:
+    (tmp_path / name).write_bytes(mark.encode() + KINDS[kind](ROWS))
+    assert values(tmp_path / name) == ROWS
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.TSV", "rows.csv.gz"])
 def test_tables_of_text_are_known_by_name(tmp_path: Path, name: str) -> None:
     separator = "\t" if "TSV" in name else ","

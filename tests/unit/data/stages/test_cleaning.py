@@ -136,6 +136,8 @@ def test_nothing_left_is_told(run_program: Callable[..., Any], tmp_path: Path) -
     outcome = run_program("data", "files=[a.jsonl]", "output=out", "weights={a.jsonl: 0}")
     assert outcome.exit_code == 2
     assert "nothing is left of 20 rows (left_out 20×); change weights" in outcome.stderr
+    assert "; out-rejects.jsonl lists them" in outcome.stderr
+    assert len((tmp_path / "out-rejects.jsonl").read_text().splitlines()) == 20
 
 
 def test_short_texts_are_compared_too() -> None:
