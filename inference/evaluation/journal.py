@@ -4,19 +4,34 @@ The first line says which model and which settings; each other line holds the an
 ids that the model read. Lines are only ever appended, each in one write that is synced.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from configs.program.errors import UserError
-from data.disk.files import lock, sync
+from data.disk.files import sync
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError
+from inference.batch.journal import locked
 
 FIRST_BYTES = b'{"evaluation": '
 """How every journal begins."""
+
+
+class Head(TypedDict):
+    """The first line."""
+
+    evaluation: dict[str, Any]
+
+
+class Unit(TypedDict):
+    """Each other line."""
+
+    unit: str
+    answers: list[Any]
 
 
 class Journal:
@@ -46,7 +61,7 @@ def open_journal(path: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     Raises:
         UserError: it can't be written, another process writes it, or it is of another model or other settings.
     """
-    descriptor = _locked(path)
+    descriptor = locked(path)
     try:
         head, answers, end = _read(path)
         if head is None:
@@ -73,12 +88,12 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, list[Any]], int]
         try:
             if not line.endswith(b"\n"):
                 break
-            value = json.loads(line)
             if head is None:
-                head = value["evaluation"]
+                head = parse_json(line, Head)["evaluation"]
             else:
-                answers[value["unit"]] = value["answers"]
-        except (ValueError, TypeError, KeyError):
+                unit = parse_json(line, Unit)
+                answers[unit["unit"]] = unit["answers"]
+        except UnreadableError:
             break
         end += len(line)
     return head, answers, end
@@ -91,19 +106,6 @@ def _check(path: Path, head: dict[str, Any], identity: dict[str, Any]) -> None:
                 f"{field}={value}: the evaluation that {path} belongs to had {field}={head.get(field)}; give the same "
                 f"again, name another output, or remove the file to start over"
             )
-
-
-def _locked(path: Path) -> int:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as error:
-        raise UserError(f"output: {path} can't be written ({error.strerror}); name a writable place") from error
-    with contextlib.suppress(OSError):  # a file system without locks
-        if not lock(descriptor):
-            os.close(descriptor)
-            raise UserError(f"output: another process writes {path}; wait for it, or name another")
-    return descriptor
 
 
 def _write(descriptor: int, value: dict[str, Any]) -> None:
