@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -229,3 +230,24 @@ def occupied(output: Path, needed: Iterable[Path], *, deep: bool = False) -> Occ
         is_file=False,
         names=sorted(str(path.relative_to(target)) for path in paths),
     )
+
+
+def locked(path: Path) -> int:
+    """A descriptor of an output that is written bit by bit, for this process alone.
+
+    Raises:
+        UserError: it can't be written, is no regular file, or another process writes it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"output={path}: it is no regular file; remove it, or name another output")
+    with contextlib.suppress(OSError):  # a file system without locks
+        if not lock(descriptor):
+            os.close(descriptor)
+            raise UserError(f"output={path}: another process is writing it; wait for it, or name another")
+    return descriptor

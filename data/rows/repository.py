@@ -257,12 +257,10 @@ def declared(readme: bytes, named: str) -> dict[str, Config]:
         card, alias = _parsed(head)
         if not isinstance(card, dict) or not isinstance(card.get("configs"), list):
             return {}
-        if alias:  # by which a few lines can stand for any amount of memory
+        if alias:
             raise ValueError(f"the head has an alias, *{alias}")
-        budget = [MOST_PATTERNS]
-        for entry in _plain(card["configs"], budget):
-            patterns = entry.get("data_files")
-            splits = None if patterns is None else sanitize_patterns(patterns)
+        for entry in _plain(card["configs"], [MOST_PATTERNS]):
+            splits = sanitize_patterns(entry["data_files"]) if "data_files" in entry else None
             for pattern in (entry.get("data_dir", ""), *(p for paths in (splits or {}).values() for p in paths)):
                 if "://" in pattern or "::" in pattern or pattern.startswith("/") or ".." in pattern.split("/"):
                     raise ValueError(f"{pattern} is not one of its own files")

@@ -1,9 +1,7 @@
 """Answers as they are written to disk, so that a killed run goes on from where it was."""
 
-import contextlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import WEIGHTS
-from data.disk.files import lock, replace_file, sha256, sync
+from data.disk.files import locked, replace_file, sha256, sync
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
 from inference.batch.rows import encoded
@@ -150,23 +148,6 @@ def _line_of(answer: bytes) -> int:
 def position(answer: dict[str, Any]) -> int:
     """The line, or the row, that an answer belongs to."""
     return int(answer["line"] if "line" in answer else answer["row"])
-
-
-def locked(path: Path) -> int:
-    """A descriptor of the journal, for this process alone."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as error:
-        raise UserError(f"output={path}: it can't be written ({error.strerror}); name a writable place") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"output={path}: it is no regular file; remove it, or name another output")
-    with contextlib.suppress(OSError):  # a file system without locks
-        if not lock(descriptor):
-            os.close(descriptor)
-            raise UserError(f"output={path}: another process is writing it; wait for it, or name another")
-    return descriptor
 
 
 def identity(config: InferenceConfig, source: Path) -> dict[str, Any]:

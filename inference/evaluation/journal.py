@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from configs.program.errors import UserError
-from data.disk.files import sync
+from data.disk.files import locked, sync
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
-from inference.batch.journal import locked
 
 FIRST_BYTES = b'{"evaluation": '
 """How every journal begins."""
