@@ -254,13 +254,13 @@ def declared(readme: bytes, named: str) -> dict[str, Config]:
     try:
         if len(readme) > LONGEST_README:
             raise ValueError(f"it is longer than {LONGEST_README >> 20} MiB")
-        card = _parsed(head)
+        card, alias = _parsed(head)
         if not isinstance(card, dict) or not isinstance(card.get("configs"), list):
             return {}
-        budget = [MOST_PATTERNS]
-        for entry in _plain(card["configs"], budget):
-            patterns = entry.get("data_files")
-            splits = None if patterns is None else sanitize_patterns(patterns)
+        if alias:
+            raise ValueError(f"the head has an alias, *{alias}")
+        for entry in _plain(card["configs"], [MOST_PATTERNS]):
+            splits = sanitize_patterns(entry["data_files"]) if "data_files" in entry else None
             for pattern in (entry.get("data_dir", ""), *(p for paths in (splits or {}).values() for p in paths)):
                 if "://" in pattern or "::" in pattern or pattern.startswith("/") or ".." in pattern.split("/"):
                     raise ValueError(f"{pattern} is not one of its own files")
@@ -274,19 +274,20 @@ def declared(readme: bytes, named: str) -> dict[str, Config]:
     return configs
 
 
-def _parsed(head: str) -> Any:
-    """YAML with all scalars as text."""
+def _parsed(head: str) -> tuple[Any, str | None]:
+    """YAML with all scalars as text, and the first alias in it."""
     loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-    depth = 0
+    depth, alias = 0, None
     for event in yaml.parse(head, loader):  # first, because what is nested deeply would overflow the stack
+        alias = alias or (event.anchor if isinstance(event, yaml.AliasEvent) else None)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} deep")
-    return yaml.load(head, loader)
+    return yaml.load(head, loader), alias
 
 
 def _plain(value: Any, budget: list[int], depth: int = 6) -> Any:
-    """A copy of lists and dictionaries of texts; what is repeated by reference counts as often as it is repeated."""
+    """A copy of lists and dictionaries of texts."""
     budget[0] -= 1
     if budget[0] < 0 or depth == 0:
         raise ValueError(f"they have more than {MOST_PATTERNS} entries")

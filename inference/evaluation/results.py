@@ -1,14 +1,15 @@
 """Answers → what is written of an evaluation: `results.json`, and a line a question in `questions.jsonl`."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import xxhash
 
-from configs.program.errors import UserError, one_line
+from configs.program.errors import UserError
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError, read_regular
 from inference.evaluation.answering import Answered
 from inference.evaluation.leaderboard.questions import Question, hash_of
 from inference.evaluation.leaderboard.rows import TaskRows
@@ -16,6 +17,8 @@ from inference.evaluation.leaderboard.tasks import TASKS, published_hashes
 from inference.evaluation.statistics import Estimate, Groups, average, estimate, holm, paired
 
 RESULTS, QUESTIONS, QUESTIONS_OF_BASE = "results.json", "questions.jsonl", "questions_of_base.jsonl"
+LARGEST_QUESTIONS = 1 << 30
+"""Bytes of the largest `questions.jsonl` that is read; a line is a kilobyte."""
 
 
 def prompt_hash(question: Question) -> str:
@@ -116,13 +119,29 @@ def compare(before: Mapping[str, Groups], after: Mapping[str, Groups]) -> dict[s
 # Earlier results
 
 
+class Results(TypedDict):
+    """What is read of `results.json`."""
+
+    model: dict[str, Any]
+
+
+class Line(TypedDict):
+    """What is read of a line of `questions.jsonl`."""
+
+    task: str
+    subject: NotRequired[str]
+    row: int
+    score: float
+    prompt: str
+
+
 @dataclass(frozen=True, slots=True)
 class Earlier:
     """An evaluation that was written before."""
 
     path: Path
     model: dict[str, Any]
-    questions: dict[tuple[str, str, int], dict[str, Any]]
+    questions: dict[tuple[str, str, int], Line]
     """The lines of `questions.jsonl`, by task, subject and row."""
 
     def scores(self, questions: Sequence[Question]) -> dict[str, dict[str, list[float]]]:
@@ -156,17 +175,16 @@ def read_earlier(path: Path) -> Earlier:
         UserError: there is none, or it is damaged.
     """
     directory = path.parent if path.name == RESULTS else path
+    for file in (directory / RESULTS, directory / QUESTIONS):
+        if not file.exists():
+            raise UserError(
+                f"compare={path}: there is no evaluation ({file} is missing); give base, or the output of another "
+                f"task=evaluate"
+            )
     try:
-        results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (directory / QUESTIONS).read_text(encoding="utf-8").splitlines()]
-        questions = {(line["task"], line.get("subject", line["task"]), int(line["row"])): line for line in lines}
-        if any(not isinstance(line["score"], float) or not isinstance(line["prompt"], str) for line in lines):
-            raise ValueError("a line has no score or no prompt")
-        return Earlier(directory, results["model"], questions)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"compare={path}: there is no evaluation ({error.filename} is missing); give base, or the output of "
-            f"another task=evaluate"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"compare={path}: it can't be read ({one_line(error)}); evaluate again") from error
+        results = parse_json(read_regular(directory / RESULTS), Results)
+        lines = [parse_json(line, Line) for line in read_regular(directory / QUESTIONS, LARGEST_QUESTIONS).splitlines()]
+    except UnreadableError as error:
+        raise UserError(f"compare={path}: it can't be read ({error}); evaluate again") from error
+    questions = {(line["task"], line.get("subject", line["task"]), line["row"]): line for line in lines}
+    return Earlier(directory, results["model"], questions)

@@ -1,5 +1,6 @@
 """The answers of base and tuned model to the same prompts, by `python -m inference` in a process of its own."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from typing import Any
 
 from configs.program.errors import UserError
 from data.disk.files import replace_file
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError
+from data.disk.plain_text import read_bytes
 from train.report.recorded import Recorded
 
 ANSWERS = "answers.json"
@@ -60,17 +64,14 @@ def _answers(model: list[str], source: Path, new_tokens: int) -> list[dict[str, 
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["inference: it gave no reason; give answers=false"])[-1]
             raise UserError(f"answers: {said.removeprefix('inference: ')}")
-        return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        return [parse_json(line, dict[str, Any]) for line in output.read_bytes().splitlines()]
 
 
 def _prompts(source: Path) -> dict[int, str]:
     """The text of each row by its line, as far as it is plain to see."""
     texts = {}
-    try:
-        for number, line in enumerate(source.read_text(encoding="utf-8-sig").splitlines(), 1):
-            row = json.loads(line) if line.strip() else None
-            if isinstance(row, dict):
-                texts[number] = str(row.get("prompt") or row.get("instruction") or line)
-    except (ValueError, UnicodeDecodeError):
-        return texts
+    for number, line in enumerate((read_bytes(source) or b"").splitlines(), 1):
+        with contextlib.suppress(UnreadableError):  # a line of a form that batch reads and this does not
+            row = parse_json(line, dict[str, Any])
+            texts[number] = str(row.get("prompt") or row.get("instruction") or line.decode("utf-8-sig"))
     return texts

@@ -1,20 +1,62 @@
 """A run directory → what it recorded, whatever state the run is in: it may be running, stopped or damaged in places."""
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+from msgspec import Meta
 from omegaconf import OmegaConf
 
 from configs.program.errors import UserError
-from data.disk.plain_text import read_json
+from data.disk.formats.json_text import parse_json, shaped
+from data.disk.formats.regular import UnreadableError
+from data.disk.plain_text import LARGEST, parse_yaml, read_json, read_start
 from train.config.train import TrainConfig
 
 METRICS, RECEIPT, CONFIG, LAUNCHES = "metrics.jsonl", "receipt.json", "config.yaml", "launches.jsonl"
 FORMER_NAMES = {"auxiliary_loss": "load_balancing_loss"}
 """What lines of metrics.jsonl once called a quantity, and its name now."""
+LARGEST_METRICS = 256 << 20
+"""Bytes of metrics.jsonl and launches.jsonl that are read; a step has some 300."""
+
+Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Recordable = float | str
+"""A number; what is not finite is written as a text."""
+
+
+class Line(TypedDict):
+    """What is relied on in a line of metrics.jsonl, beside numbers."""
+
+    step: Count
+    expert_load: NotRequired[list[list[Recordable]]]
+    router_entropy: NotRequired[list[Recordable]]
+    checkpoint_seconds: NotRequired[float]
+
+
+class Launch(TypedDict):
+    """What is relied on in a line of launches.jsonl."""
+
+    resumed_after_step: NotRequired[Count | None]
+
+
+class Moved(TypedDict):
+    """What a receipt holds of the experts of a layer."""
+
+    layer: int
+    projection: str
+    ranks: list[int]
+    norms: list[Recordable]
+
+
+class Receipt(TypedDict):
+    """What is relied on in a receipt."""
+
+    hardware: dict[str, Any]
+    dataset: dict[str, Any]
+    experts_moved: NotRequired[list[Moved] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +75,7 @@ class Recorded:
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """The steps and the values of a quantity; a value that is no number is NaN."""
-        return [(float(line["step"]), _float(line[name])) for line in self.lines if name in line]
+        return [(float(line["step"]), number(line[name])) for line in self.lines if name in line]
 
     @property
     def steps(self) -> int:
@@ -45,8 +87,12 @@ class Recorded:
         return next((line for line in reversed(self.lines) if "expert_load" in line), None)
 
 
-def _float(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def number(value: object) -> float:
+    """A number as it was recorded; NaN for anything else."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.nan
 
 
 def read_run(directory: Path) -> Recorded:
@@ -58,33 +104,39 @@ def read_run(directory: Path) -> Recorded:
     if not (directory / CONFIG).is_file():
         raise UserError(f"run_dir={directory}: it holds no run (there is no {CONFIG}); give the directory of one")
     try:
-        settings = OmegaConf.to_container(OmegaConf.load(directory / CONFIG))
+        content = (read_start(directory / CONFIG, LARGEST) or b"").decode()
+        if parse_yaml(content) is None:
+            raise ValueError("it holds no settings")
+        settings = OmegaConf.to_container(OmegaConf.create(content))
     except Exception as error:  # of YAML and of OmegaConf, of many kinds
         raise UserError(
             f"run_dir={directory}: its {CONFIG} can't be read; give the directory of a whole run"
         ) from error
     return Recorded(
         directory=directory,
-        receipt=read_json(directory / RECEIPT),
+        receipt=_receipt(directory / RECEIPT),
         settings={str(name): value for name, value in settings.items()} if isinstance(settings, dict) else {},
         lines=[
             {FORMER_NAMES.get(name, name): value for name, value in line.items()}
-            for line in _lines(directory / METRICS)
-            if isinstance(line.get("step"), int)
+            for line in _lines(directory / METRICS, Line)
         ],
-        launches=_lines(directory / LAUNCHES),
+        launches=_lines(directory / LAUNCHES, Launch),
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _receipt(path: Path) -> dict[str, Any]:
+    """Empty if there is none, or if it can't be what a run wrote."""
+    try:
+        return dict(shaped(read_json(path), Receipt))
+    except UnreadableError:
+        return {}
+
+
+def _lines(path: Path, shape: type[Any]) -> list[dict[str, Any]]:
     lines = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            value = json.loads(line)
-        except ValueError:  # the last may be half written
-            continue
-        if isinstance(value, dict):
-            lines.append(value)
+    for line in (read_start(path, LARGEST_METRICS) or b"").splitlines():
+        with contextlib.suppress(UnreadableError):  # the last may be half written
+            lines.append(dict(parse_json(line, shape)))
     return lines
 
 

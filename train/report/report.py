@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from markupsafe import Markup
 
 from configs.program.console import console
@@ -13,6 +14,8 @@ from configs.program.page.charts import Line, Mark, heatmap, intervals, line_cha
 from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.files import replace_file
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError, read_regular
 from data.disk.plain_text import read_json
 from data.prepared.layout import MANIFEST, SPLITS, open_split
 from data.prepared.report import example
@@ -20,7 +23,7 @@ from data.prepared.selection import selected
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.report.answers import ANSWERS, ask
-from train.report.recorded import CONFIG, Recorded, changed_settings, read_run
+from train.report.recorded import CONFIG, Recorded, changed_settings, number, read_run
 
 PAGE = "report.html"
 EXAMPLES = 3
@@ -44,10 +47,16 @@ def write_report(directory: Path, *, with_examples: bool = True) -> Path:
     """Writes `report.html` of what the run directory holds now; `with_examples` of the dataset's rows.
 
     Raises:
-        UserError: there is no run, or the page can't be written.
+        UserError: there is no run, what it recorded can't be shown, or the page can't be written.
     """
     run = read_run(directory)
-    page = render(Path(__file__).with_name("report.html.j2"), **content(run, with_examples=with_examples))
+    try:
+        page = render(Path(__file__).with_name("report.html.j2"), **content(run, with_examples=with_examples))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+        raise UserError(
+            f"run_dir={directory}: what it recorded can't be shown ({one_line(error)}): a file in it is damaged; "
+            f"restore it, or take it away"
+        ) from error
     try:
         replace_file(directory / PAGE, [page.encode()])
     except OSError as error:
@@ -138,14 +147,15 @@ def heatmaps(run: Recorded) -> list[tuple[str, str, Markup, list[str]]]:
     found: list[tuple[str, str, Markup, list[str]]] = []
     routed = run.routed()
     if routed is not None:
-        load, entropy = routed["expert_load"], routed["router_entropy"]
+        load = [[number(share) for share in layer] for layer in routed["expert_load"]]
+        entropy = routed["router_entropy"]
         names = [f"layer {layer}" for layer in range(len(load))]
         remark = f"share of the layer's choices in step {routed['step']:,}; even would be {1 / len(load[0]):.3g}"
         picture = heatmap(load, names=names, label="Load of each expert", digits=2)
         found.append(("Load of the experts", remark, picture, []))
         steps = [line for line in run.lines if "router_entropy" in line][:: max(1, len(run.lines) // 400)]
         lines = [
-            Line(f"layer {layer}", [(line["step"], line["router_entropy"][layer]) for line in steps])
+            Line(f"layer {layer}", [(line["step"], number(line["router_entropy"][layer])) for line in steps])
             for layer in sorted({0, len(entropy) // 2, len(entropy) - 1})
         ]
         picture = line_chart(lines, label="Entropy of the routers over the steps")
@@ -155,7 +165,8 @@ def heatmaps(run: Recorded) -> list[tuple[str, str, Markup, list[str]]]:
     for projection in dict.fromkeys(entry["projection"] for entry in moved):
         rows = [entry for entry in moved if entry["projection"] == projection]
         numbers = [
-            [norm if rank else None for norm, rank in zip(row["norms"], row["ranks"], strict=True)] for row in rows
+            [number(norm) if rank else None for norm, rank in zip(row["norms"], row["ranks"], strict=True)]
+            for row in rows
         ]
         names = [f"layer {row['layer']}" for row in rows]
         label = f"How far each expert's adapter on {projection} has moved"
@@ -224,7 +235,6 @@ def scored(evaluation: dict[str, Any]) -> dict[str, Any] | None:
 
 def _list(path: Path) -> list[dict[str, Any]]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_json(read_regular(path), list[dict[str, Any]])
+    except UnreadableError:
         return []
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []

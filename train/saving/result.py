@@ -11,6 +11,7 @@ from rich.table import Table
 from configs.program.console import console
 from data.card import write_adapter_card
 from data.disk.adapter_directory import CONFIG, PER_EXPERT, RECEIPT, TRAIN_CONFIG
+from data.disk.formats.json_text import read_json
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
@@ -118,5 +119,5 @@ class Result:
         """Adds what an adapter needs to be handed on alone: tokenizer, chat template and card."""
         base = self._config.model.path
         ChatTokenizer.load().save(directory, Path(base) if base and Path(base).is_dir() else None)
-        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(directory / CONFIG, dict[str, Any], f"run_dir={directory}", "give the same command again")
         write_adapter_card(directory, self._config.name, settings, receipt)

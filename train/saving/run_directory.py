@@ -160,7 +160,9 @@ def problem(path: Path, config: TrainConfig, dataset: Path) -> str | None:
     entries = {name for name in found.names if not _half_written(Path(name))}
     goes_on = config.resume == "auto" and config.task == "train" and not config.overwrite
     if goes_on and (RECEIPT in entries or checkpoint.paths(path)):
-        return None  # nothing is replaced, whatever else the user keeps there
+        # Nothing is replaced, whatever else the user keeps there.
+        is_sound = RECEIPT not in entries or (path / RECEIPT).is_file()
+        return None if is_sound else f"its {RECEIPT} is no regular file; take it away, or name another directory"
     if foreign := entries - RUN_ENTRIES:
         return f"{min(foreign)} is there, which no run writes; name another directory"
     if config.overwrite or (goes_on and not RESULTS & entries) or not entries:

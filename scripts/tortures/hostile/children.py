@@ -69,7 +69,7 @@ class Child:
         said, code = self._said(), os.WEXITSTATUS(status)
         if code == 0:
             return Outcome("accepted", said, json.loads(self._result.read_text()), seconds)
-        if code in (1, REFUSED) and "Traceback" not in said:
+        if code in (1, REFUSED) and said.count("\n") == 1:  # the sentence, and nothing before it
             return Outcome("refused", said, None, seconds)
         return Outcome("traceback", f"exit code {code}: {said}", None, seconds)
 

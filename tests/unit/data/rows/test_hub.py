@@ -296,8 +296,9 @@ def test_a_default_config_is_taken(hub: Hub, prepared: Callable[..., Any]) -> No
         "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n"
         "e: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\nconfigs: [*e, *e, *e, *e, *e, *e, *e, *e, *e, *e]",
         "configs: " + "[" * 100_000,
+        "a: &a b.jsonl\nconfigs:\n- config_name: a\n  data_files: *a",
     ],
-    ids=["elsewhere", "no-yaml", "tag", "laughs", "deep"],
+    ids=["elsewhere", "no-yaml", "tag", "laughs", "deep", "alias"],
 )
 def test_a_readme_reaches_nothing_but_its_own_files(
     hub: Hub, refused: Callable[..., str], tmp_path: Path, head: str

@@ -1,6 +1,7 @@
 """The whole task on a small model: what is written, what a kill leaves, what is refused."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from inference.config import SCORED, InferenceConfig
 from inference.evaluation import answering
 from inference.evaluation.answering import choice_score
 from inference.evaluation.evaluate import evaluate
+from inference.evaluation.journal import open_journal
 from inference.evaluation.leaderboard.questions import Question, final_number
+from inference.evaluation.results import read_earlier
 from tests.unit.inference.test_adapter import make_adapter, make_base
 
 WORDS = ["sun", "moon", "sea", "hill", "fire", "lake", "bird", "stone", "wind", "leaf", "rain", "salt"]
@@ -139,6 +142,25 @@ def test_an_earlier_evaluation_is_compared_as_the_base_is(given: Path, tmp_path:
         evaluate(changed)
     with pytest.raises(UserError, match="there is no evaluation"):
         evaluate(config(given, tmp_path / "none", tasks=QUICK, compare=str(tmp_path / "rows")))
+
+
+@pytest.mark.parametrize("name", ["results.json", "questions.jsonl"])
+@pytest.mark.parametrize("content", ["5", "[" * 5000, '{"model": 5}', '{"task": "arc", "row": "x"}', None])
+def test_an_earlier_evaluation_that_is_damaged_is_refused(tmp_path: Path, name: str, content: str | None) -> None:
+    """None stands for a pipe into which nobody writes."""
+    (tmp_path / "results.json").write_text('{"model": {}}')
+    (tmp_path / "questions.jsonl").write_text('{"task": "arc", "row": 0, "score": 1.0, "prompt": "00"}\n')
+    assert read_earlier(tmp_path).questions.keys() == {("arc", "arc", 0)}
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name) if content is None else (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"it can't be read .*; evaluate again"):
+        read_earlier(tmp_path)
+
+
+def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "answers.part")
+    with pytest.raises(UserError, match="it is no regular file"), open_journal(tmp_path / "answers.part", {}):
+        pass
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(

@@ -1,6 +1,7 @@
 """The page about a run: it says what the files say, whatever state the run is in, and asks nothing of a network."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -110,6 +111,50 @@ def test_a_run_that_has_just_begun_and_a_damaged_one_have_a_page(tmp_path: Path)
     assert "that has saved nothing yet" in write_report(directory).read_text()
     (directory / "metrics.jsonl").unlink()
     write_report(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("receipt.json", '{"hardware": 5, "dataset": []}'),
+        ("receipt.json", json.dumps({**RECEIPT, "experts_moved": [5]})),
+        ("receipt.json", "[" * 5000),
+        (
+            "metrics.jsonl",
+            f'{{"step": {"9" * 400}}}\n{{"step": -1}}\n{"[" * 5000}\n{{"step": 1, "loss": {"9" * 400}}}\n',
+        ),
+        ("metrics.jsonl", '{"step": 1, "expert_load": 5, "router_entropy": []}\n'),
+        ("launches.jsonl", '{"resumed_after_step": "x"}\n'),
+        ("answers.json", "[" * 5000),
+        ("metrics.jsonl", None),
+        ("receipt.json", None),
+        ("answers.json", None),
+    ],
+)
+def test_what_is_damaged_in_a_run_is_left_out(tmp_path: Path, name: str, content: str | None) -> None:
+    """None stands for a pipe into which nobody writes."""
+    directory = make_run(tmp_path)
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name) if content is None else (directory / name).write_text(content)
+    assert "</html>" in write_report(directory).read_text()
+
+
+def test_movements_that_are_not_finite_are_shown(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    moved = {"layer": 0, "projection": "down_proj", "ranks": [4, 4], "norms": [0.125, "nan"]}
+    (directory / "receipt.json").write_text(json.dumps({**RECEIPT, "experts_moved": [moved]}))
+    assert "layer 0, expert 0: 0.125" in "\n".join(Text(write_report(directory).read_text()).texts)
+
+
+def test_what_can_not_be_shown_ends_in_a_sentence(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    (directory / "evaluation").mkdir()
+    (directory / "evaluation" / "results.json").write_text('{"tasks": {"arc": 5}}')
+    with pytest.raises(UserError, match="what it recorded can't be shown"):
+        write_report(directory)
+    (directory / "config.yaml").write_text("a: &a [x]\nb: [*a, *a]\n")
+    with pytest.raises(UserError, match=r"its config.yaml can't be read"):
+        write_report(directory)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,14 @@ def test_a_start_that_fails_leaves_the_old_run(run_program, dataset: PreparedDat
     assert (place / "config.yaml").read_text() == "name: old\n"
 
 
+def test_a_receipt_that_is_no_file_is_refused(dataset: PreparedDataset, processes: Processes, tmp_path: Path) -> None:
+    place = old_run(tmp_path / "run")
+    (place / "receipt.json").unlink(missing_ok=True)
+    (place / "receipt.json").mkdir()
+    with pytest.raises(UserError, match=r"its receipt\.json is no regular file"):
+        directory(dataset, processes, place)
+
+
 def test_what_a_user_keeps_beside_a_run_hinders_nothing_that_replaces_nothing(
     interrupted: Path, dataset: PreparedDataset, processes: Processes
 ) -> None:
