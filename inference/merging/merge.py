@@ -103,7 +103,8 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
         }
         write_card(directory, output.name, story, scores, receipt, config.licence)
         receipt["files"] = sorted([RECEIPT, *(path.name for path in directory.iterdir())])
-        (directory / RECEIPT).write_text(json.dumps(public(receipt), indent=2) + "\n", encoding="utf-8")
+        receipt = public(receipt)
+        (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
         # once more: another process may have been faster
         _check_output(output, config.overwrite, base.directory, adapter.directory)
         take_place(directory, output)

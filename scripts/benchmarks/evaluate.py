@@ -94,7 +94,7 @@ def _contenders(options: argparse.Namespace) -> dict[str, Any]:
     settings = InferenceConfig(task="evaluate", base="base", bos="never", max_tokens=options.max_tokens)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
-        stock = AutoTokenizer.from_pretrained(folder)
+        stock = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     harness = HFLM(
         pretrained=model,
         tokenizer=stock,

@@ -22,7 +22,7 @@ def compare(job: comparing.Job) -> None:
     converter = next(sources().glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
     subprocess.run([sys.executable, converter, job.model, "--outfile", str(gguf), "--outtype", "f32"], check=True)
     model = Llama(str(gguf), n_ctx=1024, logits_all=True, verbose=False, use_mmap=False)
-    template = AutoTokenizer.from_pretrained(job.model)
+    template = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
     texts = [template.apply_chat_template(case["messages"], tokenize=False) for case in job.cases]
     ids = [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
     pairs = list(zip(ids, job.cases, strict=True))

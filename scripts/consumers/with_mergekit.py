@@ -47,7 +47,7 @@ def merged(job: comparing.Job, name: str, recipe: dict) -> dict:
 
 def tensors(directory: Path) -> dict:
     """The parameters as transformers reads them: mergekit writes the experts of a layer as one."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).state_dict()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ TOKENS = 48
 
 
 def compare(job: comparing.Job) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, trust_remote_code=False)
     prompts = [tokenizer.apply_chat_template(case["messages"], return_dict=False) for case in job.cases]
     job.same("ids of chat prompts", zip(prompts, (case["ids"] for case in job.cases), strict=True))
     job.near("logits of the merged model", last_logits(model, job), job.logits["merged"])
@@ -43,7 +43,7 @@ def generate_in_batches(job: comparing.Job, tokenizer, model) -> None:
 
 
 def with_adapter(job: comparing.Job, what: str, adapter: str) -> None:
-    base = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32, trust_remote_code=False)
     theirs = last_logits(PeftModel.from_pretrained(base, adapter).eval(), job)
     # transformers 4 has no fused experts for the adapter's own files to change; per_expert is for it.
     fused = any("gate_up_proj" in name for name, _ in base.named_parameters())

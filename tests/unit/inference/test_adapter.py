@@ -171,7 +171,7 @@ def test_experts_without_training_are_known(tmp_path: Path) -> None:
         ({"target_modules": "("}, "unterminated"),
         ({"rank_pattern": 5}, "adapter_config.json"),
         ({"r": 10**9}, "[4000000000, 32]"),
-        ({"lora_alpha": float("nan")}, "the scale nan"),
+        ({"lora_alpha": float("nan")}, "it holds NaN"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -183,7 +183,16 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, changes: dict
     assert named in str(refused.value)
 
 
-@pytest.mark.parametrize("receipt", ["", "[]", '{"base": 5}', '{"base": {}}', '{"base": {"fingerprint": null}}'])
+@pytest.mark.parametrize("receipt", ["", "[]", '{"base": 5}'])
+def test_a_receipt_that_is_none_is_refused(tmp_path: Path, receipt: str) -> None:
+    base = make_base()
+    make_adapter(tmp_path, base, **KINDS["attention-only"])
+    (tmp_path / "receipt.json").write_text(receipt)
+    with pytest.raises(UserError, match=r"its receipt\.json can't be read .*; give the adapter as it was written"):
+        _ = Adapter(tmp_path, base.config).trained_on
+
+
+@pytest.mark.parametrize("receipt", ['{"base": {}}', '{"base": {"fingerprint": null}}'])
 def test_a_receipt_that_names_no_base_binds_to_none(tmp_path: Path, receipt: str) -> None:
     base = make_base()
     make_adapter(tmp_path, base, **KINDS["attention-only"])
@@ -353,8 +362,8 @@ def test_a_parameter_that_is_changed_in_two_ways_is_refused(tmp_path: Path) -> N
         ({"rank_pattern": {"q_proj": 0}}, "PEFT needs names with whole numbers above 0"),
         ({"alpha_pattern": {"q_proj": None}}, "PEFT needs names with numbers"),
         ({"alpha_pattern": 5}, "PEFT needs names with numbers"),
-        ({"target_modules": {"a": 1}}, "PEFT needs a list of names, or a pattern"),
-        ({"modules_to_save": "lm_head"}, "PEFT needs a list of names"),
+        ({"target_modules": {"a": 1}}, "PEFT needs a list of at most 10,000 names, or a pattern"),
+        ({"modules_to_save": "lm_head"}, "PEFT needs a list of at most 10,000 names"),
         ({"layers_to_transform": ["1"]}, "PEFT needs whole numbers"),
         ({"base_model_name_or_path": 5}, "PEFT needs a path or hub id"),
         ({"base_model_name_or_path": "x" * 5000}, "PEFT needs a path or hub id"),

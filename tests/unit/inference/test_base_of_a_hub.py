@@ -133,7 +133,7 @@ def test_training_ends_before_processes_meet_if_the_base_can_t_be_had(
 ) -> None:
     rows = '{"instruction": "Say it.", "output": "It."}\n' * 20
     (tmp_path / "rows.jsonl").write_text(rows)
-    assert run_program("data", "files=[rows.jsonl]", "output=out", "seq_len=64").exit_code == 0
+    assert run_program("data", "files=[rows.jsonl]", "output=out", "seq_len=64", "eval_fraction=0").exit_code == 0
     hub.add("models/user/base", {"config.json": b"{}"}, cut={"config.json": 1000})
     monkeypatch.setattr("train.run.Signals", lambda grace: None)
     outcome = run_program("train", "dataset=out", "run_dir=run", "hardware=cpu", "model.path=user/base")

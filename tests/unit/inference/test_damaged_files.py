@@ -51,7 +51,7 @@ def test_names_and_patterns_are_bounded_in_number_and_in_time(
     asked: InferenceConfig, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT compares each with each module, and a pattern can make it try for ever."""
-    monkeypatch.setattr("inference.adapter.MOST_SECONDS", 2.0)
+    monkeypatch.setattr("inference.peft_layers.MOST_SECONDS", 2.0)
     say(asked, **NAMES[case])
     with pytest.raises(UserError, match=f"^adapter={asked.adapter}: its {CONFIG} "):
         find(asked)

@@ -84,7 +84,7 @@ def test_a_prompt_is_checked_as_any_other_row(tmp_path: Path, row: dict[str, Any
         ("broken.jsonl", b"\xff\xfe{}\n{not whole\n", "none of its 2 rows can be answered (line 1: the line is not"),
         ("odd.json", b'[{"x": 1}]', "its only row can't be answered (row 0: it has none of the fields"),
         ("torn.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n', mtime=0)[:-9], "it can't be read"),
-        ("none.parquet", b"PAR1", "it is not Parquet"),
+        ("none.parquet", b"PAR1", "it can't be read as Parquet"),
         ("cut.json", b'[{"prompt": "x"}, {', "it is not JSON"),
     ],
 )

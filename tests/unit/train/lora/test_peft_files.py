@@ -251,7 +251,7 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, damage: str) -> None:
     if damage in ("no weights", "pickled weights"):
         weights.unlink()
     config.lora.start = str(directory)
-    with pytest.raises(UserError, match=rf"lora\.start={directory}: it is no adapter directory \(.+\); name one"):
+    with pytest.raises(UserError, match=rf"lora\.start={directory}: its adapter_(config|model)\.\w+ .+; give the "):
         started(base, config.lora)
 
 

@@ -74,7 +74,7 @@ def test_attention_without_its_package_is_refused(base: Path, kind: str) -> None
 def test_weights_in_a_pickle_are_not_opened(base: Path) -> None:
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=f"model.path={base}: its model.safetensors is missing"):
+    with pytest.raises(UserError, match=f"model.path={base}: its weights are pickled"):
         load(base)
 
 
