@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Damages, looks, resumes, prints, and returns what was found."""
     with workplace(options) as place:
-        stopped = place.interrupted("stopped", STOPPED, keep_last="3")
+        stopped = place.interrupted("stopped-to-be-damaged", STOPPED, keep_last="3")
         newest = checkpoint.paths(stopped)[0]
         random = generator("damage", options.seed)
         everything = [*of_files(newest, options.flips, random), *of_tensors(newest)]

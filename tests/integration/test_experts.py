@@ -139,7 +139,7 @@ def test_profile_then_ranks_by_load(start: tuple[str, ...], tmp_path: Path) -> N
     by_load = ("lora=by_load", f"lora.load={tmp_path}/2/expert_load.json", "lora.budget=300000", "lora.dropout=0.1")
     more = ("lora.router=trained", "lora.rank_stabilised=true", "max_steps=11")
     said = train(2, *start, *by_load, *more, f"run_dir={tmp_path}/run", "optim.lr=1e-3")
-    assert "How far each expert's adapter has moved" in said
+    assert "How far the experts' adapters have moved" in said
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
     ranks = {moved["layer"]: moved["ranks"] for moved in receipt["experts_moved"]}
     for layer, of_layer in enumerate(measured["tokens_per_expert"]):

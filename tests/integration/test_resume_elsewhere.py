@@ -31,7 +31,9 @@ def test_the_result_is_that_of_a_run_that_never_stopped(runs: Workplace, more: d
 
     newest = sorted((run / "checkpoints").iterdir())[-1]
     trained = (newest / "master.safetensors").stat().st_size // 4
-    size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
+    # What an adapter needs to be handed on alone has a size of its own, whatever was trained.
+    files = [file for file in newest.rglob("*") if file.is_file() and not file.name.startswith("tokenizer")]
+    size = sum(file.stat().st_size for file in files if file.suffix not in (".md", ".jinja"))
     assert size <= 1.1 * trained * (2 + 3 * 4)  # the parameters in bfloat16, masters, two moments
 
 

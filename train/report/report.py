@@ -73,7 +73,8 @@ def try_report(directory: Path, *, with_examples: bool = True) -> None:
     try:
         write_report(directory, with_examples=with_examples)
     except Exception as error:  # of any kind: the run is worth more than its report
-        console.print(f"{PAGE} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
+        if not isinstance(error.__cause__, OSError):  # what the disk lacks, metrics.jsonl's own line says
+            console.print(f"{PAGE} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
 
 
 def content(run: Recorded, *, with_examples: bool) -> dict[str, Any]:

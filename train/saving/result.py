@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from configs.program.console import console
+from configs.program.secrets import redact
 from data.card import write_adapter_card
 from data.disk.adapter_directory import CONFIG, PER_EXPERT, RECEIPT, TRAIN_CONFIG
 from data.disk.formats.json_text import read_json
@@ -120,4 +121,4 @@ class Result:
         base = self._config.model.path
         ChatTokenizer.load().save(directory, Path(base) if base and Path(base).is_dir() else None)
         settings = read_json(directory / CONFIG, dict[str, Any], f"run_dir={directory}", "give the same command again")
-        write_adapter_card(directory, self._config.name, settings, receipt)
+        write_adapter_card(directory, redact(self._config.name), settings, receipt)
