@@ -159,7 +159,7 @@ def test_an_earlier_evaluation_that_is_damaged_is_refused(tmp_path: Path, name: 
 
 def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "answers.part")
-    with pytest.raises(UserError, match="it is no regular file"), open_journal(tmp_path / "answers.part", {}):
+    with pytest.raises(UserError, match="is no regular file"), open_journal(tmp_path / "answers.part", {}):
         pass
 
 

@@ -383,6 +383,8 @@ def test_a_child_that_outlives_its_process_hides_nothing(start: Start) -> None:
 def test_no_guardian_outlives_its_process(start: Start) -> None:
     run = start(3)
     for trainer in run.trainers:
+        trainer.kill(signal.SIGSTOP)  # or the last might leave by itself, told of the first
+    for trainer in run.trainers:
         trainer.kill(signal.SIGKILL)
     assert [code for code, _ in run.ends()] == [KILLED] * 3
 
