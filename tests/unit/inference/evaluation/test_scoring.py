@@ -6,31 +6,14 @@ from array import array
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
 from data.template import BOS, ChatTokenizer
 from inference.evaluation.leaderboard.questions import questions_of
 from inference.evaluation.scoring import LogLikelihood, log_likelihoods
 from inference.evaluation.sequences import PackedSequences, Scored, sequences_of, shared, units_of
 from tests.unit.inference.evaluation.test_questions import needs_eval, rows_of
-
-
-def make_model(window: int | None = None) -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        sliding_window=window,
-        initializer_range=0.3,
-    )
-    model = MixtralForCausalLM(config).double().eval()
-    model.set_experts_implementation("eager")  # the grouped product takes no float64
-    return model
+from tests.unit.inference.test_adapter import make_base
 
 
 def make_groups(seed: int) -> list[list[Scored]]:
@@ -65,7 +48,7 @@ def alone(model: MixtralForCausalLM, sequence: Scored) -> LogLikelihood:
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_continuation_has_the_log_likelihood_that_it_has_alone(seed: int, window: int | None) -> None:
-    model = make_model(window)
+    model = make_base(torch.float64, vocab_size=64, sliding_window=window, initializer_range=0.3)
     groups = make_groups(seed)
     expected = [[alone(model, sequence) for sequence in group] for group in groups]
     for max_tokens in (24, 10_000):
