@@ -13,7 +13,9 @@ from tests.unit.train.saving.launches import checkpointed, directory, launch, ol
 from train.config.train import TrainConfig
 from train.engine.processes import Processes
 from train.saving import checkpoint, identity
+from train.saving.receipt import Record
 from train.saving.resume import find_checkpoint
+from train.saving.run_directory import RunDirectory
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -32,12 +34,18 @@ def test_a_fresh_run_refuses_rows_that_are_not_those_of_the_manifest(
     assert not (tmp_path / "run").exists()
 
 
+def finished_run(dataset: PreparedDataset, processes: Processes, top: Path) -> tuple[RunDirectory, Record]:
+    """A directory with the receipt of a run that came to its end."""
+    run, record = launch(dataset, processes, top / "run")
+    old_run(run.path)
+    (run.path / "receipt.json").write_text(json.dumps({"settings": record.settings, **record.inputs}))
+    return run, record
+
+
 def test_a_finished_run_is_left_alone_where_the_same_is_asked(
     dataset: PreparedDataset, processes: Processes, tmp_path: Path
 ) -> None:
-    run, record = launch(dataset, processes, tmp_path / "run")
-    old_run(run.path)
-    (run.path / "receipt.json").write_text(json.dumps({"settings": record.settings, **record.inputs}))
+    run, _ = finished_run(dataset, processes, tmp_path)
     assert directory(dataset, processes, run.path).finished
     with pytest.raises(UserError, match=r"^seed=5: the run that is there was started with 0"):
         directory(dataset, processes, run.path, seed=5)
@@ -118,9 +126,7 @@ def test_what_can_be_told_is_told_before_processes_meet(
 def test_a_finished_run_that_is_to_train_further_points_to_its_result(
     dataset: PreparedDataset, processes: Processes, tmp_path: Path
 ) -> None:
-    run, record = launch(dataset, processes, tmp_path / "run")
-    old_run(run.path)
-    (run.path / "receipt.json").write_text(json.dumps({"settings": record.settings, **record.inputs}))
+    run, record = finished_run(dataset, processes, tmp_path)
     start = rf"give model\.path={run.path}/model and a new run_dir"
     wanted = rf"^epochs=9: .* started with 3; that run is finished; .*, {start}"
     for despite in ([], ["epochs"]):
