@@ -267,7 +267,7 @@ def test_a_conversation_in_a_terminal(quickstart: Quickstart, tmp_path: Path) ->
             ("/set temperature=-1\r", "it can't be negative"),
             ("/set temperature=0.7\r", "temperature=0.7 top_p=1.0"),
             ("/undo\r", "Taken back"),
-            (f"/load {tmp_path}/talk.jsonl\r", "1 turn."),
+            (f"/load {tmp_path}/talk.jsonl\r", "Read from"),  # what follows breaks anywhere, by the length of the path
             ("/stats\r", "1 turn,"),
         ):
             terminal.type(typed)
