@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from configs.program.errors import UserError
 from data.disk.formats.json_text import parse_json, shaped
 from data.disk.formats.regular import UnreadableError
-from data.disk.plain_text import LARGEST, parse_yaml, read_json, read_start
+from data.disk.plain_text import LARGEST, json_if_readable, parse_yaml, read_start
 from train.config.train import TrainConfig
 
 METRICS, RECEIPT, CONFIG, LAUNCHES = "metrics.jsonl", "receipt.json", "config.yaml", "launches.jsonl"
@@ -127,7 +127,7 @@ def read_run(directory: Path) -> Recorded:
 def _receipt(path: Path) -> dict[str, Any]:
     """Empty if there is none, or if it can't be what a run wrote."""
     try:
-        return dict(shaped(read_json(path), Receipt))
+        return dict(shaped(json_if_readable(path), Receipt))
     except UnreadableError:
         return {}
 
