@@ -16,7 +16,7 @@ from data.config import PrepareConfig
 from data.disk.files import replace_file
 from data.disk.formats.json_text import shaped
 from data.disk.formats.regular import UnreadableError
-from data.disk.plain_text import read_json
+from data.disk.plain_text import json_if_readable
 from data.prepared.layout import MANIFEST, SPLITS, open_split
 from data.prepared.report import example
 from data.prepared.selection import selected
@@ -219,7 +219,7 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
     """The dataset's counts, and a few of its rows, if it is still the one of the run."""
     named = run.receipt.get("dataset") or {}
     path = Path(str(run.settings.get("dataset")))
-    manifest = read_json(path / MANIFEST, sha256=named.get("manifest_sha256"))
+    manifest = json_if_readable(path / MANIFEST, sha256=named.get("manifest_sha256"))
     try:
         shaped(manifest or None, Dataset | None)  # type: ignore[arg-type]
     except UnreadableError as error:
