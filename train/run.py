@@ -7,6 +7,7 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.explanations.again import command
 from configs.program.launch import local_processes
+from data.disk import nf4
 from data.disk.architecture import read_architecture
 from data.disk.weights import local_directory, pinned
 from data.prepared.dataset import PreparedDataset
@@ -66,6 +67,8 @@ def run(config: TrainConfig) -> None:
     if count in (1, local_processes()):  # on several machines run_dir is one's own, and the others are to be told
         check_run_there(config, inputs, dataset.directory)
     check_is_there(config.lora)
+    if config.model.weights == nf4.FORM:
+        nf4.check_available("model.weights=nf4")
     fetch_base(config)
     check_vocabulary(config.model, dataset)
     inputs.read()
