@@ -45,7 +45,7 @@ from train.saving.receipt import record_launch
 from train.saving.resume import check_run_there, check_same_run, find_checkpoint, restore
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
-from train.saving.starting_point import check_is_there, start_from
+from train.saving.starting_point import check_is_there, other_form, start_from
 
 
 def run(config: TrainConfig) -> None:
@@ -118,6 +118,8 @@ def run_on(
         profile(forward_engine, dataset, config, batch=batch, run=directory)
         return False
     start_from(model, config.lora)
+    if processes.is_main and (sentence := other_form(config)):
+        console.print(sentence, soft_wrap=True)
     engine = Engine(module, config, batch, processes, guard)
     checkpoint = find_checkpoint(directory, record, engine.shapes)
     directory.create(record.config_yaml)
