@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from configs.program import gpus
-from configs.program.errors import UserError
+from configs.program.errors import UserError, say
 from data.disk import hub
 from data.disk.adapter_directory import CONFIG, RECEIPT, public
 from data.disk.adapter_directory import FILES as ADAPTER_FILES
@@ -147,6 +147,8 @@ def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
     if config.fold or config.task == "merge":
         adapter.check_foldable()
     adapter.check_numbers()
+    if (form := adapter.trained_in) != "bf16":
+        say("inference", f"adapter={config.adapter}: it was trained on a base in {form}; here the base is in bf16")
     if config.check_base and adapter.trained_on is not None:
         adapter.check_base(base.weights)
     return adapter

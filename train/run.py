@@ -7,6 +7,7 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.explanations.again import command
 from configs.program.launch import local_processes
+from data.disk import nf4
 from data.disk.architecture import read_architecture
 from data.disk.weights import local_directory, pinned
 from data.prepared.dataset import PreparedDataset
@@ -44,7 +45,7 @@ from train.saving.receipt import record_launch
 from train.saving.resume import check_run_there, check_same_run, find_checkpoint, restore
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
-from train.saving.starting_point import check_is_there, start_from
+from train.saving.starting_point import check_is_there, other_form, start_from
 
 
 def run(config: TrainConfig) -> None:
@@ -66,6 +67,8 @@ def run(config: TrainConfig) -> None:
     if count in (1, local_processes()):  # on several machines run_dir is one's own, and the others are to be told
         check_run_there(config, inputs, dataset.directory)
     check_is_there(config.lora)
+    if config.model.weights == nf4.FORM:
+        nf4.check_available("model.weights=nf4")
     fetch_base(config)
     check_vocabulary(config.model, dataset)
     inputs.read()
@@ -115,6 +118,8 @@ def run_on(
         profile(forward_engine, dataset, config, batch=batch, run=directory)
         return False
     start_from(model, config.lora)
+    if processes.is_main and (sentence := other_form(config)):
+        console.print(sentence, soft_wrap=True)
     engine = Engine(module, config, batch, processes, guard)
     checkpoint = find_checkpoint(directory, record, engine.shapes)
     directory.create(record.config_yaml)

@@ -177,6 +177,11 @@ class TrainConfig:
                 "deepspeed.stage=1: with model.dtype=bfloat16 DeepSpeed would sum gradients in bfloat16 there; use "
                 "deepspeed=zero2, which sums them in float32"
             )
+        if self.model.weights != "bf16" and self.lora.method == "none" and self.task == "train":
+            raise UserError(
+                f"model.weights={self.model.weights}: what is held so can't train, and lora=none trains everything; "
+                f"use lora=experts, or model.weights=bf16"
+            )
         positive("answer_tokens", self.answer_tokens, "answer_tokens=200")
         if self.task == "report":
             if self.run_dir is None:
