@@ -1,6 +1,7 @@
 """One launch: configuration → objects, each named once, in order → train()."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from configs.program.console import console
@@ -73,7 +74,7 @@ def run(config: TrainConfig) -> None:
     check_vocabulary(config.model, dataset)
     inputs.read()
     processes = join_processes(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
-    timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
+    timeouts = {name: getattr(config.failures, name) for name in ("peer_timeout", "stall_timeout", "disk_timeout")}
     guard = Guard(processes.rank, processes.count, **timeouts)
     guard.join(agree(guard.listen()))
     signals.tell(guard.leaving)
@@ -121,7 +122,7 @@ def run_on(
     if processes.is_main and (sentence := other_form(config)):
         console.print(sentence, soft_wrap=True)
     engine = Engine(module, config, batch, processes, guard)
-    checkpoint = find_checkpoint(directory, record, engine.shapes)
+    checkpoint = find_checkpoint(directory, record, engine.shapes, partial(engine.disk, directory.path))
     directory.create(record.config_yaml)
     health = Health(config.failures)
     resumed = restore(directory, checkpoint, engine, health, dataset.train.batch([None] * batch.micro_batch))
