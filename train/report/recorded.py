@@ -6,9 +6,8 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-from msgspec import Meta
 from omegaconf import OmegaConf
 
 from configs.program.errors import UserError
@@ -16,6 +15,7 @@ from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
 from data.disk.plain_text import LARGEST, parse_yaml, read_start
 from train.config.train import TrainConfig
+from train.report.shapes import Count
 
 METRICS, RECEIPT, CONFIG, LAUNCHES = "metrics.jsonl", "receipt.json", "config.yaml", "launches.jsonl"
 FORMER_NAMES = {"auxiliary_loss": "load_balancing_loss"}
@@ -23,7 +23,6 @@ FORMER_NAMES = {"auxiliary_loss": "load_balancing_loss"}
 LARGEST_METRICS = 256 << 20
 """Bytes of metrics.jsonl and launches.jsonl that are read; a step has some 300."""
 
-Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Recordable = float | str
 """A number; what is not finite is written as a text."""
 
