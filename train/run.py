@@ -129,7 +129,14 @@ def run_on(
     history = History(resumed)
     if processes.is_main:
         note_launch(directory.path, record.launch["started"], processes.count, history.resumed_after)
-    metrics = Metrics(directory.path, config.logging, record.settings, is_main=processes.is_main, resumed=resumed)
+    metrics = Metrics(
+        directory.path,
+        config.logging,
+        record.settings,
+        is_main=processes.is_main,
+        resumed=resumed,
+        watched=partial(engine.disk, directory.path),
+    )
     saver = Saver(directory, record, engine, history, metrics, health)
     signals.begin_training()
     preempted = False

@@ -3,13 +3,18 @@
 A small tmpfs is mounted as the run directory. Its size lets the first checkpoint through and ends within the second,
 and so within the first and within the result. The run must end with exit code 2 and say what to do, the last good
 checkpoint must be whole, and once there is space the same command must go on and end as the run that nothing happened
-to. Needs the right to mount.
+to.
+
+A disk that hangs is a file system on a loop device, frozen by `fsfreeze` while a run on two processes writes to it:
+both must end with exit code 76, within `failures.disk_timeout` but for the one that the kernel holds until the disk
+comes back, and the line must name process and path. Needs the right to mount.
 """
 
 import argparse
 import contextlib
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +32,9 @@ PAGE = 4096
 ENOUGH = 64 << 20
 """Bytes that all runs here fit into."""
 SETTINGS = {"keep_last": "1", "save_every": "6"}
+DISK_TIMEOUT = 5.0
+MARGIN = 15.0
+"""Seconds on top, for a machine whose cores are busy."""
 OTHERS = 3
 """Pages for the files beside the checkpoints, config.yaml and metrics.jsonl."""
 
@@ -55,6 +63,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             ("read-only before the launch", partial(read_only_before, place, whole)),
             ("read-only during the run", partial(read_only_during, place, whole)),
             ("full between two saves", partial(full_between_saves, place)),
+            *[(f"frozen after checkpoint {number}", partial(frozen, place, after=6 * number)) for number in range(3)],
         ]
         figures = report("Disk full or read-only", attempts(options, trials), options.seed)
         figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
@@ -167,6 +176,53 @@ def read_only_during(place: Workplace, whole: Path) -> dict[str, Any]:
         resumed = goes_on(place, run, whole, last)
     shutil.rmtree(run)
     return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
+
+
+def frozen(place: Workplace, *, after: int) -> dict[str, Any]:
+    """The disk of a run on two processes hangs once the checkpoint of step `after` is there, and comes back later."""
+    settings = SETTINGS | {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"}
+    whole = place.reference(2, **settings)
+    run, image = place.scratch / "disk", place.scratch / "disk.image"
+    run.mkdir()
+    with image.open("wb") as file:
+        file.truncate(ENOUGH)
+    subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner", str(image)], check=True)
+    _mount("-o", "loop", str(image), str(run))
+    try:
+        shutil.rmtree(run / "lost+found")
+        launch = place.launch(run, 2, **settings)
+        launch.until(lambda: launch.has_begun and last_checkpoint(run) >= after)
+        _freeze("--freeze", run)
+        began = time.monotonic()
+        try:
+            bound = DISK_TIMEOUT + MARGIN
+            while 1 in launch.ranks() and time.monotonic() - began < bound:
+                time.sleep(0.05)
+            took = time.monotonic() - began
+        finally:
+            _freeze("--unfreeze", run)
+        codes = launch.wait()
+        require(took < bound, f"process 1 lived for {took:.1f} s:\n{launch.said()}")
+        require(codes == [76, 76], f"it ended with {codes}:\n{launch.said()}")
+        told = f"train: process 0 has waited for a disk for {DISK_TIMEOUT:g} s ({run}"
+        require(told in launch.said(), f"it does not say so:\n{launch.said()}")
+        launch.wait_for_none_left(MARGIN)
+        last = last_checkpoint(run)
+        require(last >= after and (not last or check_newest(run) == last), "the last checkpoint is another one")
+        stopped = last_step(run)
+        resumed = place.finish(run, 2, **settings).resumed_step
+        require(resumed == last, f"it went on after step {resumed}, not {last}")
+        difference = first_difference(run, whole)
+        require(not difference, str(difference))
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True, capture_output=True)
+        image.unlink()
+    run.rmdir()
+    return {"stopped_after": stopped, "resumed_after": resumed, "other_ended_after_seconds": took}
+
+
+def _freeze(how: str, directory: Path) -> None:
+    subprocess.run(["fsfreeze", how, str(directory)], check=True, capture_output=True)
 
 
 def refused(launch: Launch) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs: Workplace) -> None:
 @pytest.mark.usefixtures("mounts")
 def test_a_disk_that_is_full_between_two_saves_ends_no_run(runs: Workplace) -> None:
     disk.full_between_saves(runs)
+
+
+@pytest.mark.usefixtures("mounts")
+def test_a_disk_that_hangs_ends_all_and_leaves_the_last_checkpoint(runs: Workplace) -> None:
+    if not (shutil.which("fsfreeze") and shutil.which("mkfs.ext4")):
+        pytest.skip("there is no fsfreeze, or no mkfs.ext4")
+    disk.frozen(runs, after=6)
 
 
 @pytest.mark.parametrize("how", ["plain", "nohup"])

@@ -186,12 +186,13 @@ class Guard:
             yield
             return
         at = POSITION.size + DISK.size * (threading.current_thread() is not threading.main_thread())
+        before = self._page[at : at + DISK.size]
         name = os.fsencode(path)[-240:]
         DISK.pack_into(self._page, at, threading.get_native_id(), time.monotonic(), name)
         try:
             yield
         finally:
-            DISK.pack_into(self._page, at, 0, 0.0, b"")
+            self._page[at : at + DISK.size] = before
 
     def leaving(self, reason: str, code: int, *, after: float = 0.0) -> None:
         """Tells the others that this process ends by itself, and why; they end with the same exit code.

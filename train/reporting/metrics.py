@@ -10,7 +10,7 @@ import os
 import resource
 import shlex
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NotRequired, TypedDict
 
@@ -62,6 +62,7 @@ class Metrics:
         *,
         is_main: bool,
         resumed: dict[str, Any] | None = None,
+        watched: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ):
         """Opens metrics.jsonl and, if it is wanted, a wandb run that lives in the run directory.
 
@@ -72,6 +73,7 @@ class Metrics:
             is_main: whether this process reports.
             resumed: what `History.state` and `state` returned when the checkpoint was made from which the run goes on.
                 Lines of later steps are dropped: those steps will be taken again.
+            watched: what is written is written within it, see `Guard.disk`.
 
         Raises:
             UserError: metrics.jsonl can't be written, before anything was trained.
@@ -79,13 +81,14 @@ class Metrics:
         self._is_main = is_main
         self._config = config
         self._directory = directory
+        self._watched = watched
         self._dataset = settings.get("dataset")
         resumed = resumed or {}
         self._wandb_id: str | None = resumed.get("wandb")
         self._lines: _Lines | None = None
         self._wandb: Wandb | None = None
         if is_main:
-            self._lines = _Lines(_opened(directory, resumed), directory / METRICS)
+            self._lines = _Lines(_opened(directory, resumed), directory / METRICS, watched)
             if config.wandb != "off":
                 self._wandb = Wandb(directory, config, settings, self._wandb_id)
                 self._wandb_id = self._wandb.id
@@ -191,7 +194,8 @@ class Metrics:
         if self._is_main:
             console.print(f"step {step}: evaluation loss {loss:.4f}")
             self._write({"step": step, "evaluation_loss": loss})
-            try_report(self._directory, with_examples=False)  # the rows' text would need a tokenizer, and its time
+            with self._watched():
+                try_report(self._directory, with_examples=False)  # the rows' text would need a tokenizer, and its time
 
     def saved(self, step: int, paused: float, took: float) -> None:
         """Records a checkpoint: the seconds for which training stood still, and until it was on the disk."""
@@ -210,7 +214,8 @@ class Metrics:
         self.trace.close()
         if self._lines is not None:
             self._lines.close()
-            try_report(self._directory)
+            with self._watched():
+                try_report(self._directory)
         if self._wandb is not None:
             self._wandb.close(within)
 
@@ -241,9 +246,11 @@ class _Speed:
 class _Lines:
     """Appends lines to a file. Those that can't be written wait until they can be, which is reported once."""
 
-    def __init__(self, descriptor: int, path: Path):
-        """`descriptor` is the open file, `path` its path."""
-        self._file, self._path = descriptor, path
+    def __init__(
+        self, descriptor: int, path: Path, watched: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        """`descriptor` is the open file, `path` its path; it is written to within `watched()`."""
+        self._file, self._path, self._watched = descriptor, path, watched
         self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
         self._unwritten = b""
         self._failing = False
@@ -269,10 +276,11 @@ class _Lines:
 
     def _flush(self, *, sync: bool = False) -> None:
         try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
-            if sync:
-                os.fsync(self._file)
+            with self._watched():
+                while self._unwritten:
+                    self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+                if sync:
+                    os.fsync(self._file)
             self._failing = False
         except OSError as error:
             if not self._failing:
