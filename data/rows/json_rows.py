@@ -13,7 +13,6 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -158,9 +157,16 @@ def _spaces(text: str, place: int) -> int:
 def _lines(beginning: bytes, file: BinaryIO, number: int) -> Texts:
     """The lines that aren't blank, of a file of which the beginning was read already; `number` is that of the first."""
     *whole, cut = beginning.split(b"\n")
-    read = iter(partial(file.readline, LONGEST_ROW), b"")
     is_cut = False
-    for line in chain(whole, [cut + file.readline(LONGEST_ROW)] if cut else [], read):
+
+    def read() -> Iterator[bytes]:
+        nonlocal number
+        while line := file.readline(LONGEST_ROW):
+            yield line
+            if line.isspace():  # many may follow
+                number += _skip_blank_lines(file)
+
+    for line in chain(whole, [cut + file.readline(LONGEST_ROW)] if cut else [], read()):
         if len(line) >= LONGEST_ROW and not line.endswith(b"\n"):  # a part of a line; the rest of it comes next
             is_cut = True
             continue
@@ -171,6 +177,18 @@ def _lines(beginning: bytes, file: BinaryIO, number: int) -> Texts:
         number, is_cut = number + 1, False
     if is_cut:
         yield number, None
+
+
+def _skip_blank_lines(file: BinaryIO) -> int:
+    """Goes to the next line that isn't blank, or into it; returns how many lines that were."""
+    skipped = 0
+    while block := file.peek(BLOCK):  # type: ignore[attr-defined]
+        end = block.rfind(b"\n", 0, len(block) - len(block.lstrip(BLANK))) + 1
+        if not end:
+            break
+        skipped += block.count(b"\n", 0, end)
+        file.read(end)
+    return skipped
 
 
 class JsonRows:

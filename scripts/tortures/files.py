@@ -28,8 +28,10 @@ from data.template import ChatTokenizer
 
 from .harness.trials import common_arguments, generator
 from .hostile.children import Child, Outcome
-from .hostile.damages import EXECUTED, damages_of
-from .hostile.readers import READERS, Reader, build, made, seal
+from .hostile.damages import damages_of
+from .hostile.json_damages import EXECUTED
+from .hostile.readers import READERS, Reader, made, seal
+from .hostile.sound import build
 
 KINDS = ("refused", "harmless", "changed", "traceback", "hang", "signal", "outside", "executed")
 BAD = KINDS[3:]

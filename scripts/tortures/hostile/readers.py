@@ -1,40 +1,14 @@
-"""The files that the three programs read, and what is done with each: as the programs do it, without Hydra."""
+"""The files that the three programs read, who reads each, and what must come of it."""
 
-import gzip
 import hashlib
 import json
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data.config import PrepareConfig
 from data.disk.files import sha256
-from inference.config import InferenceConfig
 
-ROOT = Path(__file__).parents[3]
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-}
-TRAINING = (
-    *("hardware=cpu", "logging=quiet", "logging.wandb=off", "deepspeed=none", "max_steps=2", "global_batch=2"),
-    *("save_every=1", "eval_every=0", "lora.rank=2", "model.attention=sdpa", "model.dtype=float32", "seed=0"),
-)
-ROWS_OF_A_FILE = 24
-ASKED = {"base": "in/base", "prompt": "Hi", "device": "cpu", "dtype": "float32", "max_new_tokens": 3}
-BATCH = {"task": "batch", "prompt": "", "batching": "padded", "output": "out/answers.jsonl"}
+from .programs import ask, batch, go_on, look, merge, prepare, resume, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,149 +27,6 @@ class Reader:
     """Whether what is printed is compared too."""
     weight: int = 10
     """How often it is drawn."""
-
-
-def build(place: Path) -> None:
-    """Makes all that is read, sound."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    from data.template import ChatTokenizer
-
-    rows = [json.loads(line) for line in (ROOT / "data/sample/general.jsonl").read_text().splitlines()[:ROWS_OF_A_FILE]]
-    _rows(place / "in", rows)
-    import torch
-
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**SMALL))
-    for name, size in (("base", "5GB"), ("sharded", "1MB")):
-        model.save_pretrained(place / "in" / name, max_shard_size=size)
-        ChatTokenizer.load().save(place / "in" / name)
-    (place / "in/base/README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\n---\n# A base\n")
-    (place / "in/pieces").mkdir()
-    shutil.copy(place / "in/base/tokenizer.model", place / "in/pieces")
-    prepare(files=["in/rows/rows.jsonl"], output="out/prepared")
-    shutil.copytree("out/prepared", "in/prepared")
-    _train("model.path=in/base", "dataset=in/prepared", "run_dir=out/run")
-    shutil.copytree("out/run/adapter", "in/adapter")
-    torch.manual_seed(1)
-    stock = get_peft_model(
-        MixtralForCausalLM.from_pretrained(place / "in/base", trust_remote_code=False),
-        LoraConfig(r=2, target_modules="model.*(q|v)_proj", rank_pattern={"v_proj": 1}, init_lora_weights=False),
-    )
-    stock.save_pretrained(place / "in/stock")
-    tokens = {"tokens_per_expert": [[5, 7]]}
-    (place / "in/expert_load.json").write_text(json.dumps(tokens))
-    _interrupt(Path("in/prompts/prompts.jsonl"))
-
-
-def _interrupt(prompts: Path) -> None:
-    """Leaves the journal of a batch that was killed after its first answer."""
-    from inference.batch.journal import identity
-
-    batch(input=str(prompts))
-    answers = Path("out/answers.jsonl")
-    asked = InferenceConfig(**{**ASKED, **BATCH, "input": str(prompts)})
-    first = answers.read_text().splitlines()[0]
-    answers.with_name("answers.jsonl.part").write_text(f"{json.dumps(identity(asked, prompts))}\n{first}\n")
-    answers.unlink()
-
-
-def _rows(top: Path, rows: list[dict[str, Any]]) -> None:
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    prompts = [{"id": number, "prompt": row["instruction"]} for number, row in enumerate(rows[:3])]
-    asked = "".join(json.dumps(prompt) + "\n" for prompt in prompts).encode()
-    for folder in ("rows", "prompts", "csv", "arrow", "card"):
-        (top / folder).mkdir(parents=True)
-    for folder, content, table in (("rows", lines, rows), ("prompts", asked, prompts)):
-        (top / f"{folder}/{folder}.jsonl").write_bytes(content)
-        (top / f"{folder}/{folder}.json").write_text(json.dumps(table))
-        (top / f"{folder}/{folder}.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
-        with pa.CompressedOutputStream(str(top / f"{folder}/{folder}.jsonl.zst"), "zstd") as file:
-            file.write(content)
-        pq.write_table(pa.Table.from_pylist(table), top / f"{folder}/{folder}.parquet")
-        packed = gzip.compress((top / f"{folder}/{folder}.parquet").read_bytes(), mtime=0)
-        (top / f"{folder}/{folder}.parquet.gz").write_bytes(packed)
-    names = list(rows[0])
-    cells = [",".join(json.dumps(str(row[name])).replace('\\"', '""') for name in names) for row in rows]
-    (top / "csv/train.csv").write_text("\n".join([",".join(names), *cells]) + "\n")
-    with pa.OSFile(str(top / "arrow/train.arrow"), "wb") as file:
-        table = pa.Table.from_pylist([{**row, "parts": [{"a": [1, 2]}]} for row in rows])
-        with pa.ipc.new_file(file, table.schema) as arrow:
-            arrow.write_table(table)
-    (top / "card/rows.jsonl").write_bytes(lines)
-    (top / "card/README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: rows.jsonl\n---\n")
-    (top / "questions.jsonl").write_bytes(lines[:2000].rpartition(b"\n")[0] + b"\n")
-    (top / "questions.txt").write_bytes(lines[:2000])
-    (top / "prompt.txt").write_text("Name three colours.")
-
-
-# What is done
-
-
-def prepare(**settings: Any) -> None:
-    """`python -m data`."""
-    from data.run import run
-
-    common = {"output": "out/made", "seq_len": 256, "workers": 1, "eval_fraction": 0.1}
-    run(PrepareConfig(**{**common, **settings}))
-
-
-def look(task: str) -> Callable[[], None]:
-    """`python -m data task=preview` or `report`."""
-    return lambda: prepare(task=task, output="out/prepared", rows=50)
-
-
-def ask(**settings: Any) -> None:
-    """`python -m inference`."""
-    from inference.run import run
-
-    run(InferenceConfig(**{**ASKED, **settings}))
-
-
-def batch(**settings: Any) -> None:
-    """`python -m inference task=batch`."""
-    ask(**BATCH, **settings)
-
-
-def merge(**settings: Any) -> None:
-    """`python -m inference task=merge`."""
-    ask(task="merge", prompt="", dtype="auto", output="out/merged", **{"adapter": "in/adapter", **settings})
-
-
-def _train(*arguments: str) -> None:
-    """`python -m train`."""
-    from train.program import main
-
-    sys.argv = ["python -m train", *TRAINING, *arguments]
-    main()
-
-
-def train(*arguments: str) -> Callable[[], None]:
-    """`python -m train` with more arguments."""
-    common = ("model.path=in/base", "dataset=in/prepared", "run_dir=out/new")
-    return lambda: _train(*common, *arguments)
-
-
-def resume() -> None:
-    """`python -m train` for a run that was interrupted after its last step."""
-    run = Path("out/run")
-    (run / "receipt.json").unlink()
-    shutil.rmtree(run / "adapter")
-    train(f"run_dir={run}")()
-
-
-def go_on() -> None:
-    """What a run that goes on looks at before it is built: its newest checkpoint, or with it its receipt."""
-    from configs.program.errors import UserError
-    from train.saving.checkpoint import Checkpoint, DamagedError, paths
-
-    shapes = json.loads(Path("in/shapes.json").read_text())
-    try:
-        found = Checkpoint(paths(Path("out/run"))[0])
-        found.check({name: tuple(shape) for name, shape in shapes.items()})
-    except DamagedError as error:
-        raise UserError(f"checkpoint: {error}; restore it") from error
 
 
 # Who reads what

@@ -141,6 +141,23 @@ def test_leading_blank_lines_cost_little(tmp_path: Path) -> None:
     ]
 
 
+@given(
+    content=st.lists(
+        st.sampled_from([b"\n", b"\r\n", b" \n", b"\n" * 40, b"\xef\xbb\xbf\n", b"{}\n", b"{} \n", b"  {}\n"])
+    ),
+    beginning=st.integers(0, 50),
+    buffer=st.integers(1, 30),
+)
+def test_blank_lines_are_counted_wherever_they_stand(content: list[bytes], beginning: int, buffer: int) -> None:
+    """Many at once, whatever part of them the beginning and the buffer hold, as if each were looked at."""
+    text = b"".join(content)
+    lines = enumerate(text.split(b"\n"), 1)
+    expected = [(number, line.strip()) for number, line in lines if line.strip(b"\xef\xbb\xbf \r\n")]
+    file = io.BufferedReader(io.BytesIO(text), buffer)  # type: ignore[arg-type]
+    found = json_rows._lines(file.read(beginning), file, 1)
+    assert [(number, (line or b"").strip()) for number, line in found] == expected  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("end", [b"", b"\n"])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_line_longer_than_a_row_is_a_reject(
