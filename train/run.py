@@ -39,6 +39,7 @@ from train.plan import show_plan
 from train.report.recorded import note_launch
 from train.report.report import report
 from train.reporting.metrics import Metrics
+from train.reporting.peak import peak_flops
 from train.saving.identity import Inputs
 from train.saving.receipt import record_launch
 from train.saving.resume import check_run_there, check_same_run, find_checkpoint, restore
@@ -123,7 +124,15 @@ def run_on(
     history = History(resumed)
     if processes.is_main:
         note_launch(directory.path, record.launch["started"], processes.count, history.resumed_after)
-    metrics = Metrics(directory.path, config.logging, record.settings, is_main=processes.is_main, resumed=resumed)
+    each = peak_flops(processes.device, config.model.dtype)
+    metrics = Metrics(
+        directory.path,
+        config.logging,
+        record.settings,
+        is_main=processes.is_main,
+        resumed=resumed,
+        peak=each and each * processes.count,
+    )
     saver = Saver(directory, record, engine, history, metrics, health)
     signals.begin_training()
     preempted = False
