@@ -130,14 +130,13 @@ def run_on(
     history = History(resumed)
     if processes.is_main:
         note_launch(directory.path, record.launch["started"], processes.count, history.resumed_after)
-    each = peak_flops(processes.device, config.model.dtype)
     metrics = Metrics(
         directory.path,
         config.logging,
         record.settings,
         is_main=processes.is_main,
         resumed=resumed,
-        peak=each and each * processes.count,
+        peak=peak_flops(processes.device, config.model.dtype, processes.count),
     )
     saver = Saver(directory, record, engine, history, metrics, health)
     signals.begin_training()

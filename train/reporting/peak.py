@@ -20,11 +20,12 @@ PEAKS = {
 the first that matches counts. From the makers' data sheets, half of what they give with sparsity."""
 
 
-def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Of a device, for a model of that dtype; None if it is not known: of CPUs, other GPUs, and in float32."""
+def peak_flops(device: torch.device, dtype: str, count: int) -> float | None:
+    """Of so many such devices, for a model of that dtype; None if it is not known: CPUs, other GPUs, float32."""
     if device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return None
-    return peak_of(torch.cuda.get_device_name(device))
+    peak = peak_of(torch.cuda.get_device_name(device))
+    return None if peak is None else count * peak
 
 
 def peak_of(name: str) -> float | None:

@@ -30,4 +30,4 @@ def test_of_others_nothing_is_said(name: str) -> None:
 
 
 def test_a_cpu_has_none() -> None:
-    assert peak_flops(torch.device("cpu"), "bfloat16") is None
+    assert peak_flops(torch.device("cpu"), "bfloat16", 1) is None
