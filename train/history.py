@@ -25,6 +25,8 @@ class StepRecord:
     """From reading the rows to the update; of evaluations and checkpoints it holds nothing."""
     epoch: float = math.nan
     """Epochs done after this step; NaN in checkpoints that were made before it was noted."""
+    flops: float = 0.0
+    """Floating-point operations that it had to do (`train.model.work`); 0 in checkpoints from before it was noted."""
 
 
 class History:

@@ -16,6 +16,7 @@ from train.failures.signals import Signals
 from train.health import Health
 from train.history import History, StepRecord
 from train.lora.proof import FirstGradients
+from train.model.work import of_training
 from train.reporting.metrics import Metrics
 from train.saving.saver import Saver
 
@@ -30,6 +31,8 @@ class StepResult:
     """Of the routers, averaged over tokens."""
     tokens: int
     supervised_tokens: int
+    pairs: int
+    """Of a token and one that it attends to."""
     update: Update
 
 
@@ -58,6 +61,7 @@ def train(
     """
     schedule = dataset.schedule(epochs=config.epochs, rows_per_step=batch.rows, seed=config.seed)
     steps = min(schedule.steps, config.max_steps or schedule.steps)
+    work = of_training(engine.module.causal_lm.config.to_dict(), engine.shapes)
 
     def evaluate_if_due(number: int) -> None:
         due = number in (0, steps) or (config.eval_every and number % config.eval_every == 0)
@@ -87,7 +91,8 @@ def train(
                 result = watched_step(engine, micro_batches, number, lr, config, metrics, first=not updated)
                 seconds = time.perf_counter() - started
             updated = updated or result.update.applied
-            record = _record(number, result, lr, seconds, schedule.epochs_after(number))
+            flops = work.flops(result.tokens, result.pairs, result.supervised_tokens)
+            record = _record(number, result, lr, seconds, schedule.epochs_after(number), flops)
             wrong = health.judge(record)
             history.last = record
             metrics.stepped(record, wrong, rows)
@@ -153,8 +158,8 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
     Random numbers (dropout) follow from the seed, the step and the micro-batch alone: a resumed run draws the same
     numbers as one that was never interrupted, on any number of processes.
     """
-    own = [float(sum(batch.tokens for batch in micro_batches)), float(sum(b.supervised_tokens for b in micro_batches))]
-    tokens, supervised = engine.sum_over_processes(*own)
+    of_batches = [(batch.tokens, batch.supervised_tokens, batch.pairs) for batch in micro_batches]
+    tokens, supervised, pairs = engine.sum_over_processes(*(float(sum(each)) for each in zip(*of_batches, strict=True)))
     losses: list[torch.Tensor] = []
     update = Update(math.nan, False)
     for index, batch in enumerate(micro_batches):
@@ -182,6 +187,7 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
         load_balancing_loss=balances / max(tokens, 1.0),
         tokens=int(tokens),
         supervised_tokens=int(supervised),
+        pairs=int(pairs),
         update=update,
     )
 
@@ -216,7 +222,7 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr * (config.final_fraction + (1 - config.final_fraction) * cosine)
 
 
-def _record(number: int, result: StepResult, lr: float, seconds: float, epoch: float) -> StepRecord:
+def _record(number: int, result: StepResult, lr: float, seconds: float, epoch: float, flops: float) -> StepRecord:
     return StepRecord(
         step=number,
         loss=result.loss,
@@ -228,4 +234,5 @@ def _record(number: int, result: StepResult, lr: float, seconds: float, epoch: f
         supervised_tokens=result.supervised_tokens,
         seconds=seconds,
         epoch=epoch,
+        flops=flops,
     )

@@ -41,6 +41,7 @@ from train.plan import show_plan
 from train.report.recorded import note_launch
 from train.report.report import report
 from train.reporting.metrics import Metrics
+from train.reporting.peak import peak_flops
 from train.saving.identity import Inputs
 from train.saving.receipt import record_launch
 from train.saving.resume import check_run_there, check_same_run, find_checkpoint, restore
@@ -136,6 +137,7 @@ def run_on(
         is_main=processes.is_main,
         resumed=resumed,
         watched=partial(engine.disk, directory.path),
+        peak=peak_flops(processes.device, config.model.dtype, processes.count),
     )
     saver = Saver(directory, record, engine, history, metrics, health)
     signals.begin_training()

@@ -57,6 +57,11 @@ class Batch:
         """Tokens that are trained."""
         return int((self.targets != IGNORE_INDEX).sum())
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of a token and one that it attends to: those before it in its conversation, and itself."""
+        return int((self.positions + 1)[self.is_token].sum())
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         return Batch(

@@ -4,5 +4,5 @@
     rows.py     rows of every container and schema → prompts, or why not
     journal.py  answers as they are written, so that a killed run goes on from where it was
 
-May import inference.{load,generate,config}, data and configs.program.
+May import inference.{load,generate,prompt,config}, data and configs.program.
 """

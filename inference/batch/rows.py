@@ -13,6 +13,7 @@ from data.rows.reading import RawRow, Reject, Unreadable, read_file
 from data.schema import KEY_FIELDS, Conversation, Message
 from data.template import ChatTokenizer
 from inference.config import InferenceConfig
+from inference.prompt import is_blank
 
 LONGEST_REASON = 200
 """Characters of a row's fault that a sentence about the whole file quotes."""
@@ -101,6 +102,8 @@ def _read(row: RawRow | Reject, config: InferenceConfig) -> tuple[Any, Conversat
     outcome = Converter(names, keep_markers=config.markers == "keep", reply_needed=False).convert(row)
     if not isinstance(outcome, Conversation):
         return identity, (outcome.reason, outcome.detail)
+    if is_blank(outcome.messages[-1].content):
+        return identity, ("empty_field", "there is nothing to answer: of the prompt nothing can be seen")
     if config.system and outcome.system is None:
         outcome = Conversation((Message("system", config.system), *outcome.messages))
     return identity, outcome

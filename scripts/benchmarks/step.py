@@ -28,6 +28,7 @@ from data.schema import IGNORE_INDEX
 from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import LoggingConfig
 from train.model import mixtral
+from train.model.work import of_frozen
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -179,24 +180,9 @@ def prepare(options: argparse.Namespace, scratch: Path) -> tuple[Settings, list[
 
 
 def needed_flops(config: dict[str, Any], lengths: list[int], supervised: int) -> float:
-    """Floating-point operations that a row must cost: the forward, and the backward for inputs.
-
-    Counted: attention's projections, scores and sums over the past of each token in its own conversation, the router,
-    the chosen experts, and the head on supervised tokens. Not counted: adapters, norms, softmax, the optimizer, and the
-    input gradient of the first layer's projections, which nobody needs.
-    """
-    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    tokens = sum(lengths)
-    in_attention = 2 * hidden * width * (heads + 2 * config["num_key_value_heads"])
-    out_attention = 2 * hidden * width * heads
-    experts = config["num_experts_per_tok"] * 3 * 2 * hidden * config["intermediate_size"]
-    router = 2 * hidden * config["num_local_experts"]
+    """Floating-point operations that a row of conversations must cost, as `of_frozen` counts them: no adapters."""
     pairs = sum(length * (length + 1) / 2 for length in lengths)
-    scores = 2 * 2 * width * heads * pairs  # q·k, and the sum of v; the backward has four such products
-    head = 2 * hidden * config["vocab_size"] * supervised
-    layer = tokens * (2 * (in_attention + out_attention + experts + router)) + 3 * scores
-    return layers * layer - tokens * in_attention + 2 * head
+    return of_frozen(config).flops(sum(lengths), pairs, supervised)
 
 
 def disagreement(first_loss: dict[str, float], options: argparse.Namespace) -> list[str]:

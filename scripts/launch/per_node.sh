@@ -59,7 +59,11 @@ need_number MASTER_PORT "$port" 1
     die "NODE_RANK=$node_rank: nodes are counted from 0, and NODES=$nodes; give at most $((nodes - 1))"
 need_run_dir "$@" >/dev/null
 need_environment
-[ -n "$gpus" ] || gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+if [ -z "$gpus" ]; then
+    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    [ "$gpus" != 0 ] ||
+        die "GPUS_PER_NODE: torch finds no GPU here; give --gpus-per-node with the number of processes of each node"
+fi
 need_number GPUS_PER_NODE "$gpus" 1
 
 # Nobody logs in by these names: all that counts is how many there are, and in which order.

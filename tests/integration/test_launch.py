@@ -36,12 +36,15 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(checkout: Path) -> subprocess.Popen[bytes]:
+def start(checkout: Path, terminal: int | None = None) -> subprocess.Popen[bytes]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     where = ("--nodes", "1", "--node-rank", "0", "--master-addr", "127.0.0.1", "--gpus-per-node", "2")
     # a shell can't catch a signal that was ignored when it started, as SIGINT is where tests run in the background
     command = ("env", "--default-signal=INT", "bash", "scripts/launch/per_node.sh", *where, "run_dir=runs/x")
-    return subprocess.Popen(command, cwd=checkout, env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"})
+    if terminal is not None:
+        command = ("setsid", "--ctty", *command)
+    environment = os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(command, cwd=checkout, env=environment, stdin=terminal)
 
 
 def running(checkout: Path) -> list[str]:
@@ -72,6 +75,21 @@ def test_a_signal_to_the_script_lets_the_processes_save_and_their_exit_code_come
         time.sleep(0.05)
     script.send_signal(number)
     assert script.wait(timeout=60) == 75
+    assert {path.name for path in checkout.glob("saved-*")} == {"saved-0", "saved-1"}
+    assert all_gone(checkout)
+
+
+def test_ctrl_c_in_the_terminal_lets_the_processes_save(checkout: Path) -> None:
+    """There it goes to all that runs in the foreground, where DeepSpeed's launchers would die of it."""
+    keyboard, terminal = os.openpty()
+    script = start(checkout, terminal)
+    os.close(terminal)
+    while len(list(checkout.glob("started-*"))) < 2:
+        assert script.poll() is None
+        time.sleep(0.05)
+    os.write(keyboard, b"\x03")
+    assert script.wait(timeout=60) == 75
+    os.close(keyboard)
     assert {path.name for path in checkout.glob("saved-*")} == {"saved-0", "saved-1"}
     assert all_gone(checkout)
 

@@ -93,6 +93,7 @@ def test_the_run_directory_holds_what_the_contract_says(quickstart: Quickstart) 
         "epoch",
         "seconds",
         "tokens_per_second",
+        "flops_per_second",
         "memory_gib",
     }
     checkpoints = sorted((run_dir / "checkpoints").iterdir())

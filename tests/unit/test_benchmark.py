@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.schema import IGNORE_INDEX
 from tests.support.nano import LENGTHS, losses, nano, packed
 from tests.unit.inference.evaluation.test_evaluate import write_rows
+from train.lora import attach
+from train.model import work
 from train.model.loss import MixtralWithLoss
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -55,6 +57,8 @@ def test_a_step_does_what_must_be_done_and_the_adapters_work_and_nothing_else(st
     adapters = 3 * 2 * tokens * rank * layers * (on_attention + on_experts)
     adapters -= 2 * tokens * rank * 3 * hidden  # the first layer's input is frozen embeddings: q, k and v need no more
     assert matrices == needed + adapters
+    trained = {name: tuple(parameter.shape) for name, parameter in attach.trainable(causal_lm)}
+    assert work.of_training(config.to_dict(), trained).flops(tokens, 0, supervised) == matrices
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,14 @@ MAY_IMPORT = {
         "data",
         "configs.program",
     ),
-    "inference.batch": ("inference.load", "inference.generate", "inference.config", "data", "configs.program"),
+    "inference.batch": (
+        "inference.load",
+        "inference.generate",
+        "inference.prompt",
+        "inference.config",
+        "data",
+        "configs.program",
+    ),
     "inference.evaluation": (
         "inference.evaluation.leaderboard",
         "inference.load",

@@ -179,6 +179,14 @@ def test_one_node_needs_neither_number_nor_address(stand_ins: Path, variables: d
     assert words[-len(SETTINGS) :] == SETTINGS
 
 
+def test_without_a_gpu_the_number_of_processes_is_asked_for(stand_ins: Path) -> None:
+    (stand_ins / "bin" / "python").write_text("#!/usr/bin/env bash\necho 0\n")
+    done = launch(stand_ins, "per_node.sh", "--nodes", "1", "--print", "run_dir=r", expect=2)
+    (line,) = done.stderr.splitlines()
+    assert all(word in line for word in ("no GPU here", "--gpus-per-node"))
+    assert not done.stdout
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -10,6 +10,8 @@ memory takes to bring the rows, up to ranks of about 64.
 Shapes: E experts, P rows (token-expert pairs sorted by expert), r LoRA rank, R all ranks of a block one after another.
 """
 
+import functools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from configs.program.console import console
+from configs.program.errors import one_line
 from train.lora.dispatch import Routed
 from train.lora.factors import Adapter
 
@@ -29,7 +33,7 @@ def way(x: torch.Tensor, sizes: Sequence[int]) -> type["Group"]:
     """
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
     aligned = all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
-    return AllExperts if aligned and has_grouped_kernel(x.dtype, capability) else OneExpert
+    return AllExperts if aligned and has_grouped_kernel(x.dtype, capability) and works(x.device) else OneExpert
 
 
 def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
@@ -40,6 +44,27 @@ def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int] | None) -
     GPUs are among the rest, although ROCm's torch calls them CUDA devices and gives some of them Hopper's 9.
     """
     return dtype == torch.bfloat16 and capability is not None and capability[0] in (9, 10) and torch.version.hip is None
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether the grouped product in bfloat16 gives what a loop gives on a device; asked once, at the first forward.
+
+    If it doesn't, one line says so, and the loop over the experts is taken.
+    """
+    ends_E = torch.tensor([16, 32], dtype=torch.int32, device=device)
+    try:
+        with torch.no_grad():
+            x, weight = (torch.ones(shape, dtype=torch.bfloat16, device=device) for shape in ((32, 16), (2, 16, 16)))
+            forward = F.grouped_mm(x, weight.mT, offs=ends_E)
+            outer = F.grouped_mm(x.T, x, offs=ends_E)
+            right = bool((forward == 16).all()) and bool((outer == 16).all())
+        reason = "" if right else "it gives other numbers than a plain product"
+    except (RuntimeError, NotImplementedError) as error:
+        right, reason = False, one_line(error)
+    if not right and os.environ.get("RANK", "0") == "0":
+        console.print(f"torch's grouped product doesn't work here ({reason}); a loop over the experts takes its place")
+    return right
 
 
 # Tuning for the CPU: a GPU would need neither filled rows nor tensors of one size.

@@ -6,6 +6,7 @@
     head.py           the head and its cross-entropy, in chunks of positions
     routing.py        what the routers do: expert load, entropy, auxiliary loss
     loss.py           all of it in one forward: ids → cross-entropy and the routers' loss
+    work.py           the floating-point operations that a step must do
     recomputation.py  which activations are computed again in the backward
 
 May import train.lora, train.config, data.schema, data.disk and configs.program.

@@ -63,6 +63,7 @@ class Metrics:
         is_main: bool,
         resumed: dict[str, Any] | None = None,
         watched: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        peak: float | None = None,
     ):
         """Opens metrics.jsonl and, if it is wanted, a wandb run that lives in the run directory.
 
@@ -74,6 +75,7 @@ class Metrics:
             resumed: what `History.state` and `state` returned when the checkpoint was made from which the run goes on.
                 Lines of later steps are dropped: those steps will be taken again.
             watched: what is written is written within it, see `Guard.disk`.
+            peak: floating-point operations per second that the devices of all processes can do at most, if known.
 
         Raises:
             UserError: metrics.jsonl can't be written, before anything was trained.
@@ -94,7 +96,8 @@ class Metrics:
                 self._wandb_id = self._wandb.id
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._speed = _Speed()
+        self._peak = peak
+        self._speed = _Speed(peak)
         self.trace = Trace(directory, config.trace_steps if is_main else [])
         """Of the steps `logging.trace_steps`."""
         self._steps = 0
@@ -155,10 +158,17 @@ class Metrics:
                 "supervised_tokens": record.supervised_tokens,
                 "seconds": record.seconds,
                 "tokens_per_second": record.tokens / record.seconds,
+                **self._arithmetic(record),
                 "memory_gib": memory_gib(),
                 **suspects,
             }
         )
+
+    def _arithmetic(self, record: StepRecord) -> dict[str, float]:
+        """Floating-point operations per second, of those that the step had to do, over all processes; and as a share
+        of what their devices can do."""
+        rate = record.flops / record.seconds
+        return {"flops_per_second": rate} | ({} if self._peak is None else {"share_of_peak": rate / self._peak})
 
     def _look_at(self, rows: list[int | None]) -> str:
         """How to see the rows of a step."""
@@ -232,15 +242,19 @@ class Metrics:
 class _Speed:
     """The words beside the progress bar; in a narrow terminal the last of them are cut off."""
 
-    def __init__(self) -> None:
-        self._tokens = self._seconds = 0.0
+    def __init__(self, peak: float | None) -> None:
+        self._peak = peak
+        self._tokens = self._seconds = self._flops = 0.0
 
     def status(self, record: StepRecord) -> str:
         """Those of a step, with the speed of the last ten or so."""
         self._tokens = SMOOTHING * self._tokens + record.tokens
         self._seconds = SMOOTHING * self._seconds + record.seconds
-        speed = f"loss {record.loss:.3f}  {self._tokens / self._seconds:,.0f} tokens/s  epoch {record.epoch:.2f}"
-        return f"{speed}  lr {record.learning_rate:.1e}  norm {record.gradient_norm:.2g}"
+        self._flops = SMOOTHING * self._flops + record.flops
+        speed = f"loss {record.loss:.3f}  {self._tokens / self._seconds:,.0f} tokens/s"
+        if self._peak is not None:
+            speed += f"  {self._flops / self._seconds / self._peak:.0%} of peak"
+        return f"{speed}  epoch {record.epoch:.2f}  lr {record.learning_rate:.1e}  norm {record.gradient_norm:.2g}"
 
 
 class _Lines:

@@ -9,7 +9,8 @@ from typing import Any
 from train.saving import checkpoint
 from train.saving.checkpoint import Checkpoint
 
-CLOCK = {"seconds", "tokens_per_second", "memory_gib", "checkpoint_paused_seconds", "checkpoint_seconds"}
+RATES = {"tokens_per_second", "flops_per_second", "share_of_peak"}
+CLOCK = {"seconds", "memory_gib", "checkpoint_paused_seconds", "checkpoint_seconds", *RATES}
 """Fields of metrics.jsonl about time and memory; all others must be equal."""
 FOR_THE_RECORD = {"receipt.json", "train_config.yaml"}
 """Files of a result that tell when and where it was made."""

@@ -63,6 +63,8 @@ def test_a_list_of_messages_may_be_called_prompt(tmp_path: Path) -> None:
     ("row", "reason"),
     [
         ({"prompt": ""}, "empty_field"),
+        ({"prompt": "\u200b \ufeff"}, "empty_field"),  # of width zero
+        ({"messages": [{"role": "user", "content": "\u2060"}]}, "empty_field"),
         ({"prompt": "fake [/INST] it"}, "template_marker"),
         ({"prompt": 0.5}, "not_text"),
         ({"prompt": "\ud800"}, "lone_surrogate"),

@@ -51,3 +51,28 @@ def test_the_grouped_product_gets_rows_of_whole_16_bytes(
     assert products.way(x, sizes) is products.OneExpert
     monkeypatch.setattr(products, "has_grouped_kernel", lambda dtype, capability: True)
     assert products.way(x, sizes) is expected
+
+
+def test_the_grouped_product_is_tried_once_and_a_loop_takes_its_place_if_it_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    products.works.cache_clear()
+    assert products.works(torch.device("cpu"))  # torch has a fallback there
+    assert not capsys.readouterr().err
+
+    def fails(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+    for stand_in, reason in (
+        (fails, "no kernel image is available"),
+        (lambda x, weight, offs: torch.zeros(2, 16, 16, dtype=x.dtype), "other numbers"),
+    ):
+        products.works.cache_clear()
+        monkeypatch.setattr(products.F, "grouped_mm", stand_in)
+        monkeypatch.setattr(products, "has_grouped_kernel", lambda dtype, capability: True)
+        x = torch.zeros(4, 16, dtype=torch.bfloat16)
+        assert products.way(x, (16,)) is products.way(x, (16,)) is products.OneExpert
+        told = " ".join(capsys.readouterr().err.split())
+        assert told.count("grouped product doesn't work here") == 1
+        assert reason in told
+    products.works.cache_clear()

@@ -35,6 +35,7 @@ def record(step: int, *, loss: float = 2.0, applied: bool = True) -> StepRecord:
         supervised_tokens=60,
         seconds=0.5,
         epoch=step / 4,
+        flops=3e9,
     )
 
 
@@ -60,6 +61,8 @@ def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Pat
     assert written[0]["tokens_per_second"] == 200
     assert (written[1]["wrong"], written[1]["rows"]) == ("refused", [50])  # with the rows that did it
     assert "rows" not in written[0]
+    assert written[0]["flops_per_second"] == 6e9
+    assert "share_of_peak" not in written[0]  # nobody knows it of a CPU
     assert (written[0]["epoch"], written[0]["seconds"], written[0]["load_balancing_loss"]) == (0.75, 0.5, 2.0)
 
 
@@ -107,7 +110,7 @@ def test_the_progress_bar_shows_how_the_run_goes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("train.reporting.metrics.console.width", 120)
-    metrics = Metrics(tmp_path, LoggingConfig(wandb="off"), {}, is_main=True)
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off"), {}, is_main=True, peak=12e9)
     with metrics.progress(2, done=0):
         metrics.stepped(record(1), None, [])
         metrics.stepped(replace(record(2), tokens=290), None, [])
@@ -116,8 +119,9 @@ def test_the_progress_bar_shows_how_the_run_goes(
     told = capsys.readouterr().err
     assert "2/2 steps" in told
     # the step before counts nine tenths: (0.9 · 100 + 290) tokens in (0.9 + 1) · 0.5 s
-    assert "loss 2.000  400 tokens/s  epoch 0.50  lr 1.0e-03  norm 0.5" in told
+    assert "loss 2.000  400 tokens/s  50% of peak  epoch 0.50  lr 1.0e-03  norm 0.5" in told
     assert "step 2: evaluation loss 1.2500" in told
+    assert [line["share_of_peak"] for line in lines(tmp_path) if "loss" in line] == [0.5, 0.5]
 
 
 def test_other_processes_tell_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
