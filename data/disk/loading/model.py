@@ -67,12 +67,12 @@ def load_model(
     if (directory / ADAPTER).exists():
         raise UserError(f"{named}: beside its weights lies an {ADAPTER}; move the adapter into a directory of its own")
     architecture = copy.deepcopy(architecture)
+    architecture.name_or_path = str(directory)
     if architecture.tie_word_embeddings and not _same(weights, architecture):
         architecture.tie_word_embeddings = False  # the head in the files is one of its own
     parameters = Parameters(weights, architecture)
     with torch.device("meta"):
         model = MixtralForCausalLM._from_config(architecture, dtype=dtype, attn_implementation=attention)
-    model.config.name_or_path = str(directory)
     # Its only buffers: they are computed, not read.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config).to(device)
