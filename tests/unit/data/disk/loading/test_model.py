@@ -54,6 +54,8 @@ def test_it_is_what_transformers_loads(tmp_path: Path, dtype: torch.dtype) -> No
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs")]
     assert files[0] == files[1]
     ids = torch.tensor([[1, 2, 3, 4]])
+    for model in (ours, theirs):
+        model.set_experts_implementation("eager")  # torch's grouped product takes no such odd sizes
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
