@@ -11,8 +11,8 @@ from train.engine.zero import deepspeed_config
 
 
 def place_for(config: TrainConfig, batch: BatchArithmetic, device: torch.device) -> Place:
-    """Room for the base of a run, on this process."""
-    if config.deepspeed.stage == 3 and config.model.path is not None:
+    """Room for the base of a run, on this process; one that is to be quantised is sharded when it is."""
+    if config.deepspeed.stage == 3 and config.model.path is not None and config.model.weights == "bf16":
         return _partition(config, batch)
     return whole_on(device)
 
