@@ -20,6 +20,7 @@ from data.disk import hub
 from data.disk.adapter_directory import CONFIG, RECEIPT, public
 from data.disk.adapter_directory import FILES as ADAPTER_FILES
 from data.disk.architecture import find_mixtral
+from data.disk.loading.model import load_model, whole_on
 from data.disk.mixtral_files import load_mixtral, stored_parts
 from data.disk.plain_text import json_if_readable, member
 from data.disk.weights import StoredWeights, local_directory
@@ -162,7 +163,12 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
     dtype = choose_dtype(config.dtype, on_cuda)
     if device_map == "auto" and (gpu := one_gpu(_bytes(base.architecture, dtype), _free_bytes())) is not None:
         device_map = {"": gpu}
-    model = load_mixtral(base.directory, base.architecture, base.named, dtype=dtype, device_map=device_map)
+    if isinstance(device_map, str):  # spread over what there is, as transformers does it
+        model = load_mixtral(base.directory, base.architecture, base.named, dtype=dtype, device_map=device_map)
+    else:
+        device = torch.device("cpu" if device_map is None else device_map[""])
+        where: dict[str, Any] = {"dtype": dtype, "device": device, "shows_progress": True}
+        model = load_model(base.directory, base.architecture, base.named, whole_on(device), **where)
     # The settings of a request decide alone: those that the base recommends would be mixed into them.
     model.generation_config = GenerationConfig()
     return model

@@ -26,7 +26,7 @@ from train.engine.processes import (
     leave_processes,
     node_sizes,
 )
-from train.engine.zero import partitioned_loading
+from train.engine.shards import place_for
 from train.expert_load import profile
 from train.failures.errors import reporting_errors
 from train.failures.guard import Guard
@@ -109,10 +109,9 @@ def run_on(
             finished = f"{directory.path}: the run is finished; give overwrite=true to do it again"
             console.print(finished, soft_wrap=True)
         return False
-    with partitioned_loading(config, batch):
-        # Sharded, weights come by way of the CPU, a layer at a time; otherwise every process would hold them all there.
-        straight_to = processes.device if processes.device.type == "cuda" and config.deepspeed.stage < 3 else None
-        model = build(config, straight_to)
+    model = build(
+        config, place_for(config, batch, processes.device), device=processes.device, is_main=processes.is_main
+    )
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     if config.task == "profile":
         forward_engine = ForwardEngine(module, config, batch, processes, guard)

@@ -12,6 +12,7 @@
     hub_refusals.py       what a hub refuses, in one sentence
 
     formats/              one reader for each format, by which all of these files are read
+    loading/              a Mixtral's files → a model, of which a process may hold a part
 
 `files.py` needs no torch. May import configs.program.
 """

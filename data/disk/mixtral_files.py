@@ -54,6 +54,12 @@ class Piece:
         return TORCH_DTYPES[self.stored.dtype]
 
     @property
+    def matrices(self) -> int:
+        """How many matrices of each expert the parameter holds."""
+        in_block = IN_BLOCK.fullmatch(self.parameter)
+        return len(MATRICES.get(in_block[2], ("",))) if in_block else 1
+
+    @property
     def size(self) -> int:
         """Its bytes."""
         return self.stored.end - self.stored.begin
@@ -68,17 +74,21 @@ class Piece:
         return content.view(self.dtype).view(self.stored.shape)
 
 
-def pieces(weights: StoredWeights, architecture: MixtralConfig) -> list[Piece]:
+def pieces(weights: StoredWeights, architecture: MixtralConfig, *, others: bool = False) -> list[Piece]:
     """All pieces, in the order of the files and of the bytes in them.
 
+    `others` says that tensors which are none of a Mixtral's may be there too; they are left out.
+
     Raises:
-        UserError: a tensor is quantised, missing, or not of this architecture.
+        UserError: a tensor is quantised, missing, there twice, or not of this architecture.
     """
     named = weights.named
     tensors = _tensors(architecture)
     parts = {name: shape for _, of_tensor in tensors.values() for name, shape in of_tensor.items()}
     shapes = {name: shape for name, (shape, _) in tensors.items()} | parts
     stored = sorted(weights.tensors.values(), key=lambda tensor: (tensor.file, tensor.begin))
+    if others:
+        stored = [tensor for tensor in stored if original_name(tensor.name) in shapes]
     for tensor in stored:
         if tensor.dtype not in TORCH_DTYPES:
             raise UserError(

@@ -5,6 +5,7 @@ tables and returns its figures, fit for JSON.
     step.py, experts.py        a training step, and one MoE block of it
     compiled.py                a step with torch.compile
     save.py                    how long a checkpoint holds up training
+    load.py                    loading a base under ZeRO-3: memory, bytes read, seconds of each process
     generate.py, merge.py      answering and merging
     evaluate.py                scoring the card's tasks
     traffic.py, gpu.py         what a layer moves through a GPU's memory; one GPU, found out in minutes

@@ -115,6 +115,16 @@ def test_merge_measures_every_contender(tmp_path: Path) -> None:
     assert all(figures[name]["gigabytes_per_second"] > 0 for name in ("copy", "ours", "peft"))
 
 
+def test_load_measures_every_contender_and_each_process_reads_its_share(tmp_path: Path) -> None:
+    figures = measured(tmp_path, "load", "--hidden", "128", "--intermediate", "96", "--layers", "1")
+    assert len(figures["ours"]) == len(figures["transformers"]) == 2
+    for process in figures["ours"]:
+        assert process["share"] <= process["read"] <= process["share"] + 200_000  # headers, config.json
+    shares = [process["share"] for of_one in ("ours", "transformers") for process in figures[of_one]]
+    assert len(set(shares)) == 1
+    assert 0 <= figures["bytes"] - 2 * shares[0] < 50_000  # the headers
+
+
 def test_generate_measures_every_contender(tmp_path: Path) -> None:
     figures = measured(tmp_path, "generate", *SMALL, "--peft-rounds", "1", "--prompts", "2", "--device", "cpu")
     contenders = {"ours", "transformers, merged", "PEFT, unmerged"}

@@ -50,6 +50,7 @@ MAY_IMPORT = {
         "train.failures.guard",
         "train.config",
         "data.prepared.dataset",
+        "data.disk",
         "configs.program",
     ),
     "train.history": (),

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration of a run, loading into shards, and sharded parameters made whole."""
+"""DeepSpeed's configuration of a run, and sharded parameters made whole."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -64,27 +64,6 @@ def _processes_of_a_node(count: int) -> int:
             f"each and the same number on all; leave it out"
         )
     return of_node
-
-
-@contextlib.contextmanager
-def partitioned_loading(config: TrainConfig, batch: BatchArithmetic) -> Iterator[None]:
-    """Within it, transformers loads pretrained weights straight into ZeRO-3's shards, if the run has any.
-
-    Process 0 reads the files, into CPU memory, and the others receive their parts; no GPU ever holds the whole model.
-    A base that is to be quantised is read whole by each process, and sharded when it is.
-    """
-    if config.deepspeed.stage != 3 or config.model.path is None or config.model.weights != "bf16":
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    keep_alive = HfDeepSpeedConfig(deepspeed_config(config, batch))  # transformers holds only a weak reference
-    try:
-        yield
-    finally:
-        del keep_alive
-        unset_hf_deepspeed_config()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from configs.program.errors import UserError
 from data.disk import nf4
 from data.disk.architecture import find_mixtral
-from data.disk.mixtral_files import load_mixtral
+from data.disk.loading.model import Place, load_model, whole_on
 from data.disk.weights import REMEDY, local_directory
 from train.config.model import VOCABULARY, ModelConfig
 from train.config.train import TrainConfig
@@ -20,14 +20,21 @@ from train.lora.quantised import quantise
 from train.model import attention, norm, recomputation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CPU = torch.device("cpu")
 
 
-def build(config: TrainConfig, device: torch.device | None = None) -> MixtralForCausalLM:
+def build(
+    config: TrainConfig, place: Place | None = None, *, device: torch.device = CPU, is_main: bool = False
+) -> MixtralForCausalLM:
     """The base model with adapters attached and everything else frozen, or with everything trainable.
 
-    For `task=profile` the base alone. The caller decides where weights go: onto `device` straight from their files, or
-    by the context of the call, `zero.partitioned_loading` for ZeRO-3, the meta device for a plan. The seed decides
-    random bases and initial adapters, the same on every process.
+    For `task=profile` the base alone. The seed decides random bases and initial adapters, the same on every process.
+
+    Args:
+        config: the settings.
+        place: where the weights of a stored base go; whole onto the device unless given.
+        device: where the process computes.
+        is_main: whether this process shows how far it has read.
 
     Raises:
         UserError: there is no Mixtral at `model.path`, or it can't be quantised as `model.weights` says.
@@ -35,15 +42,19 @@ def build(config: TrainConfig, device: torch.device | None = None) -> MixtralFor
     torch.manual_seed(config.seed)
     quantised = config.model.weights == nf4.FORM
     if quantised:
-        nf4.check_kernels("model.weights=nf4", device or torch.device("cpu"))
-        device = None  # until it is quantised the base may be larger than a GPU
-    model = random_base(config.model) if config.model.path is None else pretrained(config.model, device)
+        nf4.check_kernels("model.weights=nf4", device)
+        place, device = whole_on(CPU), CPU  # until it is quantised the base may be larger than a GPU
+    shows_progress = is_main and config.logging.progress
+    if config.model.path is None:
+        model = random_base(config.model)
+    else:
+        model = pretrained(config.model, place, device=device, shows_progress=shows_progress)
     model.config.use_cache = False
     norm.replace(model)
     if config.lora.method == "none" or config.task == "profile":
         model.set_experts_implementation(split_experts.IMPLEMENTATION)  # the plain grouped products, without adapters
     else:
-        torch.manual_seed(config.seed)  # again: how many numbers loading draws depends on the ZeRO stage
+        torch.manual_seed(config.seed)  # again: a random base has drawn some
         add_adapters(model, config.lora)
     if quantised:
         quantise(model, "model.weights=nf4")
@@ -76,8 +87,10 @@ def _attention_of(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def pretrained(config: ModelConfig, device: torch.device | None = None) -> MixtralForCausalLM:
-    """The Mixtral at `model.path`, a directory or a hub id; on that device, if one is given."""
+def pretrained(
+    config: ModelConfig, place: Place | None = None, *, device: torch.device = CPU, shows_progress: bool = False
+) -> MixtralForCausalLM:
+    """The Mixtral at `model.path`, a directory or a hub id; its weights go where `build` says."""
     assert config.path is not None
     named = f"model.path={config.path}"
     revision, architecture = find_mixtral(config.path, config.revision, named)
@@ -91,13 +104,15 @@ def pretrained(config: ModelConfig, device: torch.device | None = None) -> Mixtr
                     f"model.attention=sdpa"
                 )
     with _attention_of(config):
-        return load_mixtral(
+        return load_model(
             local_directory(config.path, revision, named),
             architecture,
             named,
+            place or whole_on(device),
             dtype=DTYPES[config.dtype],
-            attn_implementation=config.attention,
-            device_map=None if device is None else {"": device},
+            device=device,
+            attention=config.attention,
+            shows_progress=shows_progress,
         )
 
 

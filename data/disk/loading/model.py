@@ -1,0 +1,127 @@
+"""transformers' Mixtral with the weights of its files, each parameter in the place that it is given."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from configs.program.console import console
+from configs.program.errors import UserError
+from data.disk.adapter_directory import CONFIG as ADAPTER
+from data.disk.loading.parameters import Parameters
+from data.disk.weights import StoredWeights
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Place = Callable[[torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
+"""Makes room for a parameter, of which it is given one on the meta device: the new parameter, and which numbers of it
+this process holds. Each is the place of the first, counted through the rows, and a flat tensor to read them into."""
+
+
+def whole_on(device: torch.device) -> Place:
+    """Room for all of each parameter on a device."""
+
+    def place(parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+        data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        return nn.Parameter(data), [(0, data.view(-1))]
+
+    return place
+
+
+def load_model(
+    directory: Path,
+    architecture: MixtralConfig,
+    named: str,
+    place: Place,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+    shows_progress: bool = False,
+) -> MixtralForCausalLM:
+    """The model of a directory; errors begin with `named`.
+
+    Beside what `place` makes room for, no more than a block of `data.disk.loading.parameters` is held.
+
+    Args:
+        directory: of the safetensors.
+        architecture: what its config.json says.
+        named: how errors call it.
+        place: makes room for each parameter.
+        dtype: of the parameters, whatever that of the files is.
+        device: of what is no parameter.
+        attention: transformers' name of it.
+        shows_progress: whether a bar is shown meanwhile, if stderr is a terminal.
+
+    Raises:
+        UserError: the weights can't be read; or one is missing, there twice or of another size.
+        ImportError: the package of the attention is not installed.
+    """
+    weights = StoredWeights(directory, named)
+    if (directory / ADAPTER).exists():
+        raise UserError(f"{named}: beside its weights lies an {ADAPTER}; move the adapter into a directory of its own")
+    architecture = copy.deepcopy(architecture)
+    architecture.name_or_path = str(directory)
+    if architecture.tie_word_embeddings and not _same(weights, architecture):
+        architecture.tie_word_embeddings = False  # the head in the files is one of its own
+    parameters = Parameters(weights, architecture)
+    with torch.device("meta"):
+        model = MixtralForCausalLM._from_config(architecture, dtype=dtype, attn_implementation=attention)
+    # Its only buffers: they are computed, not read.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    named_parameters = dict(model.named_parameters())
+    slices = []
+    for name, parameter in named_parameters.items():
+        made, parts = place(parameter)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, made)
+        slices += [(name, start, out) for start, out in parts]
+    model.tie_weights()
+    total = sum(parameters.size(name, start, start + out.numel()) for name, start, out in slices)
+    with _progress(total, shown=shows_progress) as advance, torch.no_grad():
+        for name, start, out in slices:
+            for size in parameters.read(name, start, out):
+                advance(size)
+    return model.eval()
+
+
+def _same(weights: StoredWeights, architecture: MixtralConfig) -> bool:
+    """Whether the files have no head, or one that is the embedding, as the architecture says that it is."""
+    if HEAD not in weights.tensors:
+        return True
+    untied = copy.deepcopy(architecture)
+    untied.tie_word_embeddings = False
+    parameters = Parameters(weights, untied)
+    both = (parameters.blocks(name, 0, untied.vocab_size * untied.hidden_size) for name in (EMBEDDING, HEAD))
+    return all(torch.equal(one.float(), other.float()) for (_, one), (_, other) in zip(*both, strict=True))
+
+
+@contextmanager
+def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar for that many bytes: what it yields is told of each that was read."""
+    if not (shown and console.is_terminal):
+        yield lambda size: None
+        return
+    columns = (
+        TextColumn("Reading the base"),
+        BarColumn(bar_width=10),
+        DownloadColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task, started, done = bar.add_task("read", total=total, rate=""), time.perf_counter(), 0
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            rate = done / max(time.perf_counter() - started, 1e-9) / 1e9
+            bar.update(task, completed=done, rate=f"{rate:.2f} GB/s")
+
+        yield advance

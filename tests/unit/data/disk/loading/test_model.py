@@ -1,0 +1,82 @@
+"""A loaded model is the one that transformers loads, in all that it holds."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from configs.program.errors import UserError
+from data.disk.loading.model import load_model, whole_on
+from data.disk.mixtral_files import load_mixtral
+from tests.unit.data.disk.loading.test_parameters import CONFIG, saved
+
+CPU = torch.device("cpu")
+
+
+def load(directory: Path, architecture: MixtralConfig = CONFIG, dtype: torch.dtype = torch.float32) -> Any:
+    return load_model(directory, architecture, "base=here", whole_on(CPU), dtype=dtype, device=CPU)
+
+
+def same(ours: MixtralForCausalLM, theirs: MixtralForCausalLM) -> None:
+    """Asserts it of parameters, buffers, which of them are one, and settings."""
+    for kind in ("named_parameters", "named_buffers"):
+        mine = dict(getattr(ours, kind)(remove_duplicate=False))
+        other = dict(getattr(theirs, kind)(remove_duplicate=False))
+        assert list(mine) == list(other)
+        assert all(
+            torch.equal(mine[name], tensor) and mine[name].dtype == tensor.dtype for name, tensor in other.items()
+        )
+        assert all(mine[name].requires_grad == tensor.requires_grad for name, tensor in other.items())
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == (
+        theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    )
+    assert ours.training == theirs.training
+    assert ours.name_or_path == theirs.name_or_path
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert ours.config._attn_implementation == theirs.config._attn_implementation
+    assert ours.config._experts_implementation == theirs.config._experts_implementation
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_it_is_what_transformers_loads(tmp_path: Path, dtype: torch.dtype) -> None:
+    saved(tmp_path, torch.float32)
+    before = CONFIG.to_dict()
+    ours, theirs = load(tmp_path, dtype=dtype), load_mixtral(tmp_path, CONFIG, "base=here", dtype=dtype)
+    same(ours, theirs)
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert CONFIG.to_dict() == before
+    for model, name in ((ours, "ours"), (theirs, "theirs")):
+        model.save_pretrained(tmp_path / name)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs")]
+    assert files[0] == files[1]
+    ids = torch.tensor([[1, 2, 3, 4]])
+    for model in (ours, theirs):
+        model.set_experts_implementation("eager")  # torch's grouped product takes no such odd sizes
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("head", ["none", "the embedding", "another"])
+def test_a_head_that_is_the_embedding_is_one_tensor_with_it(tmp_path: Path, head: str) -> None:
+    tied = copy.deepcopy(CONFIG)
+    tied.tie_word_embeddings = True
+    saved(tmp_path, torch.float32)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    del stored["lm_head.weight"]
+    if head != "none":
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone() + (head == "another")
+    save_file(stored, file, metadata={"format": "pt"})
+    ours, theirs = load(tmp_path, tied), load_mixtral(tmp_path, tied, "base=here", dtype=torch.float32)
+    same(ours, theirs)
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == (head != "another")
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, torch.float32)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^base=here: beside its weights lies an adapter_config\.json"):
+        load(tmp_path)
