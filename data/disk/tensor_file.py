@@ -115,4 +115,8 @@ def read_header(file: Path) -> list[StoredTensor]:
         for name, entry in header.items()
         if name != "__metadata__"
     ]
+    if too_large := next((tensor for tensor in tensors if max(tensor.shape, default=0) >= 1 << 63), None):
+        raise UnreadableError(
+            f"the shape {list(too_large.shape)} of {too_large.name} is out of bounds"
+        )  # if it is empty
     return sorted(tensors, key=lambda tensor: tensor.begin)

@@ -102,6 +102,7 @@ class Manifest(TypedDict):
     versions: dict[str, str]
     tokenizer: Tokenizer
     rows: Rows
+    repeated: NotRequired[Count]
     shortened: Shortened
     train: Split
     eval: Split
