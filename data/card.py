@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from data.disk.adapter_directory import PER_EXPERT, RECEIPT, TRAIN_CONFIG, public
-from data.disk.plain_text import member, parse_yaml, plain, read_bytes, read_json, read_start
+from data.disk.plain_text import json_if_readable, member, parse_yaml, plain, read_bytes, read_start
 from data.prepared.layout import MANIFEST
 
 CARD = "README.md"
@@ -178,7 +178,7 @@ def _data(training: dict[str, Any], left_out: list[str]) -> str:
             left_out.append(f"the adapter's {RECEIPT}: its dataset can't be read, so it is left out")
         return "Not recorded.\n"
     lines = [f"Prepared dataset with manifest `{digest}` (SHA-256)."]
-    manifest = read_json(Path(path) / MANIFEST, sha256=digest) if isinstance(path, str) else {}
+    manifest = json_if_readable(Path(path) / MANIFEST, sha256=digest) if isinstance(path, str) else {}
     inputs = manifest.get("inputs", [])
     sources = [source for source in inputs if isinstance(source, dict)] if isinstance(inputs, list) else []
     for source in sources[:MOST_SOURCES]:

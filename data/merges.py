@@ -2,6 +2,7 @@
 
 import re
 from array import array
+from functools import lru_cache
 
 from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -66,6 +67,21 @@ def check_merges(ids_of: UnitIds) -> None:
                 f"this version of the library tokenizers encodes {text!r} as {found}, and SentencePiece as "
                 f"{list(expected)}: install the one in constraints.txt"
             )
+
+
+@lru_cache(maxsize=1)
+def merged(pieces: tuple[str, ...]) -> tuple[Tokenizer, UnitIds]:
+    """The merges of a vocabulary, whose pieces stand in the order of their ids, and the ids of units by them.
+
+    Made once in a process, or before it is forked: working out 59,000 merges takes longer than many a file of rows.
+
+    Raises:
+        RuntimeError: the installed library does not make SentencePiece's ids of them.
+    """
+    tokenizer = merges_only({piece: index for index, piece in enumerate(pieces)})
+    ids_of = UnitIds(tokenizer)
+    check_merges(ids_of)
+    return tokenizer, ids_of
 
 
 def merges_only(vocabulary: dict[str, int]) -> Tokenizer:

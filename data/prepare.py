@@ -32,7 +32,7 @@ from data.stages.intake import CLEANED, Intake
 from data.stages.packing import pack
 from data.stages.splitting import choose_eval, repetitions
 from data.stages.store import Index, conversation_store
-from data.stages.writing import keep_rejects, publish, refuse_foreign, write_rows
+from data.stages.writing import drop_kept_rejects, keep_rejects, publish, refuse_foreign, write_rows
 
 PACKAGES = ("openhermes-mixtral", "tokenizers", "pyarrow", "datasketch", "xxhash", "regex")
 """Those whose version can change what is written; Python's can too, by the Unicode tables that tell what a word is."""
@@ -95,6 +95,7 @@ def prepare(config: PrepareConfig) -> None:
         manifest |= {"seq_len": config.seq_len, "packing": config.packing, "seed": config.seed}
         intake.places.write(dataset)
         publish(dataset, output, manifest)
+    drop_kept_rejects(output)
     summarize(manifest, output)
 
 

@@ -1,12 +1,16 @@
 """`python -m data`: prepares a dataset, or shows what is in a prepared one."""
 
+from importlib import import_module
+
 from configs.program import entry
 from data.config import PrepareConfig
-from data.prepare import prepare
-from data.prepared.preview import preview
-from data.prepared.report import report
 
-TASKS = {"prepare": prepare, "preview": preview, "report": report}
+FUNCTIONS = {
+    "prepare": ("data.prepare", "prepare"),
+    "preview": ("data.prepared.preview", "preview"),
+    "report": ("data.prepared.report", "report"),
+}
+"""The module and the function of each task."""
 
 
 def main() -> None:
@@ -15,6 +19,7 @@ def main() -> None:
 
 
 def run(config: PrepareConfig) -> None:
-    """Does the task."""
+    """Does the task. Its module, which needs Arrow, is imported after the checks, so that mistakes are told at once."""
     config.check()
-    TASKS[config.task](config)
+    module, function = FUNCTIONS[config.task]
+    getattr(import_module(module), function)(config)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs.program.errors import UserError
 from data import export
-from data.merges import SPACE, UnitIds, check_merges, merges_only
+from data.merges import SPACE, merged
 from data.schema import Conversation, TokenizedConversation
 from data.vocabulary import EMBEDDED, FINGERPRINT, FIRST_PIECE, fingerprint, load_vocabulary
 
@@ -38,9 +38,7 @@ class ChatTokenizer:
         self._vocabulary = vocabulary
         if self.fingerprint != FINGERPRINT:
             raise UserError(f"{named}: its vocabulary is not Mixtral's; name a Mixtral-8x7B model")
-        self._text = merges_only(vocabulary)
-        self._ids_of = UnitIds(self._text)
-        check_merges(self._ids_of)
+        self._text, self._ids_of = merged(tuple(self.pieces))
 
     @classmethod
     def load(

@@ -113,6 +113,12 @@ class Adapter:
         base: TrainedOn = self.receipt.get("base", {})
         return base.get("fingerprint")
 
+    @property
+    def trained_in(self) -> str:
+        """The form in which training held the base, `bf16` or `nf4`."""
+        base: TrainedOn = self.receipt.get("base", {})
+        return base.get("weights", "bf16")
+
     def check_base(self, weights: StoredWeights) -> None:
         """Raises `UserError` if the receipt says that the adapter was trained on other weights."""
         trained_on = self.trained_on

@@ -15,13 +15,13 @@ import torch
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from configs.program import gpus
-from configs.program.errors import UserError
+from configs.program.errors import UserError, say
 from data.disk import hub
 from data.disk.adapter_directory import CONFIG, RECEIPT, public
 from data.disk.adapter_directory import FILES as ADAPTER_FILES
 from data.disk.architecture import find_mixtral
 from data.disk.mixtral_files import load_mixtral, stored_parts
-from data.disk.plain_text import member, read_json
+from data.disk.plain_text import json_if_readable, member
 from data.disk.weights import StoredWeights, local_directory
 from data.template import ChatTokenizer
 from data.vocabulary import EMBEDDED, has_tokenizer
@@ -134,7 +134,7 @@ def find_base(config: InferenceConfig) -> Base:
 def _find_named(source: str, adapter: Path) -> str:
     """The directory that an adapter calls by this name, as it was called when it was trained: from here, by the path in
     its receipt, or from a directory above it. What is no directory is a hub id."""
-    path = member(read_json(adapter / RECEIPT), "base").get("path")
+    path = member(json_if_readable(adapter / RECEIPT), "base").get("path")
     noted = [Path(path)] if isinstance(path, str) and public(path) == source else []
     above = (parent / source for parent in adapter.resolve().parents)
     return next((str(place) for place in (Path(source), *noted, *above) if place.is_dir()), source)
@@ -147,6 +147,8 @@ def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
     if config.fold or config.task == "merge":
         adapter.check_foldable()
     adapter.check_numbers()
+    if (form := adapter.trained_in) != "bf16":
+        say("inference", f"adapter={config.adapter}: it was trained on a base in {form}; here the base is in bf16")
     if config.check_base and adapter.trained_on is not None:
         adapter.check_base(base.weights)
     return adapter

@@ -15,7 +15,8 @@ export HF_HUB_OFFLINE=1 # nothing here asks a hub
 if [ $# -gt 0 ]; then
     python -m pytest "$@"
 else
-    python -m pytest --numprocesses 2 tests/unit # many of these wait for processes that they have started
+    # Some of these wait long for processes that they have started, one after the other.
+    python -m pytest --numprocesses 3 --dist worksteal tests/unit
     python -m pytest --numprocesses 2 --dist loadfile tests/integration # the tests of a file share runs
     python -m pytest tests/gpu
 fi

@@ -79,9 +79,10 @@ def train(
                 started = time.perf_counter()
                 engine.at("reading rows", number)
                 rows = schedule.rows_of(number - 1)
-                micro_batches = list(
-                    share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
-                )
+                with engine.disk(dataset.directory):
+                    micro_batches = list(
+                        share(dataset.train, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
+                    )
                 lr = learning_rate(number, steps, config.optim)
                 result = watched_step(engine, micro_batches, number, lr, config, metrics, first=not updated)
                 seconds = time.perf_counter() - started

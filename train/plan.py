@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import MixtralForCausalLM
 
 from configs.program.errors import UserError
+from data.disk import nf4
 from data.disk.architecture import read_architecture
 from data.prepared.dataset import PreparedDataset
 from train.config.engine import HardwareConfig
@@ -19,6 +20,7 @@ from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.processes import uses_cuda
 from train.engine.zero import deepspeed_config
 from train.lora import attach
+from train.lora.quantised import quantise
 from train.model import mixtral
 
 
@@ -42,6 +44,8 @@ def show_plan(config: TrainConfig) -> None:
         total = sum(parameter.numel() for parameter in planned.parameters())
         if config.lora.method != "none":
             attach.add_adapters(planned, config.lora)
+        if config.model.weights == nf4.FORM:
+            quantise(planned, "model.weights=nf4")
     kinds: Counter[str] = Counter()
     for name, parameter in attach.trainable(planned):
         kinds[attach.kind(name)] += parameter.numel()
@@ -50,6 +54,12 @@ def show_plan(config: TrainConfig) -> None:
     console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
     console.print(f"base                 {config.model.path or 'random weights'}")
     console.print(f"base parameters      {total:,}")
+    held = sum(parameter.nbytes for parameter in planned.parameters()) - sum(
+        parameter.nbytes for _, parameter in attach.trainable(planned)
+    )
+    if config.lora.method != "none":
+        of_each = "" if config.deepspeed.stage == 3 else ", on each process"
+        console.print(f"base in memory       {held / 1e9:,.1f} GB (model.weights={config.model.weights}){of_each}")
     console.print(f"trained parameters   {sum(kinds.values()):,} ({sum(kinds.values()) / total:.3%} of the base)")
     for name, number in sorted(kinds.items()):
         console.print(f"  {name:<18} {number:,}")

@@ -1,12 +1,14 @@
 """One launch: configuration → objects, each named once, in order → train()."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.explanations.again import command
 from configs.program.launch import local_processes
+from data.disk import nf4
 from data.disk.architecture import read_architecture
 from data.disk.weights import local_directory, pinned
 from data.prepared.dataset import PreparedDataset
@@ -44,7 +46,7 @@ from train.saving.receipt import record_launch
 from train.saving.resume import check_run_there, check_same_run, find_checkpoint, restore
 from train.saving.run_directory import RunDirectory
 from train.saving.saver import Saver
-from train.saving.starting_point import check_is_there, start_from
+from train.saving.starting_point import check_is_there, other_form, start_from
 
 
 def run(config: TrainConfig) -> None:
@@ -66,11 +68,13 @@ def run(config: TrainConfig) -> None:
     if count in (1, local_processes()):  # on several machines run_dir is one's own, and the others are to be told
         check_run_there(config, inputs, dataset.directory)
     check_is_there(config.lora)
+    if config.model.weights == nf4.FORM:
+        nf4.check_available("model.weights=nf4")
     fetch_base(config)
     check_vocabulary(config.model, dataset)
     inputs.read()
     processes = join_processes(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
-    timeouts = {"peer_timeout": config.failures.peer_timeout, "stall_timeout": config.failures.stall_timeout}
+    timeouts = {name: getattr(config.failures, name) for name in ("peer_timeout", "stall_timeout", "disk_timeout")}
     guard = Guard(processes.rank, processes.count, **timeouts)
     guard.join(agree(guard.listen()))
     signals.tell(guard.leaving)
@@ -115,8 +119,10 @@ def run_on(
         profile(forward_engine, dataset, config, batch=batch, run=directory)
         return False
     start_from(model, config.lora)
+    if processes.is_main and (sentence := other_form(config)):
+        console.print(sentence, soft_wrap=True)
     engine = Engine(module, config, batch, processes, guard)
-    checkpoint = find_checkpoint(directory, record, engine.shapes)
+    checkpoint = find_checkpoint(directory, record, engine.shapes, partial(engine.disk, directory.path))
     directory.create(record.config_yaml)
     health = Health(config.failures)
     resumed = restore(directory, checkpoint, engine, health, dataset.train.batch([None] * batch.micro_batch))

@@ -5,6 +5,7 @@
     weights.py            a model directory or hub snapshot: its files and its fingerprint
     architecture.py       is there a Mixtral? its config.json, read without code of its own
     mixtral_files.py      Mixtral's names in files ↔ transformers' parameters, in both directions
+    nf4.py                a Mixtral's weights in four bits, as training and inference hold them in memory
     adapter_directory.py  the contract train → inference: file names, PEFT's settings and its layout of expert factors
     plain_text.py         JSON and text that tell a story, read as far as they can be
     hub.py                a hub's repository at a commit, its files in the cache

@@ -101,6 +101,8 @@ class TrainedOn(TypedDict, total=False):
     """What a receipt says of the base."""
 
     fingerprint: str | None
+    weights: str
+    """The form in which they were held, `bf16` or `nf4`; not there in receipts of before there were two."""
 
 
 class Receipt(TypedDict, total=False):

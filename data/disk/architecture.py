@@ -41,6 +41,30 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
+Angle = Annotated[float, Meta(gt=0, le=1e12)]
+
+
+class Rope(TypedDict, total=False):
+    """What may be said of rotary positions, whatever their kind; which kinds there are, transformers knows."""
+
+    rope_type: str
+    type: str
+    rope_theta: Angle
+    factor: Angle
+    original_max_position_embeddings: Annotated[int, Meta(ge=1, le=1 << 31)]
+    partial_rotary_factor: Annotated[float, Meta(gt=0, le=1)]
+    attention_factor: Angle | None
+    beta_fast: Angle | None
+    beta_slow: Angle | None
+    mscale: float | None
+    mscale_all_dim: float | None
+    truncate: bool
+    low_freq_factor: Angle
+    high_freq_factor: Angle
+    short_factor: list[Angle]
+    long_factor: list[Angle]
+
+
 class Architecture(TypedDict, total=False):
     """What a config.json may say of the Mixtral that it describes; nothing else decides what is computed.
 
@@ -70,9 +94,9 @@ class Architecture(TypedDict, total=False):
     output_router_logits: bool
     router_aux_loss_coef: float
     router_jitter_noise: Share
-    rope_parameters: dict[str, Any] | None
-    rope_scaling: dict[str, Any] | None
-    rope_theta: Annotated[float, Meta(gt=0, le=1e12)]
+    rope_parameters: Rope | None
+    rope_scaling: Rope | None
+    rope_theta: Angle
 
 
 class Described(TypedDict, total=False):

@@ -19,7 +19,7 @@ LONGEST_TEXT = 300
 """Characters of the longest text that is taken over."""
 
 
-def read_json(path: Path, sha256: str | None = None) -> dict[str, Any]:
+def json_if_readable(path: Path, sha256: str | None = None) -> dict[str, Any]:
     """A JSON object from a file; empty if there is none, or if it is something else or has another hash."""
     content = read_bytes(path)
     if content is None or (sha256 is not None and hashlib.sha256(content).hexdigest() != sha256):

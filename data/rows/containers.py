@@ -45,6 +45,7 @@ REFUSED = {
 
 UTF16 = "UTF-16 text; write it as UTF-8, for example by `iconv -f UTF-16 -t UTF-8`"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+UTF32_STARTS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"{\0\0\0", b"[\0\0\0", b"\0\0\0{", b"\0\0\0[")
 UTF32 = "UTF-32 text; write it as UTF-8, for example by `iconv -f UTF-32 -t UTF-8`"
 
 
@@ -92,9 +93,9 @@ def _kind(beginning: bytes, path: PurePath, *, is_packed: bool) -> str:
 
 
 def _refused(beginning: bytes) -> str:
-    if beginning[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        return UTF32
     # With its mark or without, the zero bytes beside JSON's first sign give it away.
+    if beginning[:4] in UTF32_STARTS:
+        return UTF32
     if beginning[:2] in (b"{\0", b"[\0", b"\0{", b"\0[") or (beginning[:2] in UTF16_MARKS and b"\0" in beginning):
         return UTF16
     if beginning[257:262] == b"ustar":

@@ -89,12 +89,30 @@ def _array(values: np.ndarray) -> pa.Array:
 
 def keep_rejects(rejects: Path, output: Path) -> str:
     """Keeps the rejects of a run that stops, beside its output; returns the end of the sentence that says where."""
-    kept = output.with_name(f"{output.name}-{REJECTS}")
+    kept = _kept_rejects(output)
     with contextlib.suppress(OSError):
-        if not kept.exists() or kept.read_bytes()[: len(FIRST_BYTES)] == FIRST_BYTES:  # no other file goes for it
+        if not kept.exists() or _is_ours(kept):  # no other file goes for it
             shutil.copyfile(rejects, kept)
             return f"; {kept} lists them"
     return ""
+
+
+def drop_kept_rejects(output: Path) -> None:
+    """Removes what an earlier run that stopped has kept: once the dataset is there, its own rejects are what counts."""
+    with contextlib.suppress(OSError):
+        if _is_ours(kept := _kept_rejects(output)):
+            kept.unlink()
+
+
+def _kept_rejects(output: Path) -> Path:
+    return output.with_name(f"{output.name}-{REJECTS}")
+
+
+def _is_ours(kept: Path) -> bool:
+    if not kept.is_file():
+        return False
+    with kept.open("rb") as file:
+        return file.read(len(FIRST_BYTES)) == FIRST_BYTES
 
 
 def publish(dataset: Path, output: Path, manifest: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from data.disk.adapter_directory import public
 from data.disk.architecture import exported, read_settings
 from data.disk.files import occupied, staging, take_place
 from data.disk.mixtral_files import Piece, pieces
-from data.disk.plain_text import read_json
+from data.disk.plain_text import json_if_readable
 from data.disk.tensor_file import header
 from data.disk.weights import INDEX, SINGLE
 from data.template import BOS, EOS, UNK
@@ -227,7 +227,7 @@ def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) ->
         raise UserError(f"output={output}: something is there that no merge wrote; name another directory")
     if not overwrite:
         raise UserError(f"output={output}: a merged model is there; name another, or give overwrite=true")
-    ours = read_json(output / RECEIPT).get("files", [])
+    ours = json_if_readable(output / RECEIPT).get("files", [])
     ours = ours if isinstance(ours, list) else []
     if foreign := there.foreign(ours):
         raise UserError(f"output={output}: {foreign} is in it, which no merge wrote; move it elsewhere")

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult
 
 from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import sha256
-from data.disk.plain_text import member, read_json
+from data.disk.plain_text import json_if_readable, member
 from inference.adapter import Adapter
 from inference.evaluation.leaderboard.tasks import TASKS, Task
 
@@ -48,7 +48,7 @@ def read_scores(adapter: Adapter, fingerprint: str) -> tuple[list[Score], str | 
     path = adapter.directory.parent / RESULTS
     if not path.exists():
         return [], None
-    content = read_json(path)
+    content = json_if_readable(path)
     tasks, model = member(content, "tasks"), member(content, "model")
     found = [_score(content, name) for name in TASKS if name in tasks]
     scores = [score for score in found if score is not None]

@@ -9,6 +9,7 @@ was executed. Half of the files beside which a hash is kept get the hash of what
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.program.errors import UserError
+from data.template import ChatTokenizer
 
 from .harness.trials import common_arguments, generator
 from .hostile.children import Child, Outcome
@@ -32,12 +34,15 @@ from .hostile.readers import READERS, Reader, build, made, seal
 KINDS = ("refused", "harmless", "changed", "traceback", "hang", "signal", "outside", "executed")
 BAD = KINDS[3:]
 IMPORTS = (
-    *("data.run", "data.rows.tables", "inference.run", "inference.generate", "inference.batch.batch"),
-    *("inference.merging.merge", "train.run", "train.plan", "peft", "sentencepiece.sentencepiece_model_pb2"),
-    *("transformers.models.mixtral.modeling_mixtral", "datasets", "datasets.data_files", "pyarrow.parquet"),
-    *("deepspeed.runtime.engine", "hydra._internal.core_plugins.basic_launcher", "networkx", "jinja2.ext"),
+    *("data.prepare", "data.prepared.preview", "data.prepared.report", "data.rows.tables", "inference.run"),
+    *("inference.generate", "inference.batch.batch", "inference.merging.merge", "train.program", "train.run"),
+    *("train.plan", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion", "sentencepiece"),
+    *("sentencepiece.sentencepiece_model_pb2", "transformers.models.mixtral.modeling_mixtral", "pyarrow.parquet"),
+    *("datasets.data_files", "setuptools", "torch.utils.cpp_extension", "deepspeed.runtime.engine"),
+    *("deepspeed.module_inject.auto_ep_layer", "networkx", "jinja2.ext", "rich.status", "encodings.utf_8_sig"),
+    *(f"hydra._internal.core_plugins.{name}" for name in ("basic_launcher", "basic_sweeper", "bash_completion")),
 )
-"""What takes long to import, so that a try that is forked has it."""
+"""What takes long to import, so that a try that is forked has it, as it has the vocabulary's merges."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +61,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "400", "WANDB_MODE": "disabled"}
     for name in IMPORTS:
         __import__(name)
+    ChatTokenizer.load()
+    gc.freeze()  # or the first collection in each try would touch, and so copy, all that was imported
     scratch = (options.scratch or Path(tempfile.mkdtemp(prefix="torture-"))).resolve()
     scratch.mkdir(parents=True, exist_ok=True)
     torture = Torture(scratch, readers, options.seed)
@@ -139,7 +146,7 @@ class Torture:
                 if (outcome := one.child.poll()) is not None:
                     self._running.remove(one)
                     self._judge(one, outcome)
-            time.sleep(0.002)
+            time.sleep(0.005)
 
     def _judge(self, one: "Try", outcome: Outcome) -> None:
         kind = outcome.kind

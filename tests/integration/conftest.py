@@ -136,12 +136,15 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    """A place for small runs that are made to end badly, by the functions of scripts/torture.py."""
+    """A place for small runs that are made to end badly, by the functions of scripts/torture.py.
+
+    What they train on, and the runs that nothing happens to, are those of all workers.
+    """
     with made_once(tmp_path_factory, "workplace") as top:
         top.mkdir(exist_ok=True)
         Workplace(top).prepare()
     place = Workplace(tmp_path_factory.mktemp("runs"), typed=False)
-    for made in ("base", "rows"):
-        shutil.copytree(top / made, place.scratch / made)
+    for made in ("base", "rows", "wholes"):
+        (place.scratch / made).symlink_to(top / made)
     yield place
     place.end_all()

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-TRIES = 100
-READERS = "^(data|preview|report|generate|merge|batch|prompt_file|checkpoint|plan)"
-"""All but those that train: each takes seconds."""
+TRIES = 200
+READERS = "^(?!train: (base|dataset|goes on))"
+"""All but those that go on to train if the damage is harmless: each takes seconds."""
 
 
 @pytest.mark.slow
 def test_damaged_files_end_in_a_sentence(project_root: Path, tmp_path: Path) -> None:
-    """A hundred files, each damaged in a way of its own."""
+    """Two hundred files, each damaged in a way of its own."""
     command = [sys.executable, str(project_root / "scripts" / "torture.py"), "files", f"--tries={TRIES}", "--seed=7"]
     options = ["--only", READERS, "--json", str(tmp_path / "figures.json"), "--scratch", str(tmp_path / "scratch")]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)

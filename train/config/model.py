@@ -72,12 +72,16 @@ class ModelConfig:
     """The sizes of a random base. Where `path` names weights, theirs count."""
     dtype: str = "bfloat16"
     """`bfloat16` or `float32`: weights, activations and gradients. ZeRO keeps float32 masters either way."""
+    weights: str = "bf16"
+    """How the frozen base is held: `bf16` as `dtype` says; `nf4` has attention and experts in four bits, 0.29 of the
+    bytes, and computes in `dtype`. For adapters, and with the extra `nf4` installed."""
     attention: str = "packed"
     """`packed` computes what conversations can see and no more: torch's variable-length flash attention on CUDA, blocks
     of queries elsewhere. Or one of transformers' own: `flash_attention_2`, `sdpa`, `eager`."""
 
     def check(self) -> None:
         choice("model.dtype", self.dtype, "bfloat16", "float32")
+        choice("model.weights", self.weights, "bf16", "nf4")
         choice("model.attention", self.attention, "packed", "flash_attention_2", "sdpa", "eager")
         if self.path is None:
             self.architecture.check()

@@ -53,6 +53,9 @@ class FailureConfig:
     none while foreign code holds Python's lock, so leave it room."""
     stall_timeout: float = 3600.0
     """Seconds after which the run ends if all processes live and none gets on. Loading the base is one such step."""
+    disk_timeout: float = 1800.0
+    """Seconds after which a run of several processes ends if a disk is waited for and nothing was read or written. Each
+    file that is saved has to reach the disk within this time."""
     refused_in_a_row: int = 10
     """The run stops after so many updates in a row whose loss or gradient was not finite."""
     spike: float = 3.0
@@ -61,7 +64,7 @@ class FailureConfig:
     """Steps whose mean loss a spike is measured by."""
 
     def check(self) -> None:
-        for name in ("grace", "peer_timeout", "stall_timeout"):
+        for name in ("grace", "peer_timeout", "stall_timeout", "disk_timeout"):
             positive(f"failures.{name}", getattr(self, name), f"failures.{name}={getattr(FailureConfig(), name):g}")
         for name in ("refused_in_a_row", "spike_window"):
             positive(f"failures.{name}", getattr(self, name), f"failures.{name}={getattr(FailureConfig(), name)}")
@@ -176,6 +179,11 @@ class TrainConfig:
             raise UserError(
                 "deepspeed.stage=1: with model.dtype=bfloat16 DeepSpeed would sum gradients in bfloat16 there; use "
                 "deepspeed=zero2, which sums them in float32"
+            )
+        if self.model.weights != "bf16" and self.lora.method == "none" and self.task == "train":
+            raise UserError(
+                f"model.weights={self.model.weights}: what is held so can't train, and lora=none trains everything; "
+                f"use lora=experts, or model.weights=bf16"
             )
         positive("answer_tokens", self.answer_tokens, "answer_tokens=200")
         if self.task == "report":

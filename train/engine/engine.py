@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -66,6 +67,10 @@ class ForwardEngine:
         self._step = self._step if step is None else step
         if self.guard is not None:
             self.guard.at(self._step, phase)
+
+    def disk(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Within it, this thread waits for the disk of that path alone; if the disk hangs, the guard ends the run."""
+        return contextlib.nullcontext() if self.guard is None else self.guard.disk(path)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

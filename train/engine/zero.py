@@ -71,8 +71,9 @@ def partitioned_loading(config: TrainConfig, batch: BatchArithmetic) -> Iterator
     """Within it, transformers loads pretrained weights straight into ZeRO-3's shards, if the run has any.
 
     Process 0 reads the files, into CPU memory, and the others receive their parts; no GPU ever holds the whole model.
+    A base that is to be quantised is read whole by each process, and sharded when it is.
     """
-    if config.deepspeed.stage != 3 or config.model.path is None:
+    if config.deepspeed.stage != 3 or config.model.path is None or config.model.weights != "bf16":
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig

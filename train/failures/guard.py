@@ -9,7 +9,8 @@ A collective waits for its peers, for ever or until a timeout that names nobody.
     guard.done()                            # collective; from here on no process's end is a failure
 
 The first failure is the verdict for all: a process died; it left with an error (`leaving`); nothing was heard of it for
-`peer_timeout` (it is stopped, or its machine or the network is gone); or no process made progress for `stall_timeout`.
+`peer_timeout` (it is stopped, or its machine or the network is gone); no process made progress for `stall_timeout`; or
+a disk gave one of them nothing for `disk_timeout`.
 The processes then print one line for each launcher and end, with `EXIT_PEER_LOST` or, if a process left by itself, with
 its exit code, so that whoever launches again knows whether that helps. A process that does not end by itself is killed,
 even if it is stopped. A guardian that dies ends the run too, because nobody would notice the next failure.
@@ -26,12 +27,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from configs.program.errors import UserError, one_line, say
 from configs.program.launch import local_rank
 from configs.program.secrets import redact
-from train.failures.guardian.channel import JOIN_TIMEOUT, PAUSE, POSITION, Channel, beat_interval
+from train.failures.guardian.channel import DISK, JOIN_TIMEOUT, PAGE_BYTES, PAUSE, POSITION, Channel, beat_interval
 
 EXIT_PEER_LOST = 76
 """The exit code of a process that ends because another one was lost: launch the run again."""
@@ -59,7 +61,13 @@ class Guard:
     """This process's part in the guard. In a run of one process there is no other to watch, and it does nothing."""
 
     def __init__(
-        self, process_rank: int, process_count: int, *, peer_timeout: float = 120.0, stall_timeout: float = 1800.0
+        self,
+        process_rank: int,
+        process_count: int,
+        *,
+        peer_timeout: float = 120.0,
+        stall_timeout: float = 1800.0,
+        disk_timeout: float = 1800.0,
     ):
         """Starts nothing yet.
 
@@ -70,12 +78,14 @@ class Guard:
                 of the process, every second or ten times within this time. While C code keeps Python's global lock, the
                 process looks like a stopped one: hence two minutes by default.
             stall_timeout: seconds after which the run ends if no process called `at`; longer than any phase may take.
+            disk_timeout: seconds after which the run ends if a thread that waits for a disk (`disk`) got nothing done.
         """
         self.guardian: subprocess.Popen[bytes] | None = None
         self._rank = process_rank
         self._count = process_count
         self._peer_timeout = peer_timeout
         self._stall_timeout = stall_timeout
+        self._disk_timeout = disk_timeout
         self._interval = beat_interval(peer_timeout)
         self._listener: socket.socket | None = None
         self._token = ""
@@ -126,8 +136,8 @@ class Guard:
                     f"({one_line(error)}); the processes of a run must reach each other's ports"
                 ) from error
         page = os.memfd_create("position")
-        os.ftruncate(page, POSITION.size)
-        self._page = mmap.mmap(page, POSITION.size)
+        os.ftruncate(page, PAGE_BYTES)
+        self._page = mmap.mmap(page, PAGE_BYTES)
         self.at(0, "starting")
         program = [sys.executable, "-I", "-S", "-c", BOOT, str(ROOT)]
         fds = (page, connection.fileno())
@@ -151,6 +161,7 @@ class Guard:
             pid=os.getpid(),
             peer_timeout=self._peer_timeout,
             stall_timeout=self._stall_timeout,
+            disk_timeout=self._disk_timeout,
             token=token,
         )
         threading.Thread(target=self._watch, args=(self.guardian,), name="guard", daemon=True).start()
@@ -163,6 +174,24 @@ class Guard:
         self._moves = self._moves + 1 if step == self._step else 0
         self._step = step
         POSITION.pack_into(self._page, 0, step, self._moves, time.monotonic(), phase.encode())
+
+    @contextlib.contextmanager
+    def disk(self, path: Path) -> Iterator[None]:
+        """Within it, this thread waits for the disk that `path` is on, and for nothing else: no collective, no lock.
+
+        The main thread and one other may do so at once. A call that waits for a disk can't be given a timeout, so it is
+        the guardian that ends the run if the disk hangs.
+        """
+        if self._page is None:
+            yield
+            return
+        at = POSITION.size + DISK.size * (threading.current_thread() is not threading.main_thread())
+        name = os.fsencode(path)[-240:]
+        DISK.pack_into(self._page, at, threading.get_native_id(), time.monotonic(), name)
+        try:
+            yield
+        finally:
+            DISK.pack_into(self._page, at, 0, 0.0, b"")
 
     def leaving(self, reason: str, code: int, *, after: float = 0.0) -> None:
         """Tells the others that this process ends by itself, and why; they end with the same exit code.

@@ -27,6 +27,7 @@ from train.lora import elementwise, products
 from train.lora.dispatch import Routed
 from train.lora.factors import Adapter
 from train.lora.products import Buffer, Group
+from train.lora.quantised import matrices
 
 IMPLEMENTATION = "split_lora"
 """The name under which transformers' experts interface knows this forward."""
@@ -50,7 +51,7 @@ def split_lora_forward(
     tensors = [_tensors(experts, name, adapters.get(name), top_k_index.numel()) for name in EXPERT_TARGETS]
     way = products.way(hidden_states, (experts.hidden_dim, experts.intermediate_dim))
     routed = Routed.from_choices(top_k_index, experts.num_experts, way.row_multiple(hidden_states))
-    return _SplitExperts.apply(adapters, way, routed, hidden_states, top_k_weights, *_flat(tensors))
+    return _SplitExperts.apply(adapters, _shapes(experts), way, routed, hidden_states, top_k_weights, *_flat(tensors))
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, split_lora_forward)
@@ -61,7 +62,7 @@ class Tensors(NamedTuple):
     not."""
 
     weight: Any
-    """[E, out, in]."""
+    """[E, out, in], or uint8 [E, bytes] if the base is quantised."""
     A: Any
     """[R, in]."""
     B: Any
@@ -81,6 +82,13 @@ def _from_flat(flat: Sequence[Any]) -> list[Tensors]:
     return [Tensors(*flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
+def _shapes(experts: MixtralExperts) -> dict[str, torch.Size]:
+    """[out, in] of each projection; a quantised weight does not tell."""
+    hidden, intermediate = experts.hidden_dim, experts.intermediate_dim
+    sizes = ((2 * intermediate, hidden), (hidden, intermediate))
+    return dict(zip(EXPERT_TARGETS, map(torch.Size, sizes), strict=True))
+
+
 def _tensors(experts: MixtralExperts, name: str, adapter: Adapter | None, pairs: int) -> Tensors:
     """Those of the projection of that name; draws dropout."""
     weight = getattr(experts, name)
@@ -88,7 +96,7 @@ def _tensors(experts: MixtralExperts, name: str, adapter: Adapter | None, pairs:
         return Tensors(weight, None, None, None)
     keep = None
     if adapter.dropout and experts.training:
-        keep = draw_keep(pairs, weight.shape[2], adapter.dropout, weight.device)
+        keep = draw_keep(pairs, _shapes(experts)[name][1], adapter.dropout, weight.device)
     return Tensors(weight, getattr(experts, f"{name}_lora_A"), getattr(experts, f"{name}_lora_B"), keep)
 
 
@@ -114,18 +122,18 @@ class Results(NamedTuple):
 class _Projection:
     """One projection of all experts, forward and backward, group by group."""
 
-    def __init__(self, tensors: Tensors, adapter: Adapter | None, routed: Routed):
+    def __init__(self, tensors: Tensors, adapter: Adapter | None, shape: torch.Size, routed: Routed):
         self.weight, self.A, self.B, self.keep = tensors
-        self.adapter, self.routed = adapter, routed
+        self.adapter, self.shape, self.routed = adapter, shape, routed
 
     def results(self, way: type[Group], like: torch.Tensor) -> Results:
         """Buffers for those of all groups."""
         low = None if self.adapter is None else way.buffer(self.routed, like, max(self.adapter.ranks))
-        return Results(way.buffer(self.routed, like, self.weight.shape[1]), low)
+        return Results(way.buffer(self.routed, like, self.shape[0]), low)
 
     def forward(self, group: Group, x: torch.Tensor, results: Results) -> torch.Tensor:
         """The output, [rows, out], which then is among the results as well."""
-        y = group.times(x, self.weight[group.experts].mT, results.y)
+        y = group.times(x, self._matrices(group, x.dtype).mT, results.y)
         if (adapter := self._adapter_of(group)) is not None:
             A, B = self._factors(group)
             assert results.low is not None
@@ -151,7 +159,7 @@ class _Projection:
             The gradient of the inputs, [rows, in], which then is in `dx` as well, or None without `dx`; and that of
             A m(x), [rows, r], for `backward_of_weights`, or None without an adapter.
         """
-        gradient = None if dx is None else group.times(dy, self.weight[group.experts], dx)
+        gradient = None if dx is None else group.times(dy, self._matrices(group, dy.dtype), dx)
         if (adapter := self._adapter_of(group)) is None:
             return gradient, None
         A, B = self._factors(group)
@@ -190,6 +198,10 @@ class _Projection:
             torch.mm(d_low.mT, self._dropped(group, x), out=gradients.A[rows])
             torch.mm(group.part(low, d_low.shape[1]).mT, dy, out=gradients.B[rows])
 
+    def _matrices(self, group: Group, dtype: torch.dtype) -> torch.Tensor:
+        """W of the group's experts: [out, in], or [E, out, in]."""
+        return matrices(self.weight, group.experts, self.shape, dtype)
+
     def _adapter_of(self, group: Group) -> Adapter | None:
         """The adapter, if the group's experts have one."""
         if self.adapter is None:
@@ -224,20 +236,21 @@ class _SplitExperts(torch.autograd.Function):
     def forward(
         ctx: Any,
         adapters: dict[str, Adapter],
+        shapes: dict[str, torch.Size],
         way: type[Group],
         routed: Routed,
         x_TH: torch.Tensor,
         weights_Tk: torch.Tensor,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        gate_up, down = _projections(tensors, adapters, routed)
+        gate_up, down = _projections(tensors, adapters, shapes, routed)
         for_gate_up, for_down = gate_up.results(way, x_TH), down.results(way, x_TH)
         for group in way.of(routed):
             x = x_TH.index_select(0, routed.token_P[group.rows])
             down.forward(group, elementwise.swiglu(gate_up.forward(group, x, for_gate_up)), for_down)
         y_PH = for_down.y.tensor
         ctx.save_for_backward(x_TH, weights_Tk, *for_gate_up.tensors, *for_down.tensors, *routed.tensors, *tensors)
-        ctx.adapters, ctx.way = adapters, way
+        ctx.adapters, ctx.shapes, ctx.way = adapters, shapes, way
         out_TH: torch.Tensor = elementwise.weighted_sum(y_PH, routed.row_of_Tk, weights_Tk)
         return out_TH
 
@@ -247,13 +260,13 @@ class _SplitExperts(torch.autograd.Function):
         x_TH, weights_Tk, gate_up_P2I, low_gate_up, y_PH, low_down, *rest = ctx.saved_tensors
         way: type[Group] = ctx.way
         routed, tensors = Routed.from_tensors(*rest[:3]), rest[3:]
-        gate_up, down = _projections(tensors, ctx.adapters, routed)
-        _, _, _, x_needed, _, *needed = ctx.needs_input_grad
+        gate_up, down = _projections(tensors, ctx.adapters, ctx.shapes, routed)
+        _, _, _, _, x_needed, _, *needed = ctx.needs_input_grad
         of_gate_up, of_down = (p.gradients(n) for p, n in zip((gate_up, down), _from_flat(needed), strict=True))
 
         d_PH, d_weights_Tk = elementwise.weighted_sum_backward(d_TH, y_PH, routed.row_of_Tk, routed.token_P, weights_Tk)
         dx_PH = way.buffer(routed, x_TH, x_TH.shape[1]) if x_needed else None
-        d_PI = way.buffer(routed, x_TH, down.weight.shape[2])
+        d_PI = way.buffer(routed, x_TH, down.shape[1])
         for group in way.of(routed):
             both, dy = gate_up_P2I[group.rows], d_PH[group.rows]
             d, d_low = down.backward_of_input(group, dy, d_PI)
@@ -265,15 +278,18 @@ class _SplitExperts(torch.autograd.Function):
             x = x_TH.index_select(0, routed.token_P[group.rows])
             gate_up.backward_of_weights(group, d_both, x, low_gate_up, d_low, of_gate_up)
         dx_TH = None if dx_PH is None else elementwise.weighted_sum(dx_PH.tensor, routed.row_of_Tk, None)
-        return None, None, None, dx_TH, d_weights_Tk, *_flat([of_gate_up, of_down])
+        return None, None, None, None, dx_TH, d_weights_Tk, *_flat([of_gate_up, of_down])
 
 
 def _projections(
-    tensors: Sequence[torch.Tensor | None], adapters: dict[str, Adapter], routed: Routed
+    tensors: Sequence[torch.Tensor | None],
+    adapters: dict[str, Adapter],
+    shapes: dict[str, torch.Size],
+    routed: Routed,
 ) -> tuple[_Projection, _Projection]:
     """Gate-and-up, and down."""
     gate_up, down = (
-        _Projection(of_one, adapters.get(name), routed)
+        _Projection(of_one, adapters.get(name), shapes[name], routed)
         for name, of_one in zip(EXPERT_TARGETS, _from_flat(tensors), strict=True)
     )
     return gate_up, down

@@ -8,6 +8,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError
+from data.disk import nf4
 from data.disk.architecture import find_mixtral
 from data.disk.mixtral_files import load_mixtral
 from data.disk.weights import REMEDY, local_directory
@@ -15,6 +16,7 @@ from train.config.model import VOCABULARY, ModelConfig
 from train.config.train import TrainConfig
 from train.lora import split_experts
 from train.lora.attach import add_adapters
+from train.lora.quantised import quantise
 from train.model import attention, norm, recomputation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -28,9 +30,13 @@ def build(config: TrainConfig, device: torch.device | None = None) -> MixtralFor
     random bases and initial adapters, the same on every process.
 
     Raises:
-        UserError: there is no Mixtral at `model.path`.
+        UserError: there is no Mixtral at `model.path`, or it can't be quantised as `model.weights` says.
     """
     torch.manual_seed(config.seed)
+    quantised = config.model.weights == nf4.FORM
+    if quantised:
+        nf4.check_kernels("model.weights=nf4", device or torch.device("cpu"))
+        device = None  # until it is quantised the base may be larger than a GPU
     model = random_base(config.model) if config.model.path is None else pretrained(config.model, device)
     model.config.use_cache = False
     norm.replace(model)
@@ -39,6 +45,8 @@ def build(config: TrainConfig, device: torch.device | None = None) -> MixtralFor
     else:
         torch.manual_seed(config.seed)  # again: how many numbers loading draws depends on the ZeRO stage
         add_adapters(model, config.lora)
+    if quantised:
+        quantise(model, "model.weights=nf4")
     recomputation.enable(model, config.activation_checkpointing, dropout=config.lora.dropout)
     return model
 

@@ -12,7 +12,7 @@ from configs.program.errors import UserError
 from data.disk.files import replace_file
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
-from data.disk.plain_text import read_bytes
+from data.disk.plain_text import member, read_bytes
 from train.report.recorded import Recorded
 
 ANSWERS = "answers.json"
@@ -33,7 +33,7 @@ def ask(run: Recorded, prompts: str | None, *, new_tokens: int) -> list[dict[str
         UserError: the inference program refuses; its sentence is kept.
     """
     source = Path(prompts) if prompts else PROMPTS
-    base = (run.settings.get("model") or {}).get("path")
+    base = member(run.settings, "model").get("path")
     tuned: list[str] = []
     if (run.directory / "adapter").is_dir():
         tuned = [f"adapter={run.directory / 'adapter'}", f"base={base}"]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -11,9 +12,9 @@ from msgspec import Meta
 from omegaconf import OmegaConf
 
 from configs.program.errors import UserError
-from data.disk.formats.json_text import parse_json, shaped
-from data.disk.formats.regular import UnreadableError
-from data.disk.plain_text import LARGEST, parse_yaml, read_json, read_start
+from data.disk.formats.json_text import parse_json
+from data.disk.formats.regular import UnreadableError, read_regular
+from data.disk.plain_text import LARGEST, parse_yaml, read_start
 from train.config.train import TrainConfig
 
 METRICS, RECEIPT, CONFIG, LAUNCHES = "metrics.jsonl", "receipt.json", "config.yaml", "launches.jsonl"
@@ -51,10 +52,19 @@ class Moved(TypedDict):
     norms: list[Recordable]
 
 
+class Hardware(TypedDict):
+    """On what a run was launched."""
+
+    processes: int
+    device: str
+
+
 class Receipt(TypedDict):
     """What is relied on in a receipt."""
 
-    hardware: dict[str, Any]
+    started: str
+    written: str
+    hardware: Hardware
     dataset: dict[str, Any]
     experts_moved: NotRequired[list[Moved] | None]
 
@@ -72,6 +82,8 @@ class Recorded:
     """Of metrics.jsonl, in order; those that can't be read are left out."""
     launches: list[dict[str, Any]] = field(default_factory=list)
     """When the run was begun or gone on with, and after which step."""
+    damaged: list[str] = field(default_factory=list)
+    """What is there and was left out, and why, a line each."""
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """The steps and the values of a quantity; a value that is no number is NaN."""
@@ -112,24 +124,29 @@ def read_run(directory: Path) -> Recorded:
         raise UserError(
             f"run_dir={directory}: its {CONFIG} can't be read; give the directory of a whole run"
         ) from error
+    damaged: list[str] = []
     return Recorded(
         directory=directory,
-        receipt=_receipt(directory / RECEIPT),
+        receipt=part(directory / RECEIPT, Receipt, damaged) or {},
         settings={str(name): value for name, value in settings.items()} if isinstance(settings, dict) else {},
         lines=[
             {FORMER_NAMES.get(name, name): value for name, value in line.items()}
             for line in _lines(directory / METRICS, Line)
         ],
         launches=_lines(directory / LAUNCHES, Launch),
+        damaged=damaged,
     )
 
 
-def _receipt(path: Path) -> dict[str, Any]:
-    """Empty if there is none, or if it can't be what a run wrote."""
+def part(path: Path, shape: type[Any], damaged: list[str]) -> Any:
+    """What a JSON file holds; None if there is none, or if it is not of the shape, of which `damaged` gets a line."""
+    if not os.path.lexists(path):
+        return None
     try:
-        return dict(shaped(read_json(path), Receipt))
-    except UnreadableError:
-        return {}
+        return parse_json(read_regular(path, LARGEST), shape)
+    except UnreadableError as error:
+        damaged.append(f"{path} can't be read ({error})")
+        return None
 
 
 def _lines(path: Path, shape: type[Any]) -> list[dict[str, Any]]:

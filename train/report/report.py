@@ -2,10 +2,10 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from markupsafe import Markup
 
 from configs.program.console import console
@@ -14,16 +14,17 @@ from configs.program.page.charts import Line, Mark, heatmap, intervals, line_cha
 from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.files import replace_file
-from data.disk.formats.json_text import parse_json
-from data.disk.formats.regular import UnreadableError, read_regular
-from data.disk.plain_text import read_json
+from data.disk.formats.json_text import shaped
+from data.disk.formats.regular import UnreadableError
+from data.disk.plain_text import json_if_readable
 from data.prepared.layout import MANIFEST, SPLITS, open_split
 from data.prepared.report import example
 from data.prepared.selection import selected
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.report.answers import ANSWERS, ask
-from train.report.recorded import CONFIG, Recorded, changed_settings, number, read_run
+from train.report.recorded import CONFIG, Recorded, changed_settings, number, part, read_run
+from train.report.shapes import Answer, Dataset, Evaluation, Planned
 
 PAGE = "report.html"
 EXAMPLES = 3
@@ -39,26 +40,26 @@ def report(config: TrainConfig) -> None:
     run = read_run(Path(str(config.run_dir)))
     if config.answers:
         ask(run, config.prompts, new_tokens=config.answer_tokens)
-    path = write_report(run.directory)
+    path = write_report(run.directory, lambda line: console.print(line, soft_wrap=True, markup=False))
     console.print(f"Wrote {path}", soft_wrap=True)
 
 
-def write_report(directory: Path, *, with_examples: bool = True) -> Path:
+def write_report(
+    directory: Path, tell: Callable[[str], None] = lambda line: None, *, with_examples: bool = True
+) -> Path:
     """Writes `report.html` of what the run directory holds now; `with_examples` of the dataset's rows.
 
+    What is damaged is left out, and `tell` is called with a line that says what.
+
     Raises:
-        UserError: there is no run, what it recorded can't be shown, or the page can't be written.
+        UserError: there is no run, or the page can't be written.
     """
     run = read_run(directory)
+    page = render(Path(__file__).with_name("report.html.j2"), **content(run, with_examples=with_examples))
+    if run.damaged:
+        tell(f"Left out: {'; '.join(run.damaged)}")
     try:
-        page = render(Path(__file__).with_name("report.html.j2"), **content(run, with_examples=with_examples))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
-        raise UserError(
-            f"run_dir={directory}: what it recorded can't be shown ({one_line(error)}): a file in it is damaged; "
-            f"restore it, or take it away"
-        ) from error
-    try:
-        replace_file(directory / PAGE, [page.encode()])
+        replace_file(directory / PAGE, [page.encode("utf-8", "replace")])
     except OSError as error:
         raise UserError(
             f"run_dir={directory}: its {PAGE} can't be written ({error.strerror}); make room for it"
@@ -78,24 +79,43 @@ def try_report(directory: Path, *, with_examples: bool = True) -> None:
 
 
 def content(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
-    """The values of the page."""
-    evaluation = read_json(run.directory / "evaluation" / "results.json")
+    """The values of the page; `run.damaged` gets what could not be among them."""
+    parts: dict[str, Any] = {
+        name: _made(run, name, make, otherwise)
+        for name, make, otherwise in (
+            ("tiles", tiles, []),
+            ("charts", charts, []),
+            ("heatmaps", heatmaps, []),
+            ("timeline", when, Markup("")),
+            ("evaluation", scored, None),
+            ("plan", planned, None),
+        )
+    }
+    receipt = {k: v for k, v in run.receipt.items() if k != "experts_moved"}
     return {
         "name": run.directory.name,
         "run": run,
-        "tiles": tiles(run),
+        **parts,
         "changed": changed_settings(run.settings),
-        "charts": charts(run),
-        "heatmaps": heatmaps(run),
-        "timeline": when(run),
         "dataset": dataset(run, with_examples=with_examples),
-        "evaluation": scored(evaluation),
-        "answers": _list(run.directory / ANSWERS),
-        "plan": run.receipt.get("plan"),
-        "receipt": json.dumps(
-            {k: v for k, v in run.receipt.items() if k != "experts_moved"}, indent=1, ensure_ascii=False
-        ),
+        "answers": part(run.directory / ANSWERS, list[Answer], run.damaged) or [],
+        "receipt": json.dumps(receipt, indent=1, ensure_ascii=False),
     }
+
+
+def _made(run: Recorded, name: str, make: Callable[[Recorded], Any], otherwise: Any) -> Any:
+    """A part of the page; `otherwise` if the numbers that it is made of can't be a run's."""
+    try:
+        return make(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        run.damaged.append(f"{name} can't be shown ({one_line(error)})")
+        return otherwise
+
+
+def planned(run: Recorded) -> dict[str, Planned] | None:
+    """What the receipt says of the plan."""
+    plan: dict[str, Planned] | None = shaped(run.receipt.get("plan"), dict[str, Planned] | None)  # type: ignore[arg-type]
+    return plan
 
 
 def tiles(run: Recorded) -> list[tuple[str, str]]:
@@ -199,7 +219,12 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
     """The dataset's counts, and a few of its rows, if it is still the one of the run."""
     named = run.receipt.get("dataset") or {}
     path = Path(str(run.settings.get("dataset")))
-    manifest = read_json(path / MANIFEST, sha256=named.get("manifest_sha256"))
+    manifest = json_if_readable(path / MANIFEST, sha256=named.get("manifest_sha256"))
+    try:
+        shaped(manifest or None, Dataset | None)  # type: ignore[arg-type]
+    except UnreadableError as error:
+        run.damaged.append(f"{path / MANIFEST} is not as it was written ({error})")
+        manifest = {}
     found: dict[str, Any] = {"path": str(path), "manifest": manifest, "examples": []}
     if manifest and with_examples:
         try:
@@ -212,10 +237,10 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
     return found
 
 
-def scored(evaluation: dict[str, Any]) -> dict[str, Any] | None:
+def scored(run: Recorded) -> dict[str, Any] | None:
     """The evaluation beside the adapter, in percent, with the intervals of base and tuned model."""
-    tasks = evaluation.get("tasks")
-    if not isinstance(tasks, dict) or not tasks:
+    evaluation = part(run.directory / "evaluation" / "results.json", Evaluation, run.damaged)
+    if evaluation is None or not (tasks := evaluation["tasks"]):
         return None
     before = (evaluation.get("before") or {}).get("tasks", {})
     rows = []
@@ -232,10 +257,3 @@ def scored(evaluation: dict[str, Any]) -> dict[str, Any] | None:
         "has_base": bool(before),
         "questions": {name: scores["questions"] for name, scores in tasks.items()},
     }
-
-
-def _list(path: Path) -> list[dict[str, Any]]:
-    try:
-        return parse_json(read_regular(path), list[dict[str, Any]])
-    except UnreadableError:
-        return []

@@ -1,5 +1,6 @@
 """Work that training does not wait for: one thread does it, in order."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -12,7 +13,9 @@ training goes on as soon as they are copied; a whole model's 560 GB pass through
 class Background:
     """Runs jobs one after the other. After one has failed, the others are skipped until the error is taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, watched: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext) -> None:
+        """Starts the thread; each job is done within a `watched()`."""
+        self._watched = watched
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], int] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._waiting, self._bytes = 0, 0
@@ -48,7 +51,8 @@ class Background:
             job, size = item
             try:
                 if self._error is None:
-                    job()
+                    with self._watched():
+                        job()
             except Exception as error:
                 self._error = error
             del job, item  # what it held may be large

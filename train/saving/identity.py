@@ -145,6 +145,7 @@ class Inputs:
     def _base(self) -> dict[str, Any]:
         model = self._config.model
         base: dict[str, Any] = {"path": model.path, "revision": model.revision, "fingerprint": None, "files": {}}
+        base["weights"] = model.weights  # the fingerprint is of the files, whatever is made of them in memory
         with _reading():
             weights = self._weights
             if weights is not None:
@@ -221,7 +222,8 @@ def check(stored: Recorded, config: TrainConfig, hashes: dict[str, Any], *, fini
         start = f"lora.start={finished}/adapter" if config.lora.method == "lora" else f"model.path={finished}/model"
         return f"that run is finished; to train its result further, give {start} and a new run_dir, {remedy}"
 
-    before, now = dict(_leaves(stored["settings"])), dict(_leaves(stored_settings(config)))
+    before = {"model.weights": "bf16"} | dict(_leaves(stored["settings"]))  # older runs knew no other form
+    now = dict(_leaves(stored_settings(config)))
     for name, value in now.items():
         if name in before and before[name] != value and not _is_among(name, FREE) and not _is_among(name, despite):
             raise UserError(

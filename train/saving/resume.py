@@ -1,6 +1,7 @@
 """Where a run goes on: the newest whole checkpoint → engine, health, history."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,29 @@ def _check_rows(inputs: Inputs) -> None:
         raise UserError(problem)
 
 
-def find_checkpoint(directory: RunDirectory, record: Record, shapes: dict[str, tuple[int, ...]]) -> Checkpoint | None:
+def find_checkpoint(
+    directory: RunDirectory,
+    record: Record,
+    shapes: dict[str, tuple[int, ...]],
+    watched: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Checkpoint | None:
     """The newest checkpoint that is whole, on the main process; None if the run starts from the beginning; collective.
 
     Args:
         directory: of the run.
         record: of this launch.
         shapes: the full shape of each trained parameter, by name.
+        watched: what the main process reads within, see `Guard.disk`.
 
     Raises:
         UserError: there are checkpoints, and none can be used.
     """
-    return directory.on_main(lambda: _newest_whole(directory, record, shapes)) if directory.resumes else None
+
+    def find() -> Checkpoint:
+        with watched():
+            return _newest_whole(directory, record, shapes)
+
+    return directory.on_main(find) if directory.resumes else None
 
 
 def _newest_whole(directory: RunDirectory, record: Record, shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
@@ -132,8 +144,14 @@ def restore(
     if not directory.resumes:
         return None
     trainer = agree(found.trainer if found is not None else None)
+
+    def read(name: str, kind: str) -> torch.Tensor:
+        assert found is not None, "only the main process reads"
+        with engine.disk(found.path):
+            return found.read(name, kind)
+
     try:
-        engine.restore(found.read if found is not None else _no_files, trainer["optimizer_steps"], blank)
+        engine.restore(read, trainer["optimizer_steps"], blank)
     except DamagedError as error:
         raise UserError(
             f"run_dir={directory.path}: a checkpoint that was whole a moment ago is damaged ({error}); give the same "
@@ -141,8 +159,3 @@ def restore(
         ) from error
     health.restore(trainer["health"])
     return dict(trainer["metrics"])
-
-
-def _no_files(name: str, kind: str) -> torch.Tensor:
-    """Only the main process reads."""
-    raise AssertionError(name, kind)

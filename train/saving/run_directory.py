@@ -26,12 +26,13 @@ from data.disk.adapter_directory import RECEIPT
 from data.disk.files import lock, occupied, replace_file, sync
 from train.config.train import TrainConfig
 from train.engine.processes import Processes, agree
+from train.reporting.metrics import METRICS
 from train.saving import checkpoint
 
 CONFIG = "config.yaml"
 RESULTS = {"adapter", "model", RECEIPT, "expert_load.json", "expert_load.png"}
 """What only a run that came to its end has written."""
-REPORTS = {"metrics.jsonl", "launches.jsonl", "report.html", "answers.json", "trace.json.gz", "wandb", "evaluation"}
+REPORTS = {METRICS, "launches.jsonl", "report.html", "answers.json", "trace.json.gz", "wandb", "evaluation"}
 """What tells of the run; answers and evaluation come later, from commands of their own."""
 RUN_ENTRIES = {CONFIG, checkpoint.FOLDER} | REPORTS | RESULTS
 """All that a run directory holds; a directory with anything else in it is not replaced."""
@@ -161,8 +162,8 @@ def problem(path: Path, config: TrainConfig, dataset: Path) -> str | None:
     goes_on = config.resume == "auto" and config.task == "train" and not config.overwrite
     if goes_on and (RECEIPT in entries or checkpoint.paths(path)):
         # Nothing is replaced, whatever else the user keeps there.
-        is_sound = RECEIPT not in entries or (path / RECEIPT).is_file()
-        return None if is_sound else f"its {RECEIPT} is no regular file; take it away, or name another directory"
+        odd = next((name for name in (RECEIPT, METRICS) if name in entries and not (path / name).is_file()), None)
+        return f"its {odd} is no regular file; take it away, or name another directory" if odd else None
     if foreign := entries - RUN_ENTRIES:
         return f"{min(foreign)} is there, which no run writes; name another directory"
     if config.overwrite or (goes_on and not RESULTS & entries) or not entries:

@@ -41,7 +41,7 @@ class Saver:
         """Saves into `directory` what `engine`, `history`, `metrics` and `health` hold, as the run of `record`."""
         self._directory, self._record, self._engine = directory, record, engine
         self._history, self._metrics, self._health = history, metrics, health
-        self._background = Background() if engine.processes.is_main else None
+        self._background = Background(partial(engine.disk, directory.path)) if engine.processes.is_main else None
         self._name = result_name(record.config)
 
     def checkpoint(self, step: int) -> None:

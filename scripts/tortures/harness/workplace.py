@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -58,7 +59,10 @@ def workplace(options: argparse.Namespace) -> Iterator["Workplace"]:
 
 @dataclass
 class Workplace:
-    """A directory with a nano base, the prepared sample, and runs on them."""
+    """A directory with a nano base, the prepared sample, and runs on them.
+
+    Base, sample and the runs to compare with may be links: several places then share them.
+    """
 
     scratch: Path
     keep: bool = False
@@ -70,15 +74,21 @@ class Workplace:
     @property
     def base(self) -> Path:
         """A random nano Mixtral."""
-        return self.scratch / "base"
+        return (self.scratch / "base").resolve()
 
     @property
     def rows(self) -> Path:
         """The sample, prepared."""
-        return self.scratch / "rows"
+        return (self.scratch / "rows").resolve()
+
+    @property
+    def wholes(self) -> Path:
+        """The runs that nothing happens to."""
+        return (self.scratch / "wholes").resolve()
 
     def prepare(self) -> None:
-        """Makes base and rows."""
+        """Makes base and rows, and room for the runs to compare with."""
+        self.wholes.mkdir(exist_ok=True)
         if not self.base.exists():
             program = (
                 "import sys, torch; from train.config.model import *; from train.model import mixtral;"
@@ -122,11 +132,13 @@ class Workplace:
         return launch
 
     def reference(self, processes: int, **changed: str) -> Path:
-        """A run that nothing happens to; made once for the same settings."""
+        """A run that nothing happens to; made once for the same settings, whoever else wants it meanwhile."""
         name = "-".join(["whole", str(processes), *(f"{key}={value}" for key, value in sorted(changed.items()))])
-        run = self.scratch / re.sub(r"[^\w.-]", "_", name)
-        if not (run / "receipt.json").exists():
-            self.finish(run, processes, forked=not self.typed, **changed)
+        run = self.wholes / re.sub(r"[^\w.-]", "_", name)
+        with run.with_name(f"{run.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (run / "receipt.json").exists():
+                self.finish(run, processes, forked=not self.typed, **changed)
         return run
 
     def interrupted(self, name: str, step: int, processes: int = 1, **changed: str) -> Path:

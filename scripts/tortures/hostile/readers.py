@@ -276,7 +276,7 @@ READERS = (
         "generate: unfolded", STOCK, lambda: ask(adapter="in/stock", fold=False), ("in/base", "in/stock"), weight=15
     ),
     Reader(
-        "merge: base", (*BASE, "in/base/README.md"), merge, ("in/base", "in/adapter"), MERGED, prints=False, weight=25
+        "merge: base", (*BASE, "in/base/README.md"), merge, ("in/base", "in/adapter"), MERGED, prints=False, weight=12
     ),
     Reader(
         "merge: adapter",
@@ -285,7 +285,7 @@ READERS = (
         ("in/base", "in/adapter"),
         MERGED,
         prints=False,
-        weight=20,
+        weight=10,
     ),
     *(_of_prompts(f"prompts.{end}") for end in ("jsonl", "json", "jsonl.gz", "jsonl.zst", "parquet")),
     Reader(

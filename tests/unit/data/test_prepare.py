@@ -236,6 +236,11 @@ def test_too_many_rejects_stop_the_run(prepare: Callable[..., Any], out: Path, t
         (tmp_path / "out-rejects.jsonl").write_text(before)
         assert prepare("max_reject_fraction=0.05").exit_code == 2
         assert (tmp_path / "out-rejects.jsonl").read_text() == after
+    # A run that goes well takes the rejects of one that stopped away, and no other file.
+    for stale, stays in (('{"file": "x"}\n', False), ("{}\n", True)):
+        (tmp_path / "out-rejects.jsonl").write_text(stale)
+        assert prepare(f"seed={int(stays)}").exit_code == 0
+        assert (tmp_path / "out-rejects.jsonl").exists() is stays
 
 
 def test_share_of_rejects_exactly_at_the_limit_is_allowed(
@@ -443,7 +448,8 @@ def test_a_first_question_after_a_system_message_keeps_its_indentation(
     )
 
 
-def test_asking_for_what_is_prepared_imports_no_torch() -> None:
-    """It costs most of a second, and the answer needs none of it."""
-    code = "import sys, data.run; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(("module", "heavy"), [("data.prepare", ["torch"]), ("data.run", ["pyarrow", "jinja2"])])
+def test_what_is_not_needed_is_not_imported(module: str, heavy: list[str]) -> None:
+    """Torch costs most of a second, and neither settings nor what is prepared already need any of it."""
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0

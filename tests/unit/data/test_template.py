@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from configs.program.errors import UserError
 from data.export import BREAK
+from data.merges import merged
 from data.rows.conversion import to_conversation
 from data.rows.reading import RawRow
 from data.schema import IGNORE_INDEX, Conversation, Message
@@ -75,6 +76,7 @@ def test_no_piece_crosses_the_border_of_two_units() -> None:
 
 def test_units_are_forgotten_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.merges.CACHED_UNITS", 3)
+    merged.cache_clear()  # the units of the tests before this one
     forgetful = ChatTokenizer.load()
     text = "one two three four five six one two " * 5
     for _ in range(2):

@@ -50,6 +50,16 @@ def test_the_folded_model_is_the_trained_one(saved: tuple[Path, Path, torch.Tens
         torch.testing.assert_close(loaded.model(prompt()).logits.double(), logits, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_of_a_base_in_four_bits_is_taken_with_one_line(
+    saved: tuple[Path, Path, torch.Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, _ = saved
+    (adapter / "receipt.json").write_text(json.dumps({"base": {"weights": "nf4"}}))
+    load(asked(base, adapter))
+    said = [line for line in capfd.readouterr().err.splitlines() if "nf4" in line]
+    assert said == [f"inference: adapter={adapter}: it was trained on a base in nf4; here the base is in bf16"]
+
+
 def test_a_pickled_base_is_told_how_to_be_converted(saved: tuple[Path, Path, torch.Tensor]) -> None:
     base, adapter, _ = saved
     (base / "training_args.bin").touch()

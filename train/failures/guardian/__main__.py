@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from train.failures.guardian.channel import POSITION, Channel
+from train.failures.guardian.channel import PAGE_BYTES, Channel
 from train.failures.guardian.guardian import Guardian
 from train.failures.guardian.judge import Hub
 from train.failures.guardian.spoke import Spoke
@@ -21,7 +21,7 @@ def main() -> NoReturn:
         lines = trainer.receive()
     if lines is None:
         sys.exit()
-    page = mmap.mmap(page_fd, POSITION.size, access=mmap.ACCESS_READ)
+    page = mmap.mmap(page_fd, PAGE_BYTES, access=mmap.ACCESS_READ)
     role: Callable[..., Guardian] = Hub if lines[0]["rank"] == 0 else Spoke
     role(lines[0], trainer, page, socket.socket(fileno=socket_fd)).run()
 

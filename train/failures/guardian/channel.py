@@ -9,6 +9,12 @@ from typing import Any
 POSITION = struct.Struct("<qqd32s")
 """What the training process writes into the shared page: step, moves within the step, since when it is there, phase."""
 
+DISK = struct.Struct("<qd240s")
+"""After that, for the main thread and for another: the thread while it waits for a disk (0 if it doesn't), since when,
+and the end of the path."""
+
+PAGE_BYTES = POSITION.size + 2 * DISK.size
+
 JOIN_TIMEOUT = 30.0
 """How many seconds the hub waits for the others to connect, or `peer_timeout` if that is longer."""
 

@@ -22,9 +22,10 @@ import select
 import selectors
 import signal
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
-from train.failures.guardian.channel import PAUSE, POSITION, Channel, beat_interval
+from train.failures.guardian.channel import DISK, PAUSE, POSITION, Channel, beat_interval
 
 KILL_AFTER = 5.0
 """Seconds that a training process has to leave after the verdict; then it is killed."""
@@ -44,6 +45,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
+def progress(pid: int, thread: int) -> list[int]:
+    """Numbers that grow while a thread computes, reads or writes: processor time, page faults, bytes."""
+    grown: list[int] = []
+    with contextlib.suppress(OSError, ValueError, IndexError):  # the thread may have ended
+        task = Path(f"/proc/{pid}/task/{thread}")
+        after_name = (task / "stat").read_text().rpartition(")")[2].split()
+        grown += (int(after_name[field]) for field in (9, 11, 12))  # majflt, utime and stime of proc(5)
+        grown += (int(line.split()[1]) for line in (task / "io").read_text().splitlines()[:2])
+    return grown
+
+
 class Guardian:
     """What every guardian does: it watches its own process, and ends that process when there is a verdict."""
 
@@ -60,6 +72,8 @@ class Guardian:
         self.parting = False
         self.leaving = False
         self.gone = False
+        self.disk_waits: dict[int, tuple[object, float]] = {}
+        """For each of the page's threads, what it had got done when that last changed, and when that was."""
         self.selector = selectors.DefaultSelector()
         self.selector.register(trainer.reading, selectors.EVENT_READ, self.hear_trainer)
         self.now = self.trainer_heard = time.monotonic()
@@ -80,11 +94,13 @@ class Guardian:
                 if not self.trainer_lives():  # a child that it forked may hold the pipe open
                     self.trainer_gone()
                 self.trainer.send(beat=True)
+                self.watch_disk()
                 self.tick()
 
     def forgive(self, now: float) -> None:
         """Starts every wait anew."""
         self.trainer_heard = now
+        self.disk_waits.clear()
 
     def tick(self) -> None:
         """Is called once in each beat interval."""
@@ -103,7 +119,23 @@ class Guardian:
             "step": step,
             "moves": moves,
             "phase": phase.rstrip(b"\0").decode(errors="replace"),
+            "disk": next((path for thread, _, path in self.at_disk() if thread), ""),
         }
+
+    def at_disk(self) -> list[tuple[int, float, str]]:
+        """For each of the page's threads: its number (0 if it waits for no disk), since when, and for which path."""
+        found = [DISK.unpack_from(self.page, POSITION.size + slot * DISK.size) for slot in range(2)]
+        return [(thread, since, path.rstrip(b"\0").decode(errors="replace")) for thread, since, path in found]
+
+    def watch_disk(self) -> None:
+        """Reports a thread that waits for a disk and has got nothing done for `disk_timeout`."""
+        for slot, (thread, since, path) in enumerate(self.at_disk()):
+            done = (thread, since, progress(self.setup["pid"], thread))
+            before, when = self.disk_waits.get(slot, (None, self.now))
+            if not thread or done != before:
+                self.disk_waits[slot] = (done, self.now)
+            elif self.now - when > self.setup["disk_timeout"] and not self.parting:
+                self.report(hung=path)
 
     def hear_trainer(self) -> None:
         """Takes what the training process says."""

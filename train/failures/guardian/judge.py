@@ -41,6 +41,8 @@ class Member:
     step: int = 0
     moves: int = 0
     phase: str = "starting"
+    disk: str = ""
+    """The path for which it waits for a disk, if it does."""
     done: bool = False
 
     @property
@@ -67,6 +69,7 @@ class Hub(Guardian):
         super().__init__(setup, trainer, page)
         self.count: int = setup["count"]
         self.stall_timeout: float = setup["stall_timeout"]
+        self.disk_timeout: float = setup["disk_timeout"]
         self.listener = listener
         self.strangers: dict[socket.socket, float] = {}
         self.started = self.now
@@ -153,12 +156,15 @@ class Hub(Guardian):
     def hear(self, member: Member, line: dict[str, Any]) -> None:
         """Takes in how a process is, and what happened to it."""
         member.heard = self.now
-        for name in ("silent", "standing", "step", "moves", "phase"):
+        for name in ("silent", "standing", "step", "moves", "phase", "disk"):
             setattr(member, name, line[name])
         if "died" in line:
             # A process that is not its child has no exit code for it.
             whether = "the kernel's log there says whether memory ran out"
             self.conclude([member], f"process {member.rank} died in {member.position}; {whether}")
+        if "hung" in line:
+            waited = f"process {member.rank} has waited for a disk for {duration(self.disk_timeout)} ({line['hung']})"
+            self.conclude([], f"{waited}; it was last in {member.position}")
         if "left" in line:
             reason = f"process {member.rank} left in {member.position}: {line['left']}"
             self.conclude([member], reason, line["code"])
@@ -194,7 +200,8 @@ class Hub(Guardian):
         silent = [member for member in watched if ages[member.rank] > self.peer_timeout - 2 * self.interval]
         first = max(silent, key=lambda member: ages[member.rank])
         answers = self.now - first.heard < PAUSE * self.interval
-        cause = "stopped, or stuck outside Python" if answers else "its machine or the network is gone"
+        stuck = f"waiting for a disk: {first.disk}" if first.disk else "stopped, or stuck outside Python"
+        cause = stuck if answers else "its machine or the network is gone"
         silence = f"not been heard of for {duration(self.peer_timeout)} ({cause})"
         ranks = sorted(member.rank for member in silent)
         last = "it" if len(ranks) == 1 else f"process {first.rank}"

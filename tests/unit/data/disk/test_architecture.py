@@ -183,6 +183,11 @@ UNFIT = {
     "odd": ({"head_dim": 7}, "head_dim: 7 is odd"),
     "labels": ({"label2id": {"x": "y"}}, "label2id"),
     "rope": ({"rope_parameters": 5}, "rope_parameters: expected"),
+    "theta": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "I64"}},
+        "rope_parameters.rope_theta: expected",
+    ),
+    "factors": ({"rope_scaling": {"rope_type": "longrope", "long_factor": 5}}, "rope_scaling.long_factor: expected"),
 }
 
 

@@ -45,7 +45,7 @@ def by_the_library(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]] 
                 )
                 for name, part in parts.items()
             }
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, TypeError):  # the last from torch, for a size that 64 bits do not hold
         return None
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs.program.errors import UserError
 from data.card import Story, read_story
-from data.disk.plain_text import parse_yaml, plain, read_json
+from data.disk.plain_text import json_if_readable, parse_yaml, plain
 from inference.merging.card import write_card
 from inference.merging.merge import merge
 from tests.unit.inference.merging.test_merge import make
@@ -31,7 +31,7 @@ def story_of(top: Path, card: str | bytes | None = None, **beside: Any) -> Story
         (top / "base" / "README.md").write_bytes(card.encode() if isinstance(card, str) else card)
     for name, content in beside.items():
         (top / "adapter" / name.replace("__", ".")).write_text(content)
-    return read_story(top / "base", top / "adapter", SETTINGS, read_json(top / "adapter" / "receipt.json"))
+    return read_story(top / "base", top / "adapter", SETTINGS, json_if_readable(top / "adapter" / "receipt.json"))
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,9 @@ def test_json_is_read_within_bounds(tmp_path: Path) -> None:
         ('{"a": ' + "[" * 500 + "]" * 500 + "}", {}),
     ]:
         path.write_text(text)
-        assert read_json(path) == (json.loads(text) if expected is None else expected)
+        assert json_if_readable(path) == (json.loads(text) if expected is None else expected)
     path.write_text(" " * (17 << 20) + "{}")
-    assert read_json(path) == {}
+    assert json_if_readable(path) == {}
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,65 @@ def test_a_stall_names_who_is_behind(start: Start) -> None:
     assert f"train: nothing has moved for 3 s: {behind}; " in ends[0][1]
 
 
+READS = """
+def read(path):
+    with guard.disk(path), open(path, "rb", buffering=0) as pipe:
+        while pipe.read(1):
+            pass
+"""
+"""Reads a pipe, where one waits in the kernel as for a disk that hangs."""
+
+
+@pytest.mark.parametrize(
+    "thread",
+    [
+        "read({path!r})",
+        "threading.Thread(target=read, args=({path!r},), daemon=True).start()",
+    ],
+    ids=["the main thread", "the thread that saves"],
+)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_disk_that_hangs_ends_the_run_and_is_named(start: Start, tmp_path: Path, victim: int, thread: str) -> None:
+    path = tmp_path / "checkpoint"
+    os.mkfifo(path)
+    run = start(2, disk_timeout=3)
+    for trainer in run.trainers:
+        trainer.do("guard.at(7, 'saving')")
+    run.trainers[victim].do(f"exec({READS!r}, globals())")
+    run.trainers[victim].tell(thread.format(path=str(path)))
+    ends = run.ends()
+    assert [code for code, _ in ends] == [EXIT_PEER_LOST] * 2
+    where = f"it was last in step 7 (saving) on {os.uname().nodename}"
+    said = f"train: process {victim} has waited for a disk for 3 s ({path}); {where}; launch it again"
+    assert ends[0][1].startswith(said)
+
+
+def test_a_disk_that_is_slow_ends_nothing(start: Start, tmp_path: Path) -> None:
+    """It takes three times the bound, in which a byte comes now and then."""
+    path = tmp_path / "checkpoint"
+    os.mkfifo(path)
+    run = start(2, disk_timeout=3)
+    run.trainers[1].do(f"exec({READS!r}, globals())")
+    run.trainers[1].do(f"threading.Thread(target=read, args=({str(path)!r},), daemon=True).start()")
+    with path.open("wb", buffering=0) as pipe:
+        for _ in range(9):
+            time.sleep(1)
+            pipe.write(b".")
+            run.trainers[0].do("guard.at(8, 'forward')")
+        for trainer in run.trainers:
+            trainer.tell("guard.done() or leave()")
+        assert run.ends() == [(0, ""), (0, "")]
+
+
+def test_a_disk_that_hangs_while_nothing_else_can_run_is_named_too(start: Start, tmp_path: Path) -> None:
+    """A page of a mapped file is waited for with Python's lock held: the process looks like a stopped one."""
+    run = start(2, peer_timeout=3)
+    run.trainers[1].do(f"globals().update(held=guard.disk({str(tmp_path)!r})) or held.__enter__()")
+    run.trainers[1].kill(signal.SIGSTOP)
+    assert f"has not been heard of for 3 s (waiting for a disk: {tmp_path})" in run.trainers[0].end()[1]
+    run.ends()
+
+
 def test_a_handler_of_an_error_learns_the_verdict(start: Start) -> None:
     run = start(3)
     assert run.trainers[0].do("guard.verdict_within(0.1)") is None

@@ -55,6 +55,7 @@ def test_a_run_that_knew_checkpointing_as_true_or_false_goes_on(
         ({"optim": OptimConfig(lr=1.0)}, "optim.lr"),
         ({"optim": OptimConfig(betas=[0.9, 0.99])}, "optim.betas"),
         ({"deepspeed": DeepSpeedConfig(stage=2)}, "deepspeed.stage"),
+        ({"model": ModelConfig(weights="nf4")}, "model.weights"),
     ],
 )
 def test_a_setting_that_differs_is_named_and_can_be_let_through(
@@ -66,6 +67,17 @@ def test_a_setting_that_differs_is_named_and_can_be_let_through(
     assert directory(
         dataset, processes, interrupted, **changed, resume_despite=[field.split(".", maxsplit=1)[0]]
     ).resumes
+
+
+def test_a_run_that_knew_no_four_bits_had_a_base_in_16(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    run, record = launch(dataset, processes, tmp_path / "run")
+    model = {name: value for name, value in record.settings["model"].items() if name != "weights"}
+    checkpointed(run, record, 7, model=model)
+    assert directory(dataset, processes, run.path).resumes
+    with pytest.raises(UserError, match=r"^model\.weights=nf4: the run that is there was started with bf16"):
+        directory(dataset, processes, run.path, model=ModelConfig(weights="nf4"))
 
 
 def test_what_decides_the_rows_can_not_be_let_through(

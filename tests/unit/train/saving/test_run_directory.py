@@ -88,6 +88,15 @@ def test_a_receipt_that_is_no_file_is_refused(dataset: PreparedDataset, processe
         directory(dataset, processes, place)
 
 
+def test_metrics_that_are_no_file_are_refused_before_the_run_goes_on(
+    interrupted: Path, dataset: PreparedDataset, processes: Processes
+) -> None:
+    (interrupted / "metrics.jsonl").unlink(missing_ok=True)
+    (interrupted / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"its metrics\.jsonl is no regular file"):
+        directory(dataset, processes, interrupted)
+
+
 def test_what_a_user_keeps_beside_a_run_hinders_nothing_that_replaces_nothing(
     interrupted: Path, dataset: PreparedDataset, processes: Processes
 ) -> None:

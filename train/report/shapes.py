@@ -1,0 +1,86 @@
+"""What the report relies on in files that others wrote: an evaluation, answers, a plan, a dataset's manifest."""
+
+from typing import Annotated, NotRequired, TypedDict
+
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Score(TypedDict):
+    """The score of a task."""
+
+    score: Share
+    standard_error: Share
+    questions: Count
+
+
+class Difference(TypedDict):
+    """Of two shares, with its standard error."""
+
+    value: Annotated[float, Meta(ge=-1, le=1)]
+    error: Share
+
+
+class Pair(TypedDict):
+    """A task's answers before and after, compared question by question."""
+
+    difference: Difference
+    won: Count
+    lost: Count
+    p_holm: Share
+
+
+class Before(TypedDict):
+    """The scores of the base."""
+
+    tasks: dict[str, Score]
+
+
+class Comparison(TypedDict):
+    """Of both models, by task."""
+
+    tasks: dict[str, Pair]
+
+
+class Evaluation(TypedDict):
+    """`evaluation/results.json`."""
+
+    tasks: dict[str, Score]
+    before: NotRequired[Before | None]
+    comparison: NotRequired[Comparison | None]
+
+
+class Answer(TypedDict):
+    """What was asked, and what both models answered."""
+
+    prompt: str
+    base: NotRequired[str | None]
+    tuned: NotRequired[str | None]
+
+
+class Planned(TypedDict):
+    """A quantity as it was planned, and as it came."""
+
+    planned: float | str | None
+    measured: float | str | None
+
+
+Rows = TypedDict("Rows", {"in": Count, "kept": Count})
+
+
+class Split(TypedDict):
+    """What is trained on."""
+
+    packed_rows: Count
+    tokens: Count
+    supervised_tokens: Count
+
+
+class Dataset(TypedDict):
+    """A manifest, of any layout."""
+
+    rows: Rows
+    train: Split
+    seq_len: Count
