@@ -7,10 +7,11 @@ from pathlib import Path
 
 from configs.program.checks import ABOVE_0, between, choice, positive, share
 from configs.program.errors import UserError
+from data.stages.leaderboard import HUB_TASKS
 
 TASKS = ("generate", "chat", "batch", "evaluate", "merge")
 
-SCORED = ("arc", "hellaswag", "mmlu", "truthfulqa", "winogrande", "gsm8k")
+SCORED = tuple(HUB_TASKS)
 """The tasks of the card's table."""
 
 SMALLEST_TEMPERATURE = 1e-6

@@ -96,10 +96,10 @@ def on_the_hub(scores: list[Score]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             task_name="Text Generation",
-            dataset_type=score.task.dataset,
+            dataset_type=score.task.hub.dataset,
             dataset_name=f"{score.task.title} ({score.task.shots}-shot)",
-            dataset_config=score.task.config,
-            dataset_split=score.task.scored[0],
+            dataset_config=score.task.hub.config,
+            dataset_split=score.task.hub.split,
             dataset_args={"num_few_shot": score.task.shots},
             metric_type=METRICS[score.task.metric][0],
             metric_name=METRICS[score.task.metric][1],

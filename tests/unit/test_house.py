@@ -95,7 +95,7 @@ MAY_IMPORT = {
         "data",
         "configs.program",
     ),
-    "inference.evaluation.leaderboard": ("data.rows", "data.disk", "configs.program"),
+    "inference.evaluation.leaderboard": ("data.rows", "data.stages.leaderboard", "data.disk", "configs.program"),
     "inference.merging": (
         "inference.load",
         "inference.adapter",
