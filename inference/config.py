@@ -204,7 +204,7 @@ class InferenceConfig:
         between("seed", self.seed, 0, 2**32 - 1, f"it must be from 0 to {2**32 - 1}; give for example 0")
         for text in self.stop:
             if not isinstance(text, str):  # OmegaConf lets a dictionary pass
-                raise UserError(f"stop={text}: that is no string; give a list of strings, as in 'stop=[END]'")
+                raise UserError(f"stop={text}: it is not a string; give a list of strings, as in 'stop=[END]'")
             if not text:
                 raise UserError("stop=: an empty string would end every answer at once; leave it out")
             check_utf8("stop", text)

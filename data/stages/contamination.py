@@ -50,7 +50,7 @@ UNIT = regex.compile(
 )
 """An ideograph or kana, a letter of a script that only dictionaries divide, or a word."""
 UNIT_OF_ASCII = re.compile(r"[a-z0-9]+")
-"""The same where a text is ASCII, several times faster."""
+"""The same for a text in ASCII, several times faster."""
 IS_KANA, IS_LETTER = regex.compile(r"[\p{Hiragana}\p{Katakana}ー]"), regex.compile(UNDIVIDED)
 STANDS_ALONE = regex.compile(rf"[{ALONE}{UNDIVIDED}]")
 IGNORABLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")

@@ -44,13 +44,13 @@ class Plan:
     chosen: list[int]
     """Which questions have choices."""
     sequences: list[list[Scored]]
-    """Of each of these."""
+    """The sequences of each of these, one for each choice."""
     groups: list[tuple[int, ...]]
     """Which of these are answered together."""
     written: list[int]
     """Which questions are answered in words."""
     prompts: list["array[int]"]
-    """Of each of these."""
+    """The ids that the answer to each of these starts from."""
 
 
 def plan_of(questions: list[Question], tokenizer: ChatTokenizer, config: InferenceConfig, longest: int) -> Plan:

@@ -74,9 +74,9 @@ class PackedSequences:
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    """Of each id within its own sequence."""
+    """The position of each id within its own sequence."""
     paths: list[list[int]] = field(default_factory=list)
-    """Of each sequence, where its inputs lie in the row."""
+    """For each sequence, the indices of its inputs in the row."""
     sequences: list[Scored] = field(default_factory=list)
 
     def add(self, sequences: Sequence[Scored]) -> None:
@@ -98,7 +98,7 @@ class PackedSequences:
         for path in self.paths:
             if not path or path[-1] < end:  # nothing but what others have
                 continue
-            own = [place for place in path if place >= end]
+            own = [index for index in path if index >= end]
             before = path[: len(path) - len(own)]
             mask[own[0] : own[-1] + 1, before] = True
             mask[own[0] : own[-1] + 1, own[0] : own[-1] + 1] = torch.ones(len(own), len(own), dtype=torch.bool).tril()
@@ -133,7 +133,7 @@ def groups_of(sequences: Sequence[Sequence[Scored]], max_tokens: int) -> list[tu
     """Which questions are answered together: as many as fit `max_tokens` ids; a longer one is alone.
 
     Args:
-        sequences: of each question its own.
+        sequences: those of each question.
         max_tokens: ids that one forward reads.
     """
     groups: list[tuple[int, ...]] = []

@@ -28,7 +28,7 @@ class Task:
     hub: HubTask
     """Where the hub keeps its rows; `hub.split` is scored."""
     commit: str
-    """Of the hub's dataset."""
+    """The commit of the hub's dataset."""
     file: str
     """How the name of the scored split's file begins in `folder`."""
     examples: str | None
@@ -132,7 +132,7 @@ TASKS = {
 
 CARD_AVERAGE, CARD_AVERAGE_ERROR = 65.27, 0.48
 SUBJECTS = 57
-"""Of MMLU, whose score is the mean over subjects, each counting the same."""
+"""Subjects of MMLU, whose score is the mean over them, each counting the same."""
 
 GSM8K_STOPS = (":", "Question:", "Question")
 GSM8K_TOKENS = 256

@@ -55,7 +55,7 @@ class Reader:
     """How often it is drawn."""
 
 
-def build(place: Path) -> None:
+def build(directory: Path) -> None:
     """Makes all that is read, sound."""
     from peft import LoraConfig, get_peft_model
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -63,29 +63,29 @@ def build(place: Path) -> None:
     from data.template import ChatTokenizer
 
     rows = [json.loads(line) for line in (ROOT / "data/sample/general.jsonl").read_text().splitlines()[:ROWS_OF_A_FILE]]
-    _rows(place / "in", rows)
+    _rows(directory / "in", rows)
     import torch
 
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**SMALL))
     for name, size in (("base", "5GB"), ("sharded", "1MB")):
-        model.save_pretrained(place / "in" / name, max_shard_size=size)
-        ChatTokenizer.load().save(place / "in" / name)
-    (place / "in/base/README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\n---\n# A base\n")
-    (place / "in/pieces").mkdir()
-    shutil.copy(place / "in/base/tokenizer.model", place / "in/pieces")
+        model.save_pretrained(directory / "in" / name, max_shard_size=size)
+        ChatTokenizer.load().save(directory / "in" / name)
+    (directory / "in/base/README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\n---\n# A base\n")
+    (directory / "in/pieces").mkdir()
+    shutil.copy(directory / "in/base/tokenizer.model", directory / "in/pieces")
     prepare(files=["in/rows/rows.jsonl"], output="out/prepared")
     shutil.copytree("out/prepared", "in/prepared")
     _train("model.path=in/base", "dataset=in/prepared", "run_dir=out/run")
     shutil.copytree("out/run/adapter", "in/adapter")
     torch.manual_seed(1)
     stock = get_peft_model(
-        MixtralForCausalLM.from_pretrained(place / "in/base", trust_remote_code=False),
+        MixtralForCausalLM.from_pretrained(directory / "in/base", trust_remote_code=False),
         LoraConfig(r=2, target_modules="model.*(q|v)_proj", rank_pattern={"v_proj": 1}, init_lora_weights=False),
     )
-    stock.save_pretrained(place / "in/stock")
+    stock.save_pretrained(directory / "in/stock")
     tokens = {"tokens_per_expert": [[5, 7]]}
-    (place / "in/expert_load.json").write_text(json.dumps(tokens))
+    (directory / "in/expert_load.json").write_text(json.dumps(tokens))
     _interrupt(Path("in/prompts/prompts.jsonl"))
 
 
@@ -360,18 +360,18 @@ READERS = (
 )
 
 
-def seal(damaged: Path, place: Path) -> bool:
-    """Renews the hash of a damaged file where one is kept, as whoever meant harm would; whether there is one."""
-    for folder in damaged.relative_to(place).parents:
-        manifest = place / folder / "manifest.json"
+def seal(damaged: Path, directory: Path) -> bool:
+    """Renews the hash that is kept of a damaged file, as whoever meant harm would; returns whether one is kept."""
+    for folder in damaged.relative_to(directory).parents:
+        manifest = directory / folder / "manifest.json"
         if not manifest.is_file() or damaged == manifest or not damaged.is_file() or damaged.is_symlink():
             continue
-        name = str(damaged.relative_to(place / folder))
+        name = str(damaged.relative_to(directory / folder))
         held = json.loads(manifest.read_text())
         if "digest" in held:
             from scripts.tortures.damage import seal as seal_checkpoint
 
-            seal_checkpoint(place / folder, name)
+            seal_checkpoint(directory / folder, name)
         else:
             held["files"][name] = {"bytes": damaged.stat().st_size, "sha256": sha256(damaged)}
             manifest.write_text(json.dumps(held))
@@ -379,8 +379,8 @@ def seal(damaged: Path, place: Path) -> bool:
     return False
 
 
-def made(reader: Reader, place: Path) -> dict[str, str]:
+def made(reader: Reader, directory: Path) -> dict[str, str]:
     """The hashes of what a try made, and of what it printed."""
-    found = {name: sha256(place / name) for name in reader.makes if (place / name).is_file()}
-    printed = place.with_name(f"{place.name}.out")
+    found = {name: sha256(directory / name) for name in reader.makes if (directory / name).is_file()}
+    printed = directory.with_name(f"{directory.name}.out")
     return found | ({"stdout": hashlib.sha256(printed.read_bytes()).hexdigest()} if reader.prints else {})
