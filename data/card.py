@@ -1,11 +1,12 @@
 """What a model card says of base, data, recipe and prompt format, as others recorded it; and the card of an adapter."""
 
+import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from data.disk.adapter_directory import PER_EXPERT, RECEIPT, TRAIN_CONFIG, public
 from data.disk.plain_text import json_if_readable, member, parse_yaml, plain, read_bytes, read_start
@@ -24,6 +25,9 @@ NO_LICENCE = (None, "", "~", "null", "none")
 
 MOST_SOURCES = 50
 """Files and datasets of the data that the card names one by one."""
+
+SEAL = "\n<!-- openhermes-mixtral {} -->\n"
+"""The last line of a card, with the SHA-256 of what stands before it; no page shows it."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -104,29 +108,60 @@ def write_adapter_card(directory: Path, name: str, settings: dict[str, Any], tra
         settings: its adapter_config.json.
         training: its receipt.
     """
-    base = member(training, "base")
-    path, revision = base.get("path"), base.get("revision")
+    path = member(training, "base").get("path")
     local = Path(path) if path and Path(path).is_dir() else None
     story = read_story(local, directory, settings, training)
-    called = str(public(path)) if path else None
-    head = ModelCardData(
-        license=story.licence,
-        base_model=None if local else called,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["mixtral", "lora"],
-    )
-    snippet = ADAPTER_SNIPPET.format(base=called or "path/to/the/base")
-    sections = {
-        "Use": f"```python\n{snippet}```\n" + _which(directory),
-        "Prompt format": PROMPT_FORMAT,
-        "Base": describe_base(called or "Random weights", revision, base.get("fingerprint")),
-        "Data": story.data,
-        "Recipe": story.recipe,
-        "Licence": licence_section(story.licence),
-    }
-    introduction = "Low-rank adapters for a Mixtral, trained with OpenHermes-Mixtral.\n"
-    write(directory, head, name, introduction, sections)
+    card = AdapterCard(directory=directory, name=name, settings=settings, training=training, story=story, base=path)
+    (directory / CARD).write_bytes(card.text().encode("utf-8", "replace"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterCard:
+    """The card of an adapter."""
+
+    directory: Path
+    name: str
+    settings: dict[str, Any]
+    """Its adapter_config.json."""
+    training: dict[str, Any]
+    """Its receipt; empty if training left none."""
+    story: Story
+    base: str | None
+    """The base's directory or hub id."""
+    licence: str | None = None
+    """Overrides the base's."""
+    evaluation: str | None = None
+    """The section on its scores."""
+    results: list[EvalResult] = field(default_factory=list)
+    """The same for the hub."""
+
+    def text(self) -> str:
+        """All of it."""
+        recorded = member(self.training, "base")
+        called = str(public(self.base)) if self.base else None
+        licence = self.licence or self.story.licence
+        head = ModelCardData(
+            license=licence,
+            base_model=called if called and HUB_ID.fullmatch(called) and not Path(str(self.base)).is_dir() else None,
+            library_name="peft",
+            pipeline_tag="text-generation",
+            tags=["mixtral", "lora"],
+            model_name=self.name if self.results else None,  # which stands with results alone
+            eval_results=self.results or None,
+        )
+        snippet = ADAPTER_SNIPPET.format(base=called or "path/to/the/base")
+        base = called or ("Random weights" if "path" in recorded else "Not recorded")
+        sections = {
+            "Use": f"```python\n{snippet}```\n" + _which(self.directory),
+            **({"Prompt format": PROMPT_FORMAT} if self.training else {}),
+            "Base": describe_base(base, recorded.get("revision"), recorded.get("fingerprint")),
+            "Data": self.story.data,
+            "Recipe": self.story.recipe,
+            **({"Evaluation": self.evaluation} if self.evaluation else {}),
+            "Licence": licence_section(licence),
+        }
+        by = ", trained with OpenHermes-Mixtral" if self.training else ""
+        return composed(head, self.name, f"Low-rank adapters for a Mixtral{by}.\n", sections)
 
 
 def _which(directory: Path) -> str:
@@ -134,11 +169,22 @@ def _which(directory: Path) -> str:
     return APART if directory.name == PER_EXPERT else TOGETHER if (directory / PER_EXPERT).is_dir() else ""
 
 
-def write(directory: Path, head: ModelCardData, name: str, introduction: str, sections: dict[str, str]) -> None:
-    """Writes README.md: the head as YAML, and sections of text by their titles."""
+def composed(head: ModelCardData, name: str, introduction: str, sections: dict[str, str]) -> str:
+    """A card: the head as YAML, sections of text by their titles, and the seal by which `is_untouched` knows it."""
     body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     card = f"---\n{head.to_yaml()}\n---\n\n# {name}\n\n{introduction}\n{body}"
-    (directory / CARD).write_bytes(card.encode("utf-8", "replace"))  # a directory's name may be no UTF-8
+    return card + SEAL.format(_digest(card.encode("utf-8", "replace")))
+
+
+def is_untouched(path: Path) -> bool:
+    """Whether a file is a card that this project wrote and nobody has edited."""
+    content = read_bytes(path) or b""
+    written = content[: -len(SEAL.format(_digest(b"")))]
+    return content == written + SEAL.format(_digest(written)).encode()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def describe_base(name: str, revision: str | None, fingerprint: str | None) -> str:

@@ -64,7 +64,7 @@ class Message:
     role: Role
     content: str
     masked: bool = False
-    """Of a reply: it is context, and not trained. What others say never is."""
+    """Whether a reply is context and not trained. What others say is never trained."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@
     chat/        a conversation in the terminal
     batch/       a file of prompts → a file of answers, which goes on after a kill
     evaluation/  the model card's table, before and after training
+    card/        model cards, of an adapter and of a merged checkpoint
     merging/     base and adapter → one checkpoint, verified
 
 May import data and configs.program; never train. `run.py` alone reaches into the rooms, by their names.

@@ -99,13 +99,8 @@ class Adapter:
 
     @property
     def receipt(self) -> dict[str, Any]:
-        """What training recorded beside the adapter; empty if there is no receipt.
-
-        Raises:
-            UserError: there is one that can't be read: nobody could tell whether the base is the right one.
-        """
-        path, remedy = self.directory / RECEIPT, "give the adapter as it was written, or take the receipt away"
-        return dict(read_json(path, Receipt, f"adapter={self.directory}", remedy)) if path.exists() else {}
+        """As `read_receipt` returns it."""
+        return read_receipt(self.directory)
 
     @property
     def trained_on(self) -> str | None:
@@ -221,6 +216,16 @@ def add_product(weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, scaling:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all of its numbers are finite; makes no copy of them."""
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def read_receipt(directory: Path) -> dict[str, Any]:
+    """What training recorded beside the adapter; empty if there is no receipt.
+
+    Raises:
+        UserError: there is one that can't be read: nobody could tell whether the base is the right one.
+    """
+    path, remedy = directory / RECEIPT, "give the adapter as it was written, or take the receipt away"
+    return dict(read_json(path, Receipt, f"adapter={directory}", remedy)) if path.exists() else {}
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from configs.program.checks import ABOVE_0, between, choice, positive, share
 from configs.program.errors import UserError
+from data.stages.leaderboard import HUB_TASKS
 
-TASKS = ("generate", "chat", "batch", "evaluate", "merge")
+TASKS = ("generate", "chat", "batch", "evaluate", "merge", "card")
 
-SCORED = ("arc", "hellaswag", "mmlu", "truthfulqa", "winogrande", "gsm8k")
+SCORED = tuple(HUB_TASKS)
 """The tasks of the card's table."""
 
 SMALLEST_TEMPERATURE = 1e-6
@@ -23,7 +24,8 @@ class InferenceConfig:
 
     task: str = "generate"
     """`generate` streams one answer to stdout, `chat` holds a conversation in the terminal, `batch` answers the rows of
-    a file, `evaluate` scores the tasks of the model card's table, `merge` writes base and adapter as one checkpoint."""
+    a file, `evaluate` scores the tasks of the model card's table, `merge` writes base and adapter as one checkpoint,
+    `card` the model card of an adapter."""
 
     # The model
 
@@ -112,7 +114,7 @@ class InferenceConfig:
     of its schemas or with a `prompt`, and with an `id` if it has one."""
     output: str | None = None
     """For `batch` the file of answers, for `merge` the directory of the model, for `evaluate` the directory of the
-    result; unset, `evaluation` beside the adapter."""
+    result; unset, `evaluation` beside the adapter. For `card` the file; unset, README.md in the adapter's directory."""
     overwrite: bool = False
     """Replaces an output that is there already."""
     batch_size: int = 16
@@ -121,7 +123,7 @@ class InferenceConfig:
     """`continuous` is transformers' continuous batching, which takes in the next prompt as soon as one has ended;
     `padded` answers prompts of similar length together until all have ended, and after a kill it samples the same."""
     licence: str | None = None
-    """For `merge`: the licence in the model card, an SPDX identifier; unset, the one of the base's model card."""
+    """For `merge` and `card`: the licence in the model card, an SPDX identifier; unset, the one of the base's card."""
     verify: bool = True
     """For `merge`: compares what was written with base and adapter before the output takes its name."""
 
@@ -137,6 +139,8 @@ class InferenceConfig:
             raise UserError("input: there are no prompts; give for example input=prompts.jsonl")
         if self.task == "merge" and self.adapter is None:
             raise UserError("adapter: there is nothing to merge; give adapter=runs/…/adapter")
+        if self.task == "card" and self.adapter is None:
+            raise UserError("adapter: there is nothing to write a card for; give adapter=runs/…/adapter")
         if self.task == "merge" and self.dtype != "auto":
             raise UserError(f"dtype={self.dtype}: a merged model has the dtype of the base's files; leave it out")
         for name, text in (("prompt", self.prompt), ("system", self.system or "")):
@@ -200,7 +204,7 @@ class InferenceConfig:
         between("seed", self.seed, 0, 2**32 - 1, f"it must be from 0 to {2**32 - 1}; give for example 0")
         for text in self.stop:
             if not isinstance(text, str):  # OmegaConf lets a dictionary pass
-                raise UserError(f"stop={text}: that is no string; give a list of strings, as in 'stop=[END]'")
+                raise UserError(f"stop={text}: it is not a string; give a list of strings, as in 'stop=[END]'")
             if not text:
                 raise UserError("stop=: an empty string would end every answer at once; leave it out")
             check_utf8("stop", text)

@@ -125,20 +125,20 @@ def find_base(config: InferenceConfig) -> Base:
                 f"base: the adapter {config.adapter} names no base model; give it, as in base=path/to/model"
             )
         revision, named = revision or settings.get("revision"), f"base: the adapter names {source}"
-        source = _find_named(source, adapter)
+        source = find_named(source, adapter)
     if (Path(source) / CONFIG).is_file():
         raise UserError(f"{named}: it is an adapter; give it as adapter={source}")
     revision, architecture = find_mixtral(source, revision, named)
     return Base(source, revision, named, architecture, adapter)
 
 
-def _find_named(source: str, adapter: Path) -> str:
+def find_named(source: str, adapter: Path) -> str:
     """The directory that an adapter calls by this name, as it was called when it was trained: from here, by the path in
     its receipt, or from a directory above it. What is no directory is a hub id."""
     path = member(json_if_readable(adapter / RECEIPT), "base").get("path")
     noted = [Path(path)] if isinstance(path, str) and public(path) == source else []
     above = (parent / source for parent in adapter.resolve().parents)
-    return next((str(place) for place in (Path(source), *noted, *above) if place.is_dir()), source)
+    return next((str(path) for path in (Path(source), *noted, *above) if path.is_dir()), source)
 
 
 def find_adapter(config: InferenceConfig, base: Base) -> Adapter:

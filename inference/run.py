@@ -15,6 +15,7 @@ FUNCTIONS = {
     "chat": ("inference.chat.chat", "chat"),
     "batch": ("inference.batch.batch", "batch"),
     "evaluate": ("inference.evaluation.evaluate", "evaluate"),
+    "card": ("inference.card.card", "card"),
     "merge": ("inference.merging.merge", "merge"),
 }
 """The module and the function of each task."""

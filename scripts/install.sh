@@ -36,7 +36,7 @@ install() { # install EXTRA: the packages of pyproject.toml with that extra ("" 
         die "Python's header files are needed to compile DeepSpeed's op and $python lacks them; install them, for example with: apt install python3-dev"
 
     # What is installed is remembered by the hash of what asks for it. An environment holds absolute paths, so one that
-    # was made elsewhere (the checkout was moved) is made anew.
+    # was made elsewhere (the checkout was moved) is made again.
     wanted="$({ cat pyproject.toml constraints.txt && pwd; } | sha256sum | cut -d' ' -f1)"
     if ! { grep -qsx "$wanted:${extra:-run}" .venv/installed && .venv/bin/python -c '' 2>/dev/null; }; then
         say "Installing packages into .venv (once; several minutes, and gigabytes if torch comes with CUDA)"

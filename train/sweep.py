@@ -69,13 +69,13 @@ def check(jobs: list[Job[TrainConfig]]) -> None:
                 "run_dir: with --multirun each job needs one of its own; name in it what differs, such as "
                 "run_dir='runs/${optim.lr}'"
             )
-        place = Path(run_dir).resolve()
-        if place in taken:
+        path = Path(run_dir).resolve()
+        if path in taken:
             raise UserError(
-                f"run_dir={run_dir}: two jobs ({taken[place]}; {_named(job)}) would use it; name in it all that "
+                f"run_dir={run_dir}: two jobs ({taken[path]}; {_named(job)}) would use it; name in it all that "
                 f"differs, such as run_dir='runs/${{optim.lr}}'"
             )
-        taken[place] = _named(job)
+        taken[path] = _named(job)
 
 
 class Runner:

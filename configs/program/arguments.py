@@ -38,14 +38,14 @@ class Readable(NamedTuple):
 
     arguments: list[str]
     entries: dict[str, dict[str, str]]
-    """Of dictionaries with names that Hydra can't read: the setting's dotted name → its entries."""
+    """Dictionaries with names that Hydra can't read: the setting's dotted name → its entries."""
 
 
 def readable(arguments: Iterable[str], schema: type) -> Readable:
     """The arguments, with every name quoted that Hydra would not take as it stands.
 
     Raises:
-        UserError: a list or dictionary is none, or a name begins with `~/`, which would make a directory called `~`.
+        UserError: a list or dictionary can't be read, or a name begins with `~/`, which would make a directory `~`.
     """
     arguments = list(arguments)
     settings = settings_of_text(schema)

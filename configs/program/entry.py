@@ -55,7 +55,7 @@ def run(
 ) -> None:
     """Composes `configs/{config_name}.yaml` and `sys.argv`, and calls `main` with the result.
 
-    `texts` names settings that hold a person's words: their values are taken from the command line as they stand, where
+    `texts` names settings that hold a person's words: their values are taken from the command line as they stand, while
     Hydra would read commas, brackets and `${…}` as grammar. `sweep` does the jobs of `--multirun` and gives the exit
     code; without it the program refuses that.
 

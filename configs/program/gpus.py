@@ -54,7 +54,7 @@ def _may_use_one(devices: Path) -> bool:
 def take_device() -> int:
     """The CUDA device of this process; from now on LOCAL_RANK names it, because DeepSpeed reads it from there.
 
-    It has the process's number on its machine. Where a scheduler has bound one GPU to each task, that is all that the
+    It has the process's number on its machine. If a scheduler has bound one GPU to each task, that is all that the
     task sees, and it has the number 0.
 
     Raises:

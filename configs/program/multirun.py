@@ -32,7 +32,7 @@ class Job(Generic[Config]):
     arguments: list[str]
     """Behind `python -m {program}`."""
     swept: dict[str, str]
-    """Of the settings that differ between the jobs its values, as Hydra writes them."""
+    """Its values of the settings that differ between the jobs, as Hydra writes them."""
     config: Config
 
 
@@ -46,7 +46,7 @@ def jobs(asked: argparse.Namespace, config_path: Path, config_name: str) -> Iter
     not resolved.
 
     Raises:
-        UserError: a sweep is none over listed values.
+        UserError: a sweep is not over listed values.
         HydraException: the settings are refused.
     """
     given = {flag: value for flag in FLAGS if (value := getattr(asked, flag)) is not None}

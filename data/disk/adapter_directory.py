@@ -91,7 +91,8 @@ MOST_NAMES, LONGEST_PATTERN = 10_000, 4096
 """How many names or patterns a setting may have, and their characters: PEFT compares each with every module."""
 
 MOST_SECONDS = 10.0
-"""Of a processor, that PEFT may take to find what a configuration targets; a pattern can make it try for ever."""
+"""Seconds of processor time that PEFT may take to find what a configuration targets; a pattern can keep it busy
+for ever."""
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 """What an adapter's tensors may be stored as."""

@@ -96,7 +96,7 @@ def staging(output: Path, *, setting: str) -> Iterator[Path]:
                 os.close(descriptor)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{setting}={output}: it can't be written ({reason}); choose a writable place") from error
+        raise UserError(f"{setting}={output}: it can't be written ({reason}); choose a writable directory") from error
 
 
 def take_place(directory: Path, output: Path) -> None:
@@ -183,7 +183,7 @@ def open_alone(path: Path, *, setting: str) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise UserError(f"{setting}: {path} can't be written ({error.strerror}); name a writable place") from error
+        raise UserError(f"{setting}: {path} can't be written ({error.strerror}); name one that can be") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UserError(f"{setting}: {path} is no regular file; remove it, or name another")

@@ -104,9 +104,7 @@ def _not_answered(error: Exception, repository: Commit) -> tuple[type[UserError]
         what = f"{at} can't be asked ({one_line(error)}); check HF_ENDPOINT and the proxy"
     elif isinstance(error, OSError) and error.errno is not None:
         cache = constants.HF_HUB_CACHE
-        what = (
-            f"the cache {cache} can't be written ({error.strerror}); make room there, or set HF_HOME to another place"
-        )
+        what = f"the cache {cache} can't be written ({error.strerror}); make room there, or point HF_HOME elsewhere"
     elif isinstance(error, ValueError):
         what = f"the hub's client refuses it ({one_line(error)}); check the name and the revision"
     else:

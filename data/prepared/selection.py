@@ -79,7 +79,7 @@ def _first(rows: list[ShownRow], wanted: int, *, spread: bool) -> list[ShownRow]
 
 
 def _made_of(directory: Path, tables: dict[str, pa.Table], where: str, places: Places) -> Iterator[ShownRow]:
-    """The rows with what was made of the row at a place, each conversation once."""
+    """The rows with what was made of that raw row, each conversation once."""
     rows = places.rows_at(where, "where")
     seen = set()
     for split, table in tables.items():

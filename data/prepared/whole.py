@@ -109,7 +109,7 @@ def rejects(directory: Path) -> Iterator[Rejected]:
     """The rows that could not be used.
 
     Raises:
-        UserError: a line is none of these.
+        UserError: a line has another form.
     """
     with (directory / REJECTS).open("rb") as file:
         for number, line in enumerate(file, start=1):

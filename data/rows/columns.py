@@ -61,7 +61,7 @@ PAIRS = ((("instruction", *PROMPTS), (*REPLIES, *ANSWERS)), (("human", "user"), 
 """Fields of what holds both a prompt and its reply: named by what they are, or by who speaks."""
 
 CHOSEN = "chosen"
-"""Of the two replies that preference data holds for a prompt, the better one."""
+"""The better one of the two replies that preference data holds for a prompt."""
 
 MOST_NAMES = 12
 """Fields that a sentence lists at most."""
@@ -248,7 +248,7 @@ def _first(names: Iterable[str], there: Container[str]) -> str | None:
 
 
 def no_row(row: dict[str, Any]) -> str:
-    """Why a row is none, if it is a part of a conversation, or more than one."""
+    """Why a row is no conversation, if it is a part of one, or more than one."""
     if is_turn(row):
         return "it is a single message; put those that belong together into one row, as a list of messages"
     texts = [name for name, value in row.items() if name not in HARMLESS and says_something(value)]

@@ -266,7 +266,7 @@ class Converter:
     # Fields
 
     def _role(self, turns: list[Any], index: int, field: str) -> Role:
-        """As whom somebody speaks who isn't called by one of the usual names in lower case."""
+        """The role of a speaker who isn't called by one of the usual names in lower case."""
         turn = turns[index]
         speaker = turn.get(self._speaker)
         if speaker is None:

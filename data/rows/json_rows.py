@@ -50,7 +50,7 @@ def row_texts(name: str, file: BinaryIO, *, known_lines: bool) -> tuple[str, Tex
     """
     beginning, line = _after_blanks(file)
     beginning += file.read(max(0, BLOCK - len(beginning)))
-    layout, place = _layout(beginning, known_lines=known_lines)
+    layout, offset = _layout(beginning, known_lines=known_lines)
     if layout == "none":
         raise UserError(
             f"files={name}: it is not JSON; give a JSON array of rows, one JSON object per line (JSONL), or Parquet"
@@ -58,7 +58,7 @@ def row_texts(name: str, file: BinaryIO, *, known_lines: bool) -> tuple[str, Tex
     if layout == "lines":
         return "line", _lines(beginning, file, line)
     rows = JsonRows(name, beginning, file)
-    texts = rows.array() if layout == "array" else rows.objects() if layout == "objects" else rows.below(place)
+    texts = rows.array() if layout == "array" else rows.objects() if layout == "objects" else rows.below(offset)
     return "row", enumerate(texts)
 
 
@@ -77,7 +77,7 @@ def _after_blanks(file: BinaryIO) -> tuple[bytes, int]:
 
 
 def _layout(beginning: bytes, *, known_lines: bool) -> tuple[str, int]:
-    """How rows are laid out: lines, array, objects, below (a name, at this place), or none."""
+    """How rows are laid out: lines, array, objects, below (a name, at this offset), or none."""
     text = beginning.decode("utf-8", errors="replace")
     if not text:
         return "lines", 0
@@ -108,8 +108,8 @@ def _is_array(text: str, end: int | None, *, known_lines: bool) -> bool:
 
 def _list_below(text: str) -> int | None:
     """Where the list of rows stands in an object that holds them below one of the usual names, None if it does not."""
-    place = 0
-    while (key_starts := _spaces(text, place + 1)) < len(text) and text[key_starts] == '"':
+    offset = 0
+    while (key_starts := _spaces(text, offset + 1)) < len(text) and text[key_starts] == '"':
         if (key_ends := _end_of_value(text, key_starts)) is None:
             return None
         colon = _spaces(text, key_ends)
@@ -123,8 +123,8 @@ def _list_below(text: str) -> int | None:
                 return value
         if (value_ends := _end_of_value(text, value)) is None:
             return None
-        place = _spaces(text, value_ends)
-        if text[place : place + 1] != ",":
+        offset = _spaces(text, value_ends)
+        if text[offset : offset + 1] != ",":
             return None
     return None
 
@@ -138,15 +138,15 @@ _scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
 """Only the ends of values matter here; numbers stay unread, as some are too long to be read."""
 
 
-def _end_of_value(text: str, place: int) -> int | None:
+def _end_of_value(text: str, offset: int) -> int | None:
     try:
-        return _scan(text, place)[1]
+        return _scan(text, offset)[1]
     except (ValueError, RecursionError):
         return None
 
 
-def _spaces(text: str, place: int) -> int:
-    spaces = SPACES.match(text, place)
+def _spaces(text: str, offset: int) -> int:
+    spaces = SPACES.match(text, offset)
     assert spaces is not None  # it matches nothing as well
     return spaces.end()
 
@@ -201,7 +201,7 @@ class JsonRows:
         """`beginning` was read already; the rest is in `file`."""
         self._name, self._file = name, file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self._text, self._place, self._at_end = "", 0, False
+        self._text, self._offset, self._at_end = "", 0, False
         self._item = 0
         self._grow(beginning)
 
@@ -225,18 +225,18 @@ class JsonRows:
             yield self._text_of_item()
             self._item += 1
             if self._next_character() == ",":
-                self._place += 1
+                self._offset += 1
         if sign:
             raise self._broken("no object follows")
 
-    def below(self, place: int) -> Iterator[str]:
-        """The items of the array that begins at this place of the text, in an object that has no other list.
+    def below(self, offset: int) -> Iterator[str]:
+        """The items of the array that begins at this offset of the text, in an object that has no other list.
 
         Raises:
             UserError: the object is not whole, or has another list of objects.
         """
-        head = self._text[:place]
-        self._place = place
+        head = self._text[:offset]
+        self._offset = offset
         yield from self._items()
         self._grow(self._file.read(LONGEST_ROW))
         try:
@@ -256,49 +256,49 @@ class JsonRows:
     def _items(self) -> Iterator[str]:
         opening = self._next_character()
         assert opening == "["
-        self._place += 1
+        self._offset += 1
         separator = "]" if self._next_character() == "]" else ","
         if separator == "]":
-            self._place += 1
+            self._offset += 1
         while separator == ",":
             self._next_character()
             yield self._text_of_item()
             separator = self._next_character()
             if separator not in (",", "]"):
                 raise self._broken("no comma follows")
-            self._place += 1
+            self._offset += 1
             self._item += 1
 
     def _text_of_item(self) -> str:
         while True:
             try:
-                _, end = _scan(self._text, self._place)
+                _, end = _scan(self._text, self._offset)
             except RecursionError as error:
                 raise self._broken("it is nested too deeply") from error
             except ValueError as error:
-                if self._at_end or len(self._text) - self._place > LONGEST_ROW:
+                if self._at_end or len(self._text) - self._offset > LONGEST_ROW:
                     raise self._broken("it can't be parsed") from error
             else:
                 # What closes itself is whole. Of a number what follows says so: it may go on, as 0 does in 0.5.
-                if self._at_end or self._text[self._place] in CLOSED or self._text[end : end + 1] in AFTER_ITEM:
-                    start, self._place = self._place, end
+                if self._at_end or self._text[self._offset] in CLOSED or self._text[end : end + 1] in AFTER_ITEM:
+                    start, self._offset = self._offset, end
                     return self._text[start:end]
-                if len(self._text) - self._place > LONGEST_ROW:
+                if len(self._text) - self._offset > LONGEST_ROW:
                     raise self._broken("no comma follows")
             # Each time as much again, so that a long item is parsed in vain a few times and no more.
-            self._grow(self._file.read(max(BLOCK, len(self._text) - self._place)))
+            self._grow(self._file.read(max(BLOCK, len(self._text) - self._offset)))
 
     def _next_character(self) -> str:
         """The next character that is no space, not consumed; empty at the end of the file."""
         while True:
-            self._place = _spaces(self._text, self._place)
-            if self._place < len(self._text) or self._at_end:
-                return self._text[self._place : self._place + 1]
+            self._offset = _spaces(self._text, self._offset)
+            if self._offset < len(self._text) or self._at_end:
+                return self._text[self._offset : self._offset + 1]
             self._grow(self._file.read(BLOCK))
 
     def _grow(self, data: bytes) -> None:
         try:
-            self._text, self._place = self._text[self._place :] + self._decode(data, not data), 0
+            self._text, self._offset = self._text[self._offset :] + self._decode(data, not data), 0
         except UnicodeDecodeError as error:
             raise self._broken("it is not UTF-8 text") from error
         self._at_end = not data

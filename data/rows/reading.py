@@ -66,7 +66,7 @@ class Reject:
     reason: str
     detail: str
     kept: dict[str, Any] | None = None
-    """Of a duplicate: the file, and the line or row, of the one that was kept."""
+    """For a duplicate, the file and the line or row of the one that was kept."""
     settings: Settings = field(default_factory=dict)
     """Those with which the row could be used, if there are any."""
 
@@ -190,7 +190,7 @@ def read_file(name: str) -> Iterator[Chunk]:
     """The rows of a file: JSON in any layout, Parquet, Arrow, CSV or TSV, plain or compressed, by what is in it.
 
     Raises:
-        UserError: the file is none of them, or damaged.
+        UserError: the file has another format, or is damaged.
     """
     try:
         file, kind = opened(name)

@@ -232,7 +232,7 @@ class Config:
     """A config of a repository."""
 
     patterns: dict[str, list[str]] | None
-    """Of each split; None if the names of the files decide."""
+    """The files of each split; None if the names of the files decide."""
     folder: str = ""
     """Where its files are."""
     is_default: bool = False

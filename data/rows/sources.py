@@ -23,7 +23,7 @@ class Source:
     description: dict[str, Any]
     """What the manifest says of it; the same if the contents are the same."""
     files: tuple[DataFile, ...] = ()
-    """Of a dataset, the files with its rows, in their order; empty before it is fetched."""
+    """The files with a dataset's rows, in their order; empty before it is fetched."""
     repository: hub.Repository | None = None
     """Where a hub keeps it."""
     limit: int | None = None

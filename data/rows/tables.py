@@ -81,7 +81,7 @@ def arrow_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
 
 
 def _in_reach(name: str, file: BinaryIO) -> pa.NativeFile:
-    """The file so that any place of it can be read: mapped, or in memory if it is packed."""
+    """The file so that any part of it can be read: mapped, or in memory if it is packed."""
     if isinstance(getattr(file, "raw", None), io.FileIO):
         return pa.memory_map(name)
     if len(content := read_at_most(file, LARGEST_UNPACKED + 1)) > LARGEST_UNPACKED:

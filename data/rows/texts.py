@@ -107,7 +107,7 @@ def is_transcript(value: Any) -> bool:
 
 
 def turns_of(text: str) -> list[tuple[str, str]] | None:
-    """Who says what in a transcript; what stands before the first turn is the system's. None if it is none.
+    """Who says what in a transcript; what stands before the first turn is the system's. None if it is no transcript.
 
     An empty turn at the end, which waits for somebody to speak, is left out.
     """

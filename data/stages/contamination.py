@@ -35,6 +35,7 @@ from data.rows.reading import RawRow
 from data.rows.repository import DataFile, Wanted, fetched, kind_of
 from data.rows.sources import files_of
 from data.schema import Conversation
+from data.stages.leaderboard import HUB_TASKS
 
 GRAM = 13
 """Words of a sequence that must not be shared."""
@@ -49,7 +50,7 @@ UNIT = regex.compile(
 )
 """An ideograph or kana, a letter of a script that only dictionaries divide, or a word."""
 UNIT_OF_ASCII = re.compile(r"[a-z0-9]+")
-"""The same where a text is ASCII, several times faster."""
+"""The same for a text in ASCII, several times faster."""
 IS_KANA, IS_LETTER = regex.compile(r"[\p{Hiragana}\p{Katakana}ー]"), regex.compile(UNDIVIDED)
 STANDS_ALONE = regex.compile(rf"[{ALONE}{UNDIVIDED}]")
 IGNORABLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
@@ -61,27 +62,6 @@ LARGEST = 512 << 20
 FACTOR = 0x9E3779B97F4A7C15
 INVERSE = pow(FACTOR, -1, 1 << 64)
 """An odd factor makes the position of a word count; its powers wrap at 64 bits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Where the hub keeps a task of the Open LLM Leaderboard, and the columns with its texts."""
-
-    dataset: str
-    name: str | None
-    split: str
-    columns: tuple[str, ...]
-
-
-# The splits that the leaderboard scores, as in lm-evaluation-harness.
-TASKS = {
-    "arc": Task("allenai/ai2_arc", "ARC-Challenge", "test", ("question",)),
-    "hellaswag": Task("Rowan/hellaswag", None, "validation", ("ctx", "endings")),
-    "mmlu": Task("cais/mmlu", "all", "test", ("question", "choices")),
-    "truthfulqa": Task("truthfulqa/truthful_qa", "generation", "validation", ("question", "best_answer")),
-    "winogrande": Task("allenai/winogrande", "winogrande_xl", "validation", ("sentence",)),
-    "gsm8k": Task("openai/gsm8k", "main", "test", ("question", "answer")),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +125,13 @@ def describe_evaluations(names: list[str]) -> list[dict[str, Any]]:
     """
     descriptions: list[dict[str, Any]] = []
     for name in names:
-        if name in TASKS:
-            dataset = TASKS[name].dataset
+        if name in HUB_TASKS:
+            dataset = HUB_TASKS[name].dataset
             descriptions.append({"task": name, "dataset": dataset, "commit": _hub_of(name, None).commit})
         elif not glob.has_magic(name) and not Path(name).exists():
             raise UserError(
                 f"contamination={name}: there is no such file, relative to {Path.cwd()}, and no such task; it is a "
-                f"file, or one of {', '.join(TASKS)}"
+                f"file, or one of {', '.join(HUB_TASKS)}"
             )
         else:
             files = files_of("contamination", name)
@@ -172,7 +152,7 @@ def load_evaluations(descriptions: list[dict[str, Any]]) -> Evaluations | None:
         if not len(grams[-1]):
             raise UserError(
                 f"contamination={told.get('task') or told['file']}: nothing in it is {GRAM} words long, so nothing "
-                f"would be found; name a file with whole questions, or one of {', '.join(TASKS)}"
+                f"would be found; name a file with whole questions, or one of {', '.join(HUB_TASKS)}"
             )
     return Evaluations(np.unique(np.concatenate(grams))) if grams else None
 
@@ -232,13 +212,13 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 def _hub_of(name: str, commit: str | None) -> hub.Repository:
     """Where the hub keeps a task, at this commit or else at the one of now."""
-    return hub.find("dataset", TASKS[name].dataset, commit, f"contamination={name}")
+    return hub.find("dataset", HUB_TASKS[name].dataset, commit, f"contamination={name}")
 
 
 def _texts_of_task(name: str, commit: str) -> Iterator[str]:
-    task, named = TASKS[name], f"contamination={name}"
+    task, named = HUB_TASKS[name], f"contamination={name}"
     wanted = Wanted(
-        config=task.name,
+        config=task.config,
         split=task.split,
         named=named,
         config_setting=f"{named}, config",

@@ -32,7 +32,7 @@ def refuse_foreign(output: Path, files: list[str]) -> None:
     try:
         there = occupied(output, map(Path, files), deep=True)
     except OSError as error:
-        raise UserError(f"output={output}: it is no place ({one_line(error)}); choose another directory") from error
+        raise UserError(f"output={output}: it can't be a directory ({one_line(error)}); choose another") from error
     if there.needed:
         raise UserError(f"output={output}: it holds the working directory or an input; choose a directory of its own")
     if not there:

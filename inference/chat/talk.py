@@ -64,7 +64,7 @@ class Talk:
         self._answer([*self.answered, asked])
 
     def retry(self) -> None:
-        """Answers the last message anew; without a word of a new answer, the old one stays.
+        """Answers the last message again; without a word of a new answer, the old one stays.
 
         Raises:
             UserError: there is none.
@@ -83,9 +83,9 @@ class Talk:
         """
         if not self.turns:
             raise UserError("/undo: nothing was said yet; say something first")
-        place = (len(self.turns) - 1) // 2 * 2
-        text = self.turns[place].content
-        self.turns = self.turns[:place]
+        index = (len(self.turns) - 1) // 2 * 2
+        text = self.turns[index].content
+        self.turns = self.turns[:index]
         return text
 
     def begin(self, system: str | None, turns: list[Message]) -> None:
@@ -174,9 +174,9 @@ def fit(
     starts = range(0, len(turns), 2)
     if needed(0) <= max_tokens:  # nearly always
         return Conversation((*head, *turns)), 0
-    place = bisect_left(starts, True, key=lambda first: needed(first) <= max_tokens)
-    if place == len(starts):
+    index = bisect_left(starts, True, key=lambda first: needed(first) <= max_tokens)
+    if index == len(starts):
         raise UserError(
             f"prompt: it takes {needed(starts[-1])} tokens, and the context has room for {max_tokens}; shorten it"
         )
-    return Conversation((*head, *turns[starts[place] :])), place
+    return Conversation((*head, *turns[starts[index] :])), index

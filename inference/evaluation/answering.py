@@ -1,5 +1,6 @@
-"""Questions → the model's answers, unit by unit, and what each is worth."""
+"""Questions → ids, once for all models that are asked; a model's answers, unit by unit, and what each is worth."""
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from configs.program.errors import UserError
-from data.template import BOS
+from data.template import BOS, ChatTokenizer
 from inference.config import InferenceConfig
 from inference.evaluation.journal import Journal
 from inference.evaluation.leaderboard.questions import Question, final_number
 from inference.evaluation.leaderboard.tasks import GSM8K_STOPS, GSM8K_TOKENS, TASKS
 from inference.evaluation.scoring import log_likelihoods
-from inference.evaluation.sequences import context_ids, key_of, sequences_of, units_of
-from inference.generate import Ending, context, generate_rows
+from inference.evaluation.sequences import Scored, context_ids, groups_of, key_of, sequences_of, unit_of
+from inference.generate import Ending, generate_rows
 from inference.load import Loaded
 
 
@@ -35,50 +36,98 @@ def before_context(config: InferenceConfig, task: str) -> bool:
     return config.bos == "always" or (config.bos == "leaderboard" and task == "gsm8k")
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Questions as a model reads them: encoded and grouped once, for as many models as are asked."""
+
+    questions: list[Question]
+    chosen: list[int]
+    """Which questions have choices."""
+    sequences: list[list[Scored]]
+    """The sequences of each of these, one for each choice."""
+    groups: list[tuple[int, ...]]
+    """Which of these are answered together."""
+    written: list[int]
+    """Which questions are answered in words."""
+    prompts: list["array[int]"]
+    """The ids that the answer to each of these starts from."""
+
+
+def plan_of(questions: list[Question], tokenizer: ChatTokenizer, config: InferenceConfig, longest: int) -> Plan:
+    """Encodes questions, and decides which are answered together.
+
+    Args:
+        questions: all that are asked.
+        tokenizer: of the model.
+        config: the settings.
+        longest: ids of the model's context; of a longer question the beginning is left out, as the leaderboard did.
+
+    Raises:
+        UserError: the context has no room for an answer.
+    """
+    chosen = [number for number, question in enumerate(questions) if question.choices]
+    written = [number for number, question in enumerate(questions) if not question.choices]
+    sequences = [
+        sequences_of(
+            questions[number],
+            tokenizer,
+            bos=before_context(config, questions[number].task),
+            chat=config.chat,
+            longest=longest,
+        )
+        for number in chosen
+    ]
+    prompts = _prompts([questions[number] for number in written], tokenizer, config, longest - GSM8K_TOKENS)
+    return Plan(questions, chosen, sequences, groups_of(sequences, config.max_tokens), written, prompts)
+
+
+def _prompts(
+    questions: list[Question], tokenizer: ChatTokenizer, config: InferenceConfig, room: int
+) -> list["array[int]"]:
+    """The ids that each answer starts from, at most `room` of them."""
+    if questions and room < 1:
+        raise UserError(
+            f"tasks=gsm8k: an answer may take {GSM8K_TOKENS} tokens, and the model's context is {room + GSM8K_TOKENS}; "
+            f"leave it out"
+        )
+    prompts = []
+    for question in questions:
+        bos = before_context(config, question.task)
+        ids = context_ids(question.prompt, tokenizer, bos=bos, chat=config.chat)
+        has_bos = ids[0] == BOS
+        prompts.append(ids if len(ids) <= room else ids[:has_bos] + ids[len(ids) - room + has_bos :])
+    return prompts
+
+
 def answer_all(
-    loaded: Loaded,
-    config: InferenceConfig,
-    questions: list[Question],
-    journal: Journal,
-    advance: Callable[[int], None],
+    loaded: Loaded, config: InferenceConfig, plan: Plan, journal: Journal, advance: Callable[[int], None]
 ) -> list[Answered]:
     """The answers to all questions, in their order; those in the journal are not asked again.
 
     `advance` is told of questions as they are answered.
     """
-    chosen = [number for number, question in enumerate(questions) if question.choices]
-    written = [number for number, question in enumerate(questions) if not question.choices]
     answers: dict[int, Answered] = {}
-    for number, likelihoods in _choices(loaded, config, [questions[n] for n in chosen], journal, advance):
-        question = questions[chosen[number]]
-        answers[chosen[number]] = Answered(question, choice_score(question, likelihoods), tuple(likelihoods))
-    for number, text in _texts(loaded, config, [questions[n] for n in written], journal, advance):
-        question = questions[written[number]]
-        answers[written[number]] = Answered(question, float(final_number(text) == question.gold), text=text)
-    return [answers[number] for number in range(len(questions))]
+    for number, likelihoods in _choices(loaded, plan, journal, advance):
+        question = plan.questions[number]
+        answers[number] = Answered(question, choice_score(question, likelihoods), tuple(likelihoods))
+    for number, text in _texts(loaded, config, plan, journal, advance):
+        question = plan.questions[number]
+        answers[number] = Answered(question, float(final_number(text) == question.gold), text=text)
+    return [answers[number] for number in range(len(plan.questions))]
 
 
 def _choices(
-    loaded: Loaded, config: InferenceConfig, questions: list[Question], journal: Journal, advance: Callable[[int], None]
+    loaded: Loaded, plan: Plan, journal: Journal, advance: Callable[[int], None]
 ) -> list[tuple[int, list[float]]]:
     """The log-likelihoods of each question's choices, by the question's number."""
-    sequences = [
-        sequences_of(
-            question,
-            loaded.tokenizer,
-            bos=before_context(config, question.task),
-            chat=config.chat,
-            longest=context(loaded),
-        )
-        for question in questions
-    ]
     found: list[tuple[int, list[float]]] = []
-    for unit in units_of(sequences, config.max_tokens):
+    for numbers in plan.groups:
+        unit = unit_of(numbers, plan.sequences)
         if unit.key not in journal:
             journal.append(unit.key, [each.total for each in log_likelihoods(loaded.model, unit.packed)])
         totals = iter(journal[unit.key])
-        found += [(number, [next(totals) for _ in sequences[number]]) for number in unit.numbers]
-        advance(len(unit.numbers))
+        found += [(plan.chosen[number], [next(totals) for _ in plan.sequences[number]]) for number in numbers]
+        advance(len(numbers))
     return found
 
 
@@ -102,34 +151,22 @@ def choice_score(question: Question, likelihoods: list[float]) -> float:
 
 
 def _texts(
-    loaded: Loaded, config: InferenceConfig, questions: list[Question], journal: Journal, advance: Callable[[int], None]
+    loaded: Loaded, config: InferenceConfig, plan: Plan, journal: Journal, advance: Callable[[int], None]
 ) -> list[tuple[int, str]]:
     """What is generated for each question, by the question's number; prompts of like length together."""
     asked = replace(config, stop=list(GSM8K_STOPS), markers="keep", max_new_tokens=GSM8K_TOKENS, temperature=0.0)
     ending = Ending(loaded.tokenizer, asked)
-    room = context(loaded) - GSM8K_TOKENS
-    if questions and room < 1:
-        raise UserError(
-            f"tasks=gsm8k: an answer may take {GSM8K_TOKENS} tokens, and the model's context is {context(loaded)}; "
-            f"leave it out"
-        )
-    prompts = []
-    for question in questions:
-        bos = before_context(config, question.task)
-        ids = context_ids(question.prompt, loaded.tokenizer, bos=bos, chat=config.chat)
-        has_bos = ids[0] == BOS
-        prompts.append(ids if len(ids) <= room else ids[:has_bos] + ids[len(ids) - room + has_bos :])
-    order = sorted(range(len(questions)), key=lambda number: (-len(prompts[number]), number))
+    order = sorted(range(len(plan.prompts)), key=lambda index: (-len(plan.prompts[index]), index))
     found: list[tuple[int, str]] = []
     for start in range(0, len(order), config.batch_size):
-        numbers = order[start : start + config.batch_size]
-        of_unit = [prompts[number] for number in numbers]
+        indices = order[start : start + config.batch_size]
+        of_unit = [plan.prompts[index] for index in indices]
         key = key_of(of_unit)
         if key not in journal:
             answers = generate_rows(loaded, asked, [ids.tolist() for ids in of_unit], ending, seed=0)
             journal.append(key, [answer.text for answer in answers])
-        found += zip(numbers, journal[key], strict=True)
-        advance(len(numbers))
+        found += zip((plan.written[index] for index in indices), journal[key], strict=True)
+        advance(len(indices))
     return found
 
 

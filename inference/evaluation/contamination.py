@@ -32,7 +32,7 @@ def trained_on(questions: Sequence[Question], dataset: Path, tokenizer: ChatToke
         for length in row.lengths:
             text = tokenizer.spell(row.ids[start : start + length])
             found = grams_of(units_of(text))[0]
-            places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
-            seen[places[wanted[places] == found]] = True
+            indices = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+            seen[indices[wanted[indices] == found]] = True
             start += length
     return [bool(seen[np.searchsorted(wanted, of_question)].any()) for of_question in grams]

@@ -17,7 +17,7 @@ from configs.program.provenance import machine, provenance
 from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import replace_file, sha256
 from inference.config import InferenceConfig
-from inference.evaluation.answering import Answered, answer_all, record
+from inference.evaluation.answering import Answered, answer_all, plan_of, record
 from inference.evaluation.contamination import trained_on
 from inference.evaluation.journal import Journal, open_journal
 from inference.evaluation.leaderboard.rows import read_task
@@ -35,6 +35,7 @@ from inference.evaluation.results import (
     score,
 )
 from inference.evaluation.tables import show
+from inference.generate import context
 from inference.load import Base, Loaded, add_adapter, find_adapter, find_base, load_base, load_tokenizer
 
 BASE = "base"
@@ -70,15 +71,16 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
         journals = [journal]
         loaded = Loaded(load_base(base, config).eval(), tokenizer)
         started = time.perf_counter()
+        plan = plan_of(questions, tokenizer, config, context(loaded))
         if config.compare == BASE:  # first, because folding the adapter changes the base's weights
             alone = identity(replace(config, adapter=None), base)
             journals.append(stack.enter_context(open_journal(output / "answers_of_base.part", alone)))
-            of_base = answer_all(loaded, config, questions, journals[-1], bar)
+            of_base = answer_all(loaded, config, plan, journals[-1], bar)
             metrics_of_base = _others(others, loaded, config, journals[-1])
             before = {name: grouped(_of(name, of_base)) for name in rows}
         if adapter is not None:
             loaded = replace(loaded, model=add_adapter(loaded.model, adapter, config).eval())
-        answered = answer_all(loaded, config, questions, journal, bar)
+        answered = answer_all(loaded, config, plan, journal, bar)
         metrics = _others(others, loaded, config, journal)
         result = {
             "model": described(config, base),

@@ -54,7 +54,7 @@ def describe_prompts(name: str, rows: TaskRows) -> dict[str, Any]:
         verdicts.append(None if known is None else known["hash_full_prompts"] == hashes[group])
     checked = [verdict for verdict in verdicts if verdict is not None]
     example_split = TASKS[name].examples
-    unlike_rows = example_split is not None and rows.drawn_from != example_split[0]
+    unlike_rows = example_split is not None and rows.drawn_from != example_split
     return {
         "documents": len(rows.questions),
         "documents_of_the_leaderboard": TASKS[name].rows,

@@ -14,7 +14,7 @@ HEAD_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """Of one continuation."""
+    """How likely a continuation is."""
 
     total: float
     """The sum over its ids of their log-probabilities, natural logarithm; the softmax is in float32."""
@@ -37,13 +37,13 @@ def log_likelihoods(model: PreTrainedModel, packed: PackedSequences) -> list[Log
         attention_mask=_additive(packed, causal.dtype, window).to(device),
         use_cache=False,
     ).last_hidden_state[0]
-    # For every id of every continuation, where it is predicted.
-    places: list[int] = []
+    # The position at which each id of each continuation is predicted.
+    positions: list[int] = []
     targets: list[int] = []
     for path, sequence in zip(packed.paths, packed.sequences, strict=True):
-        places += path[-sequence.continuation :]
+        positions += path[-sequence.continuation :]
         targets += sequence.ids[-sequence.continuation :]
-    totals, greedy = _scores(causal, hidden_TH, places, targets)
+    totals, greedy = _scores(causal, hidden_TH, positions, targets)
     results, start = [], 0
     for sequence in packed.sequences:
         end = start + sequence.continuation
@@ -58,12 +58,12 @@ def causal_model(model: PreTrainedModel) -> Any:
 
 
 def _scores(
-    causal: Any, hidden_TH: torch.Tensor, places: list[int], targets: list[int]
+    causal: Any, hidden_TH: torch.Tensor, positions: list[int], targets: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[N] float64 log-probability of each target, and [N] whether it was the likeliest, both on the CPU."""
     totals, greedy = [], []
-    # MMLU's four letters are predicted at one place: its logits are computed once.
-    unique, inverse = torch.tensor(places).unique(return_inverse=True)
+    # MMLU's four letters are predicted at one position: its logits are computed once.
+    unique, inverse = torch.tensor(positions).unique(return_inverse=True)
     of_target = torch.tensor(targets)
     order = inverse.argsort(stable=True)
     bounds = torch.searchsorted(inverse[order], torch.arange(0, len(unique) + HEAD_ROWS, HEAD_ROWS))

@@ -74,19 +74,10 @@ class PackedSequences:
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    """Of each id within its own sequence."""
+    """The position of each id within its own sequence."""
     paths: list[list[int]] = field(default_factory=list)
-    """Of each sequence, where its inputs lie in the row."""
+    """For each sequence, the indices of its inputs in the row."""
     sequences: list[Scored] = field(default_factory=list)
-
-    def cost(self, sequences: Sequence[Scored]) -> int:
-        """How many ids these would add."""
-        last = self.sequences[-1].inputs if self.sequences else array("H")
-        added = 0
-        for sequence in sequences:
-            added += len(sequence.inputs) - shared(last, sequence.inputs)
-            last = sequence.inputs
-        return added
 
     def add(self, sequences: Sequence[Scored]) -> None:
         """Appends them, each after what it shares with the one before."""
@@ -107,7 +98,7 @@ class PackedSequences:
         for path in self.paths:
             if not path or path[-1] < end:  # nothing but what others have
                 continue
-            own = [place for place in path if place >= end]
+            own = [index for index in path if index >= end]
             before = path[: len(path) - len(own)]
             mask[own[0] : own[-1] + 1, before] = True
             mask[own[0] : own[-1] + 1, own[0] : own[-1] + 1] = torch.ones(len(own), len(own), dtype=torch.bool).tril()
@@ -138,28 +129,48 @@ class Unit:
     """The same for the same ids."""
 
 
-def units_of(sequences: Sequence[Sequence[Scored]], max_tokens: int) -> Iterator[Unit]:
-    """All questions in units of at most `max_tokens` ids; a question that is longer is a unit of its own.
+def groups_of(sequences: Sequence[Sequence[Scored]], max_tokens: int) -> list[tuple[int, ...]]:
+    """Which questions are answered together: as many as fit `max_tokens` ids; a longer one is alone.
 
     Args:
-        sequences: of each question its own.
+        sequences: those of each question.
         max_tokens: ids that one forward reads.
     """
-    order = sorted(range(len(sequences)), key=lambda number: (sequences[number][0].ids, number))
+    groups: list[tuple[int, ...]] = []
     numbers: list[int] = []
-    packed = PackedSequences()
-    for number in order:
-        if numbers and len(packed.ids) + packed.cost(sequences[number]) > max_tokens:
-            yield _unit(numbers, packed)
-            numbers, packed = [], PackedSequences()
-        packed.add(sequences[number])
+    size, last = 0, array("H")
+    for number in sorted(range(len(sequences)), key=lambda number: (sequences[number][0].ids, number)):
+        added, last = _cost(last, sequences[number])
+        if numbers and size + added > max_tokens:
+            groups.append(tuple(numbers))
+            numbers, size = [], 0
+            added, last = _cost(array("H"), sequences[number])
         numbers.append(number)
-    if numbers:
-        yield _unit(numbers, packed)
+        size += added
+    return [*groups, tuple(numbers)] if numbers else groups
 
 
-def _unit(numbers: list[int], packed: PackedSequences) -> Unit:
-    return Unit(tuple(numbers), packed, key_of(sequence.ids for sequence in packed.sequences))
+def _cost(last: "array[int]", sequences: Sequence[Scored]) -> tuple[int, "array[int]"]:
+    """How many ids a question adds to a row whose last sequence reads `last`, and what its own last one reads."""
+    added = 0
+    for sequence in sequences:
+        added += len(sequence.inputs) - shared(last, sequence.inputs)
+        last = sequence.inputs
+    return added, last
+
+
+def unit_of(numbers: tuple[int, ...], sequences: Sequence[Sequence[Scored]]) -> Unit:
+    """These questions in one row. Packed, a sequence takes many times the memory of its ids, so a row is packed when
+    its turn comes."""
+    packed = PackedSequences()
+    for number in numbers:
+        packed.add(sequences[number])
+    return Unit(numbers, packed, key_of(sequence.ids for sequence in packed.sequences))
+
+
+def units_of(sequences: Sequence[Sequence[Scored]], max_tokens: int) -> Iterator[Unit]:
+    """All questions in units of at most `max_tokens` ids, as `groups_of` divides them."""
+    return (unit_of(numbers, sequences) for numbers in groups_of(sequences, max_tokens))
 
 
 def key_of(sequences: Iterable["array[int]"]) -> str:

@@ -36,10 +36,10 @@ from data.disk.tensor_file import header
 from data.disk.weights import INDEX, SINGLE
 from data.template import BOS, EOS, UNK
 from inference.adapter import BLOCK, Adapter
+from inference.card.merged import write_card
+from inference.card.scores import read_scores
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, load_tokenizer
-from inference.merging.card import write_card
-from inference.merging.scores import read_scores
 from inference.merging.verify import verify
 
 RECEIPT = "merge.json"
@@ -71,7 +71,7 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
     parts = pieces(base.weights, base.architecture)
     training = adapter.receipt
     story = read_story(base.directory, adapter.directory, adapter.settings, training)
-    scores, left_out = read_scores(adapter, base.weights.fingerprint)
+    scores, left_out = read_scores(adapter.directory, base.weights.fingerprint)
     settings = exported(read_settings(base.directory, base.named))
     for sentence in (*story.left_out, *([left_out] if left_out else ())):
         console.print(sentence, soft_wrap=True)

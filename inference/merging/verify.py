@@ -91,9 +91,9 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
 
 def _differs(name: str, merged: torch.Tensor, wanted: torch.Tensor, whose: str) -> str:
     """Says where a merged tensor is another than it has to be, the first number that differs."""
-    places = (merged != wanted).nonzero()  # none if they differ in the sign of a zero, or are no numbers
-    place = tuple(places[0].tolist()) if len(places) else (0,) * merged.dim()
-    numbers = f"at {list(place)} it is {merged[place].item()} after merging, and {wanted[place].item()} {whose}"
+    indices = (merged != wanted).nonzero()  # none if they differ in the sign of a zero, or are no numbers
+    index = tuple(indices[0].tolist()) if len(indices) else (0,) * merged.dim()
+    numbers = f"at {list(index)} it is {merged[index].item()} after merging, and {wanted[index].item()} {whose}"
     return f"{name}: {numbers}; {REMEDY}"
 
 

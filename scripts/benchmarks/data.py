@@ -99,7 +99,7 @@ def write(directory: Path, conversations: list[Conversation], rows: int) -> None
         for conversation in conversations
     ]
     with (directory / "rows.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(lines[place % len(lines)] for place in range(rows))
+        file.writelines(lines[index % len(lines)] for index in range(rows))
 
 
 def compare(

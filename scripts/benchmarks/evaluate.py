@@ -74,8 +74,9 @@ def _contenders(options: argparse.Namespace) -> dict[str, Any]:
 
     from data.template import ChatTokenizer
     from inference.config import InferenceConfig
-    from inference.evaluation.answering import answer_all
+    from inference.evaluation.answering import answer_all, plan_of
     from inference.evaluation.journal import open_journal
+    from inference.generate import context
     from inference.load import Loaded
 
     torch.manual_seed(0)
@@ -106,7 +107,8 @@ def _contenders(options: argparse.Namespace) -> dict[str, Any]:
 
     def ours(questions: list[Any], _: list[Any]) -> list[float]:
         with tempfile.TemporaryDirectory() as top, open_journal(Path(top) / "journal", {}) as journal:
-            answers = answer_all(loaded, settings, questions, journal, lambda _: None)
+            plan = plan_of(questions, tokenizer, settings, context(loaded))
+            answers = answer_all(loaded, settings, plan, journal, lambda _: None)
         return [total for answered in answers for total in answered.log_likelihoods]
 
     def theirs(_: list[Any], requests: list[Any]) -> list[float]:

@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as place:
-        contenders, prompts, targets = _prepare(Path(place), options)
+    with tempfile.TemporaryDirectory() as folder:
+        contenders, prompts, targets = _prepare(Path(folder), options)
         figures: dict[str, Any] = {
             "sizes": {name: getattr(options, name) for name in ("hidden", "intermediate", "layers", "rank")},
             "device": str(contenders["ours"][0].device),
@@ -145,22 +145,22 @@ def _batches(model: Any, prompts: list[list[int]], targets: list[int], rounds: i
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     size = 16
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     common = {"do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
 
     def padded() -> None:
         for start in range(0, len(order), size):
             here = order[start : start + size]
-            longest = max(len(prompts[place]) for place in here)
-            ids = torch.tensor([[0] * (longest - len(prompts[place])) + prompts[place] for place in here])
-            limit = max(targets[place] for place in here)
+            longest = max(len(prompts[index]) for index in here)
+            ids = torch.tensor([[0] * (longest - len(prompts[index])) + prompts[index] for index in here])
+            limit = max(targets[index] for index in here)
             with torch.inference_mode():
                 mask = (ids != 0).long()
                 how = GenerationConfig(max_new_tokens=limit, **common)
                 model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=how)
 
     def continuous() -> None:
-        needed = max(len(prompts[place]) + targets[place] for place in order)
+        needed = max(len(prompts[index]) + targets[index] for index in order)
         settings = ContinuousBatchingConfig(
             page_size=64, num_blocks=size * -(-needed // 64), max_batch_tokens=512, max_requests_per_batch=size
         )
@@ -168,8 +168,8 @@ def _batches(model: Any, prompts: list[list[int]], targets: list[int], rounds: i
         with model.continuous_batching_context_manager(
             generation_config=how, continuous_batching_config=settings
         ) as manager:
-            for place in order:
-                manager.add_request(prompts[place], request_id=str(place), max_new_tokens=targets[place])
+            for index in order:
+                manager.add_request(prompts[index], request_id=str(index), max_new_tokens=targets[index])
             left = len(order)
             while left:
                 left -= manager.get_result(timeout=5) is not None

@@ -120,7 +120,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def name_and_memory(on_cuda: bool) -> dict[str, Any]:
-    """Of the GPU, and what is free on it."""
+    """Memory of the GPU, and what is free on it."""
     import torch
 
     if not on_cuda:
@@ -218,7 +218,7 @@ def measure(part: dict[str, Any], minutes: Minutes, scratch: str) -> dict[str, A
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of the processes: alone on this GPU, with this checkout, without a hub."""
+    """The environment of the processes: alone on this GPU, with this checkout, without a hub."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
     launch = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"}
     kept = {name: value for name, value in os.environ.items() if name not in launch}

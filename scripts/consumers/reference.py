@@ -40,7 +40,7 @@ class Case:
     spelled: bool
     answer: str | None = None
     loglikelihood: float | None = None
-    """Of the sample's reply, without the space and `</s>` after it, in nats."""
+    """The log-likelihood of the sample's reply, without the space and `</s>` after it, in nats."""
 
 
 def make(base: str, adapter: Path, merged: Path, directory: Path) -> None:

@@ -18,7 +18,7 @@ need_run_dir() { # need_run_dir SETTING=VALUE …: prints that setting
         esac
     done
     [ -n "$run_dir" ] ||
-        die "run_dir: after an interruption the same command goes on only where it finds the run; give run_dir=runs/NAME"
+        die "run_dir: after an interruption the same command goes on only if it finds the run; give run_dir=runs/NAME"
     echo "$run_dir"
 }
 

@@ -87,7 +87,7 @@ class Torture:
     def __init__(self, scratch: Path, readers: list[Reader], seed: int):
         """In a directory of its own."""
         self._scratch, self._readers, self._seed = scratch, readers, seed
-        self._sound = scratch / "sound" / "place"
+        self._sound = scratch / "sound" / "directory"
         self._running: list[Try] = []
         self._wanted: dict[str, dict[str, str]] = {}
         self._counts = {reader.name: Counter[str]() for reader in readers}
@@ -106,40 +106,40 @@ class Torture:
     def _undamaged(self, reader: Reader) -> dict[str, str]:
         """What a reader makes of what nothing was done to."""
         if reader.name not in self._wanted:
-            place = self._place(reader, "undamaged")
-            _finish(Child(reader.action, place), reader.name)
-            self._wanted[reader.name] = made(reader, place)
-            shutil.rmtree(place.parent)
+            directory = self._directory(reader, "undamaged")
+            _finish(Child(reader.action, directory), reader.name)
+            self._wanted[reader.name] = made(reader, directory)
+            shutil.rmtree(directory.parent)
         return self._wanted[reader.name]
 
-    def _place(self, reader: Reader, name: str) -> Path:
+    def _directory(self, reader: Reader, name: str) -> Path:
         """A directory with a copy of what a reader needs, and a file elsewhere that nobody may change."""
-        place = self._scratch / name / "place"
-        shutil.rmtree(place.parent, ignore_errors=True)
-        (place / "in").mkdir(parents=True)
-        (place / "out").mkdir()
+        directory = self._scratch / name / "directory"
+        shutil.rmtree(directory.parent, ignore_errors=True)
+        (directory / "in").mkdir(parents=True)
+        (directory / "out").mkdir()
         for needed in reader.needs:
-            source, target = self._sound / needed, place / needed
+            source, target = self._sound / needed, directory / needed
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, target) if source.is_dir() else shutil.copy2(source, target)
-        (place / "outside").mkdir()
-        (place / "outside" / "victim").write_text('{"kept": true}\n')
-        return place
+        (directory / "outside").mkdir()
+        (directory / "outside" / "victim").write_text('{"kept": true}\n')
+        return directory
 
     def begin(self, number: int) -> None:
         """Damages a file, and lets it be read."""
         random = generator("files", self._seed, number)
         reader = random.choices(self._readers, [reader.weight for reader in self._readers])[0]
-        place = self._place(reader, f"try-{number}")
-        damaged = place / random.choice(reader.files)
+        directory = self._directory(reader, f"try-{number}")
+        damaged = directory / random.choice(reader.files)
         ways = damages_of(damaged)
         way = random.choice(sorted(ways))
-        with contextlib.chdir(place):
+        with contextlib.chdir(directory):
             told = ways[way](damaged, random)
-        sealed = random.random() < 0.5 and seal(damaged, place)
-        what = f"{damaged.relative_to(place)}: {way}: {told}{', sealed' if sealed else ''}"
+        sealed = random.random() < 0.5 and seal(damaged, directory)
+        what = f"{damaged.relative_to(directory)}: {way}: {told}{', sealed' if sealed else ''}"
         self._ways[way] += 1
-        self._running.append(Try(number, reader, what, place))
+        self._running.append(Try(number, reader, what, directory))
 
     def wait(self, *, below: int) -> None:
         """Until fewer tries run than that."""
@@ -153,17 +153,17 @@ class Torture:
     def _judge(self, one: "Try", outcome: Outcome) -> None:
         kind = outcome.kind
         if kind == "accepted":
-            kind = "harmless" if made(one.reader, one.place) == self._undamaged(one.reader) else "changed"
-        if one.before != _state(one.place):
+            kind = "harmless" if made(one.reader, one.directory) == self._undamaged(one.reader) else "changed"
+        if one.before != _state(one.directory):
             kind = "outside"
-        if any(one.place.rglob(EXECUTED)):
+        if any(one.directory.rglob(EXECUTED)):
             kind = "executed"
         self._counts[one.reader.name][kind] += 1
         self._seconds[one.reader.name] += outcome.seconds
         if kind in BAD:
             self._failed.append(f"try {one.number}, {one.reader.name}, {one.what}: {kind}: {outcome.said[-1500:]}")
             print(f"Failed (--seed {self._seed}): {self._failed[-1]}", flush=True)
-        shutil.rmtree(one.place.parent)
+        shutil.rmtree(one.directory.parent)
 
     def report(self) -> dict[str, Any]:
         """Prints the table; the figures."""
@@ -189,17 +189,19 @@ class Torture:
 class Try:
     """A program that reads a damaged file."""
 
-    def __init__(self, number: int, reader: Reader, what: str, place: Path):
+    def __init__(self, number: int, reader: Reader, what: str, directory: Path):
         """Starts it."""
-        self.number, self.reader, self.what, self.place = number, reader, what, place
-        self.before = _state(place)
-        self.child = Child(reader.action, place)
+        self.number, self.reader, self.what, self.directory = number, reader, what, directory
+        self.before = _state(directory)
+        self.child = Child(reader.action, directory)
 
 
-def _state(place: Path) -> dict[str, tuple[int, int, int]]:
+def _state(directory: Path) -> dict[str, tuple[int, int, int]]:
     """All that a try must leave as it is: names, kinds, sizes and times, without `out/`."""
-    kept = (path for path in place.rglob("*") if path.relative_to(place).parts[0] != "out" and path.name != EXECUTED)
-    states = {str(path.relative_to(place)): path.lstat() for path in kept}
+    kept = (
+        path for path in directory.rglob("*") if path.relative_to(directory).parts[0] != "out" and path.name != EXECUTED
+    )
+    states = {str(path.relative_to(directory)): path.lstat() for path in kept}
     return {name: (state.st_mode, state.st_size, state.st_mtime_ns) for name, state in states.items() if name != "in"}
 
 

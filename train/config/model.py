@@ -69,7 +69,7 @@ class ModelConfig:
     revision: str | None = None
     """The commit, tag or branch of a hub id."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
-    """The sizes of a random base. Where `path` names weights, theirs count."""
+    """The sizes of a random base. If `path` names weights, theirs count."""
     dtype: str = "bfloat16"
     """`bfloat16` or `float32`: weights, activations and gradients. ZeRO keeps float32 masters either way."""
     weights: str = "bf16"

@@ -169,7 +169,7 @@ class Engine(ForwardEngine):
         return Update(float(norm if norm is not None else math.nan), self._engine.was_step_applied())
 
     def _checked_step(self, optimizer: SkippableAdamW) -> Update:
-        """A step where DeepSpeed neither tells the norm that it clips by nor looks whether it is finite."""
+        """A step in which DeepSpeed neither reports the norm that it clips by nor checks that it is finite."""
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))  # before clipping: by an infinite one that leaves zeros
         skipped = self.any_process(not math.isfinite(norm))

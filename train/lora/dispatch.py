@@ -24,7 +24,7 @@ class Routed:
 
     row_of_Tk: torch.Tensor
     pair_P: torch.Tensor
-    """As long as the most filling rows require."""
+    """As many of them as the largest number of filling rows requires."""
     ends_E: torch.Tensor
     """The end of each expert's rows, filling included."""
     token_P: torch.Tensor

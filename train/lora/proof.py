@@ -9,7 +9,7 @@ from torch import nn
 from train.lora.factors import Adapter, adapters
 
 FEWEST = 2
-"""Tokens that prove something. Where activations are computed again for the backward, a single one that stands between
+"""Tokens that prove something. If activations are computed again for the backward, a single one that stands between
 two experts may fall to the other: the expert that was noted then has no gradient, and nothing is wrong."""
 
 
@@ -75,7 +75,7 @@ class Movement:
     layer: int
     projection: str
     ranks: tuple[int, ...]
-    """Of each expert's adapter."""
+    """The norms of each expert's adapter."""
     norms_E: list[float]
     """‖s_e · (B_e A_e − B₀ A₀)‖ (Frobenius) for each expert: how far what its adapter adds to the base's weight is from
     its beginning. A fresh one begins at 0."""

@@ -16,7 +16,7 @@ from data.disk.plain_text import member, read_bytes
 from train.report.recorded import Recorded
 
 ANSWERS = "answers.json"
-"""Beside the report: what was asked, and what both answered."""
+"""The file beside the report with what was asked and what both models answered."""
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 

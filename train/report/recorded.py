@@ -74,11 +74,11 @@ class Recorded:
 
     directory: Path
     receipt: dict[str, Any]
-    """Of the newest launch that saved; empty before the first save."""
+    """The receipt of the newest launch that saved; empty before the first save."""
     settings: dict[str, Any]
-    """Of config.yaml."""
+    """What config.yaml holds."""
     lines: list[dict[str, Any]]
-    """Of metrics.jsonl, in order; those that can't be read are left out."""
+    """The lines of metrics.jsonl, in order; those that can't be read are left out."""
     launches: list[dict[str, Any]] = field(default_factory=list)
     """When the run was begun or gone on with, and after which step."""
     damaged: list[str] = field(default_factory=list)

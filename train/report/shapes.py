@@ -17,7 +17,7 @@ class Score(TypedDict):
 
 
 class Difference(TypedDict):
-    """Of two shares, with its standard error."""
+    """The difference of two shares, with its standard error."""
 
     value: Annotated[float, Meta(ge=-1, le=1)]
     error: Share
@@ -39,7 +39,7 @@ class Before(TypedDict):
 
 
 class Comparison(TypedDict):
-    """Of both models, by task."""
+    """The comparison of both models, by task."""
 
     tasks: dict[str, Pair]
 

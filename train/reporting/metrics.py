@@ -32,7 +32,7 @@ from train.reporting.wandb_run import Wandb
 
 METRICS = "metrics.jsonl"
 LONGEST_LINE = 1 << 24
-"""Bytes of the longest line that is read; what is longer is none of ours."""
+"""Bytes of the longest line that is read; a longer one is not ours."""
 UNWRITTEN = 16 << 20
 """The most bytes of lines that wait for the disk: those of some ten thousand steps."""
 

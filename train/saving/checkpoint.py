@@ -46,7 +46,7 @@ Count = Annotated[int, Meta(ge=0)]
 
 
 class State(TypedDict):
-    """Of `History` and `Metrics`; the former says what it can go on from."""
+    """The state of `History` and `Metrics`; the former says from where the run can go on."""
 
     step: Count
     last: dict[str, float | str | bool] | None
@@ -55,7 +55,7 @@ class State(TypedDict):
 
 
 class HealthState(TypedDict):
-    """Of `Health`."""
+    """The state of `Health`."""
 
     refused: Count
     recent: list[float]

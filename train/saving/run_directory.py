@@ -172,7 +172,7 @@ def problem(path: Path, config: TrainConfig, dataset: Path) -> str | None:
 
 
 def state(path: Path, config: TrainConfig) -> tuple[bool, bool]:
-    """Of a directory that can be used: whether a run is there that came to its end, and whether one that goes on."""
+    """Whether a usable directory holds a run that has finished, and whether it holds one that can be resumed."""
     if config.task != "train" or config.overwrite:
         return False, False
     finished = (path / RECEIPT).is_file()

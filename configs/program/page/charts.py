@@ -35,7 +35,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Values between `low` and `high` → places between `start` and `end`."""
+    """Values between `low` and `high` → positions between `start` and `end`."""
 
     low: float
     high: float
@@ -140,17 +140,17 @@ def heatmap(rows: Sequence[Sequence[float | None]], *, names: Sequence[str], lab
         parts.append(f'<text x="{left - 6}" y="{top + height / 2 + 3.5}" text-anchor="end">{escape(name)}</text>')
         for column, value in enumerate(row):
             share = 0 if value is None or highest <= 0 else max(0.0, value / highest)
-            place = left + column * width
+            x = left + column * width
             said = "none" if value is None else f"{value:.{digits}g}"
             parts.append(
-                f'<rect x="{place:.1f}" y="{top}" width="{width - 1:.1f}" height="{height - 1}" rx="2" '
+                f'<rect x="{x:.1f}" y="{top}" width="{width - 1:.1f}" height="{height - 1}" rx="2" '
                 f'style="fill:color-mix(in oklab, var(--accent) {100 * share:.0f}%, var(--cell))">'
                 f"<title>{escape(name)}, expert {column}: {said}</title></rect>"
             )
             if value is not None and width >= 30:
                 tone = "onaccent" if share > 0.6 else "oncell"
                 parts.append(
-                    f'<text class="{tone}" x="{place + width / 2:.1f}" y="{top + height / 2 + 3.5}" '
+                    f'<text class="{tone}" x="{x + width / 2:.1f}" y="{top + height / 2 + 3.5}" '
                     f'text-anchor="middle">{said}</text>'
                 )
     bottom = 2 + len(rows) * height

@@ -83,8 +83,8 @@ def shaped(value: Any, shape: type[Shape]) -> Shape:
     try:
         msgspec.convert(value, shape)
     except msgspec.ValidationError as error:
-        what, _, place = str(error).replace("`", "").partition(" - at $")
-        field = place.lstrip(".")
+        what, _, position = str(error).replace("`", "").partition(" - at $")
+        field = position.lstrip(".")
         raise UnreadableError(f"{field}: {what[:1].lower()}{what[1:]}" if field else what.lower()) from error
     return value
 

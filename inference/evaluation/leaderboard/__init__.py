@@ -5,5 +5,5 @@
     rows.py        files or the hub → a task's rows
     questions.py   rows → questions
 
-May import data.rows, data.disk and configs.program.
+May import data.rows, data.stages.leaderboard, data.disk and configs.program.
 """

@@ -37,25 +37,25 @@ def read_task(name: str, data: str | None) -> TaskRows:
     """
     task = TASKS[name]
     read = _from_hub(name, task) if data is None else _from_files(name, task, Path(data))
-    documents, source = read(task.scored)
+    documents, source = read(task.hub.split, task.file)
     if not documents:
-        raise UserError(f"{_named(name, data)}: the split {task.scored[0]} holds no rows; give the task's own")
-    examples, drawn_from = documents, task.scored[0]
+        raise UserError(f"{_named(name, data)}: the split {task.hub.split} holds no rows; give the task's own")
+    examples, drawn_from = documents, task.hub.split
     if task.examples is not None:
-        found, more = read(task.examples)
+        found, more = read(task.examples, task.examples)
         if found:
-            examples, drawn_from, source = found, task.examples[0], source | more
+            examples, drawn_from, source = found, task.examples, source | more
         elif name == "mmlu" or len(documents) <= task.shots:
             raise UserError(
-                f"{_named(name, data)}: there are no rows of {task.examples[0]}, from which {task.title} draws its "
-                f"examples; add {task.folder}/{task.examples[1]}.jsonl"
+                f"{_named(name, data)}: there are no rows of {task.examples}, from which {task.title} draws its "
+                f"examples; add {task.folder}/{task.examples}.jsonl"
             )
     try:
         questions = questions_of(name, documents, examples, task.shots)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"{_named(name, data)}: its rows are not {task.title}'s ({_said(error)}); give rows with the fields of "
-            f"{task.dataset}"
+            f"{task.hub.dataset}"
         ) from error
     return TaskRows(questions, source, drawn_from)
 
@@ -68,18 +68,19 @@ def _named(name: str, data: str | None) -> str:
     return f"tasks={name}" if data is None else f"data={data}: {TASKS[name].folder}"
 
 
-Reader = Callable[[tuple[str, str]], tuple[list[Row], dict[str, Any]]]
+Reader = Callable[[str, str], tuple[list[Row], dict[str, Any]]]
+"""A split, and how its file's name begins → its rows, and where they are from."""
 
 
 def _from_hub(name: str, task: Task) -> Reader:
     named = _named(name, None)
-    repository = hub.find("dataset", task.dataset, task.commit, named)
+    repository = hub.find("dataset", task.hub.dataset, task.commit, named)
 
-    def read(split: tuple[str, str]) -> tuple[list[Row], dict[str, Any]]:
-        wanted = Wanted(config=task.config, split=split[0], named=named)
+    def read(split: str, _: str) -> tuple[list[Row], dict[str, Any]]:
+        wanted = Wanted(config=task.hub.config, split=split, named=named)
         files = fetched(repository, wanted)
-        rows = [row for file in files for row in _rows(file.chunks(task.dataset, named), named)]
-        return rows, {"dataset": task.dataset, "config": task.config, "commit": task.commit}
+        rows = [row for file in files for row in _rows(file.chunks(task.hub.dataset, named), named)]
+        return rows, {"dataset": task.hub.dataset, "config": task.hub.config, "commit": task.commit}
 
     return read
 
@@ -93,8 +94,8 @@ def _from_files(name: str, task: Task, directory: Path) -> Reader:
             f"leave {name} out of tasks"
         )
 
-    def read(split: tuple[str, str]) -> tuple[list[Row], dict[str, Any]]:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.startswith(split[1]))
+    def read(_: str, begins: str) -> tuple[list[Row], dict[str, Any]]:
+        files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.startswith(begins))
         try:
             rows = [row for path in files for row in _rows(read_file(str(path)), named)]
         except UserError as error:  # data calls the setting by another name

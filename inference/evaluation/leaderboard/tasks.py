@@ -10,6 +10,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from data.stages.leaderboard import HUB_TASKS, HubTask
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -23,14 +25,14 @@ class Task:
     shots: int
     folder: str
     """Its folder in `data=DIR`."""
-    dataset: str
-    """On the hub, with config and commit."""
-    config: str | None
+    hub: HubTask
+    """Where the hub keeps its rows; `hub.split` is scored."""
     commit: str
-    scored: tuple[str, str]
-    """The split that is scored, and how its file's name begins in `folder`."""
-    examples: tuple[str, str] | None
-    """The same of the split from which examples are drawn."""
+    """The commit of the hub's dataset."""
+    file: str
+    """How the name of the scored split's file begins in `folder`."""
+    examples: str | None
+    """The split from which examples are drawn, and how the name of its file begins; None if there are none."""
     rows: int
     """Rows of the scored split in the leaderboard's edition."""
     card: float
@@ -47,11 +49,10 @@ TASKS = {
         metric="acc_norm",
         shots=25,
         folder="arc_challenge",
-        dataset="allenai/ai2_arc",
-        config="ARC-Challenge",
+        hub=HUB_TASKS["arc"],
         commit="210d026faf9955653af8916fad021475a3f00453",
-        scored=("test", "test"),
-        examples=("train", "train"),
+        file="test",
+        examples="train",
         rows=1172,
         card=63.91,
         card_error=1.40,
@@ -62,11 +63,10 @@ TASKS = {
         metric="acc_norm",
         shots=10,
         folder="hellaswag",
-        dataset="Rowan/hellaswag",
-        config=None,
+        hub=HUB_TASKS["hellaswag"],
         commit="218ec52e09a7e7462a5400043bb9a69a41d06b76",
-        scored=("validation", "validation"),
-        examples=("train", "train"),
+        file="validation",
+        examples="train",
         rows=10_042,
         card=84.14,
         card_error=0.36,
@@ -77,11 +77,10 @@ TASKS = {
         metric="acc",
         shots=5,
         folder="mmlu",
-        dataset="cais/mmlu",
-        config="all",
+        hub=HUB_TASKS["mmlu"],
         commit="c30699e8356da336a370243923dbaf21066bb9fe",
-        scored=("test", "test"),
-        examples=("dev", "dev"),
+        file="test",
+        examples="dev",
         rows=14_042,
         card=64.29,
         card_error=0.49,
@@ -92,10 +91,9 @@ TASKS = {
         metric="mc2",
         shots=0,
         folder="truthfulqa",
-        dataset="truthfulqa/truthful_qa",
-        config="multiple_choice",
+        hub=HUB_TASKS["truthfulqa"],
         commit="741b8276f2d1982aa3d5b832d3ee81ed3b896490",
-        scored=("validation", "multiple_choice"),
+        file="multiple_choice",
         examples=None,
         rows=817,
         card=59.53,
@@ -107,11 +105,10 @@ TASKS = {
         metric="acc",
         shots=5,
         folder="winogrande",
-        dataset="allenai/winogrande",
-        config="winogrande_xl",
+        hub=HUB_TASKS["winogrande"],
         commit="01e74176c63542e6b0bcb004dcdea22d94fb67b5",
-        scored=("validation", "validation"),
-        examples=("train", "train"),
+        file="validation",
+        examples="train",
         rows=1267,
         card=74.03,
         card_error=1.23,
@@ -122,11 +119,10 @@ TASKS = {
         metric="exact",
         shots=5,
         folder="gsm8k",
-        dataset="openai/gsm8k",
-        config="main",
+        hub=HUB_TASKS["gsm8k"],
         commit="e53f048856ff4f594e959d75785d2c2d37b678ee",
-        scored=("test", "test"),
-        examples=("train", "train"),
+        file="test",
+        examples="train",
         rows=1319,
         card=45.72,
         card_error=1.37,
@@ -136,7 +132,7 @@ TASKS = {
 
 CARD_AVERAGE, CARD_AVERAGE_ERROR = 65.27, 0.48
 SUBJECTS = 57
-"""Of MMLU, whose score is the mean over subjects, each counting the same."""
+"""Subjects of MMLU, whose score is the mean over them, each counting the same."""
 
 GSM8K_STOPS = (":", "Question:", "Question")
 GSM8K_TOKENS = 256

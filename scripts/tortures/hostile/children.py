@@ -34,19 +34,22 @@ class Outcome:
     result: Any = None
     """What it computed, if it was accepted."""
     seconds: float = 0.0
-    """Of a processor, that it took."""
+    """Seconds of processor time that it took."""
 
 
 class Child:
     """A try that runs."""
 
-    def __init__(self, action: Callable[[], Any], place: Path):
-        """Forks; the action's working directory is `place`, which keeps what it says and returns beside it."""
-        self._log, self._result = place.with_name(f"{place.name}.log"), place.with_name(f"{place.name}.result")
+    def __init__(self, action: Callable[[], Any], directory: Path):
+        """Forks; the action's working directory is `directory`, which keeps what it says and returns beside it."""
+        self._log, self._result = (
+            directory.with_name(f"{directory.name}.log"),
+            directory.with_name(f"{directory.name}.result"),
+        )
         self._deadline = time.monotonic() + SECONDS
         self._pid = os.fork()
         if self._pid == 0:
-            _run(action, place, self._log, self._result)
+            _run(action, directory, self._log, self._result)
 
     def poll(self) -> Outcome | None:
         """How it ended; None while it runs."""
@@ -77,7 +80,7 @@ class Child:
         return self._log.read_text(errors="replace")[-3000:] if self._log.exists() else ""
 
 
-def _run(action: Callable[[], Any], place: Path, log: Path, result: Path) -> None:
+def _run(action: Callable[[], Any], directory: Path, log: Path, result: Path) -> None:
     """The child: like a program's `main`, without Hydra; never returns."""
     code = CRASHED
     try:
@@ -86,9 +89,9 @@ def _run(action: Callable[[], Any], place: Path, log: Path, result: Path) -> Non
             os.dup2(file.fileno(), 2)
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
-        with place.with_name(f"{place.name}.out").open("wb") as file:
+        with directory.with_name(f"{directory.name}.out").open("wb") as file:
             os.dup2(file.fileno(), 1)
-        os.chdir(place)
+        os.chdir(directory)
         resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS + 5))
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))

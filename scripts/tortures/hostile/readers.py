@@ -191,18 +191,18 @@ READERS = (
 )
 
 
-def seal(damaged: Path, place: Path) -> bool:
-    """Renews the hash of a damaged file where one is kept, as whoever meant harm would; whether there is one."""
-    for folder in damaged.relative_to(place).parents:
-        manifest = place / folder / "manifest.json"
+def seal(damaged: Path, directory: Path) -> bool:
+    """Renews the hash that is kept of a damaged file, as whoever meant harm would; returns whether one is kept."""
+    for folder in damaged.relative_to(directory).parents:
+        manifest = directory / folder / "manifest.json"
         if not manifest.is_file() or damaged == manifest or not damaged.is_file() or damaged.is_symlink():
             continue
-        name = str(damaged.relative_to(place / folder))
+        name = str(damaged.relative_to(directory / folder))
         held = json.loads(manifest.read_text())
         if "digest" in held:
             from scripts.tortures.damage import seal as seal_checkpoint
 
-            seal_checkpoint(place / folder, name)
+            seal_checkpoint(directory / folder, name)
         else:
             held["files"][name] = {"bytes": damaged.stat().st_size, "sha256": sha256(damaged)}
             manifest.write_text(json.dumps(held))
@@ -210,8 +210,8 @@ def seal(damaged: Path, place: Path) -> bool:
     return False
 
 
-def made(reader: Reader, place: Path) -> dict[str, str]:
+def made(reader: Reader, directory: Path) -> dict[str, str]:
     """The hashes of what a try made, and of what it printed."""
-    found = {name: sha256(place / name) for name in reader.makes if (place / name).is_file()}
-    printed = place.with_name(f"{place.name}.out")
+    found = {name: sha256(directory / name) for name in reader.makes if (directory / name).is_file()}
+    printed = directory.with_name(f"{directory.name}.out")
     return found | ({"stdout": hashlib.sha256(printed.read_bytes()).hexdigest()} if reader.prints else {})

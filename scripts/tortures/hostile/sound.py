@@ -27,7 +27,7 @@ SMALL = {
 ROWS_OF_A_FILE = 24
 
 
-def build(place: Path) -> None:
+def build(directory: Path) -> None:
     """Makes all that is read, sound."""
     from peft import LoraConfig, get_peft_model
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -35,29 +35,29 @@ def build(place: Path) -> None:
     from data.template import ChatTokenizer
 
     rows = [json.loads(line) for line in (ROOT / "data/sample/general.jsonl").read_text().splitlines()[:ROWS_OF_A_FILE]]
-    _rows(place / "in", rows)
+    _rows(directory / "in", rows)
     import torch
 
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**SMALL))
     for name, size in (("base", "5GB"), ("sharded", "1MB")):
-        model.save_pretrained(place / "in" / name, max_shard_size=size)
-        ChatTokenizer.load().save(place / "in" / name)
-    (place / "in/base/README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\n---\n# A base\n")
-    (place / "in/pieces").mkdir()
-    shutil.copy(place / "in/base/tokenizer.model", place / "in/pieces")
+        model.save_pretrained(directory / "in" / name, max_shard_size=size)
+        ChatTokenizer.load().save(directory / "in" / name)
+    (directory / "in/base/README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\n---\n# A base\n")
+    (directory / "in/pieces").mkdir()
+    shutil.copy(directory / "in/base/tokenizer.model", directory / "in/pieces")
     prepare(files=["in/rows/rows.jsonl"], output="out/prepared")
     shutil.copytree("out/prepared", "in/prepared")
     run_training("model.path=in/base", "dataset=in/prepared", "run_dir=out/run")
     shutil.copytree("out/run/adapter", "in/adapter")
     torch.manual_seed(1)
     stock = get_peft_model(
-        MixtralForCausalLM.from_pretrained(place / "in/base", trust_remote_code=False),
+        MixtralForCausalLM.from_pretrained(directory / "in/base", trust_remote_code=False),
         LoraConfig(r=2, target_modules="model.*(q|v)_proj", rank_pattern={"v_proj": 1}, init_lora_weights=False),
     )
-    stock.save_pretrained(place / "in/stock")
+    stock.save_pretrained(directory / "in/stock")
     tokens = {"tokens_per_expert": [[5, 7]]}
-    (place / "in/expert_load.json").write_text(json.dumps(tokens))
+    (directory / "in/expert_load.json").write_text(json.dumps(tokens))
     _interrupt(Path("in/prompts/prompts.jsonl"))
 
 

@@ -21,7 +21,7 @@ SETTINGS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
         ({"path": "{top}/base", "revision": None}, ["license: apache-2.0", 'from_pretrained("base"'], ["base_model:"]),
         ({"path": "{top}/gone", "revision": None}, ['from_pretrained("gone"', "names no licence"], []),
         ({"path": None}, ["Random weights.", 'from_pretrained("path/to/the/base"'], ["base_model:"]),
-        (None, ["Random weights."], []),
+        (None, ["Not recorded."], []),
     ],
 )
 def test_the_card_of_an_adapter(tmp_path: Path, base: Any, told: list[str], not_told: list[str]) -> None:

@@ -98,7 +98,7 @@ class Guardian:
                 self.tick()
 
     def forgive(self, now: float) -> None:
-        """Starts every wait anew."""
+        """Restarts every wait."""
         self.trainer_heard = now
         self.disk_waits.clear()
 

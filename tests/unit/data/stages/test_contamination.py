@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from configs.program.errors import UserError
 from data.schema import Conversation, Message
 from data.stages import contamination
-from data.stages.contamination import TASKS, Evaluations, grams_of, spelled, units_of
+from data.stages.contamination import Evaluations, grams_of, spelled, units_of
+from data.stages.leaderboard import HUB_TASKS
 
 ENGLISH = "Which of these four answers explains best why a rainbow stands in the sky after rain?"
 QUESTIONS = {
@@ -195,7 +196,7 @@ def test_evaluation_data_that_cannot_be_read(run_program: Callable[..., Any], tm
     for name, told in (
         ("pointer.json", "git lfs pull"),
         ("pointer.txt", "git lfs pull"),
-        ("mmul", f"no such task; it is a file, or one of {', '.join(TASKS)}"),
+        ("mmul", f"no such task; it is a file, or one of {', '.join(HUB_TASKS)}"),
         ("broken.jsonl", "line 2"),
         ("broken.csv", "CSV"),
         ("broken.txt", "can't be read"),

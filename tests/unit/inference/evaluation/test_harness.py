@@ -9,9 +9,10 @@ import pytest
 from configs.program.errors import UserError
 from data.template import ChatTokenizer
 from inference.config import SCORED, InferenceConfig
-from inference.evaluation.answering import answer_all
+from inference.evaluation.answering import answer_all, plan_of
 from inference.evaluation.journal import open_journal
 from inference.evaluation.leaderboard.rows import read_task
+from inference.generate import context
 from inference.load import Loaded
 from tests.unit.inference.evaluation.test_evaluate import write_rows
 from tests.unit.inference.test_adapter import make_base
@@ -57,7 +58,8 @@ def test_log_likelihoods_are_the_harnesss_own(loaded: Loaded, theirs: HFLM, tmp_
     rows = write_rows(tmp_path / "rows")
     questions = [question for name in SCORED if name != "gsm8k" for question in read_task(name, str(rows)).questions]
     with open_journal(tmp_path / "answers.part", {}) as journal:
-        answers = answer_all(loaded, config, questions, journal, nothing)
+        plan = plan_of(questions, loaded.tokenizer, config, context(loaded))
+        answers = answer_all(loaded, config, plan, journal, nothing)
     requests = [
         Instance("loglikelihood", {}, pair, 0)
         for question in questions

@@ -193,6 +193,22 @@ def test_scores_beside_the_adapter_are_shown(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_a_plan_in_the_receipt_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    plan = {
+        "peak memory of process 0, GiB": {"planned": 41.5, "measured": 40.25},
+        "seconds a step": {"planned": 12.5, "measured": None},  # of a run that has made no step yet
+    }
+    (directory / "receipt.json").write_text(json.dumps({**RECEIPT, "plan": plan}))
+    texts = [text for text in Text(write_report(directory).read_text()).texts if text]
+    start = texts.index("Planned and measured")
+    assert texts[start + 1 : start + 9] == [
+        *("planned", "measured"),
+        *("peak memory of process 0, GiB", "41.5", "40.25"),
+        *("seconds a step", "12.5", "–"),
+    ]
+
+
 def test_base_and_tuned_model_are_asked_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inference program itself is tested elsewhere; here it is what it is asked, and what becomes of it."""
     directory = make_run(tmp_path, model={"path": "models/base"})

@@ -9,11 +9,11 @@ from huggingface_hub import ModelCard
 
 from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import sha256
+from inference.card.scores import read_scores
 from inference.config import InferenceConfig
 from inference.evaluation.evaluate import evaluate
-from inference.load import find_adapter, find_base
+from inference.load import find_base
 from inference.merging.merge import merge
-from inference.merging.scores import read_scores
 from tests.unit.inference.evaluation.test_evaluate import write_rows
 from tests.unit.inference.merging.test_merge import make
 
@@ -98,7 +98,7 @@ def test_what_an_evaluation_writes_is_read(tmp_path: Path) -> None:
     )
     result = evaluate(asked)["tasks"]["winogrande"]
     base = find_base(config)
-    (score,), told = read_scores(find_adapter(config, base), base.weights.fingerprint)
+    (score,), told = read_scores(Path(str(config.adapter)), base.weights.fingerprint)
     assert told is None
     assert (score.task.title, score.value, score.questions) == ("Winogrande", result["score"], 5)
     assert score.other_rows

@@ -12,7 +12,7 @@ import pytest
 from configs.program.errors import UserError
 from data.card import Story, read_story
 from data.disk.plain_text import json_if_readable, parse_yaml, plain
-from inference.merging.card import write_card
+from inference.card.merged import write_card
 from inference.merging.merge import merge
 from tests.unit.inference.merging.test_merge import make
 

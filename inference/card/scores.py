@@ -1,6 +1,7 @@
 """What an evaluation beside the adapter measured → a section of the model card, and what the hub shows of it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -8,7 +9,6 @@ from huggingface_hub import EvalResult
 from data.disk.adapter_directory import WEIGHTS
 from data.disk.files import sha256
 from data.disk.plain_text import json_if_readable, member
-from inference.adapter import Adapter
 from inference.evaluation.leaderboard.tasks import TASKS, Task
 
 RESULTS = "evaluation/results.json"
@@ -43,9 +43,14 @@ class Score:
         return self.questions == self.task.rows and not self.in_chat and not self.other_rows
 
 
-def read_scores(adapter: Adapter, fingerprint: str) -> tuple[list[Score], str | None]:
-    """The scores of an adapter on a base with that fingerprint; and a sentence if there are some that can't be used."""
-    path = adapter.directory.parent / RESULTS
+def read_scores(adapter: Path, fingerprint: str | None) -> tuple[list[Score], str | None]:
+    """The scores of an adapter on a base, and a sentence if there are some that can't be used.
+
+    Args:
+        adapter: its directory.
+        fingerprint: of the base's weights; None if nobody knows them.
+    """
+    path = adapter.parent / RESULTS
     if not path.exists():
         return [], None
     content = json_if_readable(path)
@@ -54,7 +59,8 @@ def read_scores(adapter: Adapter, fingerprint: str) -> tuple[list[Score], str | 
     scores = [score for score in found if score is not None]
     if not scores or len(scores) < len(found):
         return [], f"{path}: no scores of the card's tasks can be read, so they are left out"
-    if model.get("fingerprint") != fingerprint or model.get("adapter_sha256") != sha256(adapter.directory / WEIGHTS):
+    same_base = fingerprint is None or model.get("fingerprint") == fingerprint
+    if not same_base or model.get("adapter_sha256") != sha256(adapter / WEIGHTS):
         return [], f"{path}: its scores are of another base or adapter, so they are left out"
     return scores, None
 
@@ -96,10 +102,10 @@ def on_the_hub(scores: list[Score]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             task_name="Text Generation",
-            dataset_type=score.task.dataset,
+            dataset_type=score.task.hub.dataset,
             dataset_name=f"{score.task.title} ({score.task.shots}-shot)",
-            dataset_config=score.task.config,
-            dataset_split=score.task.scored[0],
+            dataset_config=score.task.hub.config,
+            dataset_split=score.task.hub.split,
             dataset_args={"num_few_shot": score.task.shots},
             metric_type=METRICS[score.task.metric][0],
             metric_name=METRICS[score.task.metric][1],

@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from data.card import HUB_ID, PROMPT_FORMAT, Story, describe_base, licence_section, write
-from inference.merging.scores import Score, describe_scores, on_the_hub
+from data.card import CARD, HUB_ID, PROMPT_FORMAT, Story, composed, describe_base, licence_section
+from inference.card.scores import Score, describe_scores, on_the_hub
 
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,7 +61,8 @@ def write_card(
         "Licence": licence_section(licence),
     }
     introduction = "A Mixtral fine-tuned with low-rank adapters by OpenHermes-Mixtral, merged into one checkpoint.\n"
-    write(directory, head, name, introduction, sections)
+    card = composed(head, name, introduction, sections)
+    (directory / CARD).write_bytes(card.encode("utf-8", "replace"))  # a directory's name may be no UTF-8
 
 
 def _verification(measured: dict[str, Any] | None) -> str:
