@@ -11,7 +11,7 @@ from inference.adapter import Adapter
 from inference.config import InferenceConfig
 from inference.generate import generate
 from inference.load import fold, load
-from tests.unit.inference.test_adapter import KINDS, make_adapter, make_base
+from tests.support.adapters import KINDS, make_adapter, make_base
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

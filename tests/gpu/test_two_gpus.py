@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.inference.test_adapter import KINDS, make_adapter, make_base
+from tests.support.adapters import KINDS, make_adapter, make_base
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
 

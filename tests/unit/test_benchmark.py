@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import IGNORE_INDEX
+from tests.support.leaderboard import write_rows
 from tests.support.nano import LENGTHS, losses, nano, packed
-from tests.unit.inference.evaluation.test_evaluate import write_rows
 from train.lora import attach
 from train.model import work
 from train.model.loss import MixtralWithLoss

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import CONFIG, WEIGHTS
@@ -21,59 +21,7 @@ from data.disk.weights import StoredWeights
 from inference.adapter import Adapter
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, fold
-
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-KINDS: dict[str, dict[str, Any]] = {
-    "all": {"target_modules": ATTENTION, "target_parameters": EXPERTS},
-    "experts-only": {"target_modules": [], "target_parameters": EXPERTS},
-    "gate-up-only": {"target_modules": [], "target_parameters": EXPERTS[:1]},
-    "down-only": {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:]},
-    "attention-only": {"target_modules": ATTENTION},
-    "attention-by-pattern": {"target_modules": r".*layers\.1\.self_attn\.[qv]_proj"},
-    "rank-stabilised": {"target_modules": ATTENTION, "target_parameters": EXPERTS, "use_rslora": True},
-    "ranks-by-pattern": {
-        "target_modules": ATTENTION,
-        "target_parameters": EXPERTS,
-        "rank_pattern": {"q_proj": 2},
-        "alpha_pattern": {"v_proj": 40},
-    },
-    "low-rank-router": {"target_modules": ATTENTION, "target_parameters": ["mlp.gate.weight", *EXPERTS]},
-    "trained-router": {"target_modules": ATTENTION, "modules_to_save": ["gate"]},
-    "trained-head": {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]},
-}
-
-
-def architecture(**sizes: int) -> MixtralConfig:
-    wanted = {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-    }
-    return MixtralConfig(**wanted | sizes)
-
-
-def make_base(dtype: torch.dtype = torch.float32, **sizes: int) -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    base = MixtralForCausalLM(architecture(**sizes)).to(dtype).eval()
-    base.set_experts_implementation("eager")
-    return base
-
-
-def make_adapter(directory: Path, base: MixtralForCausalLM, **kind: Any) -> PeftModel:
-    """Stock PEFT's own adapter with factors that are not zero, saved by stock PEFT; the model that it belongs to."""
-    config = LoraConfig(**{"r": 4, "lora_alpha": 12, **kind})
-    adapted = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
-    adapted.save_pretrained(str(directory))
-    return adapted.eval()
+from tests.support.adapters import ATTENTION, EXPERTS, KINDS, architecture, make_adapter, make_base
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

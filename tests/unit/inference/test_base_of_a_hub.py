@@ -17,7 +17,7 @@ from inference.adapter import Adapter
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, load, load_base, load_tokenizer
 from tests.hub import FIRST, SECOND, Hub
-from tests.unit.inference.test_adapter import make_adapter, make_base
+from tests.support.adapters import make_adapter, make_base
 from train.config.model import ModelConfig
 from train.config.train import TrainConfig
 from train.model import mixtral

@@ -16,7 +16,7 @@ from data.disk.adapter_directory import CONFIG, MOST_NAMES, RECEIPT, WEIGHTS
 from inference.batch.journal import FIRST_BYTES, open_journal
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base
-from tests.unit.inference.test_adapter import KINDS, make_adapter, make_base
+from tests.support.adapters import KINDS, make_adapter, make_base
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from inference.config import SMALLEST_TEMPERATURE, InferenceConfig
 from inference.generate import Ending, TextStream, generate
 from inference.load import Loaded, load
 from inference.prompt import ask
-from tests.unit.inference.test_adapter import make_base
+from tests.support.adapters import make_base
 
 REPLIES = [
     "Hello there!",

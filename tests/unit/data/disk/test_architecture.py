@@ -15,7 +15,7 @@ from data.disk.architecture import exported, read_architecture
 from data.disk.weights import INDEX, SINGLE
 from inference.config import InferenceConfig
 from inference.load import find_base, load_base
-from tests.unit.inference.test_adapter import make_base
+from tests.support.adapters import make_base
 from train.config.model import ModelConfig
 from train.model import mixtral
 

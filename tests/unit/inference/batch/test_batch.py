@@ -18,7 +18,7 @@ from inference.batch.batch import batch, plan, read_prompts
 from inference.config import InferenceConfig
 from inference.generate import Answer, generate
 from inference.load import Loaded
-from tests.unit.inference.test_adapter import make_base
+from tests.support.adapters import make_base
 
 ROWS: list[Any] = [
     {"id": "a", "instruction": "Name a colour."},

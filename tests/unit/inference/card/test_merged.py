@@ -14,7 +14,7 @@ from data.card import Story, read_story
 from data.disk.plain_text import json_if_readable, parse_yaml, plain
 from inference.card.merged import write_card
 from inference.merging.merge import merge
-from tests.unit.inference.merging.test_merge import make
+from tests.support.adapters import make
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)

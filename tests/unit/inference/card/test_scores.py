@@ -14,8 +14,8 @@ from inference.config import InferenceConfig
 from inference.evaluation.evaluate import evaluate
 from inference.load import find_base
 from inference.merging.merge import merge
-from tests.unit.inference.evaluation.test_evaluate import write_rows
-from tests.unit.inference.merging.test_merge import make
+from tests.support.adapters import make
+from tests.support.leaderboard import write_rows
 
 MEASURED: dict[str, Any] = {
     "arc": {"score": 0.63911, "standard_error": 0.01404, "questions": 1172},

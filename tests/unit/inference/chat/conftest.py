@@ -16,7 +16,7 @@ from inference.chat.terminal import Output
 from inference.config import InferenceConfig
 from inference.generate import Answer
 from inference.load import Loaded
-from tests.unit.inference.test_adapter import make_base
+from tests.support.adapters import make_base
 
 
 class Asked(list[Conversation]):

@@ -14,8 +14,8 @@ from inference.evaluation.journal import open_journal
 from inference.evaluation.leaderboard.rows import read_task
 from inference.generate import context
 from inference.load import Loaded
-from tests.unit.inference.evaluation.test_evaluate import write_rows
-from tests.unit.inference.test_adapter import make_base
+from tests.support.adapters import make_base
+from tests.support.leaderboard import write_rows
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install -e '.[eval]'")
 

@@ -1,24 +1,15 @@
 """The leaderboard's prompts: its own hashes where its rows are at hand, and rows written for these tests."""
 
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 from configs.program.errors import UserError
 from inference.evaluation.leaderboard.questions import PRIMER, Row, hash_of, plain_steps, questions_of
-from inference.evaluation.leaderboard.rows import TaskRows, read_task
+from inference.evaluation.leaderboard.rows import read_task
 from inference.evaluation.leaderboard.tasks import TASKS, published_hashes
 from inference.evaluation.results import describe_prompts, said_of_prompts
-
-EVAL = Path(__file__).parents[5] / "shared" / "eval"
-needs_eval = pytest.mark.skipif(not EVAL.is_dir(), reason="the leaderboard's rows (../shared/eval) are not here")
-
-
-@cache
-def rows_of(name: str) -> TaskRows:
-    """The task's rows in ../shared/eval, read once."""
-    return read_task(name, str(EVAL))
+from tests.support.leaderboard import needs_eval, rows_of
 
 
 def arc(question: str, answer: str = "B") -> Row:

@@ -12,8 +12,8 @@ from data.template import BOS, ChatTokenizer
 from inference.evaluation.leaderboard.questions import questions_of
 from inference.evaluation.scoring import LogLikelihood, log_likelihoods
 from inference.evaluation.sequences import PackedSequences, Scored, sequences_of, shared, units_of
-from tests.unit.inference.evaluation.test_questions import needs_eval, rows_of
-from tests.unit.inference.test_adapter import make_base
+from tests.support.adapters import make_base
+from tests.support.leaderboard import needs_eval, rows_of
 
 
 def make_groups(seed: int) -> list[list[Scored]]:

@@ -44,20 +44,11 @@ from inference.merging.verify import (
 )
 from inference.run import run
 from tests.conftest import Live
+from tests.support.adapters import KINDS, make, make_adapter, make_base
 from tests.support.killing import killed_at_every_change
-from tests.unit.inference.test_adapter import KINDS, make_adapter, make_base
 
 ROOT = Path(__file__).parents[4]
 SIZES = {"vocab_size": 32_000}
-
-
-def make(top: Path, dtype: torch.dtype = torch.bfloat16, *, kind: str = "all", **saving: Any) -> InferenceConfig:
-    base = make_base(dtype, **SIZES)
-    base.save_pretrained(top / "base", **saving)
-    make_adapter(top / "adapter", base, **KINDS[kind])
-    return InferenceConfig(
-        task="merge", base=str(top / "base"), adapter=str(top / "adapter"), output=str(top / "out"), device="cpu"
-    )
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.prepared.dataset import Batch
-from tests.unit.train.model.test_loss import LENGTHS, losses, nano, packed
+from tests.support.nano import LENGTHS, losses, nano, packed
 from train.config.engine import DeepSpeedConfig, HardwareConfig
 from train.config.model import ModelConfig
 from train.config.train import BatchArithmetic, TrainConfig
