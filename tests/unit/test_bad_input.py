@@ -232,7 +232,7 @@ CASES = {
     "inference task=batch base=some_directory input=good.jsonl output=o batch_size=0": ["batch_size=0"],
     "inference task=batch base=some_directory input=good.jsonl output=o batching=none": ["batching=none", "padded"],
     "inference task=batch base=some_directory input=good.jsonl output=o": ["base=some_directory"],
-    "inference prompt=hi base=some_directory stop=[{a:1}]": ["stop={'a': 1}", "no string"],
+    "inference prompt=hi base=some_directory stop=[{a:1}]": ["stop={'a': 1}", "not a string"],
     "inference prompt=hi base=some_directory temperature=1e-300": ["temperature=1e-300", "smaller than 1e-06"],
     "inference prompt=hi base=some_directory temperature=abc": ["temperature=abc", "Float"],
     "inference prompt=hi base=some_directory seed=-1": ["seed=-1", "from 0"],
