@@ -180,6 +180,8 @@ CASES = {
     "train model.architecture=null": ["model.architecture=null", "can't be null"],
     "train --experimental-rerun job.pickle": ["--experimental-rerun=job.pickle", "pickle"],
     "train --experimental-re=job.pickle": ["--experimental-rerun=job.pickle", "pickle"],
+    "train hydra.run.dir=outputs": ["hydra.run.dir=outputs", "leave it out"],
+    "train -m hydra.mode=RUN lora=none": ["hydra.mode=RUN", "leave it out"],
     "train --multirun --cfg job lora=none": ["--multirun", "one of them"],
     "train -m lora=none optim.lr=1e-3,1e-4": ["run_dir", "${optim.lr}"],
     "train -m lora=none optim.lr=1e-3,1e-4 run_dir=r": ["run_dir=r", "optim.lr=0.001; optim.lr=0.0001"],
