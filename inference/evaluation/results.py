@@ -8,6 +8,7 @@ from typing import Any, NotRequired, TypedDict
 import xxhash
 
 from configs.program.errors import UserError
+from data.disk.adapter_directory import SCORES
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
 from inference.evaluation.answering import Answered
@@ -16,7 +17,7 @@ from inference.evaluation.leaderboard.rows import TaskRows
 from inference.evaluation.leaderboard.tasks import TASKS, published_hashes
 from inference.evaluation.statistics import Estimate, Groups, average, estimate, holm, paired
 
-RESULTS, QUESTIONS, QUESTIONS_OF_BASE = "results.json", "questions.jsonl", "questions_of_base.jsonl"
+QUESTIONS, QUESTIONS_OF_BASE = "questions.jsonl", "questions_of_base.jsonl"
 LARGEST_QUESTIONS = 1 << 30
 """Bytes of the largest `questions.jsonl` that is read; a line is a kilobyte."""
 
@@ -174,15 +175,15 @@ def read_earlier(path: Path) -> Earlier:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    directory = path.parent if path.name == RESULTS else path
-    for file in (directory / RESULTS, directory / QUESTIONS):
+    directory = path.parent if path.name == SCORES else path
+    for file in (directory / SCORES, directory / QUESTIONS):
         if not file.exists():
             raise UserError(
                 f"compare={path}: there is no evaluation ({file} is missing); give base, or the output of another "
                 f"task=evaluate"
             )
     try:
-        results = parse_json(read_regular(directory / RESULTS), Results)
+        results = parse_json(read_regular(directory / SCORES), Results)
         lines = [parse_json(line, Line) for line in read_regular(directory / QUESTIONS, LARGEST_QUESTIONS).splitlines()]
     except UnreadableError as error:
         raise UserError(f"compare={path}: it can't be read ({error}); evaluate again") from error

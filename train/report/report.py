@@ -13,6 +13,7 @@ from configs.program.errors import UserError, one_line
 from configs.program.page.charts import Line, Mark, heatmap, intervals, line_chart, timeline
 from configs.program.page.page import render
 from data.config import PrepareConfig
+from data.disk.adapter_directory import EVALUATION, SCORES
 from data.disk.files import replace_file
 from data.disk.formats.json_text import shaped
 from data.disk.formats.regular import UnreadableError
@@ -22,11 +23,11 @@ from data.prepared.report import example
 from data.prepared.selection import selected
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
-from train.report.answers import ANSWERS, ask
-from train.report.recorded import CONFIG, Recorded, changed_settings, number, part, read_run
+from train.report.answers import ask
+from train.report.recorded import Recorded, changed_settings, number, part, read_run
 from train.report.shapes import Answer, Dataset, Evaluation, Planned
+from train.run_files import ANSWERS, CONFIG, REPORT
 
-PAGE = "report.html"
 EXAMPLES = 3
 """Rows of the dataset that are shown."""
 
@@ -59,12 +60,12 @@ def write_report(
     if run.damaged:
         tell(f"Left out: {'; '.join(run.damaged)}")
     try:
-        replace_file(directory / PAGE, [page.encode("utf-8", "replace")])
+        replace_file(directory / REPORT, [page.encode("utf-8", "replace")])
     except OSError as error:
         raise UserError(
-            f"run_dir={directory}: its {PAGE} can't be written ({error.strerror}); make room for it"
+            f"run_dir={directory}: its {REPORT} can't be written ({error.strerror}); make room for it"
         ) from error
-    return directory / PAGE
+    return directory / REPORT
 
 
 def try_report(directory: Path, *, with_examples: bool = True) -> None:
@@ -75,7 +76,7 @@ def try_report(directory: Path, *, with_examples: bool = True) -> None:
         write_report(directory, with_examples=with_examples)
     except Exception as error:  # of any kind: the run is worth more than its report
         if not isinstance(error.__cause__, OSError):  # what the disk lacks, metrics.jsonl's own line says
-            console.print(f"{PAGE} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
+            console.print(f"{REPORT} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
 
 
 def content(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
@@ -239,7 +240,7 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
 
 def scored(run: Recorded) -> dict[str, Any] | None:
     """The evaluation beside the adapter, in percent, with the intervals of base and tuned model."""
-    evaluation = part(run.directory / "evaluation" / "results.json", Evaluation, run.damaged)
+    evaluation = part(run.directory / EVALUATION / SCORES, Evaluation, run.damaged)
     if evaluation is None or not (tasks := evaluation["tasks"]):
         return None
     before = (evaluation.get("before") or {}).get("tasks", {})

@@ -4,7 +4,8 @@ from typing import Annotated, NotRequired, TypedDict
 
 from msgspec import Meta
 
-Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+from train.run_files import Count
+
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
