@@ -32,6 +32,7 @@ from inference.evaluation.results import (
     prompt_hash,
     read_earlier,
     score,
+    without_nan,
 )
 from inference.evaluation.tables import show
 from inference.generate import context
@@ -98,7 +99,7 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
         write(output / QUESTIONS, answered)
         if config.compare == BASE:
             write(output / QUESTIONS_OF_BASE, of_base)
-        replace_file(output / SCORES, [json.dumps(result, indent=1).encode() + b"\n"])
+        replace_file(output / SCORES, [json.dumps(without_nan(result), indent=1).encode() + b"\n"])
         for each in journals:
             each.path.unlink()
     show(result)

@@ -1,5 +1,6 @@
 """Answers → what is written of an evaluation: `results.json`, and a line a question in `questions.jsonl`."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,6 +116,13 @@ def compare(before: Mapping[str, Groups], after: Mapping[str, Groups]) -> dict[s
     tasks = {name: {**asdict(pair), "p_holm": p} for (name, pair), p in zip(pairs.items(), adjusted, strict=True)}
     differences = [pair.difference for pair in pairs.values()]
     return {"tasks": tasks, "average": asdict(average(differences)) if set(pairs) == set(TASKS) else None}
+
+
+def without_nan(value: Any) -> Any:
+    """The same for JSON, which knows no NaN: what a single question has no error for becomes null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # Earlier results

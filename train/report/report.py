@@ -21,6 +21,7 @@ from data.disk.plain_text import json_if_readable
 from data.prepared.layout import MANIFEST, SPLITS, open_split
 from data.prepared.report import example
 from data.prepared.selection import selected
+from data.stages.leaderboard import HUB_TASKS
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.report.answers import ask
@@ -241,20 +242,34 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
 def scored(run: Recorded) -> dict[str, Any] | None:
     """The evaluation beside the adapter, in percent, with the intervals of base and tuned model."""
     evaluation = part(run.directory / EVALUATION / SCORES, Evaluation, run.damaged)
-    if evaluation is None or not (tasks := evaluation["tasks"]):
+    if evaluation is None or not evaluation["tasks"]:
         return None
-    before = (evaluation.get("before") or {}).get("tasks", {})
-    rows = []
-    for name, scores in tasks.items():
-        values = [("tuned", 100 * scores["score"], 100 * scores["standard_error"])]
-        if name in before:
-            values.append(("base", 100 * before[name]["score"], 100 * before[name]["standard_error"]))
-        rows.append((name, values))
-    comparison = (evaluation.get("comparison") or {}).get("tasks", {})
+    tuned, base = _by_title(evaluation), _by_title(evaluation.get("before"))
+    compared = evaluation.get("comparison") or {"tasks": {}}
+    pairs = _by_title(compared)
+    if compared.get("average") is not None:
+        pairs["average"] = {"difference": compared["average"]}
+    rows = [
+        (title, [(who, *_percent(of[title])) for who, of in (("tuned", tuned), ("base", base)) if title in of])
+        for title in tuned
+    ]
     return {
         "rows": rows,
-        "comparison": comparison,
-        "picture": intervals(rows, label="Scores with two standard errors"),
-        "has_base": bool(before),
-        "questions": {name: scores["questions"] for name, scores in tasks.items()},
+        "comparison": pairs,
+        "picture": intervals(rows, low=0, high=100, label="Scores with two standard errors"),
+        "has_base": bool(base),
+        "questions": {title: scores["questions"] for title, scores in tuned.items() if "questions" in scores},
     }
+
+
+def _by_title(results: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The tasks by what the card calls them, and their average if all are there."""
+    if results is None:
+        return {}
+    found = {HUB_TASKS[name].title if name in HUB_TASKS else name: each for name, each in results["tasks"].items()}
+    average = results.get("average")
+    return found if average is None else found | {"average": average}
+
+
+def _percent(scores: dict[str, Any]) -> tuple[float, float]:
+    return 100 * scores["score"], 100 * scores["standard_error"]

@@ -179,7 +179,7 @@ def test_limit_takes_the_first_of_the_same_questions(given: Path, tmp_path: Path
     [
         ({"tasks": []}, "tasks: there is nothing to score"),
         ({"tasks": ["arc", "arc"]}, "tasks=arc: it is named twice"),
-        ({"limit": 0}, "limit=0"),
+        ({"limit": 1}, "limit=1: one question has no standard error"),
         ({"bos": "maybe"}, "bos=maybe"),
         ({"max_tokens": 0}, "max_tokens=0"),
     ],
