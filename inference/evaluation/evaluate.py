@@ -59,7 +59,10 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
     rows = {name: read_task(name, config.data) for name in config.tasks if name in TASKS}
     questions = [question for name in rows for question in rows[name].questions[: config.limit]]
     earlier = read_earlier(Path(config.compare)) if config.compare not in (None, BASE) else None
-    before = None if earlier is None else earlier.scores(questions)
+    before = None
+    if earlier is not None:
+        earlier.check_format(config)
+        before = earlier.scores(questions)
     tokenizer = load_tokenizer(base)
     clean = None
     if config.trained_on is not None:

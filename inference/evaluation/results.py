@@ -12,10 +12,11 @@ from configs.program.errors import UserError
 from data.disk.adapter_directory import SCORES
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
+from inference.config import InferenceConfig
 from inference.evaluation.answering import Answered
 from inference.evaluation.leaderboard.questions import Question, hash_of
 from inference.evaluation.leaderboard.rows import TaskRows
-from inference.evaluation.leaderboard.tasks import TASKS, published_hashes
+from inference.evaluation.leaderboard.tasks import GSM8K_STOPS, GSM8K_TOKENS, TASKS, published_hashes
 from inference.evaluation.statistics import Estimate, Groups, average, estimate, holm, paired
 
 QUESTIONS, QUESTIONS_OF_BASE = "questions.jsonl", "questions_of_base.jsonl"
@@ -67,6 +68,7 @@ def describe_prompts(name: str, rows: TaskRows) -> dict[str, Any]:
         "groups": len(hashes),
         "groups_checked": len(checked),
         "equal": None if unlike_rows or not checked else all(checked),
+        **({"stop": list(GSM8K_STOPS), "max_new_tokens": GSM8K_TOKENS} if name == "gsm8k" else {}),
     }
 
 
@@ -131,7 +133,7 @@ def without_nan(value: Any) -> Any:
 class Results(TypedDict):
     """What is read of `results.json`."""
 
-    model: dict[str, Any]
+    settings: dict[str, Any]
 
 
 class Line(TypedDict):
@@ -149,9 +151,19 @@ class Earlier:
     """An evaluation that was written before."""
 
     path: Path
-    model: dict[str, Any]
+    settings: dict[str, Any]
     questions: dict[tuple[str, str, int], Line]
     """The lines of `questions.jsonl`, by task, subject and row."""
+
+    def check_format(self, config: InferenceConfig) -> None:
+        """Raises `UserError` if its contexts stood in another format than these settings ask for."""
+        for name in ("chat", "bos"):
+            now, then = getattr(config, name), self.settings.get(name)
+            if now != then:
+                raise UserError(
+                    f"{name}={now}: the questions of compare={self.path} were asked with {name}={then}, so the two "
+                    f"can't be compared; give the same, or evaluate that model again"
+                )
 
     def scores(self, questions: Sequence[Question]) -> dict[str, dict[str, list[float]]]:
         """The scores of these questions, by task and subject.
@@ -196,4 +208,4 @@ def read_earlier(path: Path) -> Earlier:
     except UnreadableError as error:
         raise UserError(f"compare={path}: it can't be read ({error}); evaluate again") from error
     questions = {(line["task"], line.get("subject", line["task"]), line["row"]): line for line in lines}
-    return Earlier(directory, results["model"], questions)
+    return Earlier(directory, results["settings"], questions)
