@@ -12,7 +12,7 @@ from rich.table import Table
 
 from configs.program.console import console
 from configs.program.errors import UserError
-from configs.program.multirun import Job
+from configs.program.jobs import Job
 from configs.program.secrets import redact
 from train.config.train import TrainConfig
 from train.failures.signals import ASKING, EXIT_PREEMPTED, PR_SET_PDEATHSIG
