@@ -169,7 +169,9 @@ class InferenceConfig:
         if self.data is not None and not Path(self.data).is_dir():
             raise UserError(f"data={self.data}: there is no such directory; check the path")
         if self.limit is not None:
-            between("limit", self.limit, 1, math.inf, "it must be at least 1; leave it out for all questions")
+            between(
+                "limit", self.limit, 2, math.inf, "one question has no standard error; give at least 2, or leave it out"
+            )
         if self.compare == "base" and self.adapter is None:
             raise UserError("compare=base: that compares the base with an adapter, and none is named; give adapter=")
         choice("bos", self.bos, "leaderboard", "always", "never")

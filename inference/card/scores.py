@@ -6,13 +6,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from data.disk.adapter_directory import WEIGHTS
+from data.disk.adapter_directory import EVALUATION, SCORES, WEIGHTS
 from data.disk.files import sha256
 from data.disk.plain_text import json_if_readable, member
 from inference.evaluation.leaderboard.tasks import TASKS, Task
-
-RESULTS = "evaluation/results.json"
-"""Where `python -m inference task=evaluate` writes, beside the adapter's directory."""
 
 METRICS = {
     "acc_norm": ("acc_norm", "normalized accuracy"),
@@ -50,7 +47,7 @@ def read_scores(adapter: Path, fingerprint: str | None) -> tuple[list[Score], st
         adapter: its directory.
         fingerprint: of the base's weights; None if nobody knows them.
     """
-    path = adapter.parent / RESULTS
+    path = adapter.parent / EVALUATION / SCORES
     if not path.exists():
         return [], None
     content = json_if_readable(path)

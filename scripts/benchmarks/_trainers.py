@@ -162,7 +162,7 @@ def ours(settings: Settings) -> None:
     while turns.wait():
         number += 1
         first = (number - 1) * settings.rows_per_step
-        rows = [order[place % len(order)] for place in range(first, first + settings.rows_per_step)]
+        rows = [order[index % len(order)] for index in range(first, first + settings.rows_per_step)]
         result = step(trainer, [table.batch(rows)], number, 1e-4, config)
         wait(settings.device)
         # with the router loss in it, as in the loss that TRL logs
@@ -222,12 +222,12 @@ def trl(settings: Settings) -> None:
     class OneAtATime(TrainerCallback):
         """Waits before each step and answers after it."""
 
-        place = 0
+        step = 0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not turns.wait():
                 os._exit(0)  # the trainer does not decide when it ends
-            self.place = state.global_step
+            self.step = state.global_step
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             wait(settings.device)
@@ -235,8 +235,8 @@ def trl(settings: Settings) -> None:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if "loss" in logs:
-                first = self.place * settings.rows_per_step
-                taken = [rows[(first + place) % len(rows)] for place in range(settings.rows_per_step)]
+                first = self.step * settings.rows_per_step
+                taken = [rows[(first + index) % len(rows)] for index in range(settings.rows_per_step)]
                 turns.answer(
                     seconds=self.seconds,
                     loss=float(logs["loss"]),

@@ -19,7 +19,7 @@ from train.failures.guardian.guardian import KILL_AFTER
 from .harness.outcome import first_difference, last_checkpoint
 from .harness.processes import kill
 from .harness.trials import attempts, common_arguments, generator, report, require
-from .harness.workplace import Workplace, workplace
+from .harness.workplace import Workplace, opened
 
 PHASES = ("forward", "backward", "update", "saving", "evaluating", "reading rows")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
@@ -38,26 +38,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Kills and stops, resumes, compares, prints, and returns what happened."""
-    with workplace(options) as place:
+    with opened(options) as workplace:
         random = generator("peers", options.seed)
         trials = []
         for number in range(options.rounds * len(PHASES) * len(SIGNALS)):
             way, phase = SIGNALS[number % 2], PHASES[number // 2 % len(PHASES)]
             rank, after = random.randrange(2), random.randint(1, 6)
-            run_dir = place.scratch / f"peers-{number}"
-            trial = partial(lost, place, run_dir, way, rank, phase, after)
+            run_dir = workplace.scratch / f"peers-{number}"
+            trial = partial(lost, workplace, run_dir, way, rank, phase, after)
             trials.append((f"{way.name} to {rank} in {phase}", trial))
         figures = report("Processes that are killed or stopped", attempts(options, trials), options.seed)
-        place.keep = bool(figures["failed"])
+        workplace.keep = bool(figures["failed"])
     return figures
 
 
-def lost(place: Workplace, run: Path, way: signal.Signals, rank: int, phase: str, after: int) -> dict[str, Any]:
+def lost(workplace: Workplace, run: Path, way: signal.Signals, rank: int, phase: str, after: int) -> dict[str, Any]:
     """One launch that loses a process in a phase, after some steps, and one that finishes the run."""
-    whole = place.reference(2, **SETTINGS)
-    launch = place.launch(run, 2, **SETTINGS)
+    whole = workplace.reference(2, **SETTINGS)
+    launch = workplace.launch(run, 2, **SETTINGS)
     require(launch.until(lambda: launch.has_begun), f"it ended early:\n{launch.said()}")
-    read = launch.place_of(rank)
+    read = launch.position(rank)
     require(read, f"process {rank} has no guardian")
     assert read is not None
     where = (0, "")
@@ -84,7 +84,7 @@ def lost(place: Workplace, run: Path, way: signal.Signals, rank: int, phase: str
     told = (str(rank), str(where[0]), where[1])
     require(said == [told], f"it says {said}, and was in {told}:\n{launch.said()}")
     last = last_checkpoint(run)
-    resumed = place.finish(run, 2, **SETTINGS).resumed_step
+    resumed = workplace.finish(run, 2, **SETTINGS).resumed_step
     require(resumed == last, f"it went on after step {resumed}, not {last}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))

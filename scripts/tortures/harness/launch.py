@@ -139,7 +139,7 @@ class Launch:
             time.sleep(0.1)  # looking through all processes takes a while itself
         return found
 
-    def place_of(self, rank: int) -> Callable[[], tuple[int, str]] | None:
+    def position(self, rank: int) -> Callable[[], tuple[int, str]] | None:
         """What reads step and phase of a process from the page that it shares with its guardian; None before that."""
         return position_of(self.ranks().get(rank))
 
@@ -171,8 +171,10 @@ class Launch:
 
     def where(self) -> str:
         """Where its processes are, as far as their guards tell."""
-        places = {rank: self.place_of(rank) for rank in range(self.count)}
-        return ", ".join(f"process {rank} in {place()}" for rank, place in places.items() if place) or "places unknown"
+        positions = {rank: self.position(rank) for rank in range(self.count)}
+        return (
+            ", ".join(f"process {rank} in {read()}" for rank, read in positions.items() if read) or "positions unknown"
+        )
 
     def wait_for_none_left(self, seconds: float) -> None:
         """Returns when no process of it is left.

@@ -41,17 +41,17 @@ Settings = dict[str, str]
 
 
 @contextlib.contextmanager
-def workplace(options: argparse.Namespace) -> Iterator["Workplace"]:
+def opened(options: argparse.Namespace) -> Iterator["Workplace"]:
     """A place for runs; it is removed unless something failed there, or the user named it."""
     scratch = options.scratch or Path(tempfile.mkdtemp(prefix="torture-"))
     scratch.mkdir(parents=True, exist_ok=True)
-    place = Workplace(scratch.resolve(), typed=not options.forked)
-    place.prepare()
+    workplace = Workplace(scratch.resolve(), typed=not options.forked)
+    workplace.prepare()
     try:
-        yield place
+        yield workplace
     finally:
-        place.end_all()
-        if place.keep or options.scratch:
+        workplace.end_all()
+        if workplace.keep or options.scratch:
             print(f"The runs are in {scratch}")
         else:
             shutil.rmtree(scratch)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Every YAML composes to the settings of its program, says what comes out, and passes the checks."""
 
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
