@@ -74,6 +74,7 @@ def train(
 
     updated = engine.optimizer_steps > 0
     engine.train()
+    engine.at("beginning", done)
     with metrics.progress(steps, done=done):
         evaluate_if_due(done)
         if engine.any_process(signals.asked_to_stop):

@@ -19,7 +19,7 @@ from train.config.train import TrainConfig
 from train.engine.engine import Engine, ForwardEngine
 from train.engine.processes import (
     Processes,
-    agree,
+    check_device,
     check_launch,
     check_same,
     join_processes,
@@ -30,6 +30,7 @@ from train.engine.shards import place_for
 from train.expert_load import profile
 from train.failures.errors import reporting_errors
 from train.failures.guard import Guard
+from train.failures.meeting import Meeting
 from train.failures.signals import EXIT_PREEMPTED, Signals
 from train.health import Health
 from train.history import History
@@ -62,29 +63,46 @@ def run(config: TrainConfig) -> None:
         report(config)
         return
     signals = Signals(config.failures.grace)
-    count = check_launch(config.hardware)
-    config.batch(count)
-    dataset = PreparedDataset(config.dataset)
-    inputs = Inputs(config, dataset)
-    if count in (1, local_processes()):  # on several machines run_dir is one's own, and the others are to be told
-        check_run_there(config, inputs, dataset.directory)
-    check_is_there(config.lora)
-    if config.model.weights == nf4.FORM:
-        nf4.check_available("model.weights=nf4")
-    fetch_base(config)
-    check_vocabulary(config.model, dataset)
-    inputs.read()
-    processes = join_processes(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
-    timeouts = {name: getattr(config.failures, name) for name in ("peer_timeout", "stall_timeout", "disk_timeout")}
-    guard = Guard(processes.rank, processes.count, **timeouts)
-    guard.join(agree(guard.listen()))
+    rank, count = check_launch()
+    bounds = ("peer_timeout", "start_timeout", "stall_timeout", "disk_timeout")
+    guard = Guard(rank, count, **{name: getattr(config.failures, name) for name in bounds})
     signals.tell(guard.leaving)
-    with reporting_errors(guard, config, processes.rank):
+    if count > 1:
+        meeting = Meeting(rank, seconds=config.failures.start_timeout)  # kept: process 0's is where torch's join
+        meeting.join(guard)
+    with reporting_errors(guard, config, rank):
+        dataset, inputs = prepare(config, guard, rank, count)
+        guard.start("joining the others")
+        processes = join_processes(config.hardware)
         preempted = run_on(config, dataset, inputs, processes, guard, signals)
         guard.done()
         leave_processes()
     if preempted:
         sys.exit(EXIT_PREEMPTED)
+
+
+def prepare(config: TrainConfig, guard: Guard, rank: int, count: int) -> tuple[PreparedDataset, Inputs]:
+    """What each process does by itself: it looks for mistakes, downloads, and reads what has to be hashed.
+
+    Raises:
+        UserError: something in settings, dataset, base or run directory is wrong.
+    """
+    guard.start("looking for mistakes")
+    check_device(config.hardware)
+    config.batch(count)
+    dataset = PreparedDataset(config.dataset)
+    inputs = Inputs(config, dataset)
+    if rank == 0 or count == local_processes():  # on several machines it is process 0's that counts
+        check_run_there(config, inputs, dataset.directory)
+    check_is_there(config.lora)
+    if config.model.weights == nf4.FORM:
+        nf4.check_available("model.weights=nf4")
+    guard.start("fetching the base")
+    fetch_base(config)
+    check_vocabulary(config.model, dataset)
+    guard.start("hashing base and rows")
+    inputs.read()
+    return dataset, inputs
 
 
 def run_on(
@@ -109,6 +127,7 @@ def run_on(
             finished = f"{directory.path}: the run is finished; give overwrite=true to do it again"
             console.print(finished, soft_wrap=True)
         return False
+    guard.start("loading the base")
     model = build(
         config, place_for(config, batch, processes.device), device=processes.device, is_main=processes.is_main
     )
@@ -122,6 +141,7 @@ def run_on(
     if processes.is_main and (sentence := other_form(config)):
         console.print(sentence, soft_wrap=True)
     engine = Engine(module, config, batch, processes, guard)
+    guard.start("finding the checkpoint")
     checkpoint = find_checkpoint(directory, record, engine.shapes, partial(engine.disk, directory.path))
     directory.create(record.config_yaml)
     health = Health(config.failures)
