@@ -108,4 +108,18 @@ stop() { # one training process is enough: they agree among themselves
 training="-u -[m] train .*$(printf %s "$run_dir" | sed 's/[][\.*^$+?(){}|]/\\&/g')( |\$)"
 # A node whose network is gone says nothing, and ssh would wait for it for ever.
 export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=15 -oServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
-supervise stop "${command[@]}"
+# What `deepspeed` starts is a pdsh of ours, which notes that it has come to its end.
+beside="$(mktemp -d)"
+trap 'rm -rf "$beside"' EXIT
+printf '#!/usr/bin/env bash\n%q "$@" || exit\ntouch %q\n' "$(command -v pdsh)" "$beside/ended" >"$beside/pdsh"
+chmod +x "$beside/pdsh"
+
+has_ended() {
+    [ -e "$beside/ended" ] && return
+    reach "${hosts[0]}" "pkill -TERM -f -- $(printf %q "$training")" || true # the nodes may not know
+    return 1
+}
+
+code=0
+supervise stop has_ended env PATH="$beside:$PATH" "${command[@]}" || code=$?
+exit "$code"
