@@ -7,6 +7,7 @@
     damage.py   every file of a checkpoint damaged in every way
     disk.py     a disk that gets full, or turns read-only
     files.py    every file that the three programs read damaged in every way
+    long.py     a run of twenty thousand steps, in which nothing may grow
     planted.py  code planted in all that the programs read
 
     harness/    the small runs that these are done to
