@@ -4,6 +4,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from transformers import MixtralForCausalLM
+
 from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.explanations.again import command
@@ -15,7 +17,7 @@ from data.prepared.dataset import PreparedDataset
 from data.template import ChatTokenizer
 from data.vocabulary import has_tokenizer
 from train.config.model import ModelConfig
-from train.config.train import TrainConfig
+from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.engine import Engine, ForwardEngine
 from train.engine.processes import (
     Processes,
@@ -101,7 +103,8 @@ def prepare(config: TrainConfig, guard: Guard, rank: int, count: int) -> tuple[P
     fetch_base(config)
     check_vocabulary(config.model, dataset)
     guard.start("hashing base and rows")
-    inputs.read()
+    with guard.disk(base_or_rows(config)):
+        inputs.read()
     return dataset, inputs
 
 
@@ -127,10 +130,7 @@ def run_on(
             finished = f"{directory.path}: the run is finished; give overwrite=true to do it again"
             console.print(finished, soft_wrap=True)
         return False
-    guard.start("loading the base")
-    model = build(
-        config, place_for(config, batch, processes.device), device=processes.device, is_main=processes.is_main
-    )
+    model = load(config, batch, processes, guard)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     if config.task == "profile":
         forward_engine = ForwardEngine(module, config, batch, processes, guard)
@@ -186,6 +186,19 @@ def run_on(
         raise
     metrics.close()
     return preempted
+
+
+def load(config: TrainConfig, batch: BatchArithmetic, processes: Processes, guard: Guard) -> MixtralForCausalLM:
+    """The base with what trains; each process reads its part, at its own pace."""
+    guard.start("loading the base")
+    place = place_for(config, batch, processes.device)  # collective, so it is no wait for a disk
+    with guard.disk(base_or_rows(config)):
+        return build(config, place, device=processes.device, is_main=processes.is_main)
+
+
+def base_or_rows(config: TrainConfig) -> Path:
+    """What the start reads most of, to be named if its disk hangs."""
+    return Path(config.model.path or config.dataset)
 
 
 def fetch_base(config: TrainConfig) -> None:

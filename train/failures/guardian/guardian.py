@@ -109,8 +109,8 @@ class Guardian:
                 if not self.trainer_lives():  # a child that it forked may hold the pipe open
                     self.trainer_gone()
                 self.trainer.send(beat=True)
-                self.watch_disk()
                 self.watch_start()
+                self.watch_disk()
                 self.tick()
 
     def forgive(self, now: float) -> None:
@@ -144,9 +144,13 @@ class Guardian:
         return [(thread, since, path.rstrip(b"\0").decode(errors="replace")) for thread, since, path in found]
 
     def watch_disk(self) -> None:
-        """Reports a thread that waits for a disk and has got nothing done for `disk_timeout`."""
+        """Reports a thread that waits for a disk and has got nothing done for `disk_timeout`.
+
+        In its start the thread has helpers that read, so there it counts what the whole process has done.
+        """
+        starts = POSITION.unpack_from(self.page)[0] == START
         for slot, (thread, since, path) in enumerate(self.at_disk()):
-            done = (thread, since, progress(self.setup["pid"], thread))
+            done = (thread, since, self.worked if starts else progress(self.setup["pid"], thread))
             before, when = self.disk_waits.get(slot, (None, self.now))
             if not thread or done != before:
                 self.disk_waits[slot] = (done, self.now)

@@ -387,6 +387,25 @@ def test_a_disk_that_hangs_ends_the_run_and_is_named(start: Start, tmp_path: Pat
     assert ends[0][1].startswith(said)
 
 
+def test_a_disk_that_hangs_in_the_start_is_named_though_helpers_read(start: Start, tmp_path: Path) -> None:
+    """The main thread waits for one that reads. While that reads, it is no hang."""
+    path = tmp_path / "base"
+    os.mkfifo(path)
+    run = start(2, disk_timeout=3)
+    run.trainers[1].do("guard.start('loading the base')")
+    run.trainers[1].do(f"globals().update(held=guard.disk({str(path)!r})) or held.__enter__()")
+    run.trainers[1].do(f"threading.Thread(target=lambda: open({str(path)!r}, 'rb').read(), daemon=True).start()")
+    with path.open("wb", buffering=0) as pipe:
+        for _ in range(8):
+            time.sleep(1)
+            pipe.write(b"." * (1 << 15))
+        run.trainers[0].do("1")  # it took more than twice the bound
+        ends = run.ends()
+    assert [code for code, _ in ends] == [EXIT_PEER_LOST] * 2
+    said = f"train: process 1 has waited for a disk for 3 s ({path}); it was last in its start (loading the base) on "
+    assert ends[0][1].startswith(said)
+
+
 def test_a_disk_that_is_slow_ends_nothing(start: Start, tmp_path: Path) -> None:
     """It takes three times the bound, in which a byte comes now and then."""
     path = tmp_path / "checkpoint"
