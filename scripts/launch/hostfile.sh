@@ -16,9 +16,8 @@ its ports is free, if 29500 is not. Variables for the processes go into a file .
 NAME=VALUE a line.
 
 SIGTERM and SIGINT (Ctrl-C) reach the training processes, which finish their step and save. The exit code is the highest
-of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost; after the last two the
-same command goes on. A mistake that one node alone finds, before the processes have met, comes out as 75 or 76 if the
-others were stopped or killed meanwhile; its sentence is on stderr. --print shows the command and starts nothing.
+of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process or a launcher was lost; after the
+last two the same command goes on. --print shows the command and starts nothing.
 TEXT
 }
 
