@@ -68,8 +68,8 @@ def run(config: TrainConfig) -> None:
     rank, count = check_launch()
     bounds = ("peer_timeout", "start_timeout", "stall_timeout", "disk_timeout")
     guard = Guard(rank, count, **{name: getattr(config.failures, name) for name in bounds})
-    signals.tell(guard.leaving)
     if count > 1:
+        signals.tell(guard.leaving)
         meeting = Meeting(rank, seconds=config.failures.start_timeout)  # kept: process 0's is where torch's join
         meeting.join(guard)
     with reporting_errors(guard, config, rank):

@@ -67,7 +67,7 @@ def test_gpu_runs_every_part_at_small_sizes(tmp_path: Path) -> None:
         ("disk", ("--offsets", "0", "--only", "result")),
         ("kill", ("--points", "4", "--processes", "1")),
         ("network", ("--only", "silence of 5")),
-        ("peers", ("--only", "SIGKILL to . in backward")),
+        ("peers", ("--only", "SIGKILL to . of 2 in backward")),
         ("planted", ("--only", "a careless program|a recipe with a tag")),
         ("signals", ("--trials", "0", "--only", "starting")),
     ],

@@ -75,9 +75,11 @@ class Launch:
                 if processes > 1:
                     own |= {"RANK": str(rank), "LOCAL_RANK": str(rank % of_node), "WORLD_SIZE": str(processes)}
                     own |= {"LOCAL_SIZE": str(of_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                if nodes > 1:
+                    own |= {"LAUNCHER_PID": f"{rank // of_node}"}  # each has its own, which says what became of the run
                 if namespaces:
                     namespace = namespaces[rank // of_node]
-                    own |= {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": LINK, "LAUNCHER_PID": namespace}
+                    own |= {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": LINK}
                 self._children.append(fork(module, arguments, own, self.log, self.log, namespace))
             return
         command = [sys.executable, "-m", "train"]
