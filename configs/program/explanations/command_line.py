@@ -100,6 +100,8 @@ def check(program: Program, asked: argparse.Namespace) -> None:
             chosen += [Choice(key, value) for value in _texts(override, multirun=asked.multirun)]
         elif key.split(".")[0].split("/")[0] != "hydra":
             _check_setting(argument, override, program)
+        elif key != "hydra.searchpath":
+            raise UserError(f"{argument}: Hydra composes the settings here, and does nothing else; leave it out")
     recipes.check(chosen, directories, own)
 
 
