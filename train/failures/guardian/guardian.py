@@ -146,11 +146,10 @@ class Guardian:
     def watch_disk(self) -> None:
         """Reports a thread that waits for a disk and has got nothing done for `disk_timeout`.
 
-        In its start the thread has helpers that read, so there it counts what the whole process has done.
+        In its start the thread may have helpers that read, and what the whole process does counts too.
         """
-        starts = POSITION.unpack_from(self.page)[0] == START
         for slot, (thread, since, path) in enumerate(self.at_disk()):
-            done = (thread, since, self.worked if starts else progress(self.setup["pid"], thread))
+            done = (thread, since, self.worked, progress(self.setup["pid"], thread))
             before, when = self.disk_waits.get(slot, (None, self.now))
             if not thread or done != before:
                 self.disk_waits[slot] = (done, self.now)
