@@ -15,7 +15,6 @@ from train.engine.processes import Processes
 from train.engine.state import Read, TrainedState
 from train.engine.zero import deepspeed_config
 from train.failures.guard import Guard
-from train.failures.guardian.channel import START
 from train.model.loss import Extents, MixtralWithLoss
 from train.model.routing import Routing
 
@@ -41,7 +40,7 @@ class ForwardEngine:
     processes: Processes
     guard: Guard | None = None
     """Learns where this process is."""
-    _step: int = field(default=START, init=False)
+    _step: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Nothing in the model trains any more."""
@@ -68,7 +67,11 @@ class ForwardEngine:
     def at(self, phase: str, step: int | None = None) -> None:
         """Notes what the process does from now on, and in which step if that changes, to be reported if it dies."""
         self._step = self._step if step is None else step
-        if self.guard is not None:
+        if self.guard is None:
+            return
+        if self._step is None:
+            self.guard.start(phase)
+        else:
             self.guard.at(self._step, phase)
 
     def disk(self, path: Path) -> contextlib.AbstractContextManager[None]:

@@ -11,7 +11,6 @@ from torch._C._distributed_c10d import TCPStore
 from configs.program.errors import UserError, say
 from configs.program.launch import local_rank
 from train.failures.guard import EXIT_PEER_LOST, REMEDY, Guard
-from train.failures.guardian.guardian import duration
 
 NOTE = "guard"
 
@@ -51,7 +50,7 @@ class Meeting:
             if local_rank() == 0:
                 say(
                     "train",
-                    f"MASTER_ADDR={address}: process 0 has not come to port {port} there within {duration(seconds)}; "
+                    f"MASTER_ADDR={address}: process 0 has not come to port {port} there within {seconds:g} seconds; "
                     f"see that it was launched and that both are right, and {REMEDY}",
                 )
             sys.exit(EXIT_PEER_LOST)
