@@ -70,7 +70,8 @@ need_number GPUS_PER_NODE "$gpus" 1
 hostfile="$(mktemp)"
 trap 'rm -f "$hostfile"' EXIT
 for ((node = 0; node < nodes; node++)); do echo "node-$node slots=$gpus"; done >"$hostfile"
-command=(deepspeed --quiet --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address"
+# Not --quiet: at that level DeepSpeed's launcher has the last word, a command as a Python list "exits with return code".
+command=(deepspeed --log_level critical --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address"
     --master_port "$port" --no_local_rank --module train "$@")
 if $print; then
     cat "$hostfile"
