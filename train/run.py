@@ -120,7 +120,8 @@ def run_on(
     check_same(inputs.same_everywhere() | node_sizes(config))
     batch = config.batch(processes.count)
     if processes.is_main and len(dataset.train) < batch.rows:
-        few = f"{len(dataset.train)} rows, and a step takes {batch.rows}: it has some of them more than once, or blanks"
+        there = "1 row" if len(dataset.train) == 1 else f"{len(dataset.train)} rows"
+        few = f"{there}, and a step takes {batch.rows}: it has some of them more than once, or blanks"
         console.print(f"dataset={dataset.directory}: {few}; a smaller global_batch makes more steps", soft_wrap=True)
     directory = RunDirectory(config, dataset.directory, processes)
     record = record_launch(directory, config, batch, inputs, processes, training_rows=len(dataset.train))

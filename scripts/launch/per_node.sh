@@ -71,7 +71,8 @@ hostfile="$(mktemp)"
 finished="$(mktemp -d)" # each training process that has finished leaves a file there
 trap 'rm -rf "$hostfile" "$finished"' EXIT
 for ((node = 0; node < nodes; node++)); do echo "node-$node slots=$gpus"; done >"$hostfile"
-command=(deepspeed --quiet --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address"
+# Not --quiet: at that level DeepSpeed's launcher has the last word, a command as a Python list "exits with return code".
+command=(deepspeed --log_level critical --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address"
     --master_port "$port" --no_local_rank --module train "$@")
 if $print; then
     cat "$hostfile"
