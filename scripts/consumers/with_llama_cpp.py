@@ -31,7 +31,7 @@ def compare(job: comparing.Job) -> None:
     job.same("ids of chat prompts", [(found, case["ids"]) for found, case in pairs if not case["spelled"]])
     spelled = [(found, case["ids"]) for found, case in pairs if case["spelled"]]
     job.same("ids of prompts that spell control tokens", spelled, needed=False)
-    job.near("logits", last_logits(model, job), job.logits["merged"], tolerance=1e-3)
+    job.near("logits", last_logits(model, job), job.logits["merged"])
     job.attempt("answers by create_chat_completion", lambda: answers(job, model))
 
 
