@@ -21,7 +21,7 @@ def compare(job: comparing.Job) -> None:
     gguf = job.scratch / "model.gguf"
     converter = next(sources().glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
     subprocess.run([sys.executable, converter, job.model, "--outfile", str(gguf), "--outtype", "f32"], check=True)
-    # Keys and values in float32, as all else: in float16, as by default, a router with a near tie chooses another expert.
+    # Keys and values in float32 as all else: in float16, the default, a router with a near tie takes another expert.
     exact = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}
     model = Llama(str(gguf), n_ctx=1024, logits_all=True, verbose=False, use_mmap=False, **exact)
     template = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)

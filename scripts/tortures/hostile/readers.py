@@ -230,7 +230,7 @@ READERS = (
     ),
     Reader(
         "train: goes on",
-        ("out/run/metrics.jsonl", *CHECKPOINT),
+        ("out/run/metrics.jsonl", "out/run/launches.jsonl", *CHECKPOINT),
         resume,
         ("in/base", "in/prepared", "out/run"),
         ("out/run/adapter/adapter_model.safetensors",),

@@ -104,6 +104,16 @@ def test_an_earlier_evaluation_that_is_damaged_is_refused(tmp_path: Path, name: 
         read_earlier(tmp_path)
 
 
+@pytest.mark.parametrize("answers", ['["x", "y"]', "[1, null]", "[1.0]", "[1.0, 2.0, 3.0]", "[[], {}]"])
+def test_answers_that_a_journal_can_not_hold_are_refused(tmp_path: Path, answers: str) -> None:
+    path = tmp_path / "answers.part"
+    path.write_text(f'{{"evaluation": {{}}}}\n{{"unit": "a", "answers": {answers}}}\n')
+    with open_journal(path, {}) as journal:
+        assert "a" in journal
+        with pytest.raises(UserError, match=r"answers.part is damaged \(.*\); remove it to start over"):
+            journal.answers("a", float, 2)
+
+
 def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "answers.part")
     with pytest.raises(UserError, match="is no regular file"), open_journal(tmp_path / "answers.part", {}):
