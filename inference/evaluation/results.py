@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import xxhash
+from msgspec import Meta
 
 from configs.program.errors import UserError
 from data.disk.formats.json_text import parse_json
@@ -131,7 +132,8 @@ class Line(TypedDict):
     task: str
     subject: NotRequired[str]
     row: int
-    score: float
+    score: Annotated[float, Meta(ge=0, le=1.001)]
+    """A share, which rounding may carry above 1 by a hair."""
     prompt: str
 
 
