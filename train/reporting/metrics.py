@@ -323,7 +323,8 @@ def _opened(directory: Path, resumed: dict[str, Any]) -> int:
 def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
     """Drops from metrics.jsonl the lines of steps after the `last`, of evaluations that will be made again, and what a
     killed process left of a line."""
-    path.touch()
+    if not os.path.lexists(path):  # a link to elsewhere is replaced, and what it leads to stays as it is
+        path.touch()
     with path.open("rb") as file:
         replace_file(path, _kept(file, last, evaluations))
 
