@@ -13,6 +13,7 @@ from transformers import MixtralForCausalLM
 from configs.program.errors import UserError
 from data.disk import nf4
 from data.disk.architecture import read_architecture
+from data.disk.loading.layers import quantise
 from data.prepared.dataset import PreparedDataset
 from train.config.engine import HardwareConfig
 from train.config.model import ModelConfig
@@ -20,7 +21,6 @@ from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.processes import uses_cuda
 from train.engine.zero import deepspeed_config
 from train.lora import attach
-from train.lora.quantised import quantise
 from train.model import mixtral
 
 

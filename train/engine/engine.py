@@ -52,12 +52,28 @@ class ForwardEngine:
         import deepspeed
 
         self.at("making the engine")
-        self._engine, *_ = deepspeed.initialize(
-            model=self.module,
-            optimizer=optimizer,
-            config=deepspeed_config(self.config, self.batch, trains=optimizer is not None),
-            dist_init_required=False,
-        )
+        with self._read_by_each():
+            self._engine, *_ = deepspeed.initialize(
+                model=self.module,
+                optimizer=optimizer,
+                config=deepspeed_config(self.config, self.batch, trains=optimizer is not None),
+                dist_init_required=False,
+            )
+
+    @contextlib.contextmanager
+    def _read_by_each(self) -> Iterator[None]:
+        """Within it, DeepSpeed sends adapters alone from process 0 to the others: each has read the base itself.
+
+        It leaves out what has this attribute, which marks weights that differ between processes.
+        """
+        base = [parameter for name, parameter in self.module.named_parameters() if "lora_" not in name]
+        for parameter in base:
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for parameter in base:
+                del parameter.ds_optim_param  # type: ignore[attr-defined]
 
     @property
     def device(self) -> torch.device:
