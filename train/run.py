@@ -38,6 +38,9 @@ from train.lora.attach import ranks_of_experts
 from train.model.loss import MixtralWithLoss
 from train.model.mixtral import build, check_embeddings
 from train.plan import show_plan
+from train.planning.check import check_room
+from train.planning.given.rows import of_dataset
+from train.planning.task import plan
 from train.report.recorded import note_launch
 from train.report.report import report
 from train.reporting.metrics import Metrics
@@ -51,12 +54,15 @@ from train.saving.starting_point import check_is_there, other_form, start_from
 
 
 def run(config: TrainConfig) -> None:
-    """Trains, measures the routers (`task=profile`), reports on a run, or with `dry_run` shows the plan.
+    """Trains, plans, measures the routers (`task=profile`), reports on a run, or with `dry_run` says what it would be.
 
     The settings are checked.
     """
     if config.dry_run:
         show_plan(config)
+        return
+    if config.task == "plan":
+        plan(config)
         return
     if config.task == "report":
         report(config)
@@ -73,6 +79,7 @@ def run(config: TrainConfig) -> None:
         nf4.check_available("model.weights=nf4")
     fetch_base(config)
     check_vocabulary(config.model, dataset)
+    check_room(config, of_dataset(dataset), count)
     inputs.read()
     processes = join_processes(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
     timeouts = {name: getattr(config.failures, name) for name in ("peer_timeout", "stall_timeout", "disk_timeout")}
