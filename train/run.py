@@ -38,7 +38,7 @@ from train.lora.attach import ranks_of_experts
 from train.model.loss import MixtralWithLoss
 from train.model.mixtral import build, check_embeddings
 from train.plan import show_plan
-from train.planning.check import check_room
+from train.planning.check import Expected, check_room
 from train.planning.given.rows import of_dataset
 from train.planning.task import plan
 from train.report.recorded import note_launch
@@ -79,7 +79,7 @@ def run(config: TrainConfig) -> None:
         nf4.check_available("model.weights=nf4")
     fetch_base(config)
     check_vocabulary(config.model, dataset)
-    check_room(config, of_dataset(dataset), count)
+    expected = check_room(config, of_dataset(dataset), count)
     inputs.read()
     processes = join_processes(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
     timeouts = {name: getattr(config.failures, name) for name in ("peer_timeout", "stall_timeout", "disk_timeout")}
@@ -87,7 +87,7 @@ def run(config: TrainConfig) -> None:
     guard.join(agree(guard.listen()))
     signals.tell(guard.leaving)
     with reporting_errors(guard, config, processes.rank):
-        preempted = run_on(config, dataset, inputs, processes, guard, signals)
+        preempted = run_on(config, dataset, inputs, processes, guard, signals, expected)
         guard.done()
         leave_processes()
     if preempted:
@@ -101,6 +101,7 @@ def run_on(
     processes: Processes,
     guard: Guard,
     signals: Signals,
+    expected: Expected,
 ) -> bool:
     """Does the task on the processes of the launch; whether it was pre-empted."""
     check_same(inputs.same_everywhere() | node_sizes(config))
@@ -109,7 +110,8 @@ def run_on(
         few = f"{len(dataset.train)} rows, and a step takes {batch.rows}: it has some of them more than once, or blanks"
         console.print(f"dataset={dataset.directory}: {few}; a smaller global_batch makes more steps", soft_wrap=True)
     directory = RunDirectory(config, dataset.directory, processes)
-    record = record_launch(directory, config, batch, inputs, processes, training_rows=len(dataset.train))
+    rows = len(dataset.train)
+    record = record_launch(directory, config, batch, inputs, processes, training_rows=rows, expected=expected)
     check_same_run(directory, record, inputs)
     if directory.finished:
         if processes.is_main:

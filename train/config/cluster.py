@@ -15,6 +15,8 @@ class ClusterConfig:
 
     gpu: str = HERE
     """The GPU's name, for the page. `this` measures the machine that the plan is made on, in less than a minute."""
+    known_as: str = ""
+    """A pattern of the names that torch gives it, by which a run finds its GPU in the catalogue."""
     gpus: int = 1
     """GPUs of a node, a process for each. For `this`, the processes that were launched count, or
     `hardware.processes`."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,6 +21,9 @@ PERSISTENT = 20_000_000
 ROOM_FOR_TWO = 4_000_000_000
 """Elements of two layers' experts of a Mixtral-8x7B."""
 
+ALIKE = 0.02
+"""By what share the costs of settings may differ that count as equal."""
+
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
@@ -33,14 +37,10 @@ class Alternative:
 def alternatives(config: TrainConfig, sizes: Sizes, rows: Rows, machine: Machine) -> list[Alternative]:
     """Every combination whose training is the same: the same rows in the same steps. Not sorted."""
     forms = {config.model.weights: sizes}
-    if (
-        config.model.weights == "bf16"
-        and config.lora.method == "lora"
-        and (machine.on_cuda or find_spec("bitsandbytes"))
-    ):
+    if config.lora.method == "lora" and (machine.on_cuda or find_spec("bitsandbytes")):
         other = copy.deepcopy(config)
-        other.model.weights = "nf4"
-        forms["nf4"] = sizes_of(other)
+        other.model.weights = "nf4" if config.model.weights == "bf16" else "bf16"
+        forms[other.model.weights] = sizes_of(other)
     found = []
     for weights, of_form in forms.items():
         for way, micro_batch, checkpointing in itertools.product(_ways(machine), MICRO_BATCHES, CHECKPOINTING):
@@ -54,15 +54,18 @@ def alternatives(config: TrainConfig, sizes: Sizes, rows: Rows, machine: Machine
 
 
 def ranked(found: list[Alternative], by: str = "money") -> list[Alternative]:
-    """Those that fit, the best first, by `money` or by `time`; of equals, those with more memory to spare."""
+    """Those that fit, the best first, by `money` or by `time`.
+
+    Of those that differ by less than a plan can tell, `ALIKE`, the one with most memory to spare comes first.
+    """
     fitting = [each for each in found if each.plan.refused is None]
 
-    def key(each: Alternative) -> tuple[float, float, float]:
-        step = each.plan.speed.step
-        cost = step * each.plan.machine.price * each.plan.batch.processes if by == "money" else 0.0
-        return cost, step, each.plan.memory.peak
+    def cost(each: Alternative) -> float:
+        priced = each.plan.machine.price if by == "money" else 0.0
+        return each.plan.speed.step * (priced * each.plan.batch.processes or 1.0)
 
-    return sorted(fitting, key=key)
+    least = min(map(cost, fitting), default=1.0)
+    return sorted(fitting, key=lambda each: (int(math.log(cost(each) / least, 1 + ALIKE)), each.plan.memory.peak))
 
 
 def _ways(machine: Machine) -> Iterator[dict[str, Any]]:

@@ -64,8 +64,9 @@ def speed(config: TrainConfig, sizes: Sizes, rows: Rows, batch: BatchArithmetic,
     layers = sizes.config.num_hidden_layers
     forward, attention, backward = _forward(sizes, rows, tokens, machine), _attention(sizes, rows, tokens), _Work()
     times = 2 if sizes.trains_all else 1
-    of_factors = 2 * _factors(sizes, tokens, machine)
-    backward.flops = times * forward.flops + of_factors
+    scores = _scores(sizes, rows, tokens)
+    # The input's gradient takes as much as the forward, that of what trains as much again; scores have four products.
+    backward.flops = times * (forward.flops - scores) + 2 * scores + _factors(sizes, tokens, machine)
     backward.moved = times * forward.moved
     backward.passed = _passed(sizes, tokens, PASSES_BACKWARD, 6) + 1.5 * _beside(sizes, tokens)
     again = {"none": _Work(), "attention": attention, "full": forward}[config.activation_checkpointing]
@@ -120,16 +121,20 @@ def _forward(sizes: Sizes, rows: Rows, tokens: int, machine: Machine) -> _Work:
 
 
 def _attention(sizes: Sizes, rows: Rows, tokens: int) -> _Work:
-    """Of a layer, up to its experts. Scores count for the conversations of a row, each of which sees itself alone."""
+    """Of a layer, up to its experts."""
     config, b = sizes.config, sizes.itemsize
     H, wide = config.hidden_size, config.num_attention_heads * sizes.head_width
     weights = 2 * H * wide + 2 * H * config.num_key_value_heads * sizes.head_width
-    scores = 2 * 2 * tokens * rows.conversation / 2 * wide
     return _Work(
-        flops=2 * tokens * weights + scores,
+        flops=2 * tokens * weights + _scores(sizes, rows, tokens),
         moved=weights * b + 6 * tokens * H * b,
         passed=tokens * H * b * PASSES_FORWARD * 0.8,
     )
+
+
+def _scores(sizes: Sizes, rows: Rows, tokens: int) -> float:
+    """Operations of a layer's scores and of the sums by them, forward: each token sees half of its conversation."""
+    return 2 * 2 * tokens * rows.conversation / 2 * sizes.config.num_attention_heads * sizes.head_width
 
 
 def _factors(sizes: Sizes, tokens: int, machine: Machine) -> float:
@@ -162,14 +167,15 @@ def _gathers(
     config: TrainConfig, sizes: Sizes, batch: BatchArithmetic, machine: Machine, computed: float
 ) -> tuple[float, float, float, float, float]:
     """Of a micro-step: what is waited for, what is hidden, and what link, network and host link take in all."""
-    if config.deepspeed.stage != 3 or batch.processes == 1 or not machine.link:
+    offloaded = config.deepspeed.offload_param == "cpu" and machine.on_cuda
+    linked = batch.processes > 1 and machine.link > 0
+    if config.deepspeed.stage != 3 or not (linked or offloaded):
         return 0.0, 0.0, 0.0, 0.0, 0.0
     found = gathers(sizes, config.deepspeed, config.activation_checkpointing)
     received = found.forward + found.backward
-    inside = received * (batch.processes - 1) / batch.processes / machine.link
+    inside = received * (batch.processes - 1) / batch.processes / machine.link if linked else 0.0
     apart = machine.nodes > 1 and not config.deepspeed.node_copy
     outside = received * (machine.nodes - 1) / machine.nodes / machine.network if apart else 0.0
-    offloaded = config.deepspeed.offload_param == "cpu" and machine.on_cuda
     by_host = received / batch.processes / machine.host_link if offloaded else 0.0
     took = max(inside, outside, by_host)
     if not machine.on_cuda:

@@ -15,7 +15,6 @@ import torch
 from configs.program.launch import local_processes, threads
 from train.config.train import TrainConfig
 from train.engine.processes import agree, join_processes
-from train.lora.products import has_grouped_kernel
 from train.model.mixtral import DTYPES
 from train.planning.given.here import found_here
 from train.planning.given.machine import Machine
@@ -49,11 +48,9 @@ def measured_here(config: TrainConfig, sizes: Sizes, rows: Rows, seconds: float 
     if not machine.on_cuda:
         torch.set_num_threads(config.hardware.threads or max(1, threads() // (1 if local_processes() else processes)))
     dtype = DTYPES[config.model.dtype]
-    capability = torch.cuda.get_device_capability() if machine.on_cuda else None
     found = replace(
         machine,
         name=f"this machine ({torch.cuda.get_device_name() if machine.on_cuda else 'CPU'})",
-        grouped=has_grouped_kernel(dtype, capability),
         flops=_products(sizes, rows.length * config.micro_batch, dtype, device, seconds),
         bandwidth=_copies(device),
         link=_collective(device) if launched > 1 else 0.0,

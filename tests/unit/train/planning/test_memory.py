@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from tests.conftest import Live
+from train.config.engine import DeepSpeedConfig
 from train.config.lora import LoraConfig
 from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import TrainConfig
 from train.model import mixtral
 from train.model.loss import MixtralWithLoss
+from train.planning import memory
 from train.planning.given.here import found_here
 from train.planning.given.sizes import sizes_of
 from train.planning.memory import activations
@@ -65,3 +68,28 @@ def test_what_a_layer_keeps_is_what_autograd_saves(checkpointing: str, dtype: st
     measured = kept(two) - kept(one)
     planned = activations(sizes_of(one), TOKENS, checkpointing, found_here(one, 1)).kept
     assert planned == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
+def test_the_peak_is_what_the_tensors_of_a_step_take(
+    checkpointing: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the optimizer, and without what a CPU's allocator takes beside tensors."""
+    for name in ("GAPS", "GAPS_IN_HALF", "GAPS_OF_RECOMPUTATION"):
+        monkeypatch.setattr(memory, name, 0.0)
+    config = config_of(checkpointing, dtype)
+    config.model.architecture.hidden_size, config.model.architecture.num_hidden_layers = 256, 2
+    config.deepspeed = DeepSpeedConfig(stage=0)
+    tokens = 1024
+    model = mixtral.build(config).train()
+    ids = torch.randint(3, 30_000, (1, tokens))
+    positions = (torch.arange(tokens) % 256)[None]
+    module = MixtralWithLoss(model, with_router_loss=True)
+    with Live() as live:
+        cross_entropy, balance = module(ids, positions, ids, torch.ones_like(ids, dtype=torch.bool))
+        (cross_entropy / tokens + 0.02 * balance).backward()
+    planned = memory.memory(config, sizes_of(config), tokens, 1, found_here(config, 1))
+    assert planned.where == "head"  # its logits are the largest part of a model with so little else
+    beside = sum(planned.parts.get(name, 0.0) for name in ("masters", "moments", "gradients", "runtime"))
+    assert planned.peak - beside == pytest.approx(live.peak, rel=0.04)
