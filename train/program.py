@@ -1,7 +1,7 @@
 """The way in of `python -m train`: what settings tell alone is told before torch is imported, which takes seconds."""
 
 from configs.program import entry
-from configs.program.multirun import Job
+from configs.program.jobs import Job
 from train.config.train import TrainConfig
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from configs.program.console import console
 from configs.program.errors import UserError
-from configs.program.multirun import Job
+from configs.program.jobs import Job
 from configs.program.secrets import redact
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular

@@ -2,7 +2,7 @@
 
     entry.py       Hydra's YAML and the command line onto a program's dataclass; mistakes end with exit code 2
     arguments.py   what a user typed → what Hydra's grammar reads; names are taken as they stand
-    multirun.py    `--multirun`: which jobs it asks for
+    jobs.py        the jobs that a command line asks for: one, or several with `--multirun`
     launch.py      what launcher and machine leave to this process
     gpus.py        NVIDIA's GPUs: why torch can't use them, and which one is this process's
     checks.py      the checks of single settings: a choice, a positive number, a share

@@ -23,13 +23,13 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from configs.program import multirun
+from configs.program import jobs
 from configs.program.arguments import readable
 from configs.program.errors import UserError, shown
 from configs.program.explanations import command_line, composing, help
 from configs.program.explanations.program import Program
+from configs.program.jobs import Job
 from configs.program.launch import local_rank
-from configs.program.multirun import Job
 from configs.program.secrets import redact
 
 CONFIG_DIR = Path(__file__).parents[1]
@@ -86,8 +86,7 @@ def run(
         return config
 
     known, directories = Program(program, config_name, schema, CONFIG_DIR), [CONFIG_DIR]
-    composed: list[Any] = []
-    jobs: list[Job[Config]] = []
+    asked_for: list[Job[Config]] = []
     try:
         try:
             arguments, entries = readable(typed_in, schema)
@@ -99,22 +98,19 @@ def run(
             command_line.check(known, asked)
             sys.argv[1:], asked.overrides = _for_hydra(arguments, known), _for_hydra(asked.overrides, known)
             if asked.help:
-                as_given = next(multirun.jobs(asked, CONFIG_DIR, config_name)).config
-                help.stdout(help.text(known, as_given))
-            elif asked.multirun:
-                jobs = [replace(job, config=typed(job.config)) for job in multirun.jobs(asked, CONFIG_DIR, config_name)]
+                help.stdout(help.text(known, next(jobs.jobs(asked, CONFIG_DIR, config_name)).config))
+            elif asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(lambda _: None)()
             else:
-                hydras = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)
-                hydras(composed.append)()
-            configs = [typed(one) for one in composed]
+                composed = jobs.jobs(asked, CONFIG_DIR, config_name)
+                asked_for = [replace(job, config=typed(job.config)) for job in composed]
         except composing.ERRORS as error:
             raise UserError(composing.explain(error, known, directories)) from error
         sys.argv[1:] = map(redact, sys.argv[1:])  # libraries note the command in files of theirs
-        # Outside of Hydra, which would say the overrides, keys among them, if `main` raises.
-        if jobs and sweep is not None:
-            sys.exit(sweep(jobs))
-        for config in configs:  # none with --help and the like
-            main(config)
+        if sweep is not None and asked.multirun:
+            sys.exit(sweep(asked_for))
+        for job in asked_for:  # none with --help and the like
+            main(job.config)
     except UserError as error:
         leave(program, str(error))
     except KeyboardInterrupt:

@@ -7,8 +7,8 @@ import bz2
 import io
 import lzma
 from collections.abc import Callable
-from pathlib import Path, PurePath
-from typing import Any, BinaryIO, cast
+from pathlib import PurePath
+from typing import Any
 
 import pyarrow as pa
 
@@ -49,22 +49,22 @@ UTF32_STARTS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"{\0\0\0", b"[\0\0\0", b"\0\0
 UTF32 = "UTF-32 text; write it as UTF-8, for example by `iconv -f UTF-32 -t UTF-8`"
 
 
-def opened(name: str) -> tuple[BinaryIO, str]:
+def opened(name: str) -> tuple[io.BufferedReader, str]:
     """A file's content, unpacked if it is compressed, and what that is: Parquet, Arrow, CSV, lines (of JSON) or JSON.
 
     Raises:
         UserError: it is something that rows are not read from.
         EOFError, OSError, lzma.LZMAError: it can't be unpacked.
     """
-    file: BinaryIO = Path(name).open("rb", buffering=BLOCK)  # noqa: SIM115 - closed by who asked for it
+    file: io.BufferedReader[Any] = io.BufferedReader(io.FileIO(name), BLOCK)
     try:
         beginning = file.read(PEEK)
         file.seek(0)
         unpack = next((PACKED[magic] for magic in PACKED if beginning.startswith(magic)), None)
         if unpack is not None:
             file.close()
-            file = cast("BinaryIO", io.BufferedReader(unpack(name), BLOCK))
-            beginning = file.peek(PEEK)[:PEEK]  # type: ignore[attr-defined]
+            file = io.BufferedReader(unpack(name), BLOCK)
+            beginning = file.peek(PEEK)[:PEEK]
         if refused := _refused(beginning):
             raise UserError(f"files={name}: it is {refused}")
         return file, _kind(beginning, PurePath(name), is_packed=unpack is not None)

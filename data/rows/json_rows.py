@@ -10,11 +10,12 @@ takes.
 """
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any
 
 from configs.program.errors import UserError
 from data.rows.containers import BLOCK
@@ -42,7 +43,7 @@ Texts = Iterator[tuple[int, str | bytes | None]]
 """The number of each row and its JSON; None if it is longer than a row may be."""
 
 
-def row_texts(name: str, file: BinaryIO, *, known_lines: bool) -> tuple[str, Texts]:
+def row_texts(name: str, file: io.BufferedReader, *, known_lines: bool) -> tuple[str, Texts]:
     """The rows' unit, `line` or `row`, and their texts; `known_lines` says that the file's name promises lines.
 
     Raises:
@@ -62,7 +63,7 @@ def row_texts(name: str, file: BinaryIO, *, known_lines: bool) -> tuple[str, Tex
     return "row", enumerate(texts)
 
 
-def _after_blanks(file: BinaryIO) -> tuple[bytes, int]:
+def _after_blanks(file: io.BufferedReader) -> tuple[bytes, int]:
     """The first bytes that are no blanks, and the number of the line in which they stand."""
     line = 1
     while block := file.read(BLOCK):
@@ -154,7 +155,7 @@ def _spaces(text: str, offset: int) -> int:
 # Rows
 
 
-def _lines(beginning: bytes, file: BinaryIO, number: int) -> Texts:
+def _lines(beginning: bytes, file: io.BufferedReader, number: int) -> Texts:
     """The lines that aren't blank, of a file of which the beginning was read already; `number` is that of the first."""
     *whole, cut = beginning.split(b"\n")
     is_cut = False
@@ -179,10 +180,10 @@ def _lines(beginning: bytes, file: BinaryIO, number: int) -> Texts:
         yield number, None
 
 
-def _skip_blank_lines(file: BinaryIO) -> int:
+def _skip_blank_lines(file: io.BufferedReader) -> int:
     """Goes to the next line that isn't blank, or into it; returns how many lines that were."""
     skipped = 0
-    while block := file.peek(BLOCK):  # type: ignore[attr-defined]
+    while block := file.peek(BLOCK):
         end = block.rfind(b"\n", 0, len(block) - len(block.lstrip(BLANK))) + 1
         if not end:
             break
@@ -197,7 +198,7 @@ class JsonRows:
     The text grows until json's own parser finds the end of a row in it.
     """
 
-    def __init__(self, name: str, beginning: bytes, file: BinaryIO):
+    def __init__(self, name: str, beginning: bytes, file: io.BufferedReader):
         """`beginning` was read already; the rest is in `file`."""
         self._name, self._file = name, file
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode

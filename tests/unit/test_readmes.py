@@ -16,7 +16,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from configs.program import entry
-from configs.program.multirun import Job
+from configs.program.jobs import Job
 from data.config import PrepareConfig
 from inference.config import InferenceConfig
 from train.config.train import TrainConfig

@@ -17,6 +17,8 @@ from configs.program.explanations import names, recipes
 from configs.program.explanations.program import Program, groups
 from configs.program.explanations.recipes import Choice
 
+HYDRAS_TASKS = ("multirun", "run", "cfg", "info", "shell_completion")
+"""Flags of which a command has one at most."""
 REPLACED = {
     "hydra/launcher": "Hydra's launchers are not used; start the job with scripts/launch/slurm.sbatch, or several in "
     "turn with -m",
@@ -49,10 +51,9 @@ def flags(program: Program, arguments: list[str]) -> argparse.Namespace:
             f"--experimental-rerun={asked.experimental_rerun}: it would run what a pickle says; give the settings, or "
             f"the same command again"
         )
-    if asked.multirun and (asked.run or asked.cfg or asked.info or asked.shell_completion):
-        raise UserError(
-            f"--multirun: it can't be asked for together with another task; give {program.name} one of them"
-        )
+    first, *others = [f"--{flag.replace('_', '-')}" for flag in HYDRAS_TASKS if getattr(asked, flag)] or [""]
+    if others:
+        raise UserError(f"{first}: it can't be asked for together with {others[0]}; give {program.name} one of them")
     for flag in ("config_dir", "config_path"):
         if (given := getattr(asked, flag)) is not None and not Path(given).is_dir():
             raise UserError(f"--{flag.replace('_', '-')}={given}: there is no such directory; check the path")
@@ -100,6 +101,8 @@ def check(program: Program, asked: argparse.Namespace) -> None:
             chosen += [Choice(key, value) for value in _texts(override, multirun=asked.multirun)]
         elif key.split(".")[0].split("/")[0] != "hydra":
             _check_setting(argument, override, program)
+        elif key != "hydra.searchpath":
+            raise UserError(f"{argument}: Hydra composes the settings here, and does nothing else; leave it out")
     recipes.check(chosen, directories, own)
 
 

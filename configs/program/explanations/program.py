@@ -1,10 +1,11 @@
 """A program as its command line knows it: name, file, dataclass, and what can be given by name."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +23,15 @@ class Program:
 
     def settings(self) -> list[str]:
         """Every setting and every group of settings, as dotted names."""
-        return _settings(OmegaConf.structured(self.schema))
+        return _settings(_structured(self.schema))
 
     def dictionaries(self) -> tuple[str, ...]:
         """The settings whose keys the user chooses, as dotted names."""
-        return _dictionaries(OmegaConf.structured(self.schema))
+        return _dictionaries(_structured(self.schema))
 
     def groups(self) -> dict[str, bool]:
         """The groups of YAML files → whether they are about settings of the same name, as `recipe` is not."""
-        return {name: name in OmegaConf.structured(self.schema) for name in groups(self.configs / f"{self.file}.yaml")}
+        return {name: name in _structured(self.schema) for name in groups(self.configs / f"{self.file}.yaml")}
 
 
 def groups(file: Path) -> list[str]:
@@ -38,6 +39,12 @@ def groups(file: Path) -> list[str]:
     listed = OmegaConf.load(file).defaults
     names = [str(key) for item in listed if not isinstance(item, str) for key in item]
     return [name for name in names if not name.startswith("override ")]
+
+
+@cache  # making one takes as long as Hydra takes to compose, and these are only read
+def _structured(schema: type) -> DictConfig:
+    made: DictConfig = OmegaConf.structured(schema)
+    return made
 
 
 def _settings(node: Any, prefix: str = "") -> list[str]:

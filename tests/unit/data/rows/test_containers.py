@@ -92,7 +92,9 @@ rows_of_texts = st.lists(
 def test_rows_come_in_pieces_of_any_size(rows: list[Any], layout: str, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_rows, "BLOCK", block)
-        _, found = row_texts("rows.json", io.BytesIO(LAYOUTS[layout](rows).encode()), known_lines=True)
+        _, found = row_texts(
+            "rows.json", io.BufferedReader(io.BytesIO(LAYOUTS[layout](rows).encode()), block), known_lines=True
+        )
         assert [json.loads(text or b"") for _, text in found] == rows
 
 

@@ -1,7 +1,7 @@
-"""`--multirun` of Hydra's command line: which jobs it asks for, each with a command line and settings of its own.
+"""The jobs that a command line asks for, one or with `--multirun` several, each with settings composed by Hydra.
 
-Hydra itself would run them one after the other in this process, where DeepSpeed starts only once, and would write
-multirun.yaml with keys in the clear.
+Hydra's own way of running them would compose twice, run several one after the other in this process, where DeepSpeed
+starts only once, and write multirun.yaml with keys in the clear.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FLAGS = ("config_path", "config_name", "config_dir")
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[Config]):
-    """One job of several."""
+    """One run of the program."""
 
     arguments: list[str]
     """Behind `python -m {program}`."""
@@ -55,7 +55,9 @@ def jobs(asked: argparse.Namespace, config_path: Path, config_name: str) -> Iter
     search = [f'hydra.searchpath=["file://{Path(given["config_dir"]).resolve()}"]'] if "config_dir" in given else []
     with initialize_config_dir(directory, version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        choices = [_choices(override) for override in parser.parse_overrides(asked.overrides)]
+        typed = parser.parse_overrides(asked.overrides)
+        # Hydra refuses to compose a sweep
+        choices = [_choices(one) for one in typed] if asked.multirun else [[(text, None)] for text in asked.overrides]
         for chosen in itertools.product(*choices):
             overrides = [override for override, _ in chosen]
             swept = {key: value for _, key_and_value in chosen if key_and_value for key, value in [key_and_value]}
