@@ -41,6 +41,9 @@ from train.lora.attach import ranks_of_experts
 from train.model.loss import MixtralWithLoss
 from train.model.mixtral import build, check_embeddings
 from train.plan import show_plan
+from train.planning.check import Expected, check_room
+from train.planning.given.rows import of_dataset
+from train.planning.task import plan
 from train.report.recorded import note_launch
 from train.report.report import report
 from train.reporting.metrics import Metrics
@@ -54,12 +57,15 @@ from train.saving.starting_point import check_is_there, other_form, start_from
 
 
 def run(config: TrainConfig) -> None:
-    """Trains, measures the routers (`task=profile`), reports on a run, or with `dry_run` shows the plan.
+    """Trains, plans, measures the routers (`task=profile`), reports on a run, or with `dry_run` says what it would be.
 
     The settings are checked.
     """
     if config.dry_run:
         show_plan(config)
+        return
+    if config.task == "plan":
+        plan(config)
         return
     if config.task == "report":
         report(config)
@@ -73,17 +79,17 @@ def run(config: TrainConfig) -> None:
         meeting = Meeting(rank, seconds=config.failures.start_timeout)  # kept: process 0's is where torch's join
         meeting.join(guard)
     with reporting_errors(guard, config, rank):
-        dataset, inputs = prepare(config, guard, rank, count)
+        dataset, inputs, expected = prepare(config, guard, rank, count)
         guard.start("joining the others")
         processes = join_processes(config.hardware)
-        preempted = run_on(config, dataset, inputs, processes, guard, signals)
+        preempted = run_on(config, dataset, inputs, processes, guard, signals, expected)
         guard.done()
         leave_processes()
     if preempted:
         sys.exit(EXIT_PREEMPTED)
 
 
-def prepare(config: TrainConfig, guard: Guard, rank: int, count: int) -> tuple[PreparedDataset, Inputs]:
+def prepare(config: TrainConfig, guard: Guard, rank: int, count: int) -> tuple[PreparedDataset, Inputs, Expected]:
     """What each process does by itself: it looks for mistakes, downloads, and reads what has to be hashed.
 
     Raises:
@@ -102,10 +108,11 @@ def prepare(config: TrainConfig, guard: Guard, rank: int, count: int) -> tuple[P
     guard.start("fetching the base")
     fetch_base(config)
     check_vocabulary(config.model, dataset)
+    expected = check_room(config, of_dataset(dataset), count)
     guard.start("hashing base and rows")
     with guard.disk(base_or_rows(config)):
         inputs.read()
-    return dataset, inputs
+    return dataset, inputs, expected
 
 
 def run_on(
@@ -115,16 +122,16 @@ def run_on(
     processes: Processes,
     guard: Guard,
     signals: Signals,
+    expected: Expected,
 ) -> bool:
     """Does the task on the processes of the launch; whether it was pre-empted."""
     check_same(inputs.same_everywhere() | node_sizes(config))
     batch = config.batch(processes.count)
     if processes.is_main and len(dataset.train) < batch.rows:
-        there = "1 row" if len(dataset.train) == 1 else f"{len(dataset.train)} rows"
-        few = f"{there}, and a step takes {batch.rows}: it has some of them more than once, or blanks"
-        console.print(f"dataset={dataset.directory}: {few}; a smaller global_batch makes more steps", soft_wrap=True)
+        tell_few_rows(dataset, batch)
     directory = RunDirectory(config, dataset.directory, processes)
-    record = record_launch(directory, config, batch, inputs, processes, training_rows=len(dataset.train))
+    rows = len(dataset.train)
+    record = record_launch(directory, config, batch, inputs, processes, training_rows=rows, expected=expected)
     check_same_run(directory, record, inputs)
     if directory.finished:
         if processes.is_main:
@@ -200,6 +207,13 @@ def load(config: TrainConfig, batch: BatchArithmetic, processes: Processes, guar
 def base_or_rows(config: TrainConfig) -> Path:
     """What the start reads most of, to be named if its disk hangs."""
     return Path(config.model.path or config.dataset)
+
+
+def tell_few_rows(dataset: PreparedDataset, batch: BatchArithmetic) -> None:
+    """Says that a step takes more rows than there are."""
+    there = "1 row" if len(dataset.train) == 1 else f"{len(dataset.train)} rows"
+    few = f"{there}, and a step takes {batch.rows}: it has some of them more than once, or blanks"
+    console.print(f"dataset={dataset.directory}: {few}; a smaller global_batch makes more steps", soft_wrap=True)
 
 
 def fetch_base(config: TrainConfig) -> None:

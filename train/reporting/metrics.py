@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import shlex
+import statistics
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ class Metrics:
         self.trace = Trace(directory, config.trace_steps if is_main else [])
         """Of the steps `logging.trace_steps`."""
         self._steps = 0
+        self._made: list[StepRecord] = []
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, fit for JSON."""
@@ -125,6 +127,7 @@ class Metrics:
         """Records a step; with its rows if something is `wrong`: `refused`, its update was skipped, or `spike`."""
         if not self._is_main:
             return
+        self._made.append(record)
         if wrong is not None:
             sentences = {
                 "refused": "loss or gradient not finite, the update was refused",
@@ -155,6 +158,13 @@ class Metrics:
                 **suspects,
             }
         )
+
+    def measured(self) -> dict[str, float]:
+        """The peak memory so far, and medians of this launch's steps but the first, by the names of their lines."""
+        made = self._made[1:] or self._made
+        figures = [(record.seconds, record.tokens / record.seconds) for record in made]
+        medians = map(statistics.median, zip(*figures, strict=True))
+        return {"memory_gib": memory_gib()} | dict(zip(("seconds", "tokens_per_second"), medians, strict=False))
 
     def _arithmetic(self, record: StepRecord) -> dict[str, float]:
         """Floating-point operations per second, of those that the step had to do, over all processes; and as a share
