@@ -26,7 +26,7 @@ from train.engine.engine import Engine
 from train.engine.processes import Processes, gathered, join_processes, leave_processes
 from train.engine.shards import place_for
 from train.engine.zero import deepspeed_config, whole_shape
-from train.lora.attach import trainable
+from train.lora.attach import add_adapters, trainable
 from train.model import mixtral
 from train.model.loss import MixtralWithLoss
 
@@ -156,8 +156,9 @@ def quantised(base: Path, config: TrainConfig, processes: Processes, itemsize: i
     whole = load_model(base, IN_BLOCKS, named, whole_on(device), **how)
     quantise(whole, named)
     before = read_by_me()
-    ours = mixtral.build(config, place_for(config, batch, device), device=device)
+    ours = mixtral.pretrained(config.model, place_for(config, batch, device), device=device)
     read = read_by_me() - before
+    add_adapters(ours, config.lora)
     wrong, bits, most = [], dict(whole.named_parameters()), 0
     for path, parameter in ours.named_parameters():
         name = path.replace(".base_layer", "")
