@@ -15,6 +15,7 @@
     model/          Mixtral from ids to losses
     engine/         processes, ZeRO, optimizer; the only room that imports deepspeed
     failures/       how a run ends badly, and how every process learns of it
+    planning/       task=plan: what fits, how long it takes and what it costs, and which settings are best
     report/         what a run was and what became of it, on one page
     reporting/      what a run reports: progress bar, metrics.jsonl, wandb
     saving/         what a run leaves, and from where it goes on

@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import xxhash
+from msgspec import Meta
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import SCORES
@@ -142,7 +143,8 @@ class Line(TypedDict):
     task: str
     subject: NotRequired[str]
     row: int
-    score: float
+    score: Annotated[float, Meta(ge=0, le=1.001)]
+    """A share, which rounding may carry above 1 by a hair."""
     prompt: str
 
 

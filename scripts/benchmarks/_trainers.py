@@ -41,6 +41,8 @@ class Settings:
     checkpointing: bool
     stage: int
     """Our ZeRO stage."""
+    weights: str = "bf16"
+    """How ours holds the base: `bf16` or `nf4`."""
     compiled: bool = False
     """Whether torch compiles norms and rotary embedding of ours."""
 
@@ -136,7 +138,7 @@ def ours(settings: Settings) -> None:
         micro_batch=settings.rows_per_step,
         router_aux_loss=ROUTER_AUX_LOSS,
         activation_checkpointing="full" if settings.checkpointing else "none",
-        model=ModelConfig(path=settings.model, dtype=settings.dtype),
+        model=ModelConfig(path=settings.model, dtype=settings.dtype, weights=settings.weights),
         lora=LoraConfig(rank=settings.lora_rank, alpha=2 * settings.lora_rank),
         deepspeed=DeepSpeedConfig(stage=settings.stage),
         hardware=HardwareConfig(device=settings.device, threads=settings.threads),
@@ -153,9 +155,12 @@ def ours(settings: Settings) -> None:
             if isinstance(module, MixtralRMSNorm | MixtralRotaryEmbedding):
                 module.compile(dynamic=False)
     memory = Memory(model, settings.device)
+    base = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     trainer = engine.Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     trainer.train()
-    turns = Turns(memory, lambda: {"watching_seconds": watching_seconds(trainer, table, batch)})
+    turns = Turns(
+        memory, lambda: {"watching_seconds": watching_seconds(trainer, table, batch), "base_mib": base / 2**20}
+    )
     turns.answer(threads=torch.get_num_threads())
     order = settings.order(len(table))
     number = 0

@@ -12,8 +12,11 @@ comes back, and the line must name process and path. Needs the right to mount.
 
 import argparse
 import contextlib
+import os
 import shutil
+import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -63,11 +66,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             ("read-only before the launch", partial(read_only_before, workplace, whole)),
             ("read-only during the run", partial(read_only_during, workplace, whole)),
             ("full between two saves", partial(full_between_saves, workplace)),
-            *[
+        ]
+        if reason := why_not_freeze():
+            print(f"Without the trials of a disk that hangs: {reason}")
+        else:
+            trials += [
                 (f"frozen after checkpoint {number}", partial(frozen, workplace, after=6 * number))
                 for number in range(3)
-            ],
-        ]
+            ]
         figures = report("Disk full or read-only", attempts(options, trials), options.seed)
         figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
         workplace.keep = bool(figures["failed"])
@@ -76,8 +82,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def why_not() -> str | None:
     """Why nothing can be mounted here, or None."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as directory:
         try:
             with mounted(Path(directory), ENOUGH):
@@ -185,25 +189,16 @@ def frozen(workplace: Workplace, *, after: int) -> dict[str, Any]:
     """The disk of a run on two processes hangs once the checkpoint of step `after` is there, and comes back later."""
     settings = SETTINGS | {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"}
     whole = workplace.reference(2, **settings)
-    run, image = workplace.scratch / "disk", workplace.scratch / "disk.image"
-    run.mkdir()
-    with image.open("wb") as file:
-        file.truncate(ENOUGH)
-    subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner", str(image)], check=True)
-    _mount("-o", "loop", str(image), str(run))
-    try:
-        shutil.rmtree(run / "lost+found")
+    run = workplace.scratch / "disk"
+    bound = DISK_TIMEOUT + MARGIN
+    with file_system(run):
         launch = workplace.launch(run, 2, **settings)
         launch.until(lambda: launch.has_begun and last_checkpoint(run) >= after)
-        _freeze("--freeze", run)
-        began = time.monotonic()
-        try:
-            bound = DISK_TIMEOUT + MARGIN
+        with freezing(run, at_most=2 * bound):
+            began = time.monotonic()
             while 1 in launch.ranks() and time.monotonic() - began < bound:
                 time.sleep(0.05)
             took = time.monotonic() - began
-        finally:
-            _freeze("--unfreeze", run)
         codes = launch.wait()
         require(took < bound, f"process 1 lived for {took:.1f} s:\n{launch.said()}")
         require(codes == [76, 76], f"it ended with {codes}:\n{launch.said()}")
@@ -217,15 +212,60 @@ def frozen(workplace: Workplace, *, after: int) -> dict[str, Any]:
         require(resumed == last, f"it went on after step {resumed}, not {last}")
         difference = first_difference(run, whole)
         require(not difference, str(difference))
-    finally:
-        subprocess.run(["umount", "-l", str(run)], check=True, capture_output=True)
-        image.unlink()
-    run.rmdir()
     return {"stopped_after": stopped, "resumed_after": resumed, "other_ended_after_seconds": took}
 
 
-def _freeze(how: str, directory: Path) -> None:
-    subprocess.run(["fsfreeze", how, str(directory)], check=True, capture_output=True)
+def why_not_freeze() -> str | None:
+    """Why no file system can be frozen here, or None."""
+    for program in ("mkfs.ext4", "fsfreeze"):
+        if not shutil.which(program):
+            return f"there is no {program}"
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            with file_system(Path(directory, "disk")), freezing(Path(directory, "disk"), at_most=10):
+                return None
+        except (OSError, subprocess.CalledProcessError):
+            return "no file system can be mounted from a file, or none can be frozen"
+
+
+@contextlib.contextmanager
+def file_system(directory: Path) -> Iterator[None]:
+    """Within it, a file system of its own, in a file beside it, is mounted there."""
+    image = directory.with_suffix(".image")
+    directory.mkdir()
+    with image.open("wb") as file:
+        file.truncate(ENOUGH)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner", str(image)], check=True, capture_output=True)
+        _mount("-o", "loop", str(image), str(directory))
+        try:
+            shutil.rmtree(directory / "lost+found")
+            yield
+        finally:
+            subprocess.run(["umount", "-l", str(directory)], check=True, capture_output=True)
+    finally:
+        image.unlink()
+        directory.rmdir()
+
+
+@contextlib.contextmanager
+def freezing(directory: Path, *, at_most: float) -> Iterator[None]:
+    """Within it, the file system there is frozen; for so many seconds at most, whatever becomes of this process.
+
+    Whoever waits for a frozen file system can't be killed.
+    """
+    thaw = 'sleep "$1"; exec fsfreeze --unfreeze "$2"'
+    program = ["sh", "-c", thaw, "thaw", f"{at_most:.0f}", str(directory)]
+    nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(program, start_new_session=True, **nowhere) as later:  # type: ignore[call-overload]
+        try:
+            subprocess.run(["fsfreeze", "--freeze", str(directory)], check=True, capture_output=True)
+            try:
+                yield
+            finally:  # it may be thawed already
+                subprocess.run(["fsfreeze", "--unfreeze", str(directory)], check=False, capture_output=True)
+        finally:
+            os.killpg(later.pid, signal.SIGKILL)
 
 
 def refused(launch: Launch) -> str:

@@ -80,6 +80,23 @@ MAY_IMPORT = {
         "data.card",
         "configs.program",
     ),
+    "train.planning": (
+        "train.planning.given",
+        "train.model",
+        "train.lora",
+        "train.config",
+        "data.disk",
+        "configs.program",
+    ),
+    "train.planning.given": (
+        "train.engine.processes",
+        "train.model",
+        "train.lora",
+        "train.config",
+        "data.prepared",
+        "data.disk",
+        "configs.program",
+    ),
     "train": ("train", "data", "configs.program"),
     "inference": ("data", "configs.program"),
     "inference.chat": (

@@ -125,7 +125,9 @@ def note_launch(directory: Path, started: str, processes: int, resumed_after: in
     """Adds a line to `launches.jsonl`; a disk that takes none is no reason to end the run."""
     line = {"started": started, "processes": processes, "resumed_after_step": resumed_after}
     try:
-        with (directory / LAUNCHES).open("a", encoding="utf-8") as file:
+        # Not through a link to elsewhere, nor into a pipe, at which it would wait for a reader.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(directory / LAUNCHES, flags, 0o666), "w", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except OSError:
         return

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import shlex
+import statistics
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ class Metrics:
         self.trace = Trace(directory, config.trace_steps if is_main else [])
         """Of the steps `logging.trace_steps`."""
         self._steps = 0
+        self._made: list[StepRecord] = []
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, fit for JSON."""
@@ -125,6 +127,7 @@ class Metrics:
         """Records a step; with its rows if something is `wrong`: `refused`, its update was skipped, or `spike`."""
         if not self._is_main:
             return
+        self._made.append(record)
         if wrong is not None:
             sentences = {
                 "refused": "loss or gradient not finite, the update was refused",
@@ -155,6 +158,13 @@ class Metrics:
                 **suspects,
             }
         )
+
+    def measured(self) -> dict[str, float]:
+        """The peak memory so far, and medians of this launch's steps but the first, by the names of their lines."""
+        made = self._made[1:] or self._made
+        figures = [(record.seconds, record.tokens / record.seconds) for record in made]
+        medians = map(statistics.median, zip(*figures, strict=True))
+        return {"memory_gib": memory_gib()} | dict(zip(("seconds", "tokens_per_second"), medians, strict=False))
 
     def _arithmetic(self, record: StepRecord) -> dict[str, float]:
         """Floating-point operations per second, of those that the step had to do, over all processes; and as a share
@@ -323,7 +333,8 @@ def _opened(directory: Path, resumed: dict[str, Any]) -> int:
 def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
     """Drops from metrics.jsonl the lines of steps after the `last`, of evaluations that will be made again, and what a
     killed process left of a line."""
-    path.touch()
+    if not os.path.lexists(path):  # a link to elsewhere is replaced, and what it leads to stays as it is
+        path.touch()
     with path.open("rb") as file:
         replace_file(path, _kept(file, last, evaluations))
 

@@ -108,6 +108,24 @@ def test_an_earlier_evaluation_that_is_damaged_is_refused(tmp_path: Path, name: 
         read_earlier(tmp_path)
 
 
+@pytest.mark.parametrize("score", ["1e308", "-1", "1e400", "true", "9" + "0" * 350])
+def test_a_score_that_is_no_share_is_refused(tmp_path: Path, score: str) -> None:
+    (tmp_path / "results.json").write_text('{"model": {}}')
+    (tmp_path / "questions.jsonl").write_text(f'{{"task": "arc", "row": 0, "score": {score}, "prompt": "00"}}\n')
+    with pytest.raises(UserError, match=r"it can't be read .*; evaluate again"):
+        read_earlier(tmp_path)
+
+
+@pytest.mark.parametrize("answers", ['["x", "y"]', "[1, null]", "[1.0]", "[1.0, 2.0, 3.0]", "[[], {}]"])
+def test_answers_that_a_journal_can_not_hold_are_refused(tmp_path: Path, answers: str) -> None:
+    path = tmp_path / "answers.part"
+    path.write_text(f'{{"evaluation": {{}}}}\n{{"unit": "a", "answers": {answers}}}\n')
+    with open_journal(path, {}) as journal:
+        assert "a" in journal
+        with pytest.raises(UserError, match=r"answers.part is damaged \(.*\); remove it to start over"):
+            journal.answers("a", float, 2)
+
+
 def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "answers.part")
     with pytest.raises(UserError, match="is no regular file"), open_journal(tmp_path / "answers.part", {}):

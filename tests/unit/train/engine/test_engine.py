@@ -54,8 +54,7 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype: str, stage: int, facto
     trainer.backward(loss * factor)
     update = trainer.step(1e-3)
     assert not update.applied
-    if (dtype, stage) == ("float32", 0):  # elsewhere DeepSpeed says it
-        assert not math.isfinite(update.gradient_norm)
+    assert not math.isfinite(update.gradient_norm)
     assert same(held(trainer), before)
     assert trainer.optimizer_steps == 1
     assert step(trainer, [rows(1)], 2, 1e-3, config).update.applied

@@ -113,6 +113,14 @@ def test_a_run_that_has_just_begun_and_a_damaged_one_have_a_page(tmp_path: Path)
     write_report(directory)
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a link"])
+def test_a_launch_is_noted_in_no_pipe_and_nowhere_else(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "launches.jsonl"
+    os.mkfifo(place) if kind == "a pipe" else place.symlink_to(tmp_path / "elsewhere")
+    note_launch(tmp_path, "2026-01-01T00:00:00+00:00", 1, 0)
+    assert list(tmp_path.iterdir()) == [place]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
