@@ -94,14 +94,16 @@ class PackedSequences:
         """[T, T] bool: the ids (columns) that each id (row) attends to: itself, and what is before it in a sequence."""
         size = len(self.ids)
         mask = torch.zeros(size, size, dtype=torch.bool)
+        indices = torch.arange(size)
         end = 0
         for path in self.paths:
             if not path or path[-1] < end:  # nothing but what others have
                 continue
             own = [index for index in path if index >= end]
             before = path[: len(path) - len(own)]
-            mask[own[0] : own[-1] + 1, before] = True
-            mask[own[0] : own[-1] + 1, own[0] : own[-1] + 1] = torch.ones(len(own), len(own), dtype=torch.bool).tril()
+            rows = slice(own[0], own[-1] + 1)
+            mask[rows, before] = True
+            mask[rows, rows] = indices[rows, None] >= indices[rows]  # much faster than `tril` of as many ones
             end = own[-1] + 1
         return mask
 

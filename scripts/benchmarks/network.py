@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     from tests.integration.hosts import two_hosts
 
-    with tempfile.TemporaryDirectory() as place:
-        top = Path(place)
+    with tempfile.TemporaryDirectory() as directory:
+        top = Path(directory)
         make(top / "base", options.hidden, options.intermediate, options.layers)
         prepare = (sys.executable, "-m", "data", "data=sample", f"output={top}/prepared")
         subprocess.run(prepare, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

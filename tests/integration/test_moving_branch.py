@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.hub import SECOND, Hub
 from tests.support.adapters import make_base
+from tests.support.hub import SECOND, Hub
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from data.disk.loading.layers import QuantisedLinear, quantise
 from data.disk.loading.model import load_model, whole_on
 from data.disk.loading.parameters import Parameters
 from data.disk.weights import StoredWeights
-from tests.unit.data.disk.loading.test_parameters import CONFIG
+from tests.support.stored import CONFIG
 
 CPU = torch.device("cpu")
 BLOCKS = MixtralConfig(
