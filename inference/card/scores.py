@@ -68,8 +68,9 @@ def read_scores(adapter: Path, fingerprint: str | None) -> tuple[list[Score], st
 def _score(content: dict[str, Any], name: str) -> Score | None:
     measured = member(member(content, "tasks"), name)
     value, error, questions = (measured.get(field) for field in ("score", "standard_error", "questions"))
-    shares = (value, error)
-    if not all(isinstance(share, float) and 0 <= share <= 1 for share in shares) or type(questions) is not int:
+    if not isinstance(value, float) or not isinstance(error, float) or type(questions) is not int:
+        return None
+    if not (0 <= value <= 1 and 0 <= error <= 1):
         return None
     in_chat = member(content, "settings").get("chat") is True
     other_rows = member(member(content, "prompts"), name).get("equal") is False
