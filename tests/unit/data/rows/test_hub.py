@@ -22,7 +22,7 @@ from data.prepared.layout import open_split
 from data.rows.repository import CONVERTED, Wanted, choose
 from data.stages.contamination import GRAM
 from data.template import ChatTokenizer
-from tests.hub import FIRST, SECOND, Hub
+from tests.support.hub import FIRST, SECOND, Hub
 
 OFFLINE = "huggingface_hub.constants.HF_HUB_OFFLINE"
 

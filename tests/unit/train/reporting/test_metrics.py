@@ -66,6 +66,16 @@ def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Pat
     assert (written[0]["epoch"], written[0]["seconds"], written[0]["load_balancing_loss"]) == (0.75, 0.5, 2.0)
 
 
+def test_what_stands_beside_the_plan_are_medians_without_the_first_step(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
+    assert set(metrics.measured()) == {"memory_gib"}
+    for step, seconds in enumerate((90.0, 2.0, 4.0, 3.0), 1):
+        metrics.stepped(replace(record(step), seconds=seconds), None, [])
+    measured = metrics.measured()
+    assert (measured["seconds"], measured["tokens_per_second"]) == (3.0, pytest.approx(100 / 3))
+    metrics.close()
+
+
 def test_a_spike_says_how_to_see_its_rows(
     run_program: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
