@@ -8,12 +8,14 @@
     expert_load.py  task=profile: which experts the rows use, as JSON and as a heatmap
     history.py      what a run found in its steps and evaluations; part of each checkpoint
     health.py       whether its numbers are good: skipped updates, spikes
+    run_files.py    the files of a run directory: their names, and a reader of their lines
 
     config/         every setting of `python -m train`
     lora/           expert-aware LoRA: what trains
     model/          Mixtral from ids to losses
     engine/         processes, ZeRO, optimizer; the only room that imports deepspeed
     failures/       how a run ends badly, and how every process learns of it
+    planning/       task=plan: what fits, how long it takes and what it costs, and which settings are best
     report/         what a run was and what became of it, on one page
     reporting/      what a run reports: progress bar, metrics.jsonl, wandb
     saving/         what a run leaves, and from where it goes on

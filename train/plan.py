@@ -4,24 +4,17 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
-import torch
 from rich.console import Console
-from transformers import MixtralForCausalLM
 
 from configs.program.errors import UserError
-from data.disk import nf4
-from data.disk.architecture import read_architecture
 from data.prepared.dataset import PreparedDataset
 from train.config.engine import HardwareConfig
-from train.config.model import ModelConfig
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.processes import uses_cuda
 from train.engine.zero import deepspeed_config
 from train.lora import attach
-from train.lora.quantised import quantise
-from train.model import mixtral
+from train.planning.given.sizes import planned_model
 
 
 def show_plan(config: TrainConfig) -> None:
@@ -39,13 +32,7 @@ def show_plan(config: TrainConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     batch = config.batch(processes)
-    with torch.device("meta"):
-        planned = _planned_base(config.model)
-        total = sum(parameter.numel() for parameter in planned.parameters())
-        if config.lora.method != "none":
-            attach.add_adapters(planned, config.lora)
-        if config.model.weights == nf4.FORM:
-            quantise(planned, "model.weights=nf4")
+    planned, total = planned_model(config)
     kinds: Counter[str] = Counter()
     for name, parameter in attach.trainable(planned):
         kinds[attach.kind(name)] += parameter.numel()
@@ -103,15 +90,3 @@ def _device(hardware: HardwareConfig) -> str:
         return hardware.device
     found = "cuda" if uses_cuda(hardware) else "cpu"
     return f"{found}, as hardware.device=auto finds here; hardware.device says which one to plan for"
-
-
-def _planned_base(config: ModelConfig) -> MixtralForCausalLM:
-    if config.path is None or not Path(config.path).is_dir():
-        return mixtral.random_base(config)
-    try:
-        architecture = read_architecture(config.path, None, f"model.path={config.path}")
-        return MixtralForCausalLM._from_config(architecture, dtype=mixtral.DTYPES[config.dtype])
-    except UserError:
-        raise
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"model.path={config.path}: it is no Mixtral's directory; name one with config.json") from error

@@ -6,8 +6,10 @@ tables and returns its figures, fit for JSON.
     compiled.py                a step with torch.compile
     save.py                    how long a checkpoint holds up training
     load.py                    loading a base under ZeRO-3: memory, bytes read, seconds of each process
+    network.py                 what a step moves between two hosts: four bits, and a node's copy
     generate.py, merge.py      answering and merging
     evaluate.py                scoring the card's tasks
+    plan.py, plan_recipes.py   task=plan against the run that it planned; the recipes' pages and their picture
     traffic.py, gpu.py         what a layer moves through a GPU's memory; one GPU, found out in minutes
     _tracing.py, _gpu.py       the tracer; the parts of gpu.py that run in processes of their own
     _trainers.py, _peak.py     the processes that take steps in turn; the machine's own matrix product

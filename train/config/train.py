@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from configs.program.checks import between, choice, not_negative, positive
 from configs.program.errors import UserError
+from train.config.cluster import ClusterConfig, PlanConfig
 from train.config.engine import DeepSpeedConfig, HardwareConfig, OptimConfig
 from train.config.lora import LoraConfig
 from train.config.model import ModelConfig
@@ -51,8 +52,11 @@ class FailureConfig:
     peer_timeout: float = 120.0
     """Seconds without a sign of life after which a process is given up, and the run ends everywhere. A process gives
     none while foreign code holds Python's lock, so leave it room."""
+    start_timeout: float = 1800.0
+    """Seconds that the processes of a launch wait for each other when they start, before they read anything."""
     stall_timeout: float = 3600.0
-    """Seconds after which the run ends if all processes live and none gets on. Loading the base is one such step."""
+    """Seconds after which the run ends if all processes live and none gets on. Until the first step, whoever reads or
+    writes gets on: a base may take as long to load or download as it needs."""
     disk_timeout: float = 1800.0
     """Seconds after which a run of several processes ends if a disk is waited for and nothing was read or written. Each
     file that is saved has to reach the disk within this time."""
@@ -64,7 +68,7 @@ class FailureConfig:
     """Steps whose mean loss a spike is measured by."""
 
     def check(self) -> None:
-        for name in ("grace", "peer_timeout", "stall_timeout", "disk_timeout"):
+        for name in ("grace", "peer_timeout", "start_timeout", "stall_timeout", "disk_timeout"):
             positive(f"failures.{name}", getattr(self, name), f"failures.{name}={getattr(FailureConfig(), name):g}")
         for name in ("refused_in_a_row", "spike_window"):
             positive(f"failures.{name}", getattr(self, name), f"failures.{name}={getattr(FailureConfig(), name)}")
@@ -95,8 +99,8 @@ class TrainConfig:
     """Settings of `python -m train`."""
 
     task: str = "train"
-    """`train`; `profile` to measure which experts the routers choose for the dataset, without training; `report` to
-    write the page about the run in `run_dir`."""
+    """`train`; `plan` to say what fits, how long it takes and what it costs; `profile` to measure which experts the
+    routers choose for the dataset, without training; `report` to write the page about the run in `run_dir`."""
     name: str = "run"
     """The start of the run directory's name, if `run_dir` is not given."""
     run_dir: str | None = None
@@ -135,6 +139,8 @@ class TrainConfig:
     """Decides the initial adapters (or the random base) and the order of rows."""
     dry_run: bool = False
     """Plans the run without weights: prints parameters, batch, steps, tokens and DeepSpeed config, trains nothing."""
+    best: bool = False
+    """For `plan`: prints the settings of the best alternative, to be pasted, and nothing else."""
     answers: bool = True
     """For `report`: asks base and tuned model the prompts, and shows their answers beside each other."""
     prompts: str | None = None
@@ -155,6 +161,10 @@ class TrainConfig:
     """What it runs on."""
     failures: FailureConfig = field(default_factory=FailureConfig)
     """What it bears."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machine that `task=plan` plans for."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What becomes of a plan."""
 
     def __post_init__(self) -> None:
         # It was true or false once, and OmegaConf makes strings of those.
@@ -163,7 +173,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
-        choice("task", self.task, "train", "profile", "report")
+        choice("task", self.task, "train", "plan", "profile", "report")
         choice("activation_checkpointing", self.activation_checkpointing, "none", "attention", "full")
         choice("resume", self.resume, "auto", "never")
         for name in ("epochs", "global_batch", "micro_batch", "keep_last"):
@@ -175,6 +185,8 @@ class TrainConfig:
         sections = (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware, self.failures)
         for section in sections:
             section.check()
+        self.cluster.check()
+        self.plan.check_values()
         if self.deepspeed.stage == 1 and self.model.dtype == "bfloat16" and self.task == "train":
             raise UserError(
                 "deepspeed.stage=1: with model.dtype=bfloat16 DeepSpeed would sum gradients in bfloat16 there; use "
@@ -190,7 +202,7 @@ class TrainConfig:
             if self.run_dir is None:
                 raise UserError("run_dir: it is not said which run to report on; give run_dir=runs/…")
             return
-        if self.lora.method == "lora" and self.model.path is None and not self.dry_run:
+        if self.lora.method == "lora" and self.model.path is None and not self.dry_run and self.task != "plan":
             raise UserError(
                 "model.path: adapters need a base with weights; name a directory or a hub id, or use lora=none"
             )

@@ -9,10 +9,11 @@ import json
 import os
 import resource
 import shlex
+import statistics
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NotRequired, TypedDict
+from typing import Any, BinaryIO
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -29,8 +30,8 @@ from train.model.routing import Routing
 from train.report.report import try_report
 from train.reporting.trace import Trace
 from train.reporting.wandb_run import Wandb
+from train.run_files import METRICS, MetricsLine
 
-METRICS = "metrics.jsonl"
 LONGEST_LINE = 1 << 24
 """Bytes of the longest line that is read; a longer one is not ours."""
 UNWRITTEN = 16 << 20
@@ -40,14 +41,6 @@ SPEED_PERIOD = 3600.0
 """Seconds of steps that the time left is estimated by: rich's 30 hold no two steps of a large model."""
 SMOOTHING = 0.9
 """What a step's tokens and seconds weigh one step later in the speed on the screen."""
-
-
-class Line(TypedDict):
-    """What is read of a line of metrics.jsonl."""
-
-    step: int
-    loss: NotRequired[float | str]
-    evaluation_loss: NotRequired[float | str]
 
 
 class Metrics:
@@ -101,6 +94,7 @@ class Metrics:
         self.trace = Trace(directory, config.trace_steps if is_main else [])
         """Of the steps `logging.trace_steps`."""
         self._steps = 0
+        self._made: list[StepRecord] = []
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, fit for JSON."""
@@ -133,6 +127,7 @@ class Metrics:
         """Records a step; with its rows if something is `wrong`: `refused`, its update was skipped, or `spike`."""
         if not self._is_main:
             return
+        self._made.append(record)
         if wrong is not None:
             sentences = {
                 "refused": "loss or gradient not finite, the update was refused",
@@ -163,6 +158,13 @@ class Metrics:
                 **suspects,
             }
         )
+
+    def measured(self) -> dict[str, float]:
+        """The peak memory so far, and medians of this launch's steps but the first, by the names of their lines."""
+        made = self._made[1:] or self._made
+        figures = [(record.seconds, record.tokens / record.seconds) for record in made]
+        medians = map(statistics.median, zip(*figures, strict=True))
+        return {"memory_gib": memory_gib()} | dict(zip(("seconds", "tokens_per_second"), medians, strict=False))
 
     def _arithmetic(self, record: StepRecord) -> dict[str, float]:
         """Floating-point operations per second, of those that the step had to do, over all processes; and as a share
@@ -331,7 +333,8 @@ def _opened(directory: Path, resumed: dict[str, Any]) -> int:
 def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
     """Drops from metrics.jsonl the lines of steps after the `last`, of evaluations that will be made again, and what a
     killed process left of a line."""
-    path.touch()
+    if not os.path.lexists(path):  # a link to elsewhere is replaced, and what it leads to stays as it is
+        path.touch()
     with path.open("rb") as file:
         replace_file(path, _kept(file, last, evaluations))
 
@@ -339,7 +342,7 @@ def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
 def _kept(lines: BinaryIO, last: int, evaluations: dict[str, Any]) -> Iterator[bytes]:
     while line := lines.readline(LONGEST_LINE):
         try:
-            record = parse_json(line, Line)
+            record = parse_json(line, MetricsLine)
         except UnreadableError:
             continue
         again = "evaluation_loss" in record and str(record["step"]) not in evaluations

@@ -1,23 +1,8 @@
 """What GPUs can do at most, by their data sheets: a step's speed is told as a share of it."""
 
-import re
-
 import torch
 
-PEAKS = {
-    r"\bMIG\b": None,  # a part of a GPU
-    r"\bB200\b": 2250e12,
-    r"\bH200 NVL\b": 835e12,
-    r"\b(G?H200|H800)\b": 989e12,
-    r"\bH100 NVL\b": 835e12,
-    r"\bH100 PCIe\b": 756e12,
-    r"\bH100\b": 989e12,
-    r"\bA[18]00\b": 312e12,
-    r"\bL40S\b": 362e12,
-    r"\bMI300X\b": 1307e12,
-}
-"""Operations per second of dense products in bfloat16 and float16, by a pattern in the name that torch knows a GPU by;
-the first that matches counts. From the makers' data sheets, half of what they give with sparsity."""
+from train.config.catalogue import cluster_of
 
 
 def peak_flops(device: torch.device, dtype: str, count: int) -> float | None:
@@ -29,5 +14,6 @@ def peak_flops(device: torch.device, dtype: str, count: int) -> float | None:
 
 
 def peak_of(name: str) -> float | None:
-    """By the name that torch gives a GPU."""
-    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
+    """By the name that torch gives a GPU: operations per second of dense products in bfloat16 and float16."""
+    cluster = cluster_of(name)
+    return None if cluster is None else cluster.peak * 1e12

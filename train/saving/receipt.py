@@ -1,7 +1,8 @@
 """What a run records about itself: gathered once, when it is launched, and written with every save."""
 
 import datetime
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ PACKAGES = (
     "safetensors",
 )
 """Those whose versions the receipt records."""
+PLANNED = {
+    "memory_gib": "peak memory of process 0, GiB",
+    "seconds": "seconds a step",
+    "tokens_per_second": "tokens a second",
+}
+"""What the receipt calls quantities of metrics.jsonl that stand beside their plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,9 @@ class Record:
     inputs: dict[str, Any]
     """What it is given, by hash; on the main process, for `task=train`. See `Inputs.hashes`."""
 
+    expected: Mapping[str, float | str] = field(default_factory=dict)
+    """What the plan says of the quantities of `PLANNED`, or why it says nothing."""
+
     @property
     def config_yaml(self) -> str:
         """The content of config.yaml."""
@@ -51,8 +61,13 @@ class Record:
         """The rows that were trained on up to a step; the last step of a run may have fewer than the others."""
         return min(step * self.batch.rows, self.training_rows * self.config.epochs)
 
-    def receipt(self, history: History) -> dict[str, Any]:
-        """What was run, on what, from what, and how far it has come."""
+    def receipt(self, history: History, measured: Mapping[str, float]) -> dict[str, Any]:
+        """What was run, on what, from what, and how far it has come; `measured` are the quantities of `PLANNED`."""
+        both = {
+            heading: {"planned": self.expected[name], "measured": measured.get(name)}
+            for name, heading in PLANNED.items()
+            if name in self.expected
+        }
         return {
             **self.launch,
             "written": _now(),
@@ -62,6 +77,7 @@ class Record:
             "evaluation_loss": {str(step): loss for step, loss in history.evaluations.items()},
             "steps": history.last.step if history.last else 0,
             "loss": history.last.loss if history.last else None,
+            "plan": both or None,
             "settings": self.settings,
         }
 
@@ -74,6 +90,7 @@ def record_launch(
     processes: Processes,
     *,
     training_rows: int,
+    expected: Mapping[str, float | str],
 ) -> Record:
     """Gathers the record of a run that is being launched into `directory`; collective.
 
@@ -87,7 +104,7 @@ def record_launch(
         return launch, inputs.hashes() if config.task == "train" else {}
 
     launch, hashes = directory.on_main(gather) or ({}, {})
-    return Record(config, stored_settings(config), batch, training_rows, launch, hashes)
+    return Record(config, stored_settings(config), batch, training_rows, launch, hashes, expected)
 
 
 def hardware(processes: Processes) -> dict[str, Any]:

@@ -66,6 +66,16 @@ def test_every_nth_step_the_last_and_every_refused_one_are_written(tmp_path: Pat
     assert (written[0]["epoch"], written[0]["seconds"], written[0]["load_balancing_loss"]) == (0.75, 0.5, 2.0)
 
 
+def test_what_stands_beside_the_plan_are_medians_without_the_first_step(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
+    assert set(metrics.measured()) == {"memory_gib"}
+    for step, seconds in enumerate((90.0, 2.0, 4.0, 3.0), 1):
+        metrics.stepped(replace(record(step), seconds=seconds), None, [])
+    measured = metrics.measured()
+    assert (measured["seconds"], measured["tokens_per_second"]) == (3.0, pytest.approx(100 / 3))
+    metrics.close()
+
+
 def test_a_spike_says_how_to_see_its_rows(
     run_program: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,6 +314,16 @@ def test_what_can_not_hold_lines_is_refused_before_training(tmp_path: Path) -> N
         Metrics(tmp_path, quiet, {}, is_main=True)
     with pytest.raises(UserError, match=r"its metrics.jsonl can't be written \(No such file or directory\)"):
         Metrics(tmp_path / "gone", quiet, {}, is_main=True)
+
+
+def test_what_a_link_leads_to_stays_as_it_is(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text('{"step": 1, "loss": 2.0}\n')
+    os.utime(elsewhere, (1, 1))
+    (tmp_path / "metrics.jsonl").symlink_to(elsewhere)
+    _keep_lines(tmp_path / "metrics.jsonl", 0, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert (elsewhere.read_text(), elsewhere.stat().st_mtime) == ('{"step": 1, "loss": 2.0}\n', 1)
 
 
 def test_the_disk_is_asked_to_keep_the_lines_and_their_name(

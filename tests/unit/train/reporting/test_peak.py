@@ -16,6 +16,14 @@ from train.reporting.peak import peak_flops, peak_of
         ("NVIDIA GH200 480GB", 989),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 5090", 210),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
         ("NVIDIA B200", 2250),
         ("AMD Instinct MI300X", 1307),
     ],
@@ -24,7 +32,9 @@ def test_a_gpu_is_known_by_its_name(name: str, teraflops: float) -> None:
     assert peak_of(name) == teraflops * 1e12
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10", "NVIDIA GeForce RTX 5090", ""])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10", "NVIDIA L40", "NVIDIA GeForce RTX 5090 D", ""]
+)
 def test_of_others_nothing_is_said(name: str) -> None:
     assert peak_of(name) is None
 

@@ -36,7 +36,8 @@ def launch(
     """As `run_on` begins."""
     config = TrainConfig(run_dir=str(run_dir), lora=LoraConfig(method="none"), **more)  # type: ignore[arg-type]
     directory, inputs = RunDirectory(config, dataset.directory, processes), Inputs(config, dataset)
-    record = record_launch(directory, config, config.batch(1), inputs, processes, training_rows=len(dataset.train))
+    rows = len(dataset.train)
+    record = record_launch(directory, config, config.batch(1), inputs, processes, training_rows=rows, expected={})
     check_same_run(directory, record, inputs)
     return directory, record
 

@@ -1,6 +1,7 @@
 """What receipts say, in which order."""
 
 import json
+from dataclasses import replace
 
 from train.config.train import BatchArithmetic, TrainConfig
 from train.history import History, StepRecord
@@ -27,9 +28,9 @@ def history() -> History:
 
 
 def test_a_receipt_says_what_was_run_on_what_and_how_far_it_came() -> None:
-    receipt = RECORD.receipt(history())
+    receipt = RECORD.receipt(history(), {"seconds": 0.5})
     launch, inputs = ["started", "commit"], ["base", "dataset", "load", "start"]
-    outcome = ["evaluation_loss", "steps", "loss", "settings"]
+    outcome = ["evaluation_loss", "steps", "loss", "plan", "settings"]
     assert list(receipt) == [*launch, "written", "batch", "resumed_after_step", *inputs, *outcome]
     assert receipt["batch"] == {"micro_batch": 1, "accumulation": 4, "processes": 1}
     assert (receipt["evaluation_loss"], receipt["steps"], receipt["loss"]) == ({"0": 3.0, "3": 2.5}, 3, 2.0)
@@ -39,12 +40,22 @@ def test_a_receipt_says_what_was_run_on_what_and_how_far_it_came() -> None:
 
 def test_a_launch_that_goes_on_says_from_where() -> None:
     resumed = History(json.loads(json.dumps(history().state())))
-    assert RECORD.receipt(resumed)["resumed_after_step"] == 3
+    assert RECORD.receipt(resumed, {})["resumed_after_step"] == 3
 
 
 def test_a_receipt_before_the_first_step_knows_no_loss() -> None:
-    receipt = RECORD.receipt(History())
+    receipt = RECORD.receipt(History(), {})
     assert (receipt["evaluation_loss"], receipt["steps"], receipt["loss"]) == ({}, 0, None)
+
+
+def test_the_plan_stands_beside_what_was_measured() -> None:
+    planned = replace(RECORD, expected={"memory_gib": 41.5, "seconds": "not planned", "tokens_per_second": 300.0})
+    assert planned.receipt(history(), {"memory_gib": 40.0, "seconds": 0.5})["plan"] == {
+        "peak memory of process 0, GiB": {"planned": 41.5, "measured": 40.0},
+        "seconds a step": {"planned": "not planned", "measured": 0.5},
+        "tokens a second": {"planned": 300.0, "measured": None},
+    }
+    assert RECORD.receipt(history(), {"seconds": 0.5})["plan"] is None  # another task than training has none
 
 
 def test_rows_are_seen_once_in_each_epoch() -> None:

@@ -1,0 +1,52 @@
+"""The planned seconds: their arithmetic against another count, and which way they go."""
+
+from dataclasses import replace
+
+import pytest
+
+from train.config.catalogue import clusters
+from train.config.engine import DeepSpeedConfig
+from train.config.lora import LoraConfig
+from train.config.model import ArchitectureConfig, ModelConfig
+from train.config.train import TrainConfig
+from train.lora.attach import trainable
+from train.model.work import of_training
+from train.planning.given.machine import Machine, of_catalogue
+from train.planning.given.rows import Rows
+from train.planning.given.sizes import planned_model, sizes_of
+from train.planning.speed import speed
+
+ROWS = Rows(length=1024, tokens=1024, supervised=0.5, conversation=256, of_epoch=0, said="")
+SIZES = {"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+def config_of(**settings: object) -> TrainConfig:
+    architecture = ArchitectureConfig(hidden_size=512, intermediate_size=1792, **SIZES)
+    return TrainConfig(model=ModelConfig(architecture=architecture), lora=LoraConfig(rank=8), **settings)  # type: ignore[arg-type]
+
+
+def of_arithmetic_alone() -> Machine:
+    """A machine for which only operations take time: seconds are operations."""
+    machine = of_catalogue(replace(clusters()["h100_8"], grouped=False), "bfloat16")
+    return replace(machine, flops=1.0, link=0.0, bandwidth=1e30, host_link=1e30, overhead=0.0, processes=1)
+
+
+def test_operations_are_those_that_are_counted_by_parameter() -> None:
+    """`train.model.work` adds up the shapes of what trains, and counts pairs of tokens."""
+    config = config_of(activation_checkpointing="none", global_batch=1, deepspeed=DeepSpeedConfig(stage=0))
+    planned = speed(config, sizes_of(config), ROWS, config.batch(1), of_arithmetic_alone())
+    model, _ = planned_model(config)
+    trained = {name: tuple(parameter.shape) for name, parameter in trainable(model)}
+    pairs = ROWS.length * ROWS.conversation / 2
+    needed = of_training(model.config.to_dict(), trained).flops(ROWS.length, pairs, ROWS.length * ROWS.supervised)
+    # work leaves out the first layer's input gradient, the plan leaves out the routers
+    assert planned.step == pytest.approx(needed, rel=0.01)
+
+
+def test_what_is_computed_again_takes_what_its_forward_took() -> None:
+    parts = {}
+    for again in ("attention", "full"):
+        config = config_of(activation_checkpointing=again, global_batch=1, deepspeed=DeepSpeedConfig(stage=0))
+        parts[again] = speed(config, sizes_of(config), ROWS, config.batch(1), of_arithmetic_alone()).parts
+    assert parts["full"]["recomputed"] == parts["full"]["forward"]
+    assert 0 < parts["attention"]["recomputed"] < 0.3 * parts["attention"]["forward"]

@@ -1,0 +1,60 @@
+"""`task=plan`: its page, its JSON, the best settings, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = ("recipe=openhermes_mixtral_8x7b", "task=plan")
+"""The full size on the meta device: no weights, no dataset."""
+
+
+def test_the_page_fits_100_columns_and_the_json_holds_what_it_says(
+    run_program: Callable[..., Any], tmp_path: Path
+) -> None:
+    outcome = run_program("train", *RECIPE, "cluster=h100_8", "plan.json=plan.json", "plan.conversations=100000")
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    assert max(map(len, outcome.stdout.splitlines())) <= 100
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["memory"]["peak"] == pytest.approx(sum(plan["memory"]["parts"].values()))
+    assert plan["step"]["seconds"] == pytest.approx(sum(plan["step"]["parts"].values()))
+    assert plan["fits"]
+    assert f"Peak {plan['memory']['peak'] / 1e9:.1f} of 84.9 GB" in outcome.stdout
+    assert "isn't prepared" in outcome.stdout
+    assert "nothing here was measured" in outcome.stdout
+
+
+def test_what_does_not_fit_is_refused_with_the_reason(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    settings = ("cluster=h100_8", "deepspeed=zero2", "plan.json=plan.json")
+    assert run_program("train", *RECIPE, *settings).exit_code == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["refused"] == "93.4 GB of base on a GPU of 85 GB"
+
+
+def test_the_best_settings_can_be_pasted_and_plan_to_fit(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    best = run_program("train", *RECIPE, "cluster=l40s_1", "best=true").stdout.split()
+    assert "model.weights=nf4" in best  # 93.4 GB of base in 16 bits fit no GPU of 48 GB
+    outcome = run_program("train", *RECIPE, "cluster=l40s_1", "plan.json=plan.json", *best)
+    assert outcome.exit_code == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("cluster=h300_8",), ["h300_8", "h100_8"]),
+        (("cluster=h100_8", "cluster.price=-1"), ["cluster.price=-1", "not negative"]),
+        (("cluster.gpu=H300",), ["cluster.gpu=H300", "cluster.memory", "cluster=h100_8"]),
+        (("cluster=h100_8", "dataset=nowhere"), ["dataset=nowhere", "no prepared dataset"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_told_in_a_sentence(
+    run_program: Callable[..., Any], settings: tuple[str, ...], said: list[str]
+) -> None:
+    outcome = run_program("train", *RECIPE, *settings)
+    assert outcome.exit_code == 2
+    assert len(outcome.stderr.splitlines()) == 1
+    assert all(part in outcome.stderr for part in said), outcome.stderr
