@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs.program.errors import UserError
 from data.schema import IGNORE_INDEX
 from tests.support.leaderboard import write_rows
 from tests.support.nano import LENGTHS, losses, nano, packed
@@ -197,5 +198,5 @@ def test_gpu_keeps_its_minutes_while_it_prepares_rows(step, tmp_path: Path, monk
 
     options = argparse.Namespace(data="data/sample/identity.jsonl", minutes=0.5)
     monkeypatch.setattr(gpu, "RESERVE", 29.99)
-    with pytest.raises(gpu.UserError, match=r"^--minutes=0\.5: preparing rows takes longer; give more$"):
+    with pytest.raises(UserError, match=r"^--minutes=0\.5: preparing rows takes longer; give more$"):
         gpu.prepare(options, 128, str(tmp_path), gpu.Minutes(options.minutes))
