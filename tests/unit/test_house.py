@@ -91,6 +91,7 @@ MAY_IMPORT = {
         "train.lora",
         "train.config",
         "data.prepared",
+        "data.schema",
         "data.disk",
         "configs.program",
     ),
