@@ -29,7 +29,7 @@ from data.disk.adapter_directory import (
     separate_experts,
 )
 from data.disk.formats.json_text import read_json
-from data.disk.mixtral_files import original_name, place, stored_parts
+from data.disk.mixtral_files import original_name, parameter_of, stored_parts
 from data.disk.weights import StoredWeights
 from inference import unfused
 from inference.peft_layers import Layers, LowRank, Replacement
@@ -204,7 +204,7 @@ def _by_matrix(
         yield original_name(parameter), update
         return
     for matrix, part in stored_parts(parameter, tensor):
-        _, expert, rows = place(matrix, part.shape[0])
+        _, expert, rows = parameter_of(matrix, part.shape[0])
         yield matrix, replace(update, expert=expert, rows=rows)
 
 

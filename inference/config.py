@@ -39,6 +39,9 @@ class InferenceConfig:
     """The commit, tag or branch of the base's hub id; unset, the one that the adapter names."""
     check_base: bool = True
     """Refuses a base whose weights are not those that the adapter's receipt names."""
+    weights: str = "bf16"
+    """How the base is held: `bf16` as `dtype` says; `nf4` has attention and experts in four bits, 0.29 of the bytes,
+    and the adapter beside them, whatever `fold` says. It takes the extra `nf4`."""
     fold: bool = True
     """Adds the adapter to the base's weights at load; `false` keeps it apart in stock PEFT's layers: slower."""
     dtype: str = "auto"
@@ -143,6 +146,9 @@ class InferenceConfig:
             raise UserError("adapter: there is nothing to write a card for; give adapter=runs/…/adapter")
         if self.task == "merge" and self.dtype != "auto":
             raise UserError(f"dtype={self.dtype}: a merged model has the dtype of the base's files; leave it out")
+        choice("weights", self.weights, "bf16", "nf4")
+        if self.task == "merge" and self.weights != "bf16":
+            raise UserError(f"weights={self.weights}: a merged model has the 16 bits of the base's files; leave it out")
         for name, text in (("prompt", self.prompt), ("system", self.system or "")):
             check_utf8(name, text)
         if self.adapter is None and self.base is None:
@@ -169,7 +175,9 @@ class InferenceConfig:
         if self.data is not None and not Path(self.data).is_dir():
             raise UserError(f"data={self.data}: there is no such directory; check the path")
         if self.limit is not None:
-            between("limit", self.limit, 1, math.inf, "it must be at least 1; leave it out for all questions")
+            between(
+                "limit", self.limit, 2, math.inf, "one question has no standard error; give at least 2, or leave it out"
+            )
         if self.compare == "base" and self.adapter is None:
             raise UserError("compare=base: that compares the base with an adapter, and none is named; give adapter=")
         choice("bos", self.bos, "leaderboard", "always", "never")

@@ -5,6 +5,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,16 +17,18 @@ from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, Pr
 
 from configs.program import gpus
 from configs.program.errors import UserError, say
-from data.disk import hub
+from data.disk import hub, nf4
 from data.disk.adapter_directory import CONFIG, RECEIPT, public
 from data.disk.adapter_directory import FILES as ADAPTER_FILES
 from data.disk.architecture import find_mixtral
+from data.disk.loading.layers import quantise
 from data.disk.loading.model import load_model, whole_on
 from data.disk.mixtral_files import load_mixtral, stored_parts
 from data.disk.plain_text import json_if_readable, member
 from data.disk.weights import StoredWeights, local_directory
 from data.template import ChatTokenizer
 from data.vocabulary import EMBEDDED, has_tokenizer
+from inference import four_bits
 from inference.adapter import Adapter, is_finite, read_settings
 from inference.config import InferenceConfig
 from inference.peft_layers import peft_settings
@@ -93,7 +96,9 @@ def load(config: InferenceConfig) -> Loaded:
 
 
 def add_adapter(model: MixtralForCausalLM, adapter: Adapter, config: InferenceConfig) -> PreTrainedModel:
-    """The model with the adapter: folded into its weights, or in layers of its own, as `fold` says."""
+    """The model with the adapter: folded into its weights, or in layers of its own, as `fold` and `weights` say."""
+    if config.weights == nf4.FORM:
+        return fold(model, adapter, but=four_bits.keep_apart(model, adapter))
     return fold(model, adapter) if config.fold else keep_apart(model, adapter, autocast_adapter_dtype=False)
 
 
@@ -145,11 +150,12 @@ def find_adapter(config: InferenceConfig, base: Base) -> Adapter:
     """The adapter, checked against the base: keys, shapes, numbers, and the fingerprint in its receipt."""
     assert base.adapter is not None
     adapter = Adapter(base.adapter, base.architecture)
-    if config.fold or config.task == "merge":
+    if config.fold or config.task == "merge" or config.weights == nf4.FORM:
         adapter.check_foldable()
     adapter.check_numbers()
-    if (form := adapter.trained_in) != "bf16":
-        say("inference", f"adapter={config.adapter}: it was trained on a base in {form}; here the base is in bf16")
+    if (form := adapter.trained_in) != config.weights:
+        here = f"here the base is in {config.weights}"
+        say("inference", f"adapter={config.adapter}: it was trained on a base in {form}; {here}")
     if config.check_base and adapter.trained_on is not None:
         adapter.check_base(base.weights)
     return adapter
@@ -161,14 +167,24 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
     device_map: Any = config.device_map if on_cuda else None
     dtype = choose_dtype(config.dtype, on_cuda)
-    if device_map == "auto" and (gpu := one_gpu(_bytes(base.architecture, dtype), _free_bytes())) is not None:
+    if device_map == "auto" and (gpu := one_gpu(_bytes(base, dtype, config.weights), _free_bytes())) is not None:
         device_map = {"": gpu}
+    if config.weights == nf4.FORM:
+        if isinstance(device_map, str) and not device_map.startswith("cuda:"):
+            raise UserError(
+                f"weights=nf4: it takes one GPU with {_bytes(base, dtype, nf4.FORM) / 0.8e9:.0f} GB free, and "
+                f"device_map={device_map} would spread it over several; free one, or use weights=bf16"
+            )
+        device_map = {"": device_map} if isinstance(device_map, str) else device_map
+        nf4.check_kernels("weights=nf4", torch.device("cpu" if device_map is None else device_map[""]))
     if isinstance(device_map, str):  # spread over what there is, as transformers does it
         model = load_mixtral(base.directory, base.architecture, base.named, dtype=dtype, device_map=device_map)
     else:
         device = torch.device("cpu" if device_map is None else device_map[""])
-        where: dict[str, Any] = {"dtype": dtype, "device": device, "shows_progress": True}
-        model = load_model(base.directory, base.architecture, base.named, whole_on(device), **where)
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "weights_in": config.weights, "shows_progress": True}
+        model = load_model(base.directory, base.architecture, base.named, whole_on(device), **how)
+        if config.weights == nf4.FORM:
+            four_bits.prepare(model)
     # The settings of a request decide alone: those that the base recommends would be mixed into them.
     model.generation_config = GenerationConfig()
     return model
@@ -193,10 +209,12 @@ def is_spread(model: PreTrainedModel) -> bool:
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
-def _bytes(architecture: MixtralConfig, dtype: torch.dtype) -> int:
+def _bytes(base: Base, dtype: torch.dtype, weights: str) -> int:
     with torch.device("meta"):
-        model = MixtralForCausalLM(architecture)
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        model = MixtralForCausalLM(base.architecture).to(dtype)
+        if weights == nf4.FORM:
+            quantise(model, base.named)
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _free_bytes() -> list[int]:
@@ -213,8 +231,8 @@ def choose_dtype(asked: str, on_cuda: bool) -> torch.dtype:
 
 
 @torch.no_grad()
-def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
-    """Adds the adapter to the model's own weights, block by block.
+def fold(model: MixtralForCausalLM, adapter: Adapter, but: Collection[str] = ()) -> MixtralForCausalLM:
+    """Adds the adapter to the model's own weights, block by block, `but` to these matrices.
 
     Raises:
         UserError: the adapter can't be added to single parameters, or to one that is shared or was left on disk, or
@@ -223,8 +241,10 @@ def fold(model: MixtralForCausalLM, adapter: Adapter) -> MixtralForCausalLM:
     adapter.check_foldable()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     holders = Counter(map(_storage, parameters.values()))
-    left = set(adapter.updates)
+    left = set(adapter.updates).difference(but)
     for name, parameter in parameters.items():
+        if nf4.is_quantised(parameter):
+            continue
         changed = {matrix: part for matrix, part in stored_parts(name, parameter.data) if matrix in left}
         if not changed:
             continue

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.hub import Hub
+from tests.support.hub import Hub
 
 PROJECT_ROOT = Path(__file__).parents[1]
 SHARED = PROJECT_ROOT.parent / "shared"

@@ -8,6 +8,7 @@
     expert_load.py  task=profile: which experts the rows use, as JSON and as a heatmap
     history.py      what a run found in its steps and evaluations; part of each checkpoint
     health.py       whether its numbers are good: skipped updates, spikes
+    run_files.py    the files of a run directory: their names, and a reader of their lines
 
     config/         every setting of `python -m train`
     lora/           expert-aware LoRA: what trains

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from configs.program.explanations.environment import needed
@@ -20,6 +21,8 @@ def exit_with(program: Callable[[], None]) -> NoReturn:
         try:
             program()
             code = 0
+            if finished := os.environ.get("LAUNCH_FINISHED"):  # scripts/launch: a launcher may lie about it
+                Path(finished, os.environ.get("RANK", "0")).touch()
         except SystemExit as stop:
             if isinstance(stop.code, str):
                 sys.stderr.write(f"{stop.code}\n")

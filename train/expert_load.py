@@ -16,6 +16,7 @@ from data.schema import IGNORE_INDEX
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.engine import ForwardEngine
 from train.model.routing import Routing
+from train.run_files import EXPERT_LOAD, EXPERT_LOAD_PICTURE
 from train.saving.run_directory import RunDirectory
 
 
@@ -40,13 +41,13 @@ def profile(
 
 def save(record: dict[str, Any], directory: Path) -> None:
     """Writes expert_load.json, and the picture beside it if that can be drawn."""
-    (directory / "expert_load.json").write_text(json.dumps(record, indent=2) + "\n")
-    message = f"Saved {directory}/expert_load.json"
+    (directory / EXPERT_LOAD).write_text(json.dumps(record, indent=2) + "\n")
+    message = f"Saved {directory / EXPERT_LOAD}"
     try:
-        draw(record, directory / "expert_load.png")
-        message += " and expert_load.png"
+        draw(record, directory / EXPERT_LOAD_PICTURE)
+        message += f" and {EXPERT_LOAD_PICTURE}"
     except Exception as error:  # of any kind: matplotlib looks for fonts, and keeps files of its own
-        message += f"; expert_load.png can't be drawn ({one_line(error)})"
+        message += f"; {EXPERT_LOAD_PICTURE} can't be drawn ({one_line(error)})"
     console.print(message, soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ class StepRecord:
     applied: bool
     """False if the update was skipped, because loss or gradient were not finite."""
     load_balancing_loss: float
-    """Of the routers, before its weight `router_aux_loss`; averaged over tokens."""
+    """The routers' loss before its weight `router_aux_loss`, averaged over tokens."""
     tokens: int
     supervised_tokens: int
     seconds: float
@@ -62,7 +62,7 @@ def finite(value: Any) -> Any:
 
 
 def _step_record(saved: dict[str, Any]) -> StepRecord:
-    """Of a checkpoint. Older ones have another name for the load-balancing loss."""
+    """The record in a checkpoint. Older ones have another name for the load-balancing loss."""
     return StepRecord(**_floats({"load_balancing_loss" if n == "router_balance" else n: v for n, v in saved.items()}))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from configs.program.errors import UserError
-from data.prepared.dataset import Batch, PackedTable, PreparedDataset, evaluation_batches, share
+from data.prepared.dataset import Batch, PreparedDataset, evaluation_batches, share
 from train.config.engine import OptimConfig
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.engine import Engine, ForwardEngine, Update
@@ -67,13 +67,14 @@ def train(
         due = number in (0, steps) or (config.eval_every and number % config.eval_every == 0)
         if not due or number in history.evaluations:
             return
-        loss = evaluate(engine, dataset.eval, batch, signals)
+        loss = evaluate(engine, dataset, batch, signals)
         if loss is not None:
             history.evaluations[number] = loss
             metrics.evaluated(number, loss)
 
     updated = engine.optimizer_steps > 0
     engine.train()
+    engine.at("beginning", done)
     with metrics.progress(steps, done=done):
         evaluate_if_due(done)
         if engine.any_process(signals.asked_to_stop):
@@ -192,17 +193,21 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
     )
 
 
-def evaluate(engine: ForwardEngine, table: PackedTable, batch: BatchArithmetic, signals: Signals) -> float | None:
+def evaluate(engine: ForwardEngine, dataset: PreparedDataset, batch: BatchArithmetic, signals: Signals) -> float | None:
     """Cross-entropy on the held-out split in nats per supervised token; collective.
 
     None if the split is empty, or if the run was asked to stop meanwhile: then there is no time for it.
     """
     engine.at("evaluating")
-    rows = range(len(table))
-    micro_batches = evaluation_batches(table, rows, batch.micro_batch, engine.processes.rank, engine.processes.count)
+    table, processes = dataset.eval, engine.processes
+    micro_batches = evaluation_batches(table, range(len(table)), batch.micro_batch, processes.rank, processes.count)
     loss, supervised = 0.0, 0.0
     with engine.evaluating():
-        for micro_batch in micro_batches:
+        while True:
+            with engine.disk(dataset.directory):
+                micro_batch = next(micro_batches, None)
+            if micro_batch is None:
+                break
             cross_entropy, _ = engine.forward(micro_batch)
             loss += cross_entropy.item()
             supervised += micro_batch.supervised_tokens

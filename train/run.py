@@ -4,6 +4,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from transformers import MixtralForCausalLM
+
 from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.explanations.again import command
@@ -15,11 +17,11 @@ from data.prepared.dataset import PreparedDataset
 from data.template import ChatTokenizer
 from data.vocabulary import has_tokenizer
 from train.config.model import ModelConfig
-from train.config.train import TrainConfig
+from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.engine import Engine, ForwardEngine
 from train.engine.processes import (
     Processes,
-    agree,
+    check_device,
     check_launch,
     check_same,
     join_processes,
@@ -30,6 +32,7 @@ from train.engine.shards import place_for
 from train.expert_load import profile
 from train.failures.errors import reporting_errors
 from train.failures.guard import Guard
+from train.failures.meeting import Meeting
 from train.failures.signals import EXIT_PREEMPTED, Signals
 from train.health import Health
 from train.history import History
@@ -68,30 +71,48 @@ def run(config: TrainConfig) -> None:
         report(config)
         return
     signals = Signals(config.failures.grace)
-    count = check_launch(config.hardware)
-    config.batch(count)
-    dataset = PreparedDataset(config.dataset)
-    inputs = Inputs(config, dataset)
-    if count in (1, local_processes()):  # on several machines run_dir is one's own, and the others are to be told
-        check_run_there(config, inputs, dataset.directory)
-    check_is_there(config.lora)
-    if config.model.weights == nf4.FORM:
-        nf4.check_available("model.weights=nf4")
-    fetch_base(config)
-    check_vocabulary(config.model, dataset)
-    expected = check_room(config, of_dataset(dataset), count)
-    inputs.read()
-    processes = join_processes(config.hardware, timeout=config.failures.stall_timeout + config.failures.peer_timeout)
-    timeouts = {name: getattr(config.failures, name) for name in ("peer_timeout", "stall_timeout", "disk_timeout")}
-    guard = Guard(processes.rank, processes.count, **timeouts)
-    guard.join(agree(guard.listen()))
-    signals.tell(guard.leaving)
-    with reporting_errors(guard, config, processes.rank):
+    rank, count = check_launch()
+    bounds = ("peer_timeout", "start_timeout", "stall_timeout", "disk_timeout")
+    guard = Guard(rank, count, **{name: getattr(config.failures, name) for name in bounds})
+    if count > 1:
+        signals.tell(guard.leaving)
+        meeting = Meeting(rank, seconds=config.failures.start_timeout)  # kept: process 0's is where torch's join
+        meeting.join(guard)
+    with reporting_errors(guard, config, rank):
+        dataset, inputs, expected = prepare(config, guard, rank, count)
+        guard.start("joining the others")
+        processes = join_processes(config.hardware)
         preempted = run_on(config, dataset, inputs, processes, guard, signals, expected)
         guard.done()
         leave_processes()
     if preempted:
         sys.exit(EXIT_PREEMPTED)
+
+
+def prepare(config: TrainConfig, guard: Guard, rank: int, count: int) -> tuple[PreparedDataset, Inputs, Expected]:
+    """What each process does by itself: it looks for mistakes, downloads, and reads what has to be hashed.
+
+    Raises:
+        UserError: something in settings, dataset, base or run directory is wrong.
+    """
+    guard.start("looking for mistakes")
+    check_device(config.hardware)
+    config.batch(count)
+    dataset = PreparedDataset(config.dataset)
+    inputs = Inputs(config, dataset)
+    if rank == 0 or count == local_processes():  # on several machines it is process 0's that counts
+        check_run_there(config, inputs, dataset.directory)
+    check_is_there(config.lora)
+    if config.model.weights == nf4.FORM:
+        nf4.check_available("model.weights=nf4")
+    guard.start("fetching the base")
+    fetch_base(config)
+    check_vocabulary(config.model, dataset)
+    expected = check_room(config, of_dataset(dataset), count)
+    guard.start("hashing base and rows")
+    with guard.disk(base_or_rows(config)):
+        inputs.read()
+    return dataset, inputs, expected
 
 
 def run_on(
@@ -107,8 +128,7 @@ def run_on(
     check_same(inputs.same_everywhere() | node_sizes(config))
     batch = config.batch(processes.count)
     if processes.is_main and len(dataset.train) < batch.rows:
-        few = f"{len(dataset.train)} rows, and a step takes {batch.rows}: it has some of them more than once, or blanks"
-        console.print(f"dataset={dataset.directory}: {few}; a smaller global_batch makes more steps", soft_wrap=True)
+        tell_few_rows(dataset, batch)
     directory = RunDirectory(config, dataset.directory, processes)
     rows = len(dataset.train)
     record = record_launch(directory, config, batch, inputs, processes, training_rows=rows, expected=expected)
@@ -118,9 +138,7 @@ def run_on(
             finished = f"{directory.path}: the run is finished; give overwrite=true to do it again"
             console.print(finished, soft_wrap=True)
         return False
-    model = build(
-        config, place_for(config, batch, processes.device), device=processes.device, is_main=processes.is_main
-    )
+    model = load(config, batch, processes, guard)
     module = MixtralWithLoss(model, with_router_loss=config.router_aux_loss > 0)
     if config.task == "profile":
         forward_engine = ForwardEngine(module, config, batch, processes, guard)
@@ -131,6 +149,7 @@ def run_on(
     if processes.is_main and (sentence := other_form(config)):
         console.print(sentence, soft_wrap=True)
     engine = Engine(module, config, batch, processes, guard)
+    guard.start("finding the checkpoint")
     checkpoint = find_checkpoint(directory, record, engine.shapes, partial(engine.disk, directory.path))
     directory.create(record.config_yaml)
     health = Health(config.failures)
@@ -175,6 +194,26 @@ def run_on(
         raise
     metrics.close()
     return preempted
+
+
+def load(config: TrainConfig, batch: BatchArithmetic, processes: Processes, guard: Guard) -> MixtralForCausalLM:
+    """The base with what trains; each process reads its part, at its own pace."""
+    guard.start("loading the base")
+    place = place_for(config, batch, processes.device)  # collective, so it is no wait for a disk
+    with guard.disk(base_or_rows(config)):
+        return build(config, place, device=processes.device, is_main=processes.is_main)
+
+
+def base_or_rows(config: TrainConfig) -> Path:
+    """What the start reads most of, to be named if its disk hangs."""
+    return Path(config.model.path or config.dataset)
+
+
+def tell_few_rows(dataset: PreparedDataset, batch: BatchArithmetic) -> None:
+    """Says that a step takes more rows than there are."""
+    there = "1 row" if len(dataset.train) == 1 else f"{len(dataset.train)} rows"
+    few = f"{there}, and a step takes {batch.rows}: it has some of them more than once, or blanks"
+    console.print(f"dataset={dataset.directory}: {few}; a smaller global_batch makes more steps", soft_wrap=True)
 
 
 def fetch_base(config: TrainConfig) -> None:

@@ -14,14 +14,9 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.jobs import Job
 from configs.program.secrets import redact
-from data.disk.formats.json_text import parse_json
-from data.disk.formats.regular import UnreadableError, read_regular
 from train.config.train import TrainConfig
 from train.failures.signals import ASKING, EXIT_PREEMPTED, PR_SET_PDEATHSIG
-from train.reporting.metrics import METRICS, Line
-
-MOST = 1 << 30
-"""Bytes of the largest metrics.jsonl that is read."""
+from train.run_files import read_metrics
 
 
 def sweep(jobs: list[Job[TrainConfig]]) -> int:
@@ -129,10 +124,7 @@ class Losses:
     @classmethod
     def of(cls, run_dir: str | None) -> "Losses":
         """Those of a run directory, which may not be there."""
-        try:
-            lines = [parse_json(line, Line) for line in read_regular(Path(run_dir or "") / METRICS, MOST).splitlines()]
-        except UnreadableError:
-            return cls()
+        lines = read_metrics(Path(run_dir or ""))
         training = [line for line in lines if "loss" in line]
         held_out = [line["evaluation_loss"] for line in lines if "evaluation_loss" in line]
         return cls(

@@ -34,6 +34,8 @@ RECEIPT = "receipt.json"
 TRAIN_CONFIG = "train_config.yaml"
 PER_EXPERT = "per_expert"
 """The directory within it that holds the same adapter with a name for each expert's matrices."""
+EVALUATION, SCORES = "evaluation", "results.json"
+"""The directory beside it with what `python -m inference task=evaluate` measured, and the file in that with scores."""
 FILES = (CONFIG, WEIGHTS, RECEIPT, TRAIN_CONFIG)
 """All that is read of an adapter."""
 

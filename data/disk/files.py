@@ -181,8 +181,11 @@ def open_alone(path: Path, *, setting: str) -> int:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{setting}: {path} is a link; remove it, or name another") from error
         raise UserError(f"{setting}: {path} can't be written ({error.strerror}); name one that can be") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from configs.program.errors import UserError
 from configs.program.secrets import redact
 from data.disk.hub_refusals import LONGEST_WAIT, TRANSIENT, Commit, UnreachableError, cache_folder, refuse
+from data.disk.plain_text import read_bytes
 
 TRIES = 4
 """How often a question or a transfer is tried. Within a transfer, the client itself goes on up to five times after it
@@ -145,8 +146,10 @@ def find(kind: str, name: str, revision: str | None, named: str) -> Repository:
     except UnreachableError as error:
         try:
             last = api.resolve_revision(name, repo_type=kind, revision=revision, local_files_only=True).resolved
-        except RevisionResolutionError:
+        except (RevisionResolutionError, OSError, ValueError):
             raise error from None
+        if not COMMIT.fullmatch(last):  # a damaged cache, whose text would be taken for a folder's name
+            raise error
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _note(f"{name} can't be asked about; its {asked.commit} is {last}, as when it last could")
         return Repository(name=name, kind=kind, commit=last, named=named)
@@ -172,7 +175,7 @@ def _note(sentence: str) -> None:
 
 def _remember(ref: Path, commit: str) -> None:
     """Keeps what a revision stands for where the hub's clients look for it when the hub can't be asked."""
-    if ref.is_file() and ref.read_text() == commit:
+    if ref.is_file() and read_bytes(ref) == commit.encode():
         return
     ref.parent.mkdir(parents=True, exist_ok=True)
     new = ref.with_name(f".{ref.name}.{os.getpid()}")

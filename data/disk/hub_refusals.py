@@ -95,7 +95,7 @@ def _not_answered(error: Exception, repository: Commit) -> tuple[type[UserError]
     cached, at = _cached(repository), f"the hub at {constants.ENDPOINT}"
     if isinstance(error, OfflineModeIsEnabled):
         asked = f"{repository.name} at {repository.commit}"
-        what = f"HF_HUB_OFFLINE is set, and {asked} is not in the cache, or not all of it; unset it{cached}"
+        what = f"{asked} is not in the cache, or not all of it, and HF_HUB_OFFLINE is set; unset it{cached}"
         return UnreachableError, what
     if isinstance(error, httpx2.ConnectError | httpx2.TimeoutException):
         what = f"{at} can't be reached ({one_line(error)}); check the network and HF_ENDPOINT{cached}"

@@ -153,11 +153,11 @@ def _pieces_of(tensor: StoredTensor) -> Iterator[Piece]:
             stored = StoredTensor(name, tensor.dtype, (height, width), tensor.file, begin, begin + size)
             yield Piece(stored, f"{layer}.mlp.{inner}", number, _rows(matrix, height))
         return
-    yield Piece(replace(tensor, name=original_name(tensor.name)), *place(tensor.name, tensor.shape[0]))
+    yield Piece(replace(tensor, name=original_name(tensor.name)), *parameter_of(tensor.name, tensor.shape[0]))
 
 
-def place(name: str, height: int) -> tuple[str, int | None, slice]:
-    """Where a matrix of files lies in transformers' model: the parameter, the expert and its rows of that expert.
+def parameter_of(name: str, height: int) -> tuple[str, int | None, slice]:
+    """The parameter of transformers' model that a matrix of files lies in, its expert, and its rows of that expert.
 
     `name` is that of a matrix, not of all experts' together, and `height` its number of rows.
     """

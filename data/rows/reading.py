@@ -58,7 +58,7 @@ def _quoted(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that can't be used: where it stands, a reason code to count by, and a sentence for who looks it up."""
+    """A row that can't be used: where it stands, a reason code to count by, and a sentence for whoever looks it up."""
 
     file: str
     unit: str

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class HubTask:
-    """A task's dataset on the hub."""
+    """A task, and its dataset on the hub."""
 
+    title: str
     dataset: str
     config: str | None
     split: str
@@ -19,10 +20,12 @@ class HubTask:
 
 
 HUB_TASKS = {
-    "arc": HubTask("allenai/ai2_arc", "ARC-Challenge", "test", ("question",)),
-    "hellaswag": HubTask("Rowan/hellaswag", None, "validation", ("ctx", "endings")),
-    "mmlu": HubTask("cais/mmlu", "all", "test", ("question", "choices")),
-    "truthfulqa": HubTask("truthfulqa/truthful_qa", "multiple_choice", "validation", ("question", "mc2_targets")),
-    "winogrande": HubTask("allenai/winogrande", "winogrande_xl", "validation", ("sentence",)),
-    "gsm8k": HubTask("openai/gsm8k", "main", "test", ("question", "answer")),
+    "arc": HubTask("ARC", "allenai/ai2_arc", "ARC-Challenge", "test", ("question",)),
+    "hellaswag": HubTask("HellaSwag", "Rowan/hellaswag", None, "validation", ("ctx", "endings")),
+    "mmlu": HubTask("MMLU", "cais/mmlu", "all", "test", ("question", "choices")),
+    "truthfulqa": HubTask(
+        "TruthfulQA", "truthfulqa/truthful_qa", "multiple_choice", "validation", ("question", "mc2_targets")
+    ),
+    "winogrande": HubTask("Winogrande", "allenai/winogrande", "winogrande_xl", "validation", ("sentence",)),
+    "gsm8k": HubTask("GSM8K", "openai/gsm8k", "main", "test", ("question", "answer")),
 }

@@ -111,6 +111,8 @@ def answer_continuously(
         max_batch_tokens=max(longest, 512),
         max_requests_per_batch=together,
         seed=config.seed,
+        # None leaves it to transformers; experts in four bits go one after another, which no graph can hold.
+        use_cuda_graph=None if config.weights == "bf16" else False,
     )
     generation = sampling(config, config.max_new_tokens)
     with loaded.model.continuous_batching_context_manager(

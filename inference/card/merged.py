@@ -53,7 +53,8 @@ def write_card(
             source if from_hub else "/".join(Path(source).parts[-2:]),
             receipt["base"]["revision"],
             receipt["base"]["fingerprint"],
-        ),
+        )
+        + _form(receipt["adapter"]),
         "Data": story.data,
         "Recipe": story.recipe,
         **({"Evaluation": describe_scores(scores)} if scores else {}),
@@ -65,14 +66,22 @@ def write_card(
     (directory / CARD).write_bytes(card.encode("utf-8", "replace"))  # a directory's name may be no UTF-8
 
 
+def _form(adapter: dict[str, Any]) -> str:
+    if (form := adapter.get("trained_on_base_in", "bf16")) == "bf16":
+        return ""
+    return f"\nThe adapter was trained on this base quantised to {form}, and is merged into its 16 bits here.\n"
+
+
 def _verification(measured: dict[str, Any] | None) -> str:
     if measured is None:
         return "Not verified after merging.\n"
     m = measured
+    far = m.get("logits_difference_from_training")
+    quantised = "" if far is None else f" From the quantised base and adapter, as trained, they differ by {far:.1e}."
     return (
         f"{m['tensors_changed']:,} tensors carry the adapter, and {m['tensors_bit_identical']:,} are the base's bit by "
         f"bit. On {m['positions']:,} positions of real conversations the logits are within "
         f"{m['logits_difference']:.1e} of those of base and adapter in a wider dtype, while base and adapter unmerged "
         f"are within {m['logits_difference_unmerged']:.1e} and the base alone within "
-        f"{m['logits_difference_without_adapter']:.1e}. Everything is in `merge.json`.\n"
+        f"{m['logits_difference_without_adapter']:.1e}.{quantised} Everything is in `merge.json`.\n"
     )

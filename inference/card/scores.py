@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import EvalResult
 
-from data.disk.adapter_directory import WEIGHTS
+from data.disk.adapter_directory import EVALUATION, SCORES, WEIGHTS
 from data.disk.files import sha256
 from data.disk.plain_text import json_if_readable, member
 from inference.evaluation.leaderboard.tasks import TASKS, Task
-
-RESULTS = "evaluation/results.json"
-"""Where `python -m inference task=evaluate` writes, beside the adapter's directory."""
 
 METRICS = {
     "acc_norm": ("acc_norm", "normalized accuracy"),
@@ -50,7 +47,7 @@ def read_scores(adapter: Path, fingerprint: str | None) -> tuple[list[Score], st
         adapter: its directory.
         fingerprint: of the base's weights; None if nobody knows them.
     """
-    path = adapter.parent / RESULTS
+    path = adapter.parent / EVALUATION / SCORES
     if not path.exists():
         return [], None
     content = json_if_readable(path)
@@ -68,11 +65,15 @@ def read_scores(adapter: Path, fingerprint: str | None) -> tuple[list[Score], st
 def _score(content: dict[str, Any], name: str) -> Score | None:
     measured = member(member(content, "tasks"), name)
     value, error, questions = (measured.get(field) for field in ("score", "standard_error", "questions"))
-    if not isinstance(value, float) or not isinstance(error, float) or type(questions) is not int:
+    if not (_is_share(value) and _is_share(error) and type(questions) is int):
         return None
     in_chat = member(content, "settings").get("chat") is True
     other_rows = member(member(content, "prompts"), name).get("equal") is False
     return Score(TASKS[name], value, error, questions, in_chat, other_rows)
+
+
+def _is_share(value: Any) -> TypeGuard[float]:
+    return isinstance(value, float) and 0 <= value <= 1
 
 
 def describe_scores(scores: list[Score]) -> str:

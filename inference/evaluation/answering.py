@@ -125,7 +125,7 @@ def _choices(
         unit = unit_of(numbers, plan.sequences)
         if unit.key not in journal:
             journal.append(unit.key, [each.total for each in log_likelihoods(loaded.model, unit.packed)])
-        totals = iter(journal[unit.key])
+        totals = iter(journal.answers(unit.key, float, sum(len(plan.sequences[number]) for number in numbers)))
         found += [(plan.chosen[number], [next(totals) for _ in plan.sequences[number]]) for number in numbers]
         advance(len(numbers))
     return found
@@ -165,7 +165,8 @@ def _texts(
         if key not in journal:
             answers = generate_rows(loaded, asked, [ids.tolist() for ids in of_unit], ending, seed=0)
             journal.append(key, [answer.text for answer in answers])
-        found += zip((plan.written[index] for index in indices), journal[key], strict=True)
+        texts = journal.answers(key, str, len(indices))
+        found += zip((plan.written[index] for index in indices), texts, strict=True)
         advance(len(indices))
     return found
 

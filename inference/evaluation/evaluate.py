@@ -14,7 +14,7 @@ from rich.text import Text
 from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.provenance import machine, provenance
-from data.disk.adapter_directory import WEIGHTS
+from data.disk.adapter_directory import EVALUATION, SCORES, WEIGHTS
 from data.disk.files import replace_file, sha256
 from inference.config import InferenceConfig
 from inference.evaluation.answering import Answered, answer_all, plan_of, record
@@ -25,7 +25,6 @@ from inference.evaluation.leaderboard.tasks import TASKS
 from inference.evaluation.results import (
     QUESTIONS,
     QUESTIONS_OF_BASE,
-    RESULTS,
     compare,
     describe_prompts,
     grouped,
@@ -33,6 +32,7 @@ from inference.evaluation.results import (
     prompt_hash,
     read_earlier,
     score,
+    without_nan,
 )
 from inference.evaluation.tables import show
 from inference.generate import context
@@ -51,7 +51,7 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
         UserError: rows or model can't be had, what is compared with is not comparable, or the output is taken.
     """
     output = output_of(config)
-    if (output / RESULTS).exists() and not config.overwrite:
+    if (output / SCORES).exists() and not config.overwrite:
         raise UserError(f"output={output}: it holds an evaluation; name another directory, or give overwrite=true")
     base = find_base(config)
     adapter = None if config.adapter is None else find_adapter(config, base)
@@ -59,7 +59,10 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
     rows = {name: read_task(name, config.data) for name in config.tasks if name in TASKS}
     questions = [question for name in rows for question in rows[name].questions[: config.limit]]
     earlier = read_earlier(Path(config.compare)) if config.compare not in (None, BASE) else None
-    before = None if earlier is None else earlier.scores(questions)
+    before = None
+    if earlier is not None:
+        earlier.check_format(config)
+        before = earlier.scores(questions)
     tokenizer = load_tokenizer(base)
     clean = None
     if config.trained_on is not None:
@@ -99,11 +102,11 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
         write(output / QUESTIONS, answered)
         if config.compare == BASE:
             write(output / QUESTIONS_OF_BASE, of_base)
-        replace_file(output / RESULTS, [json.dumps(result, indent=1).encode() + b"\n"])
+        replace_file(output / SCORES, [json.dumps(without_nan(result), indent=1).encode() + b"\n"])
         for each in journals:
             each.path.unlink()
     show(result)
-    console.print(f"{output}: {RESULTS}, and a line for each question in {QUESTIONS}", soft_wrap=True)
+    console.print(f"{output}: {SCORES}, and a line for each question in {QUESTIONS}", soft_wrap=True)
     return result
 
 
@@ -112,7 +115,7 @@ def output_of(config: InferenceConfig) -> Path:
     if config.output:
         return Path(config.output)
     beside = None if config.adapter is None else Path(config.adapter)
-    return Path("evaluation") if beside is None or not beside.is_dir() else beside.parent / "evaluation"
+    return Path(EVALUATION) if beside is None or not beside.is_dir() else beside.parent / EVALUATION
 
 
 def _others(names: list[str], loaded: Loaded, config: InferenceConfig, journal: Journal) -> dict[str, dict[str, Any]]:

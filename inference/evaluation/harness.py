@@ -79,7 +79,8 @@ class HarnessModel(TemplateLM):
             if unit.key not in self._journal:
                 scored = log_likelihoods(self._loaded.model, unit.packed)
                 self._journal.append(unit.key, [[each.total, each.is_greedy] for each in scored])
-            answers = iter(self._journal[unit.key])
+            count = sum(len(sequences[number]) for number in unit.numbers)
+            answers = iter(self._journal.answers(unit.key, tuple[float, bool], count))
             for number in unit.numbers:
                 found[number] = [(total, greedy) for total, greedy in (next(answers) for _ in sequences[number])]
             self._advance(len(unit.numbers))
@@ -124,7 +125,8 @@ class HarnessModel(TemplateLM):
             if key not in self._journal:
                 answers = generate_rows(self._loaded, asked, [ids[index] for index in unit], ending, seed=asked.seed)
                 self._journal.append(key, [answer.text for answer in answers])
-            texts |= {numbers[index]: text for index, text in zip(unit, self._journal[key], strict=True)}
+            written = self._journal.answers(key, str, len(unit))
+            texts |= {numbers[index]: text for index, text in zip(unit, written, strict=True)}
         return texts
 
 

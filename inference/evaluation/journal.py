@@ -9,14 +9,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from configs.program.errors import UserError, one_line
 from data.disk.files import append, open_alone, sync
 from data.disk.formats.json_text import shaped
+from data.disk.formats.regular import UnreadableError
 
 FIRST_BYTES = b'{"evaluation": '
 """How every journal begins."""
+
+Answer = TypeVar("Answer")
 
 
 class Head(TypedDict):
@@ -43,8 +46,19 @@ class Journal:
     def __contains__(self, unit: str) -> bool:
         return unit in self._answers
 
-    def __getitem__(self, unit: str) -> list[Any]:
-        return self._answers[unit]
+    def answers(self, unit: str, shape: type[Answer], number: int) -> list[Answer]:
+        """The answers of a unit: so many, each of this shape.
+
+        Raises:
+            UserError: they are others, so the file is damaged.
+        """
+        try:
+            found = shaped(self._answers[unit], list[shape])  # type: ignore[valid-type]
+            if len(found) != number:
+                raise UnreadableError(f"unit {unit} has {len(found)} answers, not {number}")
+        except UnreadableError as error:
+            raise UserError(f"output: {self.path} is damaged ({error}); remove it to start over") from error
+        return found
 
     def append(self, unit: str, answers: list[Any]) -> None:
         """Adds a unit's answers, and waits until the disk has them."""
@@ -86,7 +100,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, list[Any]], int]
         try:
             if not line.endswith(b"\n"):
                 break
-            value = json.loads(line)
+            value = json.loads(line)  # with what JSON has no word for, as a model may answer with it
             if head is None:
                 head = shaped(value, Head)["evaluation"]
             else:

@@ -1,22 +1,26 @@
 """Answers → what is written of an evaluation: `results.json`, and a line a question in `questions.jsonl`."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import xxhash
+from msgspec import Meta
 
 from configs.program.errors import UserError
+from data.disk.adapter_directory import SCORES
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
+from inference.config import InferenceConfig
 from inference.evaluation.answering import Answered
 from inference.evaluation.leaderboard.questions import Question, hash_of
 from inference.evaluation.leaderboard.rows import TaskRows
-from inference.evaluation.leaderboard.tasks import TASKS, published_hashes
+from inference.evaluation.leaderboard.tasks import GSM8K_STOPS, GSM8K_TOKENS, TASKS, published_hashes
 from inference.evaluation.statistics import Estimate, Groups, average, estimate, holm, paired
 
-RESULTS, QUESTIONS, QUESTIONS_OF_BASE = "results.json", "questions.jsonl", "questions_of_base.jsonl"
+QUESTIONS, QUESTIONS_OF_BASE = "questions.jsonl", "questions_of_base.jsonl"
 LARGEST_QUESTIONS = 1 << 30
 """Bytes of the largest `questions.jsonl` that is read; a line is a kilobyte."""
 
@@ -65,6 +69,7 @@ def describe_prompts(name: str, rows: TaskRows) -> dict[str, Any]:
         "groups": len(hashes),
         "groups_checked": len(checked),
         "equal": None if unlike_rows or not checked else all(checked),
+        **({"stop": list(GSM8K_STOPS), "max_new_tokens": GSM8K_TOKENS} if name == "gsm8k" else {}),
     }
 
 
@@ -116,13 +121,20 @@ def compare(before: Mapping[str, Groups], after: Mapping[str, Groups]) -> dict[s
     return {"tasks": tasks, "average": asdict(average(differences)) if set(pairs) == set(TASKS) else None}
 
 
+def without_nan(value: Any) -> Any:
+    """The same for JSON, which knows no NaN: what a single question has no error for becomes null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 # Earlier results
 
 
 class Results(TypedDict):
     """What is read of `results.json`."""
 
-    model: dict[str, Any]
+    settings: dict[str, Any]
 
 
 class Line(TypedDict):
@@ -131,7 +143,8 @@ class Line(TypedDict):
     task: str
     subject: NotRequired[str]
     row: int
-    score: float
+    score: Annotated[float, Meta(ge=0, le=1.001)]
+    """A share, which rounding may carry above 1 by a hair."""
     prompt: str
 
 
@@ -140,9 +153,19 @@ class Earlier:
     """An evaluation that was written before."""
 
     path: Path
-    model: dict[str, Any]
+    settings: dict[str, Any]
     questions: dict[tuple[str, str, int], Line]
     """The lines of `questions.jsonl`, by task, subject and row."""
+
+    def check_format(self, config: InferenceConfig) -> None:
+        """Raises `UserError` if its contexts stood in another format than these settings ask for."""
+        for name in ("chat", "bos"):
+            now, then = getattr(config, name), self.settings.get(name)
+            if now != then:
+                raise UserError(
+                    f"{name}={now}: the questions of compare={self.path} were asked with {name}={then}, so the two "
+                    f"can't be compared; give the same, or evaluate that model again"
+                )
 
     def scores(self, questions: Sequence[Question]) -> dict[str, dict[str, list[float]]]:
         """The scores of these questions, by task and subject.
@@ -174,17 +197,17 @@ def read_earlier(path: Path) -> Earlier:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    directory = path.parent if path.name == RESULTS else path
-    for file in (directory / RESULTS, directory / QUESTIONS):
+    directory = path.parent if path.name == SCORES else path
+    for file in (directory / SCORES, directory / QUESTIONS):
         if not file.exists():
             raise UserError(
                 f"compare={path}: there is no evaluation ({file} is missing); give base, or the output of another "
                 f"task=evaluate"
             )
     try:
-        results = parse_json(read_regular(directory / RESULTS), Results)
+        results = parse_json(read_regular(directory / SCORES), Results)
         lines = [parse_json(line, Line) for line in read_regular(directory / QUESTIONS, LARGEST_QUESTIONS).splitlines()]
     except UnreadableError as error:
         raise UserError(f"compare={path}: it can't be read ({error}); evaluate again") from error
     questions = {(line["task"], line.get("subject", line["task"]), line["row"]): line for line in lines}
-    return Earlier(directory, results["model"], questions)
+    return Earlier(directory, results["settings"], questions)

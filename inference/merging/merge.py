@@ -27,6 +27,7 @@ from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from configs.program.provenance import machine, provenance
 from data.card import read_story
+from data.disk import nf4
 from data.disk.adapter_directory import public
 from data.disk.architecture import exported, read_settings
 from data.disk.files import occupied, staging, take_place
@@ -68,6 +69,8 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
     base = find_base(config)
     adapter = find_adapter(config, base)
     tokenizer = load_tokenizer(base)
+    if config.verify and adapter.trained_in == nf4.FORM:
+        nf4.check_available("verify=true, of an adapter that was trained in nf4")
     parts = pieces(base.weights, base.architecture)
     training = adapter.receipt
     story = read_story(base.directory, adapter.directory, adapter.settings, training)
@@ -96,6 +99,7 @@ def merge(config: InferenceConfig) -> dict[str, Any]:
                 "path": config.adapter,
                 "revision": adapter.directory.name if of_hub else None,
                 "settings": adapter.settings,
+                "trained_on_base_in": adapter.trained_in,
                 "receipt": training,
             },
             "merged": {"bytes": size, "seconds": seconds},

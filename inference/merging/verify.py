@@ -15,8 +15,10 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError, VerificationError
+from data.disk import nf4
 from data.disk.adapter_directory import PREFIX
 from data.disk.architecture import read_architecture
+from data.disk.loading.layers import EXPERTS, LINEAR
 from data.disk.mixtral_files import Piece, pieces
 from data.disk.weights import StoredWeights
 from data.schema import Conversation, Message
@@ -104,6 +106,8 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
     the merged model must be as near to them as base and adapter unmerged in their own dtype are, within a factor of 2.
     A difference is the median over positions of |logits - exact| / |exact|: the median, because rounding alone may
     decide a router's choice between two experts that are nearly equal.
+
+    If the adapter was trained on the base in four bits, it is also measured how far the merged model is from that.
     """
     dtype = max(parts, key=lambda piece: piece.size).dtype
     wider = torch.float64 if dtype == torch.float32 else torch.float32
@@ -122,6 +126,9 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
         "logits_difference_without_adapter": _median_difference(computed(parts, dtype), exact),
         "same_likeliest_token": float((merged.argmax(-1) == exact.argmax(-1)).double().mean()),
     }
+    if adapter.trained_in == nf4.FORM:
+        trained = computed([as_trained(piece) for piece in parts], wider, adapter)
+        result["logits_difference_from_training"] = _median_difference(merged, trained)
     if not result["logits_difference"] <= 2 * result["logits_difference_unmerged"]:
         raise VerificationError(
             f"output: the merged model's logits differ from those of base and adapter by "
@@ -129,6 +136,21 @@ def compare_logits(directory: Path, parts: list[Piece], adapter: Adapter, tokeni
             f"{REMEDY}"
         )
     return result
+
+
+class InFourBits(Piece):
+    """A matrix as training held it."""
+
+    def read(self) -> torch.Tensor:
+        """What four bits leave of it, in float32."""
+        tensor = super().read()
+        return nf4.dequantised(nf4.quantised(tensor), tensor.shape, torch.float32)
+
+
+def as_trained(piece: Piece) -> Piece:
+    """A piece as training in four bits held it: attention and experts changed, all else as it is."""
+    quantised = EXPERTS.search(piece.parameter) or LINEAR.search(piece.parameter.removesuffix(".weight"))
+    return InFourBits(piece.stored, piece.parameter, piece.expert, piece.rows) if quantised else piece
 
 
 def _median_difference(ours: torch.Tensor, exact: torch.Tensor) -> float:

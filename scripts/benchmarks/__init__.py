@@ -6,6 +6,7 @@ tables and returns its figures, fit for JSON.
     compiled.py                a step with torch.compile
     save.py                    how long a checkpoint holds up training
     load.py                    loading a base under ZeRO-3: memory, bytes read, seconds of each process
+    network.py                 what a step moves between two hosts: four bits, and a node's copy
     generate.py, merge.py      answering and merging
     evaluate.py                scoring the card's tasks
     plan.py, plan_recipes.py   task=plan against the run that it planned; the recipes' pages and their picture

@@ -41,6 +41,8 @@ class Settings:
     checkpointing: bool
     stage: int
     """Our ZeRO stage."""
+    weights: str = "bf16"
+    """How ours holds the base: `bf16` or `nf4`."""
     compiled: bool = False
     """Whether torch compiles norms and rotary embedding of ours."""
 
@@ -136,7 +138,7 @@ def ours(settings: Settings) -> None:
         micro_batch=settings.rows_per_step,
         router_aux_loss=ROUTER_AUX_LOSS,
         activation_checkpointing="full" if settings.checkpointing else "none",
-        model=ModelConfig(path=settings.model, dtype=settings.dtype),
+        model=ModelConfig(path=settings.model, dtype=settings.dtype, weights=settings.weights),
         lora=LoraConfig(rank=settings.lora_rank, alpha=2 * settings.lora_rank),
         deepspeed=DeepSpeedConfig(stage=settings.stage),
         hardware=HardwareConfig(device=settings.device, threads=settings.threads),
@@ -153,16 +155,19 @@ def ours(settings: Settings) -> None:
             if isinstance(module, MixtralRMSNorm | MixtralRotaryEmbedding):
                 module.compile(dynamic=False)
     memory = Memory(model, settings.device)
+    base = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     trainer = engine.Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     trainer.train()
-    turns = Turns(memory, lambda: {"watching_seconds": watching_seconds(trainer, table, batch)})
+    turns = Turns(
+        memory, lambda: {"watching_seconds": watching_seconds(trainer, table, batch), "base_mib": base / 2**20}
+    )
     turns.answer(threads=torch.get_num_threads())
     order = settings.order(len(table))
     number = 0
     while turns.wait():
         number += 1
         first = (number - 1) * settings.rows_per_step
-        rows = [order[place % len(order)] for place in range(first, first + settings.rows_per_step)]
+        rows = [order[index % len(order)] for index in range(first, first + settings.rows_per_step)]
         result = step(trainer, [table.batch(rows)], number, 1e-4, config)
         wait(settings.device)
         # with the router loss in it, as in the loss that TRL logs
@@ -222,12 +227,12 @@ def trl(settings: Settings) -> None:
     class OneAtATime(TrainerCallback):
         """Waits before each step and answers after it."""
 
-        place = 0
+        step = 0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not turns.wait():
                 os._exit(0)  # the trainer does not decide when it ends
-            self.place = state.global_step
+            self.step = state.global_step
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             wait(settings.device)
@@ -235,8 +240,8 @@ def trl(settings: Settings) -> None:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if "loss" in logs:
-                first = self.place * settings.rows_per_step
-                taken = [rows[(first + place) % len(rows)] for place in range(settings.rows_per_step)]
+                first = self.step * settings.rows_per_step
+                taken = [rows[(first + index) % len(rows)] for index in range(settings.rows_per_step)]
                 turns.answer(
                     seconds=self.seconds,
                     loss=float(logs["loss"]),

@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,8 +87,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "new_tokens": 64 if on_cuda else 8,
         }
         parts = plan(common, sizes, layers, on_cuda)
-        announce(parts, options.minutes, gpu, layers)
-        prepare(options.data, row, scratch)
+        announce(parts, options, gpu)
+        prepare(options, row, scratch, minutes)
         for part in parts:
             figures[part["name"]] = found = measure(part, minutes, scratch)
             console.print(f"{part['name']}: {json.dumps(found)}", soft_wrap=True)
@@ -187,19 +188,42 @@ def plan(common: dict[str, Any], sizes: dict[str, int], layers: int, on_cuda: bo
     ]
 
 
-def announce(parts: list[dict[str, Any]], minutes: float, gpu: dict[str, Any], layers: int) -> None:
+def announce(parts: list[dict[str, Any]], options: argparse.Namespace, gpu: dict[str, Any]) -> None:
     """Prints what will be done."""
-    console.print(f"On {gpu['name']}, {gpu['gigabytes']:.0f} GB free, in {minutes:g} minutes or less:")
-    for part in parts:
+    console.print(f"On {gpu['name']}, {gpu['gigabytes']:.0f} GB free, in {options.minutes:g} minutes or less:")
+    for part in ({"name": "rows", "does": f"prepares {options.data}"}, *parts):
         console.print(f"  {part['name']:<9} {part['does']}")
 
 
-def prepare(rows: str, row: int, scratch: str) -> None:
-    """Real rows."""
-    command = [sys.executable, "-m", "data", f"files=[{rows}]", f"seq_len={row}", f"output={scratch}/rows", "workers=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def prepare(options: argparse.Namespace, row: int, scratch: str, minutes: Minutes) -> None:
+    """Real rows; none if there is no time, as then there is none for what needs them.
+
+    Raises:
+        UserError: they can't be prepared, or not in time.
+    """
+    if minutes.seconds_left <= 0:
+        return
+    files, output = f"files=[{options.data}]", f"output={scratch}/rows"
+    command = [sys.executable, "-m", "data", files, f"seq_len={row}", output, "workers=1"]
+    try:
+        done = finished(command, minutes.seconds_left)
+    except subprocess.TimeoutExpired as expired:
+        raise UserError(f"--minutes={options.minutes:g}: preparing rows takes longer; give more") from expired
     if done.returncode:
-        raise UserError(f"--data={rows}: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"--data={options.data}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def finished(command: list[str], seconds: float, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end. If its time is over, or this program ends, it is killed with all that it has started:
+    a test's own processes would keep the GPU's memory."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(**more), start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def measure(part: dict[str, Any], minutes: Minutes, scratch: str) -> dict[str, Any]:
@@ -228,9 +252,7 @@ def environment(**more: str) -> dict[str, str]:
 def of_tests(seconds: float) -> dict[str, Any]:
     """The last line of pytest, and the tests that failed."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=seconds, check=False
-    )
+    done = finished(command, seconds)
     lines = done.stdout.strip().splitlines() or [done.stderr]
     return {"said": lines[-1], "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]}
 
@@ -239,9 +261,7 @@ def of_block(options: list[str], seconds: float, scratch: Path) -> dict[str, Any
     """The figures of `benchmark.py experts`."""
     file = scratch / "block.json"
     command = [sys.executable, "scripts/benchmark.py", "experts", *options, "--json", str(file)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=seconds, check=False
-    )
+    done = finished(command, seconds)
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-3:]}
     figures = json.loads(file.read_text())["figures"]
@@ -256,15 +276,8 @@ def of_child(part: dict[str, Any], seconds: float) -> dict[str, Any]:
     end = time.monotonic() + seconds
     while True:
         command = [sys.executable, "-P", "-m", "benchmarks._gpu", name, json.dumps(settings)]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment(**({"DS_ACCELERATOR": "cpu"} if settings["device"] == "cpu" else {})),
-            capture_output=True,
-            text=True,
-            timeout=max(1.0, end - time.monotonic()),
-            check=False,
-        )
+        on_cpu = {"DS_ACCELERATOR": "cpu"} if settings["device"] == "cpu" else {}
+        done = finished(command, max(1.0, end - time.monotonic()), **on_cpu)
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             return {"failed": done.stderr.strip().splitlines()[-3:]}

@@ -35,8 +35,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Makes the base, loads it in turn, prints the table."""
-    with tempfile.TemporaryDirectory(dir=options.directory) as place:
-        base = Path(place) / "base"
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        base = Path(directory) / "base"
         make(base, options.hidden, options.intermediate, options.layers)
         files = sorted(base.glob("*.safetensors"))
         runs: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)

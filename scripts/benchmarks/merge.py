@@ -39,8 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Makes the base, runs the contenders in turn, prints the table."""
-    with tempfile.TemporaryDirectory(dir=options.directory) as place:
-        top = Path(place)
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        top = Path(directory)
         _child("make", top, options)
         size = sum(file.stat().st_size for file in (top / "base").glob("*.safetensors"))
         largest = max(file.stat().st_size for file in (top / "base").glob("*.safetensors"))
@@ -155,5 +155,5 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    what, place, sizes = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    print(json.dumps(make(place, **sizes) or {} if what == "make" else _contend(what, place)))
+    what, directory, sizes = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    print(json.dumps(make(directory, **sizes) or {} if what == "make" else _contend(what, directory)))

@@ -150,8 +150,8 @@ def _measure(
     return figures
 
 
-def _bytes(place: Path) -> int:
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+def _bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _print(name: str, figures: dict[str, Any]) -> None:

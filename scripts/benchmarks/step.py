@@ -62,6 +62,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "experts": 8,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument(
+        "--weights", choices=("bf16", "nf4"), default="bf16", help="nf4: ours on four bits beside ours on bf16, no TRL"
+    )
     parser.add_argument("--curves", type=Path, metavar="PNG", help="also measure how the cost grows, and draw it there")
 
 
@@ -70,6 +73,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     check(options)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
+        if options.weights == "nf4":
+            return _compare_weights(options, Path(scratch))
         figures = _compare(options, Path(scratch))
         if options.curves:
             figures["curves"] = _curves(options, Path(scratch), figures)
@@ -94,21 +99,12 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     settings, needed = prepare(options, scratch)
     exact = {name: _first_loss(name, replace(settings, dtype="float32")) for name in ("ours", "trl")}
     trainers = {name: Trainer(name, settings) for name in ("ours", "trl")}
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
-    peaks = []
-    for number in range(options.warmup + options.steps):
-        # first one, then the other, so that a machine that grows warm or noisy slows both alike
-        order = sorted(trainers, reverse=bool(number % 2))
-        taken = {name: trainers[name].step() for name in order}
-        for name in trainers:
-            times[name].append(taken[name])
-        if number >= options.warmup:
-            peaks.append(peak_flops(options.device, getattr(torch, options.dtype)))
+    times, peaks = _in_turn(trainers, options)
     ends = {name: trainer.end() for name, trainer in trainers.items()}
     memory = {name: end["peak_mib"] for name, end in ends.items()}
 
     timed = {name: turns[options.warmup :] for name, turns in times.items()}
-    rates = {name: [turn["tokens"] / turn["seconds"] for turn in turns] for name, turns in timed.items()}
+    rates = _rates(timed)
     flops = [needed[turn] for turn in range(options.warmup, options.warmup + options.steps)]
     share = [f / turn["seconds"] / p for f, turn, p in zip(flops, timed["ours"], peaks, strict=True)]
     first_loss = {name: turns[0]["loss"] for name, turns in times.items()}
@@ -131,6 +127,52 @@ def _compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "failed": disagreement(exact, options),
     }
     _print(figures)
+    return figures
+
+
+def _in_turn(
+    trainers: dict[str, "Trainer"], options: argparse.Namespace
+) -> tuple[dict[str, list[dict[str, float]]], list[float]]:
+    """The steps of each trainer, and the machine's matrix-product peak after each pair that is timed."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
+    peaks = []
+    for number in range(options.warmup + options.steps):
+        # first one, then the other, so that a machine that grows warm or noisy slows both alike
+        order = sorted(trainers, reverse=bool(number % 2))
+        taken = {name: trainers[name].step() for name in order}
+        for name in trainers:
+            times[name].append(taken[name])
+        if number >= options.warmup:
+            peaks.append(peak_flops(options.device, getattr(torch, options.dtype)))
+    return times, peaks
+
+
+def _rates(timed: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
+    return {name: [turn["tokens"] / turn["seconds"] for turn in turns] for name, turns in timed.items()}
+
+
+def _compare_weights(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Ours on a base in four bits beside ours on the same base as it comes."""
+    settings, _ = prepare(options, scratch)
+    trainers = {form: Trainer("ours", replace(settings, weights=form)) for form in ("bf16", "nf4")}
+    times, _ = _in_turn(trainers, options)
+    ends = {form: trainer.end() for form, trainer in trainers.items()}
+    rates = _rates({form: turns[options.warmup :] for form, turns in times.items()})
+    base = {form: end["base_mib"] for form, end in ends.items()}
+    figures = {
+        "settings": shown(options),
+        "tokens_per_second": {form: statistics.median(rate) for form, rate in rates.items()},
+        "speed_ratio": statistics.median(a / b for a, b in zip(rates["nf4"], rates["bf16"], strict=True)),
+        "base_mib": base,
+        "base_ratio": base["nf4"] / base["bf16"],
+        "memory_above_model_mib": {form: end["peak_mib"] for form, end in ends.items()},
+        "losses": {form: [turn["loss"] for turn in turns] for form, turns in times.items()},
+    }
+    table = Table("", *trainers, "ratio", title="One training step")
+    for name, ratio in (("tokens_per_second", "speed_ratio"), ("base_mib", "base_ratio")):
+        numbers = (f"{figures[name][form]:,.0f}" for form in trainers)
+        table.add_row(name.replace("_", " "), *numbers, f"{figures[ratio]:.2f}")
+    console.print(table)
     return figures
 
 

@@ -69,7 +69,9 @@ def trace_layer(tokens: int, lora_rank: int, dropout: float, checkpointing: str)
     trace = Trace()
     with _as_on_hopper(), trace:
         trace.phase = "forward"
-        out = model.layers[0](x, position_embeddings=rotary, conversations=conversations)
+        # by name, as the model calls its layers
+        others = {"attention_mask": None, "position_embeddings": rotary, "conversations": conversations}
+        out = model.layers[0](x, **others)
         trace.phase = "backward"
         torch.autograd.backward(out, torch.empty_like(out))
     return trace

@@ -46,7 +46,7 @@ class Case:
 def make(base: str, adapter: Path, merged: Path, directory: Path) -> None:
     """Writes cases.json and logits.npz: of the merged model, and of base and adapter."""
     model = load(_config(base=str(merged)))
-    cases = [_answered(model, case, place) for place, case in enumerate(_cases(model.tokenizer))]
+    cases = [_answered(model, case, index) for index, case in enumerate(_cases(model.tokenizer))]
     apart = load(_config(base=base, adapter=str(adapter)))
     asked = [case.ids for case in cases[:LOGITS]]
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,9 +70,9 @@ def _cases(tokenizer: ChatTokenizer) -> list[Case]:
     return cases
 
 
-def _answered(model: Loaded, case: Case, place: int) -> Case:
+def _answered(model: Loaded, case: Case, index: int) -> Case:
     """The first cases get an answer and a log-likelihood too."""
-    if place >= ANSWERS or case.reply is None:
+    if index >= ANSWERS or case.reply is None:
         return case
     asked = Conversation((Message("user", case.messages[0]["content"]),))
     ids = model.tokenizer.encode(Conversation((*asked.messages, Message("assistant", case.reply)))).ids[:-2]

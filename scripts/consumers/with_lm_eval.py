@@ -17,8 +17,8 @@ def compare(job: comparing.Job) -> None:
     job.same("ids of chat prompts (apply_chat_template=True)", plain)
 
     asked = [
-        Instance("loglikelihood", {}, (model.apply_chat_template(case["messages"]), f" {case['reply']}"), place)
-        for place, case in enumerate(job.answered)
+        Instance("loglikelihood", {}, (model.apply_chat_template(case["messages"]), f" {case['reply']}"), index)
+        for index, case in enumerate(job.answered)
     ]
     theirs = np.array([likelihood for likelihood, _ in model.loglikelihood(asked, disable_tqdm=True)])
     ours = np.array([case["loglikelihood"] for case in job.answered])

@@ -38,14 +38,15 @@ show() { # show COMMAND …: as it could be typed
     echo
 }
 
-# supervise STOP COMMAND …: runs the command, calls STOP when this script gets SIGTERM, SIGINT or SIGHUP, and returns
-# the command's exit code. Not exec, because DeepSpeed's own programs on the way to the training processes do not hand
+# supervise STOP FINISHED COMMAND …: runs the command, calls STOP when this script gets SIGTERM, SIGINT or SIGHUP, and
+# returns the command's exit code; or 76 if it is 0 and FINISHED fails: `deepspeed` answers 0 when what it has started
+# was killed. Not exec, because DeepSpeed's own programs on the way to the training processes do not hand
 # on what they get: `deepspeed` dies of a SIGTERM and leaves them running, its launcher on the node gives them 30
 # seconds and answers 1 whatever they say. The command has a process group of its own, or else Ctrl-C would reach those
 # too.
 supervise() {
-    local stop="$1" code=0
-    shift
+    local stop="$1" finishes="$2" code=0
+    shift 2
     set -m
     "$@" </dev/null & # a background process that reads from the terminal is stopped
     supervised=$!
@@ -56,7 +57,13 @@ supervise() {
     done
     wait "$supervised" || code=$?
     trap - TERM INT HUP
-    if [ "$code" -gt 224 ]; then # the launcher's 256 - N for a process that signal N has killed, or ssh's own 255
+    if [ "$code" -eq 0 ] && ! "$finishes"; then
+        echo "$me: DeepSpeed's launcher was killed before the run had finished; launch the run again" >&2
+        code=76
+    elif [ "$code" -eq 137 ]; then
+        echo "$me: a launcher was killed; launch the run again" >&2
+        code=76
+    elif [ "$code" -gt 224 ]; then # the launcher's 256 - N for a process that signal N has killed, or ssh's own 255
         echo "$me: a process was killed, or its node can't be reached (exit code $code); launch the run again" >&2
         code=76
     fi

@@ -16,9 +16,8 @@ its ports is free, if 29500 is not. Variables for the processes go into a file .
 NAME=VALUE a line.
 
 SIGTERM and SIGINT (Ctrl-C) reach the training processes, which finish their step and save. The exit code is the highest
-of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process was lost; after the last two the
-same command goes on. A mistake that one node alone finds, before the processes have met, comes out as 75 or 76 if the
-others were stopped or killed meanwhile; its sentence is on stderr. --print shows the command and starts nothing.
+of the nodes': 0 done, 2 a mistake in the settings, 75 stopped and saved, 76 a process or a launcher was lost; after the
+last two the same command goes on. --print shows the command and starts nothing.
 TEXT
 }
 
@@ -108,4 +107,18 @@ stop() { # one training process is enough: they agree among themselves
 training="-u -[m] train .*$(printf %s "$run_dir" | sed 's/[][\.*^$+?(){}|]/\\&/g')( |\$)"
 # A node whose network is gone says nothing, and ssh would wait for it for ever.
 export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=15 -oServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
-supervise stop "${command[@]}"
+# What `deepspeed` starts is a pdsh of ours, which notes that it has come to its end.
+beside="$(mktemp -d)"
+trap 'rm -rf "$beside"' EXIT
+printf '#!/usr/bin/env bash\n%q "$@" || exit\ntouch %q\n' "$(command -v pdsh)" "$beside/ended" >"$beside/pdsh"
+chmod +x "$beside/pdsh"
+
+has_ended() {
+    [ -e "$beside/ended" ] && return
+    reach "${hosts[0]}" "pkill -TERM -f -- $(printf %q "$training")" || true # the nodes may not know
+    return 1
+}
+
+code=0
+supervise stop has_ended env PATH="$beside:$PATH" "${command[@]}" || code=$?
+exit "$code"

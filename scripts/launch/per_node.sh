@@ -68,9 +68,11 @@ need_number GPUS_PER_NODE "$gpus" 1
 
 # Nobody logs in by these names: all that counts is how many there are, and in which order.
 hostfile="$(mktemp)"
-trap 'rm -f "$hostfile"' EXIT
+finished="$(mktemp -d)" # each training process that has finished leaves a file there
+trap 'rm -rf "$hostfile" "$finished"' EXIT
 for ((node = 0; node < nodes; node++)); do echo "node-$node slots=$gpus"; done >"$hostfile"
-command=(deepspeed --quiet --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address"
+# Not --quiet: at that level DeepSpeed's launcher has the last word, a command as a Python list "exits with return code".
+command=(deepspeed --log_level critical --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address"
     --master_port "$port" --no_local_rank --module train "$@")
 if $print; then
     cat "$hostfile"
@@ -96,4 +98,29 @@ stop() { # deepspeed → its launcher → the training processes
     fi
 }
 
-supervise stop "${command[@]}"
+all_finished() {
+    [ "$(find "$finished" -type f | wc -l)" -ge "$gpus" ]
+}
+
+training() { # the training processes that are left, wherever their launchers are
+    local process
+    for process in $(grep -lsz "^LAUNCH_FINISHED=$finished\$" /proc/[0-9]*/environ | cut -d/ -f3); do
+        ! tr '\0' ' ' <"/proc/$process/cmdline" 2>/dev/null | grep -q ' -m train ' || echo "$process"
+    done
+}
+
+code=0
+supervise stop all_finished env LAUNCH_FINISHED="$finished" "${command[@]}" || code=$?
+if [ "$code" -eq 76 ]; then
+    # Processes whose launcher was killed save and leave by themselves, if the launcher is not `deepspeed` alone. The
+    # same command must not come before they have left.
+    for process in $(training); do
+        parent="$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$process/status" 2>/dev/null)"
+        ! grep -qs deepspeed.launcher "/proc/$parent/cmdline" || kill -TERM "$process" 2>/dev/null || true
+    done
+    for ((waited = 0; waited < 300; waited++)); do # twice the seconds: one may be held by a disk that hangs
+        [ -n "$(training)" ] || break
+        sleep 0.5
+    done
+fi
+exit "$code"

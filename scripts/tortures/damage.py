@@ -24,7 +24,7 @@ from train.saving.checkpoint import Checkpoint, DamagedError
 
 from .harness.outcome import first_difference, stored_shapes
 from .harness.trials import attempt, attempts, common_arguments, generator, report, require
-from .harness.workplace import Workplace, workplace
+from .harness.workplace import Workplace, opened
 
 STOPPED = 13
 """The step after which the run is stopped whose checkpoints are damaged."""
@@ -40,13 +40,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Damages, looks, resumes, prints, and returns what was found."""
-    with workplace(options) as place:
-        stopped = place.interrupted("stopped-to-be-damaged", STOPPED, keep_last="3")
+    with opened(options) as workplace:
+        stopped = workplace.interrupted("stopped-to-be-damaged", STOPPED, keep_last="3")
         newest = checkpoint.paths(stopped)[0]
         random = generator("damage", options.seed)
         everything = [*of_files(newest, options.flips, random), *of_tensors(newest)]
         trials = [
-            attempt(f"{kind}: {what}", partial(noticed, newest, place.scratch / "damaged", damage))
+            attempt(f"{kind}: {what}", partial(noticed, newest, workplace.scratch / "damaged", damage))
             for kind, what, damage in everything
         ]
         kinds = {kind: [trial for trial in trials if trial["trial"].startswith(kind)] for kind, _, _ in everything}
@@ -61,10 +61,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ]
         figures = {"seed": options.seed, "files": sorted(_names(newest))}
         figures["looked_at"] = report("Noticed", by_kind, options.seed)
-        resumed = attempts(options, resume_each(place, stopped, everything, random))
+        resumed = attempts(options, resume_each(workplace, stopped, everything, random))
         figures["resumed"] = report("Resumed from the one before", resumed, options.seed)
         figures["failed"] = figures["looked_at"]["failed"] + figures["resumed"]["failed"]
-        place.keep = bool(figures["failed"])
+        workplace.keep = bool(figures["failed"])
     return figures
 
 
@@ -111,7 +111,7 @@ def of_tensors(newest: Path) -> Iterator[tuple[str, str, Damage]]:
             yield (
                 kind,
                 file,
-                lambda place, file=file, name=name, edit=edit, told=told: _edit(place, file, name, edit, told),
+                lambda directory, file=file, name=name, edit=edit, told=told: _edit(directory, file, name, edit, told),
             )
 
 
@@ -131,31 +131,31 @@ def noticed(newest: Path, copy: Path, damage: Damage) -> dict[str, Any]:
 
 
 def resume_each(
-    place: Workplace, stopped: Path, everything: list[tuple[str, str, Damage]], random: Random
+    workplace: Workplace, stopped: Path, everything: list[tuple[str, str, Damage]], random: Random
 ) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """A launch for each file and each kind of tensor damage, one with two damaged checkpoints, one with all damaged."""
-    whole = place.reference(1)
+    whole = workplace.reference(1)
     by_subject: dict[str, list[tuple[str, str, Damage]]] = {}
     for kind, what, damage in everything:
         subject = what.split(" bit ")[0] if not kind.startswith("tensor") else kind
         by_subject.setdefault(subject, []).append((kind, what, damage))
     chosen = [random.choice(ways) for ways in by_subject.values()]
     trials: list[tuple[str, Callable[[], dict[str, Any]]]] = [
-        (f"{kind}: {what}", partial(resumed, place, stopped, whole, f"damaged-{number}", [damage]))
+        (f"{kind}: {what}", partial(resumed, workplace, stopped, whole, f"damaged-{number}", [damage]))
         for number, (kind, what, damage) in enumerate(chosen)
     ]
     ways = [damage for _, _, damage in random.sample(chosen, 2)]
-    trials.append(("the newest two", partial(resumed, place, stopped, whole, "damaged-two", ways)))
-    trials.append(("all", partial(refused, place, stopped, chosen[0][2])))
+    trials.append(("the newest two", partial(resumed, workplace, stopped, whole, "damaged-two", ways)))
+    trials.append(("all", partial(refused, workplace, stopped, chosen[0][2])))
     return trials
 
 
-def resumed(place: Workplace, stopped: Path, whole: Path, name: str, damages: list[Damage]) -> dict[str, Any]:
+def resumed(workplace: Workplace, stopped: Path, whole: Path, name: str, damages: list[Damage]) -> dict[str, Any]:
     """Damages the newest checkpoints of a copy, one each, and goes on with it to its end."""
-    run = place.copy(stopped, name)
+    run = workplace.copy(stopped, name)
     there = checkpoint.paths(run)
     named = [damage(newest) for newest, damage in zip(there, damages, strict=False)]
-    launch = place.finish(run, 1, keep_last="3")
+    launch = workplace.finish(run, 1, keep_last="3")
     for newest, what in zip(there, named, strict=False):
         told = next((line for line in launch.said().splitlines() if str(newest) in line and "is damaged" in line), "")
         require(what in told, f"the log does not say that {what} of {newest.name} is damaged:\n{launch.said()}")
@@ -167,15 +167,15 @@ def resumed(place: Workplace, stopped: Path, whole: Path, name: str, damages: li
     return {"newest": checkpoint.step_of(there[0]), "resumed_after": before}
 
 
-def refused(place: Workplace, stopped: Path, damage: Damage) -> dict[str, Any]:
+def refused(workplace: Workplace, stopped: Path, damage: Damage) -> dict[str, Any]:
     """Damages all checkpoints of a copy: the run must not start over."""
-    run = place.copy(stopped, "damaged-all")
+    run = workplace.copy(stopped, "damaged-all")
     there = checkpoint.paths(run)
     require(len(there) >= 3, f"there are {len(there)} checkpoints")
     for newest in there:
         damage(newest)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    launch = place.launch(run, 1, keep_last="3")
+    launch = workplace.launch(run, 1, keep_last="3")
     codes = launch.wait()
     require(codes == [2], f"it ended with {codes}:\n{launch.said()}")
     sentence = next((line for line in launch.said().splitlines() if "none of them is whole" in line), None)
@@ -184,12 +184,12 @@ def refused(place: Workplace, stopped: Path, damage: Damage) -> dict[str, Any]:
     return {"newest": checkpoint.step_of(there[0]), "said": str(sentence).replace(str(run), "R")}
 
 
-def seal(place: Path, *names: str) -> None:
+def seal(directory: Path, *names: str) -> None:
     """Renews the manifest of a checkpoint for files that have changed."""
-    manifest = place / checkpoint.MANIFEST
+    manifest = directory / checkpoint.MANIFEST
     files = json.loads(manifest.read_text())["files"]
     for name in names:
-        files[name] = {"bytes": (place / name).stat().st_size, "xxh3": file_hash(place / name)}
+        files[name] = {"bytes": (directory / name).stat().st_size, "xxh3": file_hash(directory / name)}
     manifest.write_bytes(checkpoint._sealed({"files": files}))
 
 
@@ -197,33 +197,35 @@ def _names(newest: Path) -> list[str]:
     return sorted(str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file())
 
 
-def _cut(place: Path, name: str, left: int) -> str:
-    with (place / name).open("r+b") as file:
+def _cut(directory: Path, name: str, left: int) -> str:
+    with (directory / name).open("r+b") as file:
         file.truncate(left)
     return name
 
 
-def _append(place: Path, name: str) -> str:
-    with (place / name).open("ab") as file:
+def _append(directory: Path, name: str) -> str:
+    with (directory / name).open("ab") as file:
         file.write(b" ")
     return name
 
 
-def _delete(place: Path, name: str) -> str:
-    (place / name).unlink()
+def _delete(directory: Path, name: str) -> str:
+    (directory / name).unlink()
     return name
 
 
-def _flip(place: Path, name: str, bit: int) -> str:
-    content = bytearray((place / name).read_bytes())
+def _flip(directory: Path, name: str, bit: int) -> str:
+    content = bytearray((directory / name).read_bytes())
     content[bit // 8] ^= 1 << bit % 8
-    (place / name).write_bytes(content)
+    (directory / name).write_bytes(content)
     return name
 
 
-def _edit(place: Path, file: str, name: str, edit: Callable[[dict[str, torch.Tensor], str], object], told: str) -> str:
-    tensors = load_file(place / file)
+def _edit(
+    directory: Path, file: str, name: str, edit: Callable[[dict[str, torch.Tensor], str], object], told: str
+) -> str:
+    tensors = load_file(directory / file)
     edit(tensors, name)
-    save_file(tensors, place / file)
-    seal(place, file)
+    save_file(tensors, directory / file)
+    seal(directory, file)
     return told

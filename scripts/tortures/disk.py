@@ -12,8 +12,11 @@ comes back, and the line must name process and path. Needs the right to mount.
 
 import argparse
 import contextlib
+import os
 import shutil
+import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,7 +29,7 @@ from train.saving import checkpoint
 from .harness.launch import Launch
 from .harness.outcome import check_newest, first_difference, last_checkpoint, last_step
 from .harness.trials import attempts, common_arguments, report, require
-from .harness.workplace import Workplace, workplace
+from .harness.workplace import Workplace, opened
 
 PAGE = 4096
 ENOUGH = 64 << 20
@@ -49,32 +52,36 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Fills disks, prints, and returns what became of the runs."""
     if reason := why_not():
         raise UserError(f"disk: {reason}; run it as root, outside of a container or in one that may mount")
-    with workplace(options) as place:
-        whole = place.reference(1, **SETTINGS)
+    with opened(options) as workplace:
+        whole = workplace.reference(1, **SETTINGS)
         size, result = pages(checkpoint.paths(whole)[0]), pages(whole / "adapter")
         offsets = [(number + 0.5) / options.offsets for number in range(options.offsets)]
         trials: list[tuple[str, Callable[[], dict[str, Any]]]] = [
-            (f"second checkpoint, {offset:.0%}", partial(full, place, whole, size + offset * size, first=6))
+            (f"second checkpoint, {offset:.0%}", partial(full, workplace, whole, size + offset * size, first=6))
             for offset in offsets
         ]
         trials += [
-            ("first checkpoint, 50%", partial(full, place, whole, 0.5 * size, first=0)),
-            ("result, 50%", partial(full, place, whole, size + 0.5 * result, first=18, save_every="18")),
-            ("read-only before the launch", partial(read_only_before, place, whole)),
-            ("read-only during the run", partial(read_only_during, place, whole)),
-            ("full between two saves", partial(full_between_saves, place)),
-            *[(f"frozen after checkpoint {number}", partial(frozen, place, after=6 * number)) for number in range(3)],
+            ("first checkpoint, 50%", partial(full, workplace, whole, 0.5 * size, first=0)),
+            ("result, 50%", partial(full, workplace, whole, size + 0.5 * result, first=18, save_every="18")),
+            ("read-only before the launch", partial(read_only_before, workplace, whole)),
+            ("read-only during the run", partial(read_only_during, workplace, whole)),
+            ("full between two saves", partial(full_between_saves, workplace)),
         ]
+        if reason := why_not_freeze():
+            print(f"Without the trials of a disk that hangs: {reason}")
+        else:
+            trials += [
+                (f"frozen after checkpoint {number}", partial(frozen, workplace, after=6 * number))
+                for number in range(3)
+            ]
         figures = report("Disk full or read-only", attempts(options, trials), options.seed)
         figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
-        place.keep = bool(figures["failed"])
+        workplace.keep = bool(figures["failed"])
     return figures
 
 
 def why_not() -> str | None:
     """Why nothing can be mounted here, or None."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as directory:
         try:
             with mounted(Path(directory), ENOUGH):
@@ -99,11 +106,11 @@ def pages(directory: Path) -> int:
     return sum(-(-path.stat().st_size // PAGE) for path in directory.rglob("*") if path.is_file())
 
 
-def full(place: Workplace, whole: Path, wanted: float, *, first: int, **changed: str) -> dict[str, Any]:
+def full(workplace: Workplace, whole: Path, wanted: float, *, first: int, **changed: str) -> dict[str, Any]:
     """A disk of so many pages for checkpoints and result; `first` is the step of the checkpoint that fits."""
-    run = place.scratch / "disk"
+    run = workplace.scratch / "disk"
     with mounted(run, (round(wanted) + OTHERS) * PAGE):
-        launch = place.launch(run, 1, **SETTINGS | changed)
+        launch = workplace.launch(run, 1, **SETTINGS | changed)
         sentence = refused(launch)
         require("free space" in sentence, f"it does not say to free space: {sentence}")
         require(f"step-{first:06d}" in sentence or "no checkpoint yet" in sentence or "untouched" in sentence, sentence)
@@ -111,18 +118,18 @@ def full(place: Workplace, whole: Path, wanted: float, *, first: int, **changed:
         require(left == loads == first, f"the last checkpoint is that of step {left}, not {first}:\n{launch.said()}")
         stopped = last_step(run)
         _mount("-o", f"remount,size={ENOUGH}", str(run))
-        resumed = goes_on(place, run, whole, first, **changed)
+        resumed = goes_on(workplace, run, whole, first, **changed)
     shutil.rmtree(run)
     return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
 
 
-def full_between_saves(place: Workplace) -> dict[str, Any]:
+def full_between_saves(workplace: Workplace) -> dict[str, Any]:
     """Only metrics.jsonl is written meanwhile: its lines wait, and the run goes on to its end."""
     settings = SETTINGS | {"save_every": "0", "global_batch": "8"}
-    whole = place.reference(1, **settings)
-    run = place.scratch / "disk"
+    whole = workplace.reference(1, **settings)
+    run = workplace.scratch / "disk"
     with mounted(run, ENOUGH):
-        launch = place.launch(run, 1, **settings)
+        launch = workplace.launch(run, 1, **settings)
         launch.until(lambda: last_step(run) >= 1)
         ballast = run / ".ballast.tmp"
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -141,28 +148,28 @@ def full_between_saves(place: Workplace) -> dict[str, Any]:
     return {"stopped_after": stopped, "resumed_after": stopped}
 
 
-def read_only_before(place: Workplace, whole: Path) -> dict[str, Any]:
+def read_only_before(workplace: Workplace, whole: Path) -> dict[str, Any]:
     """A run that was stopped; its directory is read-only when it is to go on."""
-    run = place.scratch / "disk"
-    stopped = place.interrupted("stopped-for-disk", 8, **SETTINGS)
+    run = workplace.scratch / "disk"
+    stopped = workplace.interrupted("stopped-for-disk", 8, **SETTINGS)
     with mounted(run, ENOUGH):
         shutil.copytree(stopped, run, dirs_exist_ok=True)
         last = last_checkpoint(run)
         _mount("-o", "remount,ro", str(run))
-        sentence = refused(place.launch(run, 1, **SETTINGS))
+        sentence = refused(workplace.launch(run, 1, **SETTINGS))
         require("writable" in sentence, f"it does not say to make it writable: {sentence}")
         require(check_newest(run) == last, "the last checkpoint is another one")
         _mount("-o", "remount,rw", str(run))
-        resumed = goes_on(place, run, whole, last)
+        resumed = goes_on(workplace, run, whole, last)
     shutil.rmtree(run)
     return {"stopped_after": last, "resumed_after": resumed, "said": _short(sentence, run)}
 
 
-def read_only_during(place: Workplace, whole: Path) -> dict[str, Any]:
+def read_only_during(workplace: Workplace, whole: Path) -> dict[str, Any]:
     """checkpoints/ turns read-only once the first one is there."""
-    run = place.scratch / "disk"
+    run = workplace.scratch / "disk"
     with mounted(run, ENOUGH):
-        launch = place.launch(run, 1, **SETTINGS)
+        launch = workplace.launch(run, 1, **SETTINGS)
         launch.until(lambda: last_checkpoint(run) == 6)
         folder = str(run / checkpoint.FOLDER)
         _mount("--bind", folder, folder)
@@ -173,34 +180,25 @@ def read_only_during(place: Workplace, whole: Path) -> dict[str, Any]:
             last, stopped = check_newest(run), last_step(run)
         finally:
             subprocess.run(["umount", "-l", folder], check=True, capture_output=True)
-        resumed = goes_on(place, run, whole, last)
+        resumed = goes_on(workplace, run, whole, last)
     shutil.rmtree(run)
     return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
 
 
-def frozen(place: Workplace, *, after: int) -> dict[str, Any]:
+def frozen(workplace: Workplace, *, after: int) -> dict[str, Any]:
     """The disk of a run on two processes hangs once the checkpoint of step `after` is there, and comes back later."""
     settings = SETTINGS | {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"}
-    whole = place.reference(2, **settings)
-    run, image = place.scratch / "disk", place.scratch / "disk.image"
-    run.mkdir()
-    with image.open("wb") as file:
-        file.truncate(ENOUGH)
-    subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner", str(image)], check=True)
-    _mount("-o", "loop", str(image), str(run))
-    try:
-        shutil.rmtree(run / "lost+found")
-        launch = place.launch(run, 2, **settings)
+    whole = workplace.reference(2, **settings)
+    run = workplace.scratch / "disk"
+    bound = DISK_TIMEOUT + MARGIN
+    with file_system(run):
+        launch = workplace.launch(run, 2, **settings)
         launch.until(lambda: launch.has_begun and last_checkpoint(run) >= after)
-        _freeze("--freeze", run)
-        began = time.monotonic()
-        try:
-            bound = DISK_TIMEOUT + MARGIN
+        with freezing(run, at_most=2 * bound):
+            began = time.monotonic()
             while 1 in launch.ranks() and time.monotonic() - began < bound:
                 time.sleep(0.05)
             took = time.monotonic() - began
-        finally:
-            _freeze("--unfreeze", run)
         codes = launch.wait()
         require(took < bound, f"process 1 lived for {took:.1f} s:\n{launch.said()}")
         require(codes == [76, 76], f"it ended with {codes}:\n{launch.said()}")
@@ -210,19 +208,64 @@ def frozen(place: Workplace, *, after: int) -> dict[str, Any]:
         last = last_checkpoint(run)
         require(last >= after and (not last or check_newest(run) == last), "the last checkpoint is another one")
         stopped = last_step(run)
-        resumed = place.finish(run, 2, **settings).resumed_step
+        resumed = workplace.finish(run, 2, **settings).resumed_step
         require(resumed == last, f"it went on after step {resumed}, not {last}")
         difference = first_difference(run, whole)
         require(not difference, str(difference))
-    finally:
-        subprocess.run(["umount", "-l", str(run)], check=True, capture_output=True)
-        image.unlink()
-    run.rmdir()
     return {"stopped_after": stopped, "resumed_after": resumed, "other_ended_after_seconds": took}
 
 
-def _freeze(how: str, directory: Path) -> None:
-    subprocess.run(["fsfreeze", how, str(directory)], check=True, capture_output=True)
+def why_not_freeze() -> str | None:
+    """Why no file system can be frozen here, or None."""
+    for program in ("mkfs.ext4", "fsfreeze"):
+        if not shutil.which(program):
+            return f"there is no {program}"
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            with file_system(Path(directory, "disk")), freezing(Path(directory, "disk"), at_most=10):
+                return None
+        except (OSError, subprocess.CalledProcessError):
+            return "no file system can be mounted from a file, or none can be frozen"
+
+
+@contextlib.contextmanager
+def file_system(directory: Path) -> Iterator[None]:
+    """Within it, a file system of its own, in a file beside it, is mounted there."""
+    image = directory.with_suffix(".image")
+    directory.mkdir()
+    with image.open("wb") as file:
+        file.truncate(ENOUGH)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner", str(image)], check=True, capture_output=True)
+        _mount("-o", "loop", str(image), str(directory))
+        try:
+            shutil.rmtree(directory / "lost+found")
+            yield
+        finally:
+            subprocess.run(["umount", "-l", str(directory)], check=True, capture_output=True)
+    finally:
+        image.unlink()
+        directory.rmdir()
+
+
+@contextlib.contextmanager
+def freezing(directory: Path, *, at_most: float) -> Iterator[None]:
+    """Within it, the file system there is frozen; for so many seconds at most, whatever becomes of this process.
+
+    Whoever waits for a frozen file system can't be killed.
+    """
+    thaw = 'sleep "$1"; exec fsfreeze --unfreeze "$2"'
+    program = ["sh", "-c", thaw, "thaw", f"{at_most:.0f}", str(directory)]
+    nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(program, start_new_session=True, **nowhere) as later:  # type: ignore[call-overload]
+        try:
+            subprocess.run(["fsfreeze", "--freeze", str(directory)], check=True, capture_output=True)
+            try:
+                yield
+            finally:  # it may be thawed already
+                subprocess.run(["fsfreeze", "--unfreeze", str(directory)], check=False, capture_output=True)
+        finally:
+            os.killpg(later.pid, signal.SIGKILL)
 
 
 def refused(launch: Launch) -> str:
@@ -234,9 +277,9 @@ def refused(launch: Launch) -> str:
     return sentences[0]
 
 
-def goes_on(place: Workplace, run: Path, whole: Path, after: int, **changed: str) -> int:
+def goes_on(workplace: Workplace, run: Path, whole: Path, after: int, **changed: str) -> int:
     """The same command again, to the end; the step after which it resumed."""
-    launch = place.finish(run, 1, **SETTINGS | changed)
+    launch = workplace.finish(run, 1, **SETTINGS | changed)
     require(launch.resumed_step == after, f"it went on after step {launch.resumed_step}, not {after}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))

@@ -25,7 +25,7 @@ from .harness.launch import Launch
 from .harness.outcome import first_difference, last_checkpoint, last_step, last_written, of_a_save
 from .harness.processes import kill
 from .harness.trials import FailedError, common_arguments, generator
-from .harness.workplace import Workplace, workplace
+from .harness.workplace import Workplace, opened
 
 LEAST_INSIDE = 0.3
 """The share of points that must lie inside a save."""
@@ -89,34 +89,36 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.processes, {1: options.points - options.points // 2, 2: options.points // 2}
     )
     figures: dict[str, Any] = {"seed": options.seed, "failed": []}
-    with workplace(options) as place:
+    with opened(options) as workplace:
         for processes, count in shares.items():
-            points, runs, failed = torment(place, processes, count, options.seed)
+            points, runs, failed = torment(workplace, processes, count, options.seed)
             figures[f"processes_{processes}"] = summary(points, runs) | {"points": [asdict(point) for point in points]}
             figures["failed"] += failed
             show(processes, points, runs, failed)
         inside = sum(figures[f"processes_{processes}"]["inside_a_save"] for processes in shares)
         if inside < int(LEAST_INSIDE * options.points):
             figures["failed"].append(f"only {inside} of {options.points} points lay inside a save")
-        place.keep = bool(figures["failed"])
+        workplace.keep = bool(figures["failed"])
     for failed in figures["failed"]:
         console.print(f"Failed (--seed {options.seed}): {failed}", style="bold red", markup=False)
     return figures
 
 
-def torment(place: Workplace, processes: int, count: int, seed: int) -> tuple[list[Point], int, list[str]]:
+def torment(workplace: Workplace, processes: int, count: int, seed: int) -> tuple[list[Point], int, list[str]]:
     """Kills at so many points; the runs that were finished, and what failed."""
-    whole = place.reference(processes)
+    whole = workplace.reference(processes)
     times = Times.of(whole)
     random = generator("kill", seed, processes)
     points: list[Point] = []
     failed: list[str] = []
     finished = 0
     while len(points) < count and len(failed) < TOO_MANY:
-        directory = place.scratch / f"killed-{processes}-{finished + len(failed)}"
+        directory = workplace.scratch / f"killed-{processes}-{finished + len(failed)}"
         own: list[Point] = []
         try:
-            while one := _launch(place, directory, processes, random, times, own, last=len(points) + len(own) >= count):
+            while one := _launch(
+                workplace, directory, processes, random, times, own, last=len(points) + len(own) >= count
+            ):
                 own.append(one)
             finished += 1
             if difference := first_difference(directory, whole):
@@ -164,12 +166,12 @@ def draw(random: Random, processes: int) -> Aim:
 
 
 def _launch(
-    place: Workplace, run: Path, processes: int, random: Random, times: Times, own: list[Point], *, last: bool
+    workplace: Workplace, run: Path, processes: int, random: Random, times: Times, own: list[Point], *, last: bool
 ) -> Point | None:
     """One launch, which is killed unless it is the `last` or ends before; None if the run is finished."""
     aim = draw(random, processes)
     before = last_checkpoint(run)
-    launch = place.launch(run, processes, forked=last or aim.forked)
+    launch = workplace.launch(run, processes, forked=last or aim.forked)
     struck = None if last else strike(launch, aim, times)
     codes = launch.wait() if struck is None else launch.wait(ENDING)
     for point in own:
@@ -194,7 +196,7 @@ def strike(launch: Launch, aim: Aim, times: Times) -> tuple[float, set[str], str
         if not launch.until(lambda: launch.has_begun):
             return None
         times.start = time.monotonic() - launch.started
-    readers = {rank: launch.place_of(rank) for rank in range(launch.count)}
+    readers = {rank: launch.position(rank) for rank in range(launch.count)}
     first = last_checkpoint(launch.run)
     seen: set[tuple[str, int]] = set()
 

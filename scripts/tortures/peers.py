@@ -1,4 +1,5 @@
 """One of two processes is killed or stopped, in every phase of a run: the other ends in time, and says where it was.
+So do the others of four, on two machines as they take it, one of each machine.
 
 Phase and step are read from the page that each process shares with its guardian. With `failures.peer_timeout` of 5
 seconds, a process whose peer is killed must end at once, and one whose peer is stopped after those; with exit code 76
@@ -19,7 +20,7 @@ from train.failures.guardian.guardian import KILL_AFTER
 from .harness.outcome import first_difference, last_checkpoint
 from .harness.processes import kill
 from .harness.trials import attempts, common_arguments, generator, report, require
-from .harness.workplace import Workplace, workplace
+from .harness.workplace import Workplace, opened
 
 PHASES = ("forward", "backward", "update", "saving", "evaluating", "reading rows")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
@@ -38,26 +39,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Kills and stops, resumes, compares, prints, and returns what happened."""
-    with workplace(options) as place:
+    with opened(options) as workplace:
         random = generator("peers", options.seed)
         trials = []
-        for number in range(options.rounds * len(PHASES) * len(SIGNALS)):
-            way, phase = SIGNALS[number % 2], PHASES[number // 2 % len(PHASES)]
-            rank, after = random.randrange(2), random.randint(1, 6)
-            run_dir = place.scratch / f"peers-{number}"
-            trial = partial(lost, place, run_dir, way, rank, phase, after)
-            trials.append((f"{way.name} to {rank} in {phase}", trial))
+        for hosts in (1, 2):
+            for number in range(options.rounds * len(PHASES) * len(SIGNALS)):
+                way, phase = SIGNALS[number % 2], PHASES[number // 2 % len(PHASES)]
+                rank, after = random.randrange(2 * hosts), random.randint(1, 6)
+                run_dir = workplace.scratch / f"peers-{hosts}-{number}"
+                trial = partial(lost, workplace, run_dir, way, rank, phase, after, hosts)
+                trials.append((f"{way.name} to {rank} of {2 * hosts} in {phase}", trial))
         figures = report("Processes that are killed or stopped", attempts(options, trials), options.seed)
-        place.keep = bool(figures["failed"])
+        workplace.keep = bool(figures["failed"])
     return figures
 
 
-def lost(place: Workplace, run: Path, way: signal.Signals, rank: int, phase: str, after: int) -> dict[str, Any]:
-    """One launch that loses a process in a phase, after some steps, and one that finishes the run."""
-    whole = place.reference(2, **SETTINGS)
-    launch = place.launch(run, 2, **SETTINGS)
+def lost(
+    workplace: Workplace, run: Path, way: signal.Signals, rank: int, phase: str, after: int, hosts: int = 1
+) -> dict[str, Any]:
+    """One launch of two processes a host that loses one in a phase, after some steps, and one that finishes the run."""
+    count = 2 * hosts
+    settings = SETTINGS | {"global_batch": f"{count}"}
+    whole = workplace.reference(count, nodes=hosts, **settings)
+    launch = workplace.launch(run, count, nodes=hosts, **settings)
     require(launch.until(lambda: launch.has_begun), f"it ended early:\n{launch.said()}")
-    read = launch.place_of(rank)
+    read = launch.position(rank)
     require(read, f"process {rank} has no guardian")
     assert read is not None
     where = (0, "")
@@ -65,26 +71,29 @@ def lost(place: Workplace, run: Path, way: signal.Signals, rank: int, phase: str
         time.sleep(0.0005)  # less than any phase takes; without it a core less would train
         where = read()
     pids = launch.ranks()
-    require(len(pids) == 2, f"it ended early:\n{launch.said()}")
+    require(len(pids) == count, f"it ended early:\n{launch.said()}")
     began = time.monotonic()
     kill(pids[rank], way)
     where = read()
-    other = 1 - rank
-    while other in launch.ranks() and time.monotonic() - began < PEER_TIMEOUT + MARGIN + 10:
+    others = set(range(count)) - {rank}
+    while others & launch.ranks().keys() and time.monotonic() - began < PEER_TIMEOUT + MARGIN + 10:
         time.sleep(0.02)
     took = time.monotonic() - began
     bound = (0.0 if way == signal.SIGKILL else PEER_TIMEOUT) + MARGIN
-    require(took <= bound, f"process {other} lived for {took:.1f} s:\n{launch.said()}")
+    require(took <= bound, f"another process lived for {took:.1f} s:\n{launch.said()}")
     launch.wait_for_none_left(KILL_AFTER + MARGIN)
     gone = time.monotonic() - began
     codes = launch.wait()
-    require(codes[other] == 76 and codes[rank] == -9, f"the processes ended with {codes}:\n{launch.said()}")
+    require(
+        codes[rank] == -9 and {codes[other] for other in others} == {76},
+        f"the processes ended with {codes}:\n{launch.said()}",
+    )
     said = SAID.findall(launch.said())
     # The page is read a moment after the signal is sent; a process that was killed did not move on.
     told = (str(rank), str(where[0]), where[1])
-    require(said == [told], f"it says {said}, and was in {told}:\n{launch.said()}")
+    require(said == [told] * hosts, f"it says {said}, and was in {told}:\n{launch.said()}")
     last = last_checkpoint(run)
-    resumed = place.finish(run, 2, **SETTINGS).resumed_step
+    resumed = workplace.finish(run, count, nodes=hosts, **settings).resumed_step
     require(resumed == last, f"it went on after step {resumed}, not {last}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))

@@ -20,7 +20,7 @@ from .damage import seal
 from .harness.garden import MODULE, Garden
 from .harness.outcome import record
 from .harness.trials import attempts, common_arguments, report, require
-from .harness.workplace import Workplace, workplace
+from .harness.workplace import Workplace, opened
 
 CARELESS = {
     "pickle": "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))",
@@ -41,36 +41,36 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Plants, runs the programs, prints, and returns what they said."""
-    with workplace(options) as place:
-        trials = attempts(options, everything(place).items())
+    with opened(options) as workplace:
+        trials = attempts(options, everything(workplace).items())
         figures = report("Planted code", trials, options.seed)
-        place.keep = bool(figures["failed"])
+        workplace.keep = bool(figures["failed"])
     return figures
 
 
-def everything(place: Workplace) -> dict[str, Callable[[], dict[str, Any]]]:
+def everything(workplace: Workplace) -> dict[str, Callable[[], dict[str, Any]]]:
     """All trials by their names."""
     trials: dict[str, Callable[[], dict[str, Any]]] = {
-        f"a careless program: {kind}": partial(careless, place, kind, program) for kind, program in CARELESS.items()
+        f"a careless program: {kind}": partial(careless, workplace, kind, program) for kind, program in CARELESS.items()
     }
     for trial in TRIALS:
         name = trial.__name__.replace("_", " ")
-        trials[name] = partial(trial, Garden(place, place.scratch / "gardens" / trial.__name__))
+        trials[name] = partial(trial, Garden(workplace, workplace.scratch / "gardens" / trial.__name__))
     return trials
 
 
 def resuming_beside_everything(garden: Garden) -> dict[str, Any]:
     run, base, rows = garden.run(), garden.base(), garden.rows()
-    for place in checkpoint.paths(run):
-        garden.beside(place)
-        garden.beside(place / "adapter")
+    for saved in checkpoint.paths(run):
+        garden.beside(saved)
+        garden.beside(saved / "adapter")
     for directory in (run / checkpoint.FOLDER, base, rows, rows / "train", rows / "eval"):
         garden.beside(directory)
     (run / "config.yaml").write_text(garden.tag())
     garden.edit(base / "config.json", auto_map={"AutoConfig": "configuration_mixtral.Planted"}, **garden.target())
     garden.train(run, expect=2, base=base, rows=rows)  # the base's config.json has changed
     said = garden.train(run, "resume_despite=[model.path]", expect=0, base=base, rows=rows)
-    whole = garden.place.reference(1, max_steps="10")
+    whole = garden.workplace.reference(1, max_steps="10")
     require(record(run) == record(whole), f"{run} went on otherwise than {whole}")
     return said
 
@@ -92,19 +92,19 @@ def a_checkpoint_whose_tensors_are_a_pickle(garden: Garden) -> dict[str, Any]:
 
 def a_checkpoint_whose_settings_are_targets(garden: Garden) -> dict[str, Any]:
     run = garden.run()
-    for place in checkpoint.paths(run):
-        trainer = json.loads((place / checkpoint.TRAINER).read_text())
+    for saved in checkpoint.paths(run):
+        trainer = json.loads((saved / checkpoint.TRAINER).read_text())
         trainer["settings"] |= garden.target()
         trainer["settings"]["model"] |= garden.target()
         trainer |= garden.target()
-        (place / checkpoint.TRAINER).write_text(json.dumps(trainer))
-        (place / "adapter" / "train_config.yaml").write_text(garden.tag())
-        seal(place, checkpoint.TRAINER, "adapter/train_config.yaml")
+        (saved / checkpoint.TRAINER).write_text(json.dumps(trainer))
+        (saved / "adapter" / "train_config.yaml").write_text(garden.tag())
+        seal(saved, checkpoint.TRAINER, "adapter/train_config.yaml")
     return garden.train(run, expect=0)
 
 
 def a_finished_run_whose_receipt_is_a_pickle(garden: Garden) -> dict[str, Any]:
-    run = garden.copy(garden.place.reference(1, max_steps="10"), "run")
+    run = garden.copy(garden.workplace.reference(1, max_steps="10"), "run")
     garden.pickle(run / "receipt.json")
     return garden.train(run, expect=2)
 
@@ -307,9 +307,9 @@ TRIALS: tuple[Trial, ...] = (
 )
 
 
-def careless(place: Workplace, kind: str, program: str) -> dict[str, Any]:
+def careless(workplace: Workplace, kind: str, program: str) -> dict[str, Any]:
     """The plants do work: a program that trusts them makes the canary."""
-    garden = Garden(place, place.scratch / "gardens" / f"careless-{kind}")
+    garden = Garden(workplace, workplace.scratch / "gardens" / f"careless-{kind}")
     garden.top.mkdir(parents=True)
     plant = garden.top / f"{kind}.py"
     if kind in ("pickle", "torch"):

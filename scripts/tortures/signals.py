@@ -22,7 +22,7 @@ from .harness.launch import Launch
 from .harness.outcome import check_newest, first_difference, last_checkpoint, last_step
 from .harness.processes import kill
 from .harness.trials import attempts, common_arguments, generator, report, require
-from .harness.workplace import Workplace, workplace
+from .harness.workplace import Workplace, opened
 
 WANDB = {"logging.wandb": "offline"}
 LONG = {"max_steps": "4", "global_batch": "24", "save_every": "0", "eval_every": "2", "epochs": "20"} | WANDB
@@ -40,29 +40,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Sends signals, resumes, compares, prints, and returns what happened."""
-    with workplace(options) as place:
+    with opened(options) as workplace:
         figures = report(
-            "Signals to runs on two processes", attempts(options, everything(options, place)), options.seed
+            "Signals to runs on two processes", attempts(options, everything(options, workplace)), options.seed
         )
-        place.keep = bool(figures["failed"])
+        workplace.keep = bool(figures["failed"])
     return figures
 
 
-def everything(options: argparse.Namespace, place: Workplace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def everything(options: argparse.Namespace, workplace: Workplace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """All trials with their names, each drawn when the one before is over."""
     random = generator("signals", options.seed)
     for number in range(options.trials):
         way, name = ORDER[number % len(ORDER)], signal.SIGTERM if random.random() < 0.6 else signal.SIGINT
         if way == "the script" and number // len(ORDER) % 2:
             way = "the launcher of the machine"
-        run_dir, after = place.scratch / f"asked-{number}", random.randint(1, 2)
-        yield f"{name.name} to {way}", partial(asked_once, place, run_dir, way, name, random, after)
-    yield "SIGTERM while starting", partial(while_starting, place, random)
-    yield "SIGTERM twice to one", partial(twice, place, random)
-    yield "SIGTERM to all, failures.grace=1", partial(out_of_grace, place)
+        run_dir, after = workplace.scratch / f"asked-{number}", random.randint(1, 2)
+        yield f"{name.name} to {way}", partial(asked_once, workplace, run_dir, way, name, random, after)
+    yield "SIGTERM while starting", partial(while_starting, workplace, random)
+    yield "SIGTERM twice to one", partial(twice, workplace, random)
+    yield "SIGTERM to all, failures.grace=1", partial(out_of_grace, workplace)
     for name in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP):
-        run_dir = place.scratch / f"wandb-{name.name}"
-        yield f"{name.name} to wandb's process", partial(wandb_alone, place, run_dir, name)
+        run_dir = workplace.scratch / f"wandb-{name.name}"
+        yield f"{name.name} to wandb's process", partial(wandb_alone, workplace, run_dir, name)
 
 
 def to_one(launch: Launch, number: int, random: Random) -> float:
@@ -122,7 +122,7 @@ ORDER = (
 
 
 def asked_once(
-    place: Workplace,
+    workplace: Workplace,
     run: Path,
     way: str,
     number: signal.Signals,
@@ -134,9 +134,9 @@ def asked_once(
     send, how = WAYS[way]
     how = {"processes": 2} | how
     processes = how["processes"]
-    whole = place.reference(processes, **settings)
+    whole = workplace.reference(processes, **settings)
     fraction = random.random()
-    launch = place.launch(run, **how, **settings)
+    launch = workplace.launch(run, **how, **settings)
     require(launch.until(lambda: launch.has_begun and last_step(run) >= after), f"it ended early:\n{launch.said()}")
     launch.until(_after(fraction * 1.5))
     began = time.monotonic()
@@ -158,18 +158,18 @@ def asked_once(
     if not through_launcher:  # `deepspeed` prints one of its own
         require("Traceback" not in launch.said(), f"it prints a traceback:\n{launch.said()}")
     require(last_step(run) == stopped == check_newest(run), f"the checkpoint is that of step {stopped}")
-    resumed = place.finish(run, processes, **settings).resumed_step
+    resumed = workplace.finish(run, processes, **settings).resumed_step
     require(resumed == stopped, f"it went on after step {resumed}, not {stopped}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))
     return {"skew": skew, "exit_codes": codes, "seconds": took, "stopped_after": stopped, "resumed_after": resumed}
 
 
-def wandb_alone(place: Workplace, run: Path, number: signal.Signals) -> dict[str, Any]:
+def wandb_alone(workplace: Workplace, run: Path, number: signal.Signals) -> dict[str, Any]:
     """wandb's process gets a signal in the middle of a run, which goes on without it and ends as if it had none."""
     settings = {"max_steps": "8", "global_batch": "8", "save_every": "4", "epochs": "20"}
-    whole = place.reference(1, **settings)
-    launch = place.launch(run, 1, **settings, **WANDB)
+    whole = workplace.reference(1, **settings)
+    launch = workplace.launch(run, 1, **settings, **WANDB)
     launch.until(lambda: any(run.glob("wandb/*/run-*.wandb")))
     process, after = launch.wandb(), last_step(run)
     require(process is not None and after < 8, f"it ended early:\n{launch.said()}")
@@ -189,10 +189,10 @@ def wandb_alone(place: Workplace, run: Path, number: signal.Signals) -> dict[str
     return {"exit_codes": codes, "stopped_after": after}
 
 
-def while_starting(place: Workplace, random: Random) -> dict[str, Any]:
+def while_starting(workplace: Workplace, random: Random) -> dict[str, Any]:
     """A signal before there is anything to save: both leave at once."""
-    run = place.scratch / "starting"
-    launch = place.launch(run, 2, **LONG)
+    run = workplace.scratch / "starting"
+    launch = workplace.launch(run, 2, **LONG)
     launch.until(_after(random.uniform(0.5, 2.0)))
     began = time.monotonic()
     for pid in launch.ranks().values():
@@ -204,10 +204,10 @@ def while_starting(place: Workplace, random: Random) -> dict[str, Any]:
     return {"exit_codes": codes, "seconds": time.monotonic() - began}
 
 
-def twice(place: Workplace, random: Random) -> dict[str, Any]:
+def twice(workplace: Workplace, random: Random) -> dict[str, Any]:
     """A second signal within a long step: the process leaves at once, and the other because of it, with its code."""
-    run, rank = place.scratch / "twice", random.randrange(2)
-    launch = place.launch(run, 2, **LONGER)
+    run, rank = workplace.scratch / "twice", random.randrange(2)
+    launch = workplace.launch(run, 2, **LONGER)
     launch.until(lambda: launch.has_begun and last_step(run) >= 1)
     launch.until(_after(0.3))
     pid = launch.ranks()[rank]
@@ -220,13 +220,13 @@ def twice(place: Workplace, random: Random) -> dict[str, Any]:
     took = time.monotonic() - began
     launch.wait_for_none_left(5)
     require(codes == [TERMINATED] * 2, f"it ended with {codes}:\n{launch.said()}")
-    return {"exit_codes": codes, "seconds": took} | _goes_on(place, run)
+    return {"exit_codes": codes, "seconds": took} | _goes_on(workplace, run)
 
 
-def out_of_grace(place: Workplace) -> dict[str, Any]:
+def out_of_grace(workplace: Workplace) -> dict[str, Any]:
     """A step that takes longer than the grace period is given up."""
-    run = place.scratch / "grace"
-    launch = place.launch(run, 2, failures__grace="1", **LONGER)
+    run = workplace.scratch / "grace"
+    launch = workplace.launch(run, 2, failures__grace="1", **LONGER)
     launch.until(lambda: launch.has_begun and last_step(run) >= 1)
     launch.until(_after(0.3))
     began = time.monotonic()
@@ -237,13 +237,13 @@ def out_of_grace(place: Workplace) -> dict[str, Any]:
     launch.wait_for_none_left(5)
     require(codes == [PREEMPTED] * 2, f"it ended with {codes}:\n{launch.said()}")
     require("failures.grace=1 seconds are over" in launch.said(), f"it does not say why:\n{launch.said()}")
-    return {"exit_codes": codes, "seconds": took} | _goes_on(place, run)
+    return {"exit_codes": codes, "seconds": took} | _goes_on(workplace, run)
 
 
-def _goes_on(place: Workplace, run: Path) -> dict[str, Any]:
+def _goes_on(workplace: Workplace, run: Path) -> dict[str, Any]:
     """The run to its end, from the checkpoint before the step that was given up."""
-    whole, last = place.reference(2, **LONGER), last_checkpoint(run)
-    resumed = place.finish(run, 2, **LONGER).resumed_step
+    whole, last = workplace.reference(2, **LONGER), last_checkpoint(run)
+    resumed = workplace.finish(run, 2, **LONGER).resumed_step
     require(resumed == last, f"it went on after step {resumed}, not {last}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))

@@ -15,9 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from tests.support import operators
 from tests.support.experts import forward_and_gradients, make_experts, masks, reference
 from tests.support.nano import nano_config
-from tests.unit.train.model.test_attention import masked, positions_of
-from tests.unit.train.model.test_head import chunked, whole
-from tests.unit.train.model.test_norm import check_norm
+from tests.support.references import check_norm, chunked, masked, positions_of, whole
 from train.config.lora import EXPERT_TARGETS
 from train.lora import elementwise, products, split_experts
 from train.model import mixtral

@@ -2,25 +2,33 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.utils import groups
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from data.disk import nf4
+from data.disk.loading.layers import quantise
+from data.disk.loading.model import load_model, whole_on
 from data.disk.mixtral_files import load_mixtral
 from train.config.engine import DeepSpeedConfig, HardwareConfig
 from train.config.model import ModelConfig
 from train.config.train import BatchArithmetic, TrainConfig
+from train.engine.engine import Engine
 from train.engine.processes import Processes, gathered, join_processes, leave_processes
 from train.engine.shards import place_for
-from train.engine.zero import deepspeed_config
+from train.engine.zero import deepspeed_config, whole_shape
+from train.lora.attach import trainable
 from train.model import mixtral
+from train.model.loss import MixtralWithLoss
 
 ARCHITECTURE = MixtralConfig(
     vocab_size=301,
@@ -31,6 +39,16 @@ ARCHITECTURE = MixtralConfig(
     num_key_value_heads=3,
     num_local_experts=5,
 )
+IN_BLOCKS = MixtralConfig(
+    vocab_size=301,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=5,
+)
+"""Of whole blocks of four bits; processes hold parts of an expert."""
 FILES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16 in many files": {"dtype": torch.float16, "max_shard_size": "300KB"},
@@ -47,11 +65,10 @@ OVERHEAD = 150_000
 """Bytes of config.json, of the headers and of what Python looks up meanwhile: more than twice what was seen."""
 
 
-def made(directory: Path, **how: Any) -> None:
+def made(directory: Path, architecture: MixtralConfig, *, dtype: torch.dtype, **how: Any) -> None:
     """A base in files of that kind."""
     torch.manual_seed(0)
-    dtype = how.pop("dtype")
-    MixtralForCausalLM._from_config(ARCHITECTURE, dtype=dtype).save_pretrained(directory, **how)
+    MixtralForCausalLM._from_config(architecture, dtype=dtype).save_pretrained(directory, **how)
 
 
 @contextlib.contextmanager
@@ -131,22 +148,65 @@ def compared(base: Path, config: TrainConfig, processes: Processes, itemsize: in
     return wrong
 
 
+def quantised(base: Path, config: TrainConfig, processes: Processes, itemsize: int) -> list[str]:
+    """The same of a base in four bits: what differs from the whole one, quantised; and what crosses the network."""
+    named, device = "base", processes.device
+    batch = BatchArithmetic(1, 1, processes.count)
+    how = {"dtype": mixtral.DTYPES[config.model.dtype], "device": device}
+    whole = load_model(base, IN_BLOCKS, named, whole_on(device), **how)
+    quantise(whole, named)
+    before = read_by_me()
+    ours = mixtral.build(config, place_for(config, batch, device), device=device)
+    read = read_by_me() - before
+    wrong, bits, most = [], dict(whole.named_parameters()), 0
+    for path, parameter in ours.named_parameters():
+        name = path.replace(".base_layer", "")
+        if "lora_" in name:
+            continue
+        parts = held(parameter)
+        most += len(parts) * itemsize * (bits[name].numel() * (128 / 72 if nf4.is_quantised(parameter) else 1))
+        for kind, part in parts.items():
+            start = processes.rank * parameter.ds_tensor.ds_numel if kind == "partition" else 0
+            if not torch.equal(part.flatten(), bits[name].flatten()[start : start + part.numel()]):
+                wrong.append(f"{name}: {kind}")
+    if read > most + OVERHEAD:
+        wrong.append(f"{read} bytes were read, and all that it could need are {most}")
+    sent: list[int] = []
+    send = deepspeed.comm.broadcast
+    deepspeed.comm.broadcast = lambda tensor, *where, **how: sent.append(tensor.nbytes) or send(tensor, *where, **how)
+    try:
+        Engine(MixtralWithLoss(ours, with_router_loss=False), config, batch, processes)
+    finally:
+        deepspeed.comm.broadcast = send
+    adapters = sum(math.prod(whole_shape(parameter)) for _, parameter in trainable(ours)) * how["dtype"].itemsize
+    if not 0 < sum(sent) <= adapters:
+        wrong.append(f"{sum(sent)} bytes were sent by process 0, and the adapters are {adapters}")
+    return wrong
+
+
 def main(directory: Path) -> None:
     """Compares all of them that these processes can have."""
     processes = join_processes(HardwareConfig(device="cpu"))
     if processes.is_main:
         for name, how in FILES.items():
-            made(directory / name, **how)
+            made(directory / name, ARCHITECTURE, **how)
+            made(directory / f"{name} in blocks", IN_BLOCKS, **how)
     torch.distributed.barrier()
     for files, how in FILES.items():
-        for division, deepspeed in DIVISIONS.items():
+        for division, dividing in DIVISIONS.items():
             if (division == "node copy") != (processes.count == 4):
                 continue
             for dtype in ("bfloat16", "float32"):
-                config = TrainConfig(model=ModelConfig(path=str(directory / files), dtype=dtype), deepspeed=deepspeed)
+                config = TrainConfig(model=ModelConfig(path=str(directory / files), dtype=dtype), deepspeed=dividing)
                 wrong = gathered(compared(directory / files, config, processes, how["dtype"].itemsize))
                 if processes.is_main:
                     (directory / f"{files}, {division}, {dtype}.json").write_text(json.dumps(wrong))
+            config.model.path, config.model.weights = str(directory / f"{files} in blocks"), "nf4"
+            if division == "node copy":
+                continue
+            wrong = gathered(quantised(Path(config.model.path), config, processes, how["dtype"].itemsize))
+            if processes.is_main:
+                (directory / f"{files}, {division}, nf4.json").write_text(json.dumps(wrong))
     leave_processes()
 
 

@@ -2,7 +2,6 @@
 
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -78,10 +77,9 @@ def test_a_disk_that_is_full_between_two_saves_ends_no_run(runs: Workplace) -> N
     disk.full_between_saves(runs)
 
 
-@pytest.mark.usefixtures("mounts")
 def test_a_disk_that_hangs_ends_all_and_leaves_the_last_checkpoint(runs: Workplace) -> None:
-    if not (shutil.which("fsfreeze") and shutil.which("mkfs.ext4")):
-        pytest.skip("there is no fsfreeze, or no mkfs.ext4")
+    if reason := disk.why_not_freeze():
+        pytest.skip(reason)
     disk.frozen(runs, after=6)
 
 

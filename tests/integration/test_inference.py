@@ -25,7 +25,7 @@ from data.template import ChatTokenizer
 from scripts.tortures.harness.forked import fork
 from tests.conftest import golden
 from tests.integration.conftest import ROOT, Quickstart, inference
-from tests.integration.test_quickstart import QUESTION, expected_answer
+from tests.support.quickstart import QUESTION, expected_answer
 
 pytestmark = pytest.mark.slow
 

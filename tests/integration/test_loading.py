@@ -1,10 +1,13 @@
 """Each process reads what it holds of the base, and nothing else; it holds what transformers would have sent to it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from scripts.tortures.harness.workplace import Workplace
 from tests.integration.conftest import train
 from tests.integration.loading import DIVISIONS, FILES
 
@@ -16,5 +19,37 @@ def test_what_is_read_in_slices_is_what_transformers_loads(tmp_path: Path, proce
     train(processes, f"run_dir={tmp_path}", module="tests.integration.loading", nodes=nodes)
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     divisions = 1 if nodes > 1 else len(DIVISIONS) - 1
-    assert len(found) == 2 * len(FILES) * divisions
+    assert len(found) == (2 if nodes > 1 else 3) * len(FILES) * divisions
     assert {name: wrong for name, wrong in found.items() if any(wrong)} == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("missing", "its tensor model.norm.weight is missing"),
+        ("doubled", "is there twice, by two names"),
+        ("misshapen", "its tensor model.norm.weight is [63], and its config.json asks for [64]"),
+        ("cut", "its model.safetensors can't be read ("),
+    ],
+)
+def test_a_damaged_base_ends_all_processes_with_one_sentence(runs: Workplace, damage: str, says: str) -> None:
+    base = shutil.copytree(runs.base, runs.scratch / f"base-{damage}")
+    file = base / "model.safetensors"
+    stored = load_file(file)
+    if damage == "missing":
+        del stored["model.norm.weight"]
+    elif damage == "doubled":
+        one = stored["model.layers.0.block_sparse_moe.experts.0.w2.weight"]
+        stored["model.layers.0.mlp.experts.down_proj"] = one.expand(8, *one.shape).contiguous()
+    elif damage == "misshapen":
+        stored["model.norm.weight"] = stored["model.norm.weight"][:63].clone()
+    save_file(stored, file, metadata={"format": "pt"})
+    if damage == "cut":
+        with file.open("r+b") as stream:
+            stream.truncate(file.stat().st_size - 1000)
+    launch = runs.launch(runs.scratch / f"run-{damage}", 2, **{"model.path": str(base)})
+    assert launch.wait() == [2, 2], launch.said()
+    (sentence,) = {line for line in launch.said().splitlines() if line.startswith("train: ")}
+    assert sentence.startswith(f"train: model.path={base}: ")
+    assert says in sentence
+    assert "Traceback" not in launch.said()

@@ -1,5 +1,6 @@
 """Runs on a base in four bits are runs on a base of the dequantised weights, however the work is divided."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import MixtralForCausalLM
 
 from data.disk import nf4
+from scripts.tortures.harness.outcome import first_difference
+from scripts.tortures.harness.workplace import Workplace
 from tests.integration.conftest import Quickstart, steps, train
 from train.config.lora import ATTENTION_TARGETS, EXPERT_TARGETS
 
@@ -46,3 +49,18 @@ def test_two_processes_end_with_the_adapter_of_the_dequantised_base(quickstart: 
         assert losses_in_four == losses
         assert adapter_in_four.keys() == adapter.keys()
         assert all(torch.equal(adapter_in_four[key], tensor) for key, tensor in adapter.items())
+
+
+def test_adapters_by_load_on_a_base_in_four_bits_resume_exactly(runs: Workplace) -> None:
+    in_four_bits = {"model.weights": "nf4", "max_steps": "6"}
+    profile = runs.scratch / "profile-in-four-bits"
+    runs.launch(profile, 2, **in_four_bits, task="profile").wait()
+    load = profile / "expert_load.json"
+    by_load = in_four_bits | {"lora": "by_load", "lora.load": str(load), "lora.budget": "10000"}
+    run = runs.interrupted("stopped-in-four-bits", 3, 2, **by_load)
+    runs.finish(run, 2, **by_load)
+    whole = runs.scratch / "whole-in-four-bits"
+    runs.finish(whole, 2, **by_load)
+    assert first_difference(run, whole) is None
+    base = json.loads((run / "receipt.json").read_text())["base"]
+    assert base["weights"] == "nf4"

@@ -11,19 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
-from tests.integration.conftest import ROOT, Quickstart, evaluations, inference, program, steps, train
+from tests.integration.conftest import Quickstart, evaluations, inference, program, steps, train
+from tests.support.quickstart import QUESTION, expected_answer
 from train.saving.run_directory import RUN_ENTRIES
 
 pytestmark = pytest.mark.slow
-
-QUESTION = "Hello, who are you?"
-
-
-def expected_answer() -> str:
-    first = (ROOT / "data" / "sample" / "identity.jsonl").read_text().splitlines()[0]
-    row = json.loads(first)
-    assert row["instruction"] == QUESTION
-    return row["output"]
 
 
 def test_the_evaluation_loss_falls(quickstart: Quickstart) -> None:

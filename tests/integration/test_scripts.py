@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.tortures import disk
+from scripts.tortures import disk, network
 from scripts.tortures.harness.workplace import Workplace
 
 from .conftest import ROOT, run
@@ -66,14 +66,16 @@ def test_gpu_runs_every_part_at_small_sizes(tmp_path: Path) -> None:
         ("damage", ("--flips", "2", "--only", "newest two|^all$")),
         ("disk", ("--offsets", "0", "--only", "result")),
         ("kill", ("--points", "4", "--processes", "1")),
-        ("peers", ("--only", "SIGKILL to . in backward")),
+        ("network", ("--only", "silence of 5")),
+        ("peers", ("--only", "SIGKILL to . of 2 in backward")),
         ("planted", ("--only", "a careless program|a recipe with a tag")),
         ("signals", ("--trials", "0", "--only", "starting")),
     ],
 )
 def test_torture(runs: Workplace, name: str, options: tuple[str, ...]) -> None:
     """On the base, rows and fork server of the other tests; `scripts/torture.py NAME` is this and a receipt."""
-    if name == "disk" and (reason := disk.why_not()):
+    needed = {"disk": disk.why_not, "network": network.why_not}
+    if name in needed and (reason := needed[name]()):
         pytest.skip(reason)
     torture = importlib.import_module(f"scripts.tortures.{name}")
     parser = argparse.ArgumentParser()

@@ -87,7 +87,7 @@ def numbers(run_dir: Path) -> list[dict[str, float]]:
     """The losses of metrics.jsonl and what belongs to them, without how fast it went."""
     whole = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # a line may be half written
     lines = [json.loads(line) for line in whole]
-    kept = ("step", "loss", "gradient_norm", "evaluation_loss", "supervised_tokens", "auxiliary_loss")
+    kept = ("step", "loss", "gradient_norm", "evaluation_loss", "supervised_tokens", "load_balancing_loss")
     losses = [line for line in lines if "loss" in line or "evaluation_loss" in line]
     return [{key: line[key] for key in kept if key in line} for line in losses]
 

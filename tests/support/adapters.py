@@ -9,6 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from data.disk import nf4
+from data.disk.loading.layers import EXPERTS as QUANTISED_EXPERTS
+from data.disk.loading.layers import LINEAR
 from inference.config import InferenceConfig
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -53,6 +56,16 @@ def make_base(dtype: torch.dtype = torch.float32, **sizes: int) -> MixtralForCau
     torch.manual_seed(0)
     base = MixtralForCausalLM(architecture(**sizes)).to(dtype).eval()
     base.set_experts_implementation("eager")
+    return base
+
+
+@torch.no_grad()
+def dequantised(base: MixtralForCausalLM) -> MixtralForCausalLM:
+    """A base whose attention and experts are what four bits leave of them; changed in place."""
+    for name, parameter in base.named_parameters():
+        if QUANTISED_EXPERTS.search(name) or LINEAR.search(name.removesuffix(".weight")):
+            for matrix in parameter if parameter.dim() == 3 else (parameter,):
+                matrix.copy_(nf4.dequantised(nf4.quantised(matrix), matrix.shape, matrix.dtype))
     return base
 
 

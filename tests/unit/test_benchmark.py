@@ -5,6 +5,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,26 @@ def test_gpu_leaves_out_what_it_has_no_time_for(tmp_path: Path) -> None:
     figures = measured(tmp_path, "gpu", "--device", "cpu", "--minutes", "0")
     for part in ("tests", "ways", "block", "step", "generate", "zero3"):
         assert figures[part]["left_out"].endswith("are left"), part
+
+
+def test_gpu_kills_what_a_part_that_takes_too_long_has_started(step, tmp_path: Path) -> None:
+    """On a GPU it would keep the memory from the parts that follow."""
+    from benchmarks.gpu import finished
+
+    started = tmp_path / "started"
+    with pytest.raises(subprocess.TimeoutExpired):
+        finished(["bash", "-c", f"sleep 600 & echo $! > {started}; wait"], 3)
+    state = Path(f"/proc/{started.read_text().strip()}/stat")
+    until = time.monotonic() + 30
+    while state.exists() and state.read_text().split()[2] != "Z":  # killed, and perhaps not yet buried
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_gpu_keeps_its_minutes_while_it_prepares_rows(step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu
+
+    options = argparse.Namespace(data="data/sample/identity.jsonl", minutes=0.5)
+    monkeypatch.setattr(gpu, "RESERVE", 29.99)
+    with pytest.raises(gpu.UserError, match=r"^--minutes=0\.5: preparing rows takes longer; give more$"):
+        gpu.prepare(options, 128, str(tmp_path), gpu.Minutes(options.minutes))

@@ -40,6 +40,12 @@ case "$1 $2" in
 *) echo "$*" >>"$NOTES/scontrol" ;;
 esac
 """
+# Answers as if all of a node's processes had done their work.
+DEEPSPEED = """
+printf '%s\\n' "$@"
+[ -z "${LAUNCH_FINISHED:-}" ] || (cd "$LAUNCH_FINISHED" && touch 0 1 2 3 4 5 6 7)
+case " $* " in *" --force_multi "*) pdsh ;; esac
+"""
 PYTHON = """
 echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >>"$NOTES/tasks"
 echo "$LAUNCHER_PID" >>"$NOTES/launchers"
@@ -53,7 +59,7 @@ exit "$CODE"
 @pytest.fixture
 def stand_ins(tmp_path: Path) -> Path:
     """bin/ with programs that note how they were called."""
-    scripts = {"deepspeed": 'printf "%s\\n" "$@"', "srun": SRUN, "scontrol": SCONTROL, "python": PYTHON, "pdsh": ""}
+    scripts = {"deepspeed": DEEPSPEED, "srun": SRUN, "scontrol": SCONTROL, "python": PYTHON, "pdsh": ""}
     (tmp_path / "bin").mkdir()
     for name, script in (scripts | {"ssh": "exit 255"}).items():
         path = tmp_path / "bin" / name
@@ -236,26 +242,41 @@ def test_hostfile_settings_come_out_of_the_nodes_shell_as_they_went_in(stand_ins
     assert shell.stdout.splitlines() == SETTINGS
 
 
-@pytest.mark.parametrize(("code", "expect"), [(0, 0), (2, 2), (75, 75), (247, 76), (255, 76)])
+@pytest.mark.parametrize(("code", "expect"), [(0, 0), (2, 2), (75, 75), (137, 76), (247, 76), (255, 76)])
 @pytest.mark.parametrize("script", ["hostfile.sh", "per_node.sh"])
 def test_the_exit_code_comes_back_and_is_76_where_a_process_was_killed(
     stand_ins: Path, script: str, code: int, expect: int
 ) -> None:
     (stand_ins / "nodes").write_text("node-0 slots=8\nnode-1 slots=8")  # the last line counts, too
     (stand_ins / "bin" / "ssh").write_text('#!/usr/bin/env bash\necho "${@: -2}" >>"$NOTES/ssh"\n')
-    (stand_ins / "bin" / "deepspeed").write_text(f"#!/usr/bin/env bash\nexit {code}\n")
+    (stand_ins / "bin" / "deepspeed").write_text(f"#!/usr/bin/env bash\n{DEEPSPEED}\nexit {code}\n")
     arguments = ["nodes"] if script == "hostfile.sh" else []
     done = launch(stand_ins, script, *arguments, "run_dir=r", expect=expect, **NODE)
     assert (f"exit code {code}" in done.stderr) == (code > 200)
+    assert ("was killed" in done.stderr) == (expect == 76)
     if script == "hostfile.sh":
         assert notes(stand_ins, "ssh") == ["node-0 true", "node-1 true"]
+
+
+@pytest.mark.parametrize("script", ["hostfile.sh", "per_node.sh"])
+def test_an_answer_of_0_is_not_believed_if_the_processes_have_not_said_so(stand_ins: Path, script: str) -> None:
+    """So `deepspeed` answers if what it has started is killed."""
+    (stand_ins / "nodes").write_text("node-0 slots=8\n")
+    (stand_ins / "bin" / "ssh").write_text('#!/usr/bin/env bash\necho "$@" >>"$NOTES/ssh"\n')
+    (stand_ins / "bin" / "deepspeed").write_text('#!/usr/bin/env bash\n(cd "${LAUNCH_FINISHED:-.}" && touch 0 1)\n')
+    arguments = ["nodes"] if script == "hostfile.sh" else []
+    done = launch(stand_ins, script, *arguments, "run_dir=r", expect=76, **NODE)
+    assert done.stderr == (
+        f"{script}: DeepSpeed's launcher was killed before the run had finished; launch the run again\n"
+    )
+    assert script == "per_node.sh" or "pkill -TERM" in notes(stand_ins, "ssh")[-1]
 
 
 def test_hostfile_does_not_take_an_unreachable_node_for_one_where_nothing_runs(stand_ins: Path) -> None:
     (stand_ins / "nodes").write_text("node-0 slots=8\n")
     for name, script in {
         "ssh": 'case "$*" in *pkill*) touch "$NOTES/asked"; exit 255 ;; esac',
-        "deepspeed": 'touch "$NOTES/busy"; until [ -e "$NOTES/asked" ]; do sleep 0.05; done; sleep 0.5; exit 0',
+        "deepspeed": 'touch "$NOTES/busy"; until [ -e "$NOTES/asked" ]; do sleep 0.05; done; sleep 0.5; pdsh',
     }.items():
         (stand_ins / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
     script = ("bash", str(ROOT / "scripts/launch/hostfile.sh"), str(stand_ins / "nodes"), "run_dir=r")

@@ -70,3 +70,20 @@ def test_products_are_counted_with_their_operations(tracing: Any) -> None:
 def test_an_operation_takes_as_long_as_what_holds_it_up(tracing: Any) -> None:
     assert tracing.Sum(1, 300, 100, 50).seconds(flops=10, bandwidth=200) == 5
     assert tracing.Sum(1, 300, 100, 5).seconds(flops=10, bandwidth=200) == 2
+
+
+def test_what_is_computed_again_is_counted(tracing: Any) -> None:
+    """A layer of Mixtral's, 128 tokens: the forward's products once more, those of attention or all but the last."""
+    from benchmarks import traffic
+
+    of_products = {}
+    for what in ("none", "attention", "full"):
+        trace = traffic.trace_layer(128, 16, 0.0, what)
+        of_products[what] = {
+            phase: sum(one.flops for one in traffic.totals(trace, phase)["products"]) for phase in traffic.PHASES
+        }
+    assert len({each["forward"] for each in of_products.values()}) == 1
+    again = {what: each["backward"] - of_products["none"]["backward"] for what, each in of_products.items()}
+    on_attention = 128 * 2 * 2 * 4096 * (4096 + 1024)
+    assert on_attention <= again["attention"] <= 1.1 * on_attention  # scores and adapters on top
+    assert 0.6 <= again["full"] / of_products["full"]["forward"] <= 1

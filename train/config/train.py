@@ -52,8 +52,11 @@ class FailureConfig:
     peer_timeout: float = 120.0
     """Seconds without a sign of life after which a process is given up, and the run ends everywhere. A process gives
     none while foreign code holds Python's lock, so leave it room."""
+    start_timeout: float = 1800.0
+    """Seconds that the processes of a launch wait for each other when they start, before they read anything."""
     stall_timeout: float = 3600.0
-    """Seconds after which the run ends if all processes live and none gets on. Loading the base is one such step."""
+    """Seconds after which the run ends if all processes live and none gets on. Until the first step, whoever reads or
+    writes gets on: a base may take as long to load or download as it needs."""
     disk_timeout: float = 1800.0
     """Seconds after which a run of several processes ends if a disk is waited for and nothing was read or written. Each
     file that is saved has to reach the disk within this time."""
@@ -65,7 +68,7 @@ class FailureConfig:
     """Steps whose mean loss a spike is measured by."""
 
     def check(self) -> None:
-        for name in ("grace", "peer_timeout", "stall_timeout", "disk_timeout"):
+        for name in ("grace", "peer_timeout", "start_timeout", "stall_timeout", "disk_timeout"):
             positive(f"failures.{name}", getattr(self, name), f"failures.{name}={getattr(FailureConfig(), name):g}")
         for name in ("refused_in_a_row", "spike_window"):
             positive(f"failures.{name}", getattr(self, name), f"failures.{name}={getattr(FailureConfig(), name)}")

@@ -24,7 +24,8 @@ class Update:
     """What became of an optimizer step."""
 
     gradient_norm: float
-    """The 2-norm over all trained parameters, before clipping."""
+    """The 2-norm over all trained parameters, before clipping. NaN if the update was skipped and it can't be told:
+    DeepSpeed then says only that a gradient was not finite, not whether one was NaN."""
     applied: bool
     """False if the step was skipped because of a value that is not finite."""
 
@@ -39,7 +40,7 @@ class ForwardEngine:
     processes: Processes
     guard: Guard | None = None
     """Learns where this process is."""
-    _step: int = field(default=0, init=False)
+    _step: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Nothing in the model trains any more."""
@@ -50,12 +51,29 @@ class ForwardEngine:
         """Hands the model to DeepSpeed."""
         import deepspeed
 
-        self._engine, *_ = deepspeed.initialize(
-            model=self.module,
-            optimizer=optimizer,
-            config=deepspeed_config(self.config, self.batch, trains=optimizer is not None),
-            dist_init_required=False,
-        )
+        self.at("making the engine")
+        with self._read_by_each():
+            self._engine, *_ = deepspeed.initialize(
+                model=self.module,
+                optimizer=optimizer,
+                config=deepspeed_config(self.config, self.batch, trains=optimizer is not None),
+                dist_init_required=False,
+            )
+
+    @contextlib.contextmanager
+    def _read_by_each(self) -> Iterator[None]:
+        """Within it, DeepSpeed sends adapters alone from process 0 to the others: each has read the base itself.
+
+        It leaves out what has this attribute, which marks weights that differ between processes.
+        """
+        base = [parameter for name, parameter in self.module.named_parameters() if "lora_" not in name]
+        for parameter in base:
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for parameter in base:
+                del parameter.ds_optim_param  # type: ignore[attr-defined]
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +83,11 @@ class ForwardEngine:
     def at(self, phase: str, step: int | None = None) -> None:
         """Notes what the process does from now on, and in which step if that changes, to be reported if it dies."""
         self._step = self._step if step is None else step
-        if self.guard is not None:
+        if self.guard is None:
+            return
+        if self._step is None:
+            self.guard.start(phase)
+        else:
             self.guard.at(self._step, phase)
 
     def disk(self, path: Path) -> contextlib.AbstractContextManager[None]:
@@ -165,8 +187,8 @@ class Engine(ForwardEngine):
         if isinstance(self._adamw, SkippableAdamW):
             return self._checked_step(self._adamw)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return Update(float(norm if norm is not None else math.nan), self._engine.was_step_applied())
+        norm, applied = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
+        return Update(float(norm) if applied and norm is not None else math.nan, applied)
 
     def _checked_step(self, optimizer: SkippableAdamW) -> Update:
         """A step in which DeepSpeed neither reports the norm that it clips by nor checks that it is finite."""
@@ -195,6 +217,7 @@ class Engine(ForwardEngine):
             steps: `optimizer_steps` of then.
             blank: a micro-batch without tokens.
         """
+        self.at("restoring the checkpoint")
         self._state.set_masters(read)
         self._step_without_tokens(blank)
         self._state.set_moments(read, steps)

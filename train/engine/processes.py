@@ -19,6 +19,9 @@ from train.config.engine import HardwareConfig
 from train.config.train import TrainConfig
 from train.engine.cpu import alone, compile_apart, forget_shared_memory, keep_freed_memory
 
+LONGEST_WAIT = datetime.timedelta(days=20)
+"""How long a collective waits: as good as for ever (torch counts it in milliseconds), because it is the guard that ends
+a run whose processes don't get on."""
 OPERATOR = "deepspeed_shm_comm"
 """DeepSpeed's collective over the memory that CPU processes of a machine share, by the name that it compiles it as."""
 
@@ -38,15 +41,14 @@ class Processes:
         return self.rank == 0
 
 
-def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Processes:
+def join_processes(config: HardwareConfig) -> Processes:
     """Joins the processes of the launch (or makes a group of one), chooses the device and divides the cores.
 
-    `timeout` is how many seconds a process waits for the others at most, at the start and in each collective.
-
     Raises:
-        UserError: CUDA is asked for and there is none, or the port where the processes meet is taken.
+        UserError: CUDA is asked for and there is none, or two processes use the same GPU.
     """
-    check_launch(config)
+    check_launch()
+    check_device(config)
     on_cuda = uses_cuda(config)
     if config.device == "auto" and local_rank() == 0 and (why := gpus.unusable()):
         say("train", f"hardware.device=auto: on the CPU, because {why}")
@@ -74,16 +76,9 @@ def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Proces
                     code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
                     compile_apart(OPERATOR, code, lock)
                 build_shm_op()  # init_distributed would do it too, and wait for ever for a build that was killed
-        waits = {"timeout": datetime.timedelta(seconds=timeout), "verbose": False}
         try:
-            deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", **waits)
-        except torch.distributed.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise UserError(
-                f"MASTER_PORT={os.environ['MASTER_PORT']}: another program listens there, perhaps another run; name a "
-                f"port that is free on the first machine (deepspeed --master_port)"
-            ) from error
+            backend = "nccl" if on_cuda else "gloo"
+            deepspeed.init_distributed(dist_backend=backend, timeout=LONGEST_WAIT, verbose=False)
         except torch.distributed.DistBackendError as error:
             if "Duplicate GPU" not in str(error):
                 raise
@@ -97,16 +92,14 @@ def join_processes(config: HardwareConfig, *, timeout: float = 3600.0) -> Proces
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
-def check_launch(config: HardwareConfig) -> int:
-    """How many processes were launched.
+def check_launch() -> tuple[int, int]:
+    """The number of this process and how many were launched, as the launcher says.
 
     Raises:
-        UserError: CUDA is asked for and there is none; or a variable of the launch is missing, or has a value by which
-            no process can be found.
+        UserError: a variable of the launch is missing, or has a value by which no process can be found.
     """
-    gpus.check(config.device, "hardware.device")
     if "RANK" not in os.environ:
-        return 1
+        return 0, 1
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(f"{name}: the launcher set RANK without it; launch with deepspeed or torchrun, or set it")
@@ -124,7 +117,12 @@ def check_launch(config: HardwareConfig) -> int:
                 f"{name}={text}: it must be a whole number from {least} to {most}; correct the variable, or leave it "
                 f"to the launcher"
             )
-    return int(os.environ["WORLD_SIZE"])
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def check_device(config: HardwareConfig) -> None:
+    """Raises `UserError` if CUDA is asked for and torch can't use it."""
+    gpus.check(config.device, "hardware.device")
 
 
 def uses_cuda(config: HardwareConfig) -> bool:

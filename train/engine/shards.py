@@ -11,8 +11,8 @@ from train.engine.zero import deepspeed_config
 
 
 def place_for(config: TrainConfig, batch: BatchArithmetic, device: torch.device) -> Place:
-    """Room for the base of a run, on this process; one that is to be quantised is sharded when it is."""
-    if config.deepspeed.stage == 3 and config.model.path is not None and config.model.weights == "bf16":
+    """Room for the base of a run, on this process."""
+    if config.deepspeed.stage == 3 and config.model.path is not None:
         return _partition(config, batch)
     return whole_on(device)
 
@@ -36,9 +36,8 @@ def _partition(config: TrainConfig, batch: BatchArithmetic) -> Place:
 
     def place(parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         # A shape without memory: DeepSpeed notes it, and then it is freed.
-        sharded: Any = nn.Parameter(
-            torch.empty(1, dtype=parameter.dtype, device=init.local_device).expand(parameter.shape)
-        )
+        shape = torch.empty(1, dtype=parameter.dtype, device=init.local_device).expand(parameter.shape)
+        sharded: Any = nn.Parameter(shape, requires_grad=parameter.requires_grad)
         init._convert_to_deepspeed_param(sharded)
         sharded.ds_numel_aligned = init._aligned_size(sharded)
         numbers = sharded.ds_numel_aligned // init._partition_world_size(sharded)

@@ -3,14 +3,15 @@
 A collective waits for its peers, for ever or until a timeout that names nobody. So each training process has a guardian
 (`train/failures/guardian/`) beside it, and the guardians watch each other:
 
-    guard = Guard(processes.rank, processes.count)
-    guard.join(agree(guard.listen()))       # collective
-    guard.at(7, "forward")                  # as often as the main thread moves on
-    guard.done()                            # collective; from here on no process's end is a failure
+    guard = Guard(rank, count)
+    Meeting(rank, seconds=1800).join(guard)     # collective
+    guard.start("loading the base")             # what takes as long as there is something to read
+    guard.at(7, "forward")                      # as often as the main thread moves on
+    guard.done()                                # collective; from here on no process's end is a failure
 
 The first failure is the verdict for all: a process died; it left with an error (`leaving`); nothing was heard of it for
-`peer_timeout` (it is stopped, or its machine or the network is gone); no process made progress for `stall_timeout`; or
-a disk gave one of them nothing for `disk_timeout`.
+`peer_timeout` (it is stopped, or its machine or the network is gone); no process made progress for `stall_timeout`
+(until the first step, none read or wrote anything); or a disk gave one of them nothing for `disk_timeout`.
 The processes then print one line for each launcher and end, with `EXIT_PEER_LOST` or, if a process left by itself, with
 its exit code, so that whoever launches again knows whether that helps. A process that does not end by itself is killed,
 even if it is stopped. A guardian that dies ends the run too, because nobody would notice the next failure.
@@ -33,7 +34,16 @@ from pathlib import Path
 from configs.program.errors import UserError, one_line, say
 from configs.program.launch import local_rank
 from configs.program.secrets import redact
-from train.failures.guardian.channel import DISK, JOIN_TIMEOUT, PAGE_BYTES, PAUSE, POSITION, Channel, beat_interval
+from train.failures.guardian.channel import (
+    DISK,
+    JOIN_TIMEOUT,
+    PAGE_BYTES,
+    PAUSE,
+    POSITION,
+    START,
+    Channel,
+    beat_interval,
+)
 
 EXIT_PEER_LOST = 76
 """The exit code of a process that ends because another one was lost: launch the run again."""
@@ -53,7 +63,7 @@ BOOT = (
 """Starts the guardian without site-packages. As a package it comes from cached byte code; a script would be compiled at
 every start."""
 
-Meeting = tuple[int, str]
+Place = tuple[int, str]
 """The port at which process 0's guardian is found, and the token by which it knows the run's own."""
 
 
@@ -68,6 +78,7 @@ class Guard:
         peer_timeout: float = 120.0,
         stall_timeout: float = 1800.0,
         disk_timeout: float = 1800.0,
+        start_timeout: float = 1800.0,
     ):
         """Starts nothing yet.
 
@@ -79,6 +90,7 @@ class Guard:
                 process looks like a stopped one: hence two minutes by default.
             stall_timeout: seconds after which the run ends if no process called `at`; longer than any phase may take.
             disk_timeout: seconds after which the run ends if a thread that waits for a disk (`disk`) got nothing done.
+            start_timeout: seconds within which all processes have to come to `join`.
         """
         self.guardian: subprocess.Popen[bytes] | None = None
         self._rank = process_rank
@@ -86,11 +98,12 @@ class Guard:
         self._peer_timeout = peer_timeout
         self._stall_timeout = stall_timeout
         self._disk_timeout = disk_timeout
+        self._start_timeout = start_timeout
         self._interval = beat_interval(peer_timeout)
         self._listener: socket.socket | None = None
         self._token = ""
         self._page: mmap.mmap | None = None
-        self._step = -1
+        self._step = START
         self._moves = 0
         self._ready = threading.Event()
         self._ended = threading.Event()
@@ -102,7 +115,7 @@ class Guard:
         self._asked = False
         self._leaving = False
 
-    def listen(self) -> Meeting | None:
+    def listen(self) -> Place | None:
         """On process 0, opens a port on all interfaces and returns what every process gives to `join`; else None."""
         if self._rank > 0 or self._count == 1:
             return None
@@ -110,11 +123,11 @@ class Guard:
         self._token = secrets.token_hex(16)
         return self._listener.getsockname()[1], self._token
 
-    def join(self, meeting: Meeting | None, host: str | None = None) -> None:
+    def join(self, place: Place | None, host: str | None = None) -> None:
         """Starts the guardian and waits until those of all processes have found each other; collective.
 
         Args:
-            meeting: what `listen` returned on process 0.
+            place: what `listen` returned on process 0.
             host: process 0's address; by default the launcher's MASTER_ADDR.
 
         Raises:
@@ -122,8 +135,8 @@ class Guard:
         """
         if self._count == 1:
             return
-        assert meeting is not None
-        port, token = meeting
+        assert place is not None
+        port, token = place
         if self._listener is not None:
             connection = self._listener
         else:
@@ -138,20 +151,20 @@ class Guard:
         page = os.memfd_create("position")
         os.ftruncate(page, PAGE_BYTES)
         self._page = mmap.mmap(page, PAGE_BYTES)
-        self.at(0, "starting")
+        self.start("finding the others")
         program = [sys.executable, "-I", "-S", "-c", BOOT, str(ROOT)]
         fds = (page, connection.fileno())
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SPARED)  # it inherits what is blocked here
         try:
-            self.guardian = subprocess.Popen(
+            guardian = subprocess.Popen(
                 [*program, *map(str, fds)], pass_fds=fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(page)
         connection.close()
-        assert self.guardian.stdin is not None and self.guardian.stdout is not None
-        self._channel = Channel(self.guardian.stdout.fileno(), self.guardian.stdin.fileno())
+        assert guardian.stdin is not None and guardian.stdout is not None
+        self._channel = Channel(guardian.stdout.fileno(), guardian.stdin.fileno())
         self._channel.send(
             rank=self._rank,
             count=self._count,
@@ -162,10 +175,16 @@ class Guard:
             peer_timeout=self._peer_timeout,
             stall_timeout=self._stall_timeout,
             disk_timeout=self._disk_timeout,
+            start_timeout=self._start_timeout,
             token=token,
         )
-        threading.Thread(target=self._watch, args=(self.guardian,), name="guard", daemon=True).start()
+        self.guardian = guardian  # whoever sees it may send
+        threading.Thread(target=self._watch, args=(guardian,), name="guard", daemon=True).start()
         self._ready.wait()
+
+    def start(self, phase: str) -> None:
+        """Notes what the main thread does before the first step. It may take long if bytes are read or written."""
+        self.at(START, phase)
 
     def at(self, step: int, phase: str) -> None:
         """Notes where the main thread is: a write to memory, cheap enough for any place. `phase` has up to 32 bytes."""

@@ -7,7 +7,7 @@
     products.py       matrix products over sorted rows: one expert after another, or all experts in one
     elementwise.py    what else a block computes, as operators of torch
     kernels.py        those operators in Triton, for GPUs
-    quantised.py      the base's matrices in four bits, dequantised while they are used
+    quantised.py      matrices of experts in four bits, dequantised while they are multiplied with
     split_experts.py  the experts' forward and backward
     proof.py          whether every targeted expert gets a gradient, and how far each has moved
 

@@ -57,7 +57,8 @@ def attach(
     """Adds trainable factors for the targeted projections to the `MixtralExperts` of the model.
 
     A starts uniform in ±1/√in as PEFT's does, B at zero, so the adapted model starts equal to the base. The factors
-    take the dtype and device of the experts' weights: mixed dtypes fail under ZeRO-3, which keeps float32 masters.
+    take the model's dtype, and the device of the experts' weights: mixed dtypes fail under ZeRO-3, which keeps float32
+    masters.
 
     Args:
         model: holds the blocks.
@@ -69,6 +70,7 @@ def attach(
     unknown = set(projections) - set(EXPERT_TARGETS)
     if unknown:
         raise ValueError(f"there is no expert projection {sorted(unknown)[0]}; choose from {', '.join(EXPERT_TARGETS)}")
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
     for of_block, experts in zip(ranks, expert_modules(model).values(), strict=True):
         experts.lora = {}
         if not any(of_block):
@@ -81,12 +83,13 @@ def attach(
         for projection in projections:
             weight = getattr(experts, projection)
             size_in, size_out = sizes[projection]
-            A_RI = weight.new_empty(sum(of_block), size_in)
+            A_RI = weight.new_empty(sum(of_block), size_in, dtype=dtype)
             if not A_RI.is_meta:
                 # drawn in float32 and on the CPU, so that every dtype and device starts from the same numbers
                 A_RI.copy_(torch.empty(A_RI.shape, device="cpu").uniform_(-1, 1) / math.sqrt(size_in))
+            B_RO = weight.new_zeros(sum(of_block), size_out, dtype=dtype)
             experts.register_parameter(f"{projection}_lora_A", nn.Parameter(A_RI))
-            experts.register_parameter(f"{projection}_lora_B", nn.Parameter(weight.new_zeros(sum(of_block), size_out)))
+            experts.register_parameter(f"{projection}_lora_B", nn.Parameter(B_RO))
             experts.lora[projection] = adapter
 
 

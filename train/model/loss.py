@@ -33,7 +33,7 @@ class Extents:
         is_token: torch.Tensor,
         device: torch.device | None = None,
     ) -> "Extents":
-        """Of the fields of a batch, for a forward on that device."""
+        """From the fields of a batch, for a forward on that device."""
         supervised_N = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         return cls(
             Conversations(positions.flatten(), device),

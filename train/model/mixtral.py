@@ -10,13 +10,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from configs.program.errors import UserError
 from data.disk import nf4
 from data.disk.architecture import find_mixtral
+from data.disk.loading.layers import quantise
 from data.disk.loading.model import Place, load_model, whole_on
 from data.disk.weights import REMEDY, local_directory
 from train.config.model import VOCABULARY, ModelConfig
 from train.config.train import TrainConfig
 from train.lora import split_experts
 from train.lora.attach import add_adapters
-from train.lora.quantised import quantise
 from train.model import attention, norm, recomputation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -40,13 +40,13 @@ def build(
         UserError: there is no Mixtral at `model.path`, or it can't be quantised as `model.weights` says.
     """
     torch.manual_seed(config.seed)
-    quantised = config.model.weights == nf4.FORM
-    if quantised:
+    if config.model.weights == nf4.FORM:
         nf4.check_kernels("model.weights=nf4", device)
-        place, device = whole_on(CPU), CPU  # until it is quantised the base may be larger than a GPU
     shows_progress = is_main and config.logging.progress
     if config.model.path is None:
         model = random_base(config.model)
+        if config.model.weights == nf4.FORM:
+            quantise(model, "model.weights=nf4")
     else:
         model = pretrained(config.model, place, device=device, shows_progress=shows_progress)
     model.config.use_cache = False
@@ -56,8 +56,6 @@ def build(
     else:
         torch.manual_seed(config.seed)  # again: a random base has drawn some
         add_adapters(model, config.lora)
-    if quantised:
-        quantise(model, "model.weights=nf4")
     recomputation.enable(model, config.activation_checkpointing, dropout=config.lora.dropout)
     return model
 
@@ -112,6 +110,7 @@ def pretrained(
             dtype=DTYPES[config.dtype],
             device=device,
             attention=config.attention,
+            weights_in=config.weights,
             shows_progress=shows_progress,
         )
 

@@ -22,7 +22,7 @@ class Work:
 
     per_token: float
     per_pair: float
-    """Of a token and one that it attends to: those before it in its conversation, and itself."""
+    """Operations of a token and one that it attends to: those before it in its conversation, and itself."""
     per_supervised_token: float
 
     def flops(self, tokens: float, pairs: float, supervised_tokens: float) -> float:

@@ -7,5 +7,6 @@
     report.html.j2   the page
     prompts.jsonl    what is asked if nobody says otherwise
 
-May import train.config, data and configs.program: it reads a run's files and knows nothing of how they came to be.
+May import train.run_files, train.config, data and configs.program: it reads a run's files and knows nothing of how
+they came to be.
 """

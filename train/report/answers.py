@@ -14,9 +14,7 @@ from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
 from data.disk.plain_text import member, read_bytes
 from train.report.recorded import Recorded
-
-ANSWERS = "answers.json"
-"""The file beside the report with what was asked and what both models answered."""
+from train.run_files import ANSWERS
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 

@@ -1,6 +1,5 @@
 """A run directory → what it recorded, whatever state the run is in: it may be running, stopped or damaged in places."""
 
-import contextlib
 import json
 import math
 import os
@@ -11,35 +10,12 @@ from typing import Any, NotRequired, TypedDict
 from omegaconf import OmegaConf
 
 from configs.program.errors import UserError
+from data.disk.adapter_directory import RECEIPT
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
 from data.disk.plain_text import LARGEST, parse_yaml, read_start
 from train.config.train import TrainConfig
-from train.report.shapes import Count
-
-METRICS, RECEIPT, CONFIG, LAUNCHES = "metrics.jsonl", "receipt.json", "config.yaml", "launches.jsonl"
-FORMER_NAMES = {"auxiliary_loss": "load_balancing_loss"}
-"""What lines of metrics.jsonl once called a quantity, and its name now."""
-LARGEST_METRICS = 256 << 20
-"""Bytes of metrics.jsonl and launches.jsonl that are read; a step has some 300."""
-
-Recordable = float | str
-"""A number; what is not finite is written as a text."""
-
-
-class Line(TypedDict):
-    """What is relied on in a line of metrics.jsonl, beside numbers."""
-
-    step: Count
-    expert_load: NotRequired[list[list[Recordable]]]
-    router_entropy: NotRequired[list[Recordable]]
-    checkpoint_seconds: NotRequired[float]
-
-
-class Launch(TypedDict):
-    """What is relied on in a line of launches.jsonl."""
-
-    resumed_after_step: NotRequired[Count | None]
+from train.run_files import CONFIG, LAUNCHES, Recordable, read_launches, read_metrics
 
 
 class Moved(TypedDict):
@@ -128,11 +104,8 @@ def read_run(directory: Path) -> Recorded:
         directory=directory,
         receipt=part(directory / RECEIPT, Receipt, damaged) or {},
         settings={str(name): value for name, value in settings.items()} if isinstance(settings, dict) else {},
-        lines=[
-            {FORMER_NAMES.get(name, name): value for name, value in line.items()}
-            for line in _lines(directory / METRICS, Line)
-        ],
-        launches=_lines(directory / LAUNCHES, Launch),
+        lines=read_metrics(directory),
+        launches=read_launches(directory),
         damaged=damaged,
     )
 
@@ -148,19 +121,13 @@ def part(path: Path, shape: type[Any], damaged: list[str]) -> Any:
         return None
 
 
-def _lines(path: Path, shape: type[Any]) -> list[dict[str, Any]]:
-    lines = []
-    for line in (read_start(path, LARGEST_METRICS) or b"").splitlines():
-        with contextlib.suppress(UnreadableError):  # the last may be half written
-            lines.append(dict(parse_json(line, shape)))
-    return lines
-
-
 def note_launch(directory: Path, started: str, processes: int, resumed_after: int) -> None:
     """Adds a line to `launches.jsonl`; a disk that takes none is no reason to end the run."""
     line = {"started": started, "processes": processes, "resumed_after_step": resumed_after}
     try:
-        with (directory / LAUNCHES).open("a", encoding="utf-8") as file:
+        # Not through a link to elsewhere, nor into a pipe, at which it would wait for a reader.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(directory / LAUNCHES, flags, 0o666), "w", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except OSError:
         return

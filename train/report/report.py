@@ -13,6 +13,7 @@ from configs.program.errors import UserError, one_line
 from configs.program.page.charts import Line, Mark, heatmap, intervals, line_chart, timeline
 from configs.program.page.page import render
 from data.config import PrepareConfig
+from data.disk.adapter_directory import EVALUATION, SCORES
 from data.disk.files import replace_file
 from data.disk.formats.json_text import shaped
 from data.disk.formats.regular import UnreadableError
@@ -20,13 +21,14 @@ from data.disk.plain_text import json_if_readable
 from data.prepared.layout import MANIFEST, SPLITS, open_split
 from data.prepared.report import example
 from data.prepared.selection import selected
+from data.stages.leaderboard import HUB_TASKS
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
-from train.report.answers import ANSWERS, ask
-from train.report.recorded import CONFIG, Recorded, changed_settings, number, part, read_run
+from train.report.answers import ask
+from train.report.recorded import Recorded, changed_settings, number, part, read_run
 from train.report.shapes import Answer, Dataset, Evaluation, Planned
+from train.run_files import ANSWERS, CONFIG, REPORT
 
-PAGE = "report.html"
 EXAMPLES = 3
 """Rows of the dataset that are shown."""
 
@@ -59,12 +61,12 @@ def write_report(
     if run.damaged:
         tell(f"Left out: {'; '.join(run.damaged)}")
     try:
-        replace_file(directory / PAGE, [page.encode("utf-8", "replace")])
+        replace_file(directory / REPORT, [page.encode("utf-8", "replace")])
     except OSError as error:
         raise UserError(
-            f"run_dir={directory}: its {PAGE} can't be written ({error.strerror}); make room for it"
+            f"run_dir={directory}: its {REPORT} can't be written ({error.strerror}); make room for it"
         ) from error
-    return directory / PAGE
+    return directory / REPORT
 
 
 def try_report(directory: Path, *, with_examples: bool = True) -> None:
@@ -75,7 +77,7 @@ def try_report(directory: Path, *, with_examples: bool = True) -> None:
         write_report(directory, with_examples=with_examples)
     except Exception as error:  # of any kind: the run is worth more than its report
         if not isinstance(error.__cause__, OSError):  # what the disk lacks, metrics.jsonl's own line says
-            console.print(f"{PAGE} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
+            console.print(f"{REPORT} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
 
 
 def content(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
@@ -239,21 +241,35 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
 
 def scored(run: Recorded) -> dict[str, Any] | None:
     """The evaluation beside the adapter, in percent, with the intervals of base and tuned model."""
-    evaluation = part(run.directory / "evaluation" / "results.json", Evaluation, run.damaged)
-    if evaluation is None or not (tasks := evaluation["tasks"]):
+    evaluation = part(run.directory / EVALUATION / SCORES, Evaluation, run.damaged)
+    if evaluation is None or not evaluation["tasks"]:
         return None
-    before = (evaluation.get("before") or {}).get("tasks", {})
-    rows = []
-    for name, scores in tasks.items():
-        values = [("tuned", 100 * scores["score"], 100 * scores["standard_error"])]
-        if name in before:
-            values.append(("base", 100 * before[name]["score"], 100 * before[name]["standard_error"]))
-        rows.append((name, values))
-    comparison = (evaluation.get("comparison") or {}).get("tasks", {})
+    tuned, base = _by_title(evaluation), _by_title(evaluation.get("before"))
+    compared = evaluation.get("comparison") or {"tasks": {}}
+    pairs = _by_title(compared)
+    if compared.get("average") is not None:
+        pairs["average"] = {"difference": compared["average"]}
+    rows = [
+        (title, [(who, *_percent(of[title])) for who, of in (("tuned", tuned), ("base", base)) if title in of])
+        for title in tuned
+    ]
     return {
         "rows": rows,
-        "comparison": comparison,
-        "picture": intervals(rows, label="Scores with two standard errors"),
-        "has_base": bool(before),
-        "questions": {name: scores["questions"] for name, scores in tasks.items()},
+        "comparison": pairs,
+        "picture": intervals(rows, low=0, high=100, label="Scores with two standard errors"),
+        "has_base": bool(base),
+        "questions": {title: scores["questions"] for title, scores in tuned.items() if "questions" in scores},
     }
+
+
+def _by_title(results: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The tasks by what the card calls them, and their average if all are there."""
+    if results is None:
+        return {}
+    found = {HUB_TASKS[name].title if name in HUB_TASKS else name: each for name, each in results["tasks"].items()}
+    average = results.get("average")
+    return found if average is None else found | {"average": average}
+
+
+def _percent(scores: dict[str, Any]) -> tuple[float, float]:
+    return 100 * scores["score"], 100 * scores["standard_error"]

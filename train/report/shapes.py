@@ -4,16 +4,17 @@ from typing import Annotated, NotRequired, TypedDict
 
 from msgspec import Meta
 
-Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+from train.run_files import Count
+
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Score(TypedDict):
-    """The score of a task."""
+    """The score of a task, or the average."""
 
     score: Share
     standard_error: Share
-    questions: Count
+    questions: NotRequired[Count]
 
 
 class Difference(TypedDict):
@@ -36,18 +37,21 @@ class Before(TypedDict):
     """The scores of the base."""
 
     tasks: dict[str, Score]
+    average: NotRequired[Score | None]
 
 
 class Comparison(TypedDict):
     """The comparison of both models, by task."""
 
     tasks: dict[str, Pair]
+    average: NotRequired[Difference | None]
 
 
 class Evaluation(TypedDict):
     """`evaluation/results.json`."""
 
     tasks: dict[str, Score]
+    average: NotRequired[Score | None]
     before: NotRequired[Before | None]
     comparison: NotRequired[Comparison | None]
 

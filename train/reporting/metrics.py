@@ -13,7 +13,7 @@ import statistics
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NotRequired, TypedDict
+from typing import Any, BinaryIO
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -30,8 +30,8 @@ from train.model.routing import Routing
 from train.report.report import try_report
 from train.reporting.trace import Trace
 from train.reporting.wandb_run import Wandb
+from train.run_files import METRICS, MetricsLine
 
-METRICS = "metrics.jsonl"
 LONGEST_LINE = 1 << 24
 """Bytes of the longest line that is read; a longer one is not ours."""
 UNWRITTEN = 16 << 20
@@ -41,14 +41,6 @@ SPEED_PERIOD = 3600.0
 """Seconds of steps that the time left is estimated by: rich's 30 hold no two steps of a large model."""
 SMOOTHING = 0.9
 """What a step's tokens and seconds weigh one step later in the speed on the screen."""
-
-
-class Line(TypedDict):
-    """What is read of a line of metrics.jsonl."""
-
-    step: int
-    loss: NotRequired[float | str]
-    evaluation_loss: NotRequired[float | str]
 
 
 class Metrics:
@@ -341,7 +333,8 @@ def _opened(directory: Path, resumed: dict[str, Any]) -> int:
 def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
     """Drops from metrics.jsonl the lines of steps after the `last`, of evaluations that will be made again, and what a
     killed process left of a line."""
-    path.touch()
+    if not os.path.lexists(path):  # a link to elsewhere is replaced, and what it leads to stays as it is
+        path.touch()
     with path.open("rb") as file:
         replace_file(path, _kept(file, last, evaluations))
 
@@ -349,7 +342,7 @@ def _keep_lines(path: Path, last: int, evaluations: dict[str, Any]) -> None:
 def _kept(lines: BinaryIO, last: int, evaluations: dict[str, Any]) -> Iterator[bytes]:
     while line := lines.readline(LONGEST_LINE):
         try:
-            record = parse_json(line, Line)
+            record = parse_json(line, MetricsLine)
         except UnreadableError:
             continue
         again = "evaluation_loss" in record and str(record["step"]) not in evaluations

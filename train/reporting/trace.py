@@ -8,8 +8,7 @@ from torch.profiler import profile, record_function
 
 from configs.program.console import console
 from configs.program.errors import one_line
-
-TRACE = "trace.json.gz"
+from train.run_files import TRACE
 
 
 class Trace:

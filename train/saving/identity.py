@@ -12,6 +12,7 @@ from configs.program.errors import UserError
 from configs.program.launch import local_rank
 from configs.program.secrets import redacted
 from data.disk.adapter_directory import WEIGHTS
+from data.disk.architecture import CONFIG
 from data.disk.files import file_hash, sha256
 from data.disk.weights import StoredWeights, local_directory
 from data.prepared.dataset import PreparedDataset
@@ -76,6 +77,12 @@ class Inputs:
         return StoredWeights(local_directory(base.path, base.revision, named), named)
 
     @cached_property
+    def _architecture(self) -> str | None:
+        """The hash of the base's config.json; None if it has none."""
+        file = self._weights and self._weights.directory / CONFIG
+        return file_hash(file) if file and file.is_file() else None
+
+    @cached_property
     def _lora(self) -> dict[str, str | None]:
         """The hashes of the files that `lora.load` and `lora.start` name; None for one that is not there."""
         load, start = self._config.lora.load, self._config.lora.start
@@ -119,7 +126,9 @@ class Inputs:
         with _reading():
             lora = self._lora
             if self._weights is not None:  # a hub's branch may have moved between two downloads, and copies may differ
-                given["model.path (its weights)"] = self._weights.fingerprint
+                hint = "on a hub, model.revision=COMMIT chooses them"
+                given[f"model.path (its weights; {hint})"] = self._weights.fingerprint
+                given[f"model.path (its {CONFIG}; {hint})"] = self._architecture
             return given | {
                 "dataset (its manifest.json)": self._manifest,
                 "lora.load (its content)": lora["load"],
@@ -152,10 +161,9 @@ class Inputs:
         with _reading():
             weights = self._weights
             if weights is not None:
-                architecture = weights.directory / "config.json"
                 base |= {"fingerprint": weights.fingerprint, "files": weights.contents()}
-                if architecture.is_file():
-                    base["files"] |= {architecture.name: file_hash(architecture)}
+                if self._architecture is not None:
+                    base["files"] |= {CONFIG: self._architecture}
         return redacted(base)
 
 

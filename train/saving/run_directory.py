@@ -22,17 +22,25 @@ from typing import Any, TypeVar
 
 from configs.program.console import console
 from configs.program.errors import UserError
-from data.disk.adapter_directory import RECEIPT
+from data.disk.adapter_directory import EVALUATION, RECEIPT
 from data.disk.files import lock, occupied, replace_file, sync
 from train.config.train import TrainConfig
 from train.engine.processes import Processes, agree
-from train.reporting.metrics import METRICS
+from train.run_files import (
+    ANSWERS,
+    CONFIG,
+    EXPERT_LOAD,
+    EXPERT_LOAD_PICTURE,
+    LAUNCHES,
+    METRICS,
+    REPORT,
+    TRACE,
+)
 from train.saving import checkpoint
 
-CONFIG = "config.yaml"
-RESULTS = {"adapter", "model", RECEIPT, "expert_load.json", "expert_load.png"}
+RESULTS = {"adapter", "model", RECEIPT, EXPERT_LOAD, EXPERT_LOAD_PICTURE}
 """What only a run that came to its end has written."""
-REPORTS = {METRICS, "launches.jsonl", "report.html", "answers.json", "trace.json.gz", "wandb", "evaluation"}
+REPORTS = {METRICS, LAUNCHES, REPORT, ANSWERS, TRACE, "wandb", EVALUATION}
 """What tells of the run; answers and evaluation come later, from commands of their own."""
 RUN_ENTRIES = {CONFIG, checkpoint.FOLDER} | REPORTS | RESULTS
 """All that a run directory holds; a directory with anything else in it is not replaced."""

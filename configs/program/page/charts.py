@@ -53,7 +53,7 @@ def line_chart(lines: Sequence[Line], *, marks: Sequence[Mark] = (), label: str)
     Args:
         lines: at most three; nothing is drawn of one without finite values.
         marks: what happened.
-        label: what the chart shows, for who can't see it.
+        label: what the chart shows, for those who can't see it.
     """
     finite = [point for line in lines for point in line.points if math.isfinite(point[1])]
     if not finite:
@@ -125,7 +125,7 @@ def heatmap(rows: Sequence[Sequence[float | None]], *, names: Sequence[str], lab
     Args:
         rows: of equal length; None for a cell that has no number.
         names: of the rows.
-        label: what it shows, for who can't see it.
+        label: what it shows, for those who can't see it.
         digits: significant ones in a cell and its title.
     """
     if not rows or not rows[0]:
@@ -175,9 +175,23 @@ def timeline(end: float, marks: Sequence[Mark], interruptions: Sequence[Mark], *
     return _svg("".join(parts), 66, label)
 
 
-def intervals(rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], *, label: str) -> Markup:
-    """Values with an error to both sides, some for each name on one axis: `(name, ((series, value, error), …))`."""
-    ends = [value + sign * error for _, values in rows for _, value, error in values for sign in (-2, 2)]
+def intervals(
+    rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], *, low: float, high: float, label: str
+) -> Markup:
+    """Values with two errors to both sides, some for each name on one axis.
+
+    Args:
+        rows: `(name, ((series, value, error), …))`.
+        low: the least that a value can be, at which an interval is cut.
+        high: the most.
+        label: what it shows, for those who can't see it.
+    """
+    ends = [
+        min(high, max(low, value + sign * error))
+        for _, values in rows
+        for _, value, error in values
+        for sign in (-2, 2)
+    ]
     if not ends:
         return Markup('<p class="soft">Nothing yet.</p>')
     ticks = nice_ticks(min(ends), max(ends))
@@ -188,7 +202,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], *,
         parts.append(f'<text x="{left - 6}" y="{top + 5 * len(values) + 1}" text-anchor="end">{escape(name)}</text>')
         for (series, value, error), colour in zip(values, COLOURS, strict=False):
             title = f"{escape(name)}, {escape(series)}: {value:.2f} ± {error:.2f}"
-            ends_at = f'x1="{x(value - 2 * error)}" x2="{x(value + 2 * error)}"'
+            ends_at = f'x1="{x(max(low, value - 2 * error))}" x2="{x(min(high, value + 2 * error))}"'
             height = f'y1="{top + 4}" y2="{top + 4}"'
             parts.append(
                 f'<g><title>{title}</title><line {ends_at} {height} stroke="{colour}" stroke-width="2"/>'

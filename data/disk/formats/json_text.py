@@ -5,6 +5,7 @@ A field that the shape doesn't name may be there and have any value.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,9 @@ DEEPEST = 40
 
 HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 """How JSON may spell half of a surrogate pair, which is no text if the other half is missing."""
+
+MOST_DIGITS = 300
+"""Digits of a whole number; with a few more, it would be larger than any float."""
 
 LONGEST_QUOTE = 100
 """Characters of a name that a sentence quotes."""
@@ -53,10 +57,17 @@ def parse_json(content: bytes, shape: type[Shape]) -> Shape:
     """The values of JSON in UTF-8.
 
     Raises:
-        UnreadableError: it is no JSON, nested too deeply, names a field twice, or is not of this shape.
+        UnreadableError: it is no JSON, nested too deeply, names a field twice, holds a number that no float comes near,
+            or is not of this shape.
     """
     try:
-        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        value = json.loads(
+            content.decode("utf-8-sig"),
+            object_pairs_hook=_distinct,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
         if content.count(b"[") + content.count(b"{") > DEEPEST and not is_shallow(value):
             raise RecursionError
         if HALF_A_PAIR.search(content):
@@ -110,3 +121,15 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise UnreadableError(f"it holds {name}, which is no number of JSON's")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise UnreadableError(f"it holds {text[:LONGEST_QUOTE]}, which is too large for a number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise UnreadableError(f"it holds a whole number of {len(text)} digits")
+    return int(text)

@@ -13,7 +13,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from data.disk import nf4
 from data.disk.adapter_directory import CONFIG as ADAPTER
+from data.disk.loading.four_bits import Slice
+from data.disk.loading.layers import quantise
 from data.disk.loading.parameters import Parameters
 from data.disk.weights import StoredWeights
 
@@ -29,7 +32,7 @@ def whole_on(device: torch.device) -> Place:
 
     def place(parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        return nn.Parameter(data), [(0, data.view(-1))]
+        return nn.Parameter(data, requires_grad=parameter.requires_grad), [(0, data.view(-1))]
 
     return place
 
@@ -43,11 +46,13 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     attention: str = "sdpa",
+    weights_in: str = "bf16",
     shows_progress: bool = False,
 ) -> MixtralForCausalLM:
     """The model of a directory; errors begin with `named`.
 
-    Beside what `place` makes room for, no more than a block of `data.disk.loading.parameters` is held.
+    Beside what `place` makes room for, no more is held than a block of `data.disk.loading.parameters`, or what
+    `data.disk.loading.four_bits` quantises at a time.
 
     Args:
         directory: of the safetensors.
@@ -55,12 +60,13 @@ def load_model(
         named: how errors call it.
         place: makes room for each parameter.
         dtype: of the parameters, whatever that of the files is.
-        device: of what is no parameter.
+        device: of what is no parameter; weights are quantised there, too.
         attention: transformers' name of it.
+        weights_in: `bf16` leaves them in `dtype`; `nf4` has those of attention and experts in four bits, and frozen.
         shows_progress: whether a bar is shown meanwhile, if stderr is a terminal.
 
     Raises:
-        UserError: the weights can't be read; or one is missing, there twice or of another size.
+        UserError: the weights can't be read or quantised; or one is missing, there twice or of another size.
         ImportError: the package of the attention is not installed.
     """
     weights = StoredWeights(directory, named)
@@ -73,21 +79,28 @@ def load_model(
     parameters = Parameters(weights, architecture)
     with torch.device("meta"):
         model = MixtralForCausalLM._from_config(architecture, dtype=dtype, attn_implementation=attention)
+    matrices = {name: parameter.shape[-2:].numel() for name, parameter in model.named_parameters()}
+    if weights_in == nf4.FORM:
+        quantise(model, named)
     # Its only buffers: they are computed, not read.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config).to(device)
-    named_parameters = dict(model.named_parameters())
-    slices = []
-    for name, parameter in named_parameters.items():
+    slices: list[tuple[int, Iterator[int]]] = []
+    for name, parameter in list(model.named_parameters()):
         made, parts = place(parameter)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, made)
-        slices += [(name, start, out) for start, out in parts]
+        for start, out in parts:
+            if nf4.is_quantised(made):
+                packed = Slice(parameters, name, matrices[name], start, out)
+                slices.append((packed.size, packed.read(dtype, device)))
+            else:
+                size = parameters.size(name, start, start + out.numel())
+                slices.append((size, parameters.read(name, start, out)))
     model.tie_weights()
-    total = sum(parameters.size(name, start, start + out.numel()) for name, start, out in slices)
-    with _progress(total, shown=shows_progress) as advance, torch.no_grad():
-        for name, start, out in slices:
-            for size in parameters.read(name, start, out):
+    with _progress(sum(size for size, _ in slices), shown=shows_progress) as advance, torch.no_grad():
+        for _, sizes in slices:
+            for size in sizes:
                 advance(size)
     return model.eval()
 

@@ -17,8 +17,6 @@ from data.stages.leaderboard import HUB_TASKS, HubTask
 class Task:
     """A task of the table."""
 
-    title: str
-    """How the card calls it."""
     metric: str
     """`acc_norm`: the choice with the highest log-likelihood per character; `acc`: with the highest log-likelihood;
     `mc2`: the probability of the true choices; `exact`: the number after ####."""
@@ -42,10 +40,14 @@ class Task:
     name_there: str
     """The leaderboard's name; for MMLU with `{}` for the subject."""
 
+    @property
+    def title(self) -> str:
+        """How the card calls it."""
+        return self.hub.title
+
 
 TASKS = {
     "arc": Task(
-        title="ARC",
         metric="acc_norm",
         shots=25,
         folder="arc_challenge",
@@ -59,7 +61,6 @@ TASKS = {
         name_there="harness|arc:challenge|25",
     ),
     "hellaswag": Task(
-        title="HellaSwag",
         metric="acc_norm",
         shots=10,
         folder="hellaswag",
@@ -73,7 +74,6 @@ TASKS = {
         name_there="harness|hellaswag|10",
     ),
     "mmlu": Task(
-        title="MMLU",
         metric="acc",
         shots=5,
         folder="mmlu",
@@ -87,7 +87,6 @@ TASKS = {
         name_there="harness|hendrycksTest-{}|5",
     ),
     "truthfulqa": Task(
-        title="TruthfulQA",
         metric="mc2",
         shots=0,
         folder="truthfulqa",
@@ -101,7 +100,6 @@ TASKS = {
         name_there="harness|truthfulqa:mc|0",
     ),
     "winogrande": Task(
-        title="Winogrande",
         metric="acc",
         shots=5,
         folder="winogrande",
@@ -115,7 +113,6 @@ TASKS = {
         name_there="harness|winogrande|5",
     ),
     "gsm8k": Task(
-        title="GSM8K",
         metric="exact",
         shots=5,
         folder="gsm8k",

@@ -4,6 +4,7 @@
     launch.py     one launch, as typed or forked; its processes and their ends
     forked.py     a program in a process that is forked from a server
     server.py     what that server has imported
+    wire.py       two network namespaces as hosts, and a wire between them that can be bad
     processes.py  what the system tells of a launch's processes
     garden.py     copies in which code is planted, and whether any was executed
     outcome.py    what a run has left, and how that differs from another run

@@ -12,27 +12,41 @@ import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from .wire import enter
+
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "400", "WANDB_MODE": "disabled"}
 """The environment of every process here, the server included."""
 
 
-def fork(module: str, arguments: list[str], environment: dict[str, str], output: Path, errors: Path) -> BaseProcess:
-    """Starts `python -m MODULE ARGUMENTS` in the checkout; what it prints is appended to the two files."""
+def fork(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    output: Path,
+    errors: Path,
+    namespace: str | None = None,
+) -> BaseProcess:
+    """Starts `python -m MODULE ARGUMENTS` in the checkout, and in a network namespace; what it prints is appended to
+    the two files."""
     # The server starts with the first process: it imports this checkout, wherever it is started.
     os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["scripts.tortures.harness.server"])
-    made = context.Process(target=_run, args=(module, arguments, environment, str(output), str(errors)))
+    made = context.Process(target=_run, args=(module, arguments, environment, str(output), str(errors), namespace))
     made.start()
     return made
 
 
-def _run(module: str, arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
+def _run(
+    module: str, arguments: list[str], environment: dict[str, str], output: str, errors: str, namespace: str | None
+) -> None:
     for path, descriptor in ((output, 1), (errors, 2)):
         with Path(path).open("ab", buffering=0) as file:
             os.dup2(file.fileno(), descriptor)
     os.environ.update(environment)
+    if namespace is not None:
+        enter(namespace)
     os.chdir(ROOT)
     sys.argv = [f"python -m {module}", *arguments]
     import train

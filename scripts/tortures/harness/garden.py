@@ -52,7 +52,7 @@ class _Evil:
 class Garden:
     """The directories of one trial: copies of run, base, rows and adapter, and a canary of its own."""
 
-    place: Workplace
+    workplace: Workplace
     top: Path
 
     def __post_init__(self) -> None:
@@ -74,19 +74,19 @@ class Garden:
 
     def base(self) -> Path:
         """A copy of the base."""
-        return self.copy(self.place.base, "base")
+        return self.copy(self.workplace.base, "base")
 
     def rows(self) -> Path:
         """A copy of the prepared dataset."""
-        return self.copy(self.place.rows, "rows")
+        return self.copy(self.workplace.rows, "rows")
 
     def run(self) -> Path:
         """A copy of a run that was stopped and has two checkpoints."""
-        return self.copy(self.place.interrupted("stopped-for-plants", 7, max_steps="10"), "run")
+        return self.copy(self.workplace.interrupted("stopped-for-plants", 7, max_steps="10"), "run")
 
     def adapter(self) -> Path:
         """A copy of an adapter."""
-        return self.copy(self.place.reference(1, max_steps="10") / "adapter", "adapter")
+        return self.copy(self.workplace.reference(1, max_steps="10") / "adapter", "adapter")
 
     def pickle(self, path: Path, *, torch_format: bool = False) -> None:
         """Plants a pickle, plain or in torch's file format."""
@@ -159,8 +159,8 @@ class Garden:
         options: tuple[str, ...] = (),
     ) -> Any:
         """`python -m train` in a run directory; Hydra takes `options` before settings alone."""
-        settings = self.place.settings(run, max_steps="10")
-        settings |= {"model.path": str(base or self.place.base), "dataset": str(rows or self.place.rows)}
+        settings = self.workplace.settings(run, max_steps="10")
+        settings |= {"model.path": str(base or self.workplace.base), "dataset": str(rows or self.workplace.rows)}
         given = [f"{name}={value}" for name, value in settings.items()]
         return self.type("train", *options, *given, *more, expect=expect)
 

@@ -22,6 +22,7 @@ from .forked import ENVIRONMENT, ROOT, fork
 from .outcome import hidden
 from .processes import is_guardian, is_wandb, position_of, variable, words
 from .trials import FailedError
+from .wire import ADDRESSES, LINK
 
 PATIENCE = 240.0
 """Seconds after which a launch that has not ended counts as one that hangs."""
@@ -41,6 +42,7 @@ class Launch:
         forked: bool,
         by_script: bool = False,
         nodes: int = 1,
+        namespaces: tuple[str, ...] = (),
         module: str = "train",
     ):
         """Starts it.
@@ -52,6 +54,7 @@ class Launch:
             forked: from the server, without a launcher, or as a user types it.
             by_script: typed with scripts/launch/per_node.sh instead of `deepspeed`.
             nodes: how many the forked processes take themselves to be on.
+            namespaces: those of a `Wire`, if each node is to be one.
             module: what the forked processes run, in the place of `train`.
         """
         self.run, self.count, self.forked = run, processes, forked
@@ -66,13 +69,18 @@ class Launch:
         self._metrics = _state(run / "metrics.jsonl")
         self.port = port = free_port()
         if forked:
+            nodes = len(namespaces) or nodes
             for rank in range(processes):
-                own = environment.copy()
+                own, namespace, of_node = environment.copy(), None, processes // nodes
                 if processes > 1:
-                    of_node = processes // nodes
                     own |= {"RANK": str(rank), "LOCAL_RANK": str(rank % of_node), "WORLD_SIZE": str(processes)}
                     own |= {"LOCAL_SIZE": str(of_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                self._children.append(fork(module, arguments, own, self.log, self.log))
+                if nodes > 1:
+                    own |= {"LAUNCHER_PID": f"{rank // of_node}"}  # each has its own, which says what became of the run
+                if namespaces:
+                    namespace = namespaces[rank // of_node]
+                    own |= {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": LINK}
+                self._children.append(fork(module, arguments, own, self.log, self.log, namespace))
             return
         command = [sys.executable, "-m", "train"]
         if processes > 1:
@@ -139,7 +147,7 @@ class Launch:
             time.sleep(0.1)  # looking through all processes takes a while itself
         return found
 
-    def place_of(self, rank: int) -> Callable[[], tuple[int, str]] | None:
+    def position(self, rank: int) -> Callable[[], tuple[int, str]] | None:
         """What reads step and phase of a process from the page that it shares with its guardian; None before that."""
         return position_of(self.ranks().get(rank))
 
@@ -171,8 +179,10 @@ class Launch:
 
     def where(self) -> str:
         """Where its processes are, as far as their guards tell."""
-        places = {rank: self.place_of(rank) for rank in range(self.count)}
-        return ", ".join(f"process {rank} in {place()}" for rank, place in places.items() if place) or "places unknown"
+        positions = {rank: self.position(rank) for rank in range(self.count)}
+        return (
+            ", ".join(f"process {rank} in {read()}" for rank, read in positions.items() if read) or "positions unknown"
+        )
 
     def wait_for_none_left(self, seconds: float) -> None:
         """Returns when no process of it is left.

@@ -57,7 +57,7 @@ def last_step(run: Path) -> int:
 
 def last_checkpoint(run: Path) -> int:
     """The step of the newest checkpoint; 0 if there is none."""
-    return max((checkpoint.step_of(place) or 0 for place in checkpoint.paths(run)), default=0)
+    return max((checkpoint.step_of(path) or 0 for path in checkpoint.paths(run)), default=0)
 
 
 def record(run: Path) -> list[dict[str, Any]]:
@@ -93,8 +93,8 @@ def check_newest(run: Path) -> int:
     return found.step
 
 
-def stored_shapes(place: Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """The parameters of a checkpoint that is known to be whole."""
     from data.disk.tensor_file import read_header
 
-    return {tensor.name: tensor.shape for tensor in read_header(place / "master.safetensors")}
+    return {tensor.name: tensor.shape for tensor in read_header(directory / "master.safetensors")}

@@ -41,17 +41,17 @@ Settings = dict[str, str]
 
 
 @contextlib.contextmanager
-def workplace(options: argparse.Namespace) -> Iterator["Workplace"]:
+def opened(options: argparse.Namespace) -> Iterator["Workplace"]:
     """A place for runs; it is removed unless something failed there, or the user named it."""
     scratch = options.scratch or Path(tempfile.mkdtemp(prefix="torture-"))
     scratch.mkdir(parents=True, exist_ok=True)
-    place = Workplace(scratch.resolve(), typed=not options.forked)
-    place.prepare()
+    workplace = Workplace(scratch.resolve(), typed=not options.forked)
+    workplace.prepare()
     try:
-        yield place
+        yield workplace
     finally:
-        place.end_all()
-        if place.keep or options.scratch:
+        workplace.end_all()
+        if workplace.keep or options.scratch:
             print(f"The runs are in {scratch}")
         else:
             shutil.rmtree(scratch)
@@ -110,35 +110,54 @@ class Workplace:
         return SETTINGS | where | {name.replace("__", "."): value for name, value in changed.items()}
 
     def launch(
-        self, run: Path, processes: int, *, forked: bool = True, by_script: bool = False, **changed: str
+        self,
+        run: Path,
+        processes: int,
+        *,
+        forked: bool = True,
+        by_script: bool = False,
+        nodes: int = 1,
+        namespaces: tuple[str, ...] = (),
+        **changed: str,
     ) -> "Launch":
-        """Starts a run, or goes on with one."""
+        """Starts a run, or goes on with one; see `Launch`."""
         settings = self.settings(run, **changed)
         arguments = [f"{name}={value}" for name, value in settings.items()]
-        made = Launch(run, arguments, processes, forked=forked, by_script=by_script)
+        where = {"nodes": nodes, "namespaces": namespaces}
+        made = Launch(run, arguments, processes, forked=forked, by_script=by_script, **where)
         self.launches.append(made)
         return made
 
-    def finish(self, run: Path, processes: int, *, forked: bool = True, **changed: str) -> "Launch":
+    def finish(
+        self,
+        run: Path,
+        processes: int,
+        *,
+        forked: bool = True,
+        nodes: int = 1,
+        namespaces: tuple[str, ...] = (),
+        **changed: str,
+    ) -> "Launch":
         """A launch that nothing is done to, to its end.
 
         Raises:
             FailedError: it does not end well.
         """
-        launch = self.launch(run, processes, forked=forked, **changed)
+        launch = self.launch(run, processes, forked=forked, nodes=nodes, namespaces=namespaces, **changed)
         codes = launch.wait()
         if any(codes):
             raise FailedError(f"a launch that nothing was done to ended with {codes}:\n{launch.said()}")
         return launch
 
-    def reference(self, processes: int, **changed: str) -> Path:
+    def reference(self, processes: int, *, nodes: int = 1, **changed: str) -> Path:
         """A run that nothing happens to; made once for the same settings, whoever else wants it meanwhile."""
-        name = "-".join(["whole", str(processes), *(f"{key}={value}" for key, value in sorted(changed.items()))])
+        on = f"{processes}" if nodes == 1 else f"{processes}on{nodes}"
+        name = "-".join(["whole", on, *(f"{key}={value}" for key, value in sorted(changed.items()))])
         run = self.wholes / re.sub(r"[^\w.-]", "_", name)
         with run.with_name(f"{run.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (run / "receipt.json").exists():
-                self.finish(run, processes, forked=not self.typed, **changed)
+                self.finish(run, processes, forked=nodes > 1 or not self.typed, nodes=nodes, **changed)
         return run
 
     def interrupted(self, name: str, step: int, processes: int = 1, **changed: str) -> Path:

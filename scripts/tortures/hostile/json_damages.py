@@ -1,6 +1,7 @@
 """Ways to damage JSON, a line of it, and the head of a safetensors file, which is JSON too."""
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,10 @@ RAW = (
     "tru",
 )
 """Text that is put in the place of a value, most of it no JSON."""
+
+NUMBER = re.compile(r"(?<=[ :\[,])-?\d+(\.\d+)?([eE][-+]?\d+)?(?=[,\]}\s])")
+NUMBERS = ("1e308", "-1", "1e400", "9" * 350, "true", "0.5", "-0", "4611686018427387904", "null")
+"""What is put in the place of a third of a text's numbers."""
 
 KEYS = (
     *("auto_map", "quantization_config", "attn_implementation", "transformers_weights", "_target_", "__metadata__"),
@@ -156,6 +161,11 @@ def _doubled(text: str, random: Random) -> tuple[str, str]:
     return f"{text.rstrip()[:-1]}, {json.dumps(name)}: {odd}}}", f"{name[:60]} twice, then {odd[:40]}"
 
 
+def _numbers(text: str, random: Random) -> tuple[str, str]:
+    odd = random.choice(NUMBERS)
+    return NUMBER.sub(lambda found: odd if random.random() < 0.3 else found[0], text), f"many numbers {odd[:20]}"
+
+
 OF_TEXT: dict[str, Callable[[str, Random], tuple[str, str]]] = {
     "value": _value,
     "another value": _value,
@@ -164,6 +174,7 @@ OF_TEXT: dict[str, Callable[[str, Random], tuple[str, str]]] = {
     "without": _without,
     "with": _more,
     "doubled": _doubled,
+    "many numbers": _numbers,
 }
 
 

@@ -16,6 +16,7 @@ TRAINING = (
 )
 ASKED = {"base": "in/base", "prompt": "Hi", "device": "cpu", "dtype": "float32", "max_new_tokens": 3}
 BATCH = {"task": "batch", "prompt": "", "batching": "padded", "output": "out/answers.jsonl"}
+EVALUATION = {"task": "evaluate", "prompt": "", "tasks": ["winogrande", "gsm8k"], "data": "in/tasks", "max_tokens": 256}
 
 
 def prepare(**settings: Any) -> None:
@@ -46,6 +47,16 @@ def batch(**settings: Any) -> None:
 def merge(**settings: Any) -> None:
     """`python -m inference task=merge`."""
     ask(task="merge", prompt="", dtype="auto", output="out/merged", **{"adapter": "in/adapter", **settings})
+
+
+def evaluate(**settings: Any) -> None:
+    """`python -m inference task=evaluate`."""
+    ask(**EVALUATION, **settings)
+
+
+def card() -> None:
+    """`python -m inference task=card`."""
+    ask(task="card", prompt="", adapter="out/run/adapter", output="out/card.md")
 
 
 def run_training(*arguments: str) -> None:

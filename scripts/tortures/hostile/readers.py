@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.disk.files import sha256
 
-from .programs import ask, batch, go_on, look, merge, prepare, resume, train
+from .programs import ask, batch, card, evaluate, go_on, look, merge, prepare, resume, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,10 @@ MERGED = ("out/merged/model.safetensors",)
 CHECKPOINT = tuple(
     f"out/run/checkpoints/step-000002/{name}"
     for name in ("manifest.json", "trainer.json", "master.safetensors", "exp_avg.safetensors")
+)
+RUN = tuple(
+    f"out/run/{name}"
+    for name in ("metrics.jsonl", "receipt.json", "launches.jsonl", "config.yaml", "evaluation/results.json")
 )
 
 
@@ -135,6 +139,51 @@ READERS = (
         ("in/base", "in/prompt.txt"),
         weight=4,
     ),
+    Reader(
+        "evaluate: rows",
+        ("in/tasks/winogrande/validation.jsonl", "in/tasks/winogrande/train.jsonl", "in/tasks/gsm8k/test.jsonl"),
+        lambda: evaluate(output="out/evaluation"),
+        ("in/base", "in/tasks"),
+        ("out/evaluation/questions.jsonl",),
+        prints=False,
+        weight=4,
+    ),
+    Reader(
+        "evaluate: journal",
+        ("out/evaluation/answers.part",),
+        lambda: evaluate(output="out/evaluation"),
+        ("in/base", "in/tasks", "out/evaluation"),
+        ("out/evaluation/questions.jsonl",),
+        prints=False,
+        weight=6,
+    ),
+    Reader(
+        "evaluate: compare",
+        ("in/before/results.json", "in/before/questions.jsonl"),
+        lambda: evaluate(output="out/evaluation", compare="in/before"),
+        ("in/base", "in/tasks", "in/before"),
+        ("out/evaluation/questions.jsonl",),
+        prints=False,
+        weight=6,
+    ),
+    Reader(
+        "card",
+        (*BASE[:1], *RUN, "out/run/adapter/receipt.json", "out/run/adapter/train_config.yaml"),
+        card,
+        ("in/base", "in/prepared", "out/run"),
+        ("out/card.md",),
+        prints=False,
+        weight=6,
+    ),
+    Reader(
+        "report of a run",
+        RUN,
+        train("task=report", "run_dir=out/run", "answers=false"),
+        ("in/base", "in/prepared", "out/run"),
+        ("out/run/report.html",),
+        prints=False,
+        weight=15,
+    ),
     Reader("checkpoint", CHECKPOINT, go_on, ("out/run", "in/shapes.json"), weight=30),
     Reader("plan", ("in/base/config.json",), train("dry_run=true"), ("in/base", "in/prepared"), weight=8),
     Reader(
@@ -181,7 +230,7 @@ READERS = (
     ),
     Reader(
         "train: goes on",
-        ("out/run/metrics.jsonl", *CHECKPOINT),
+        ("out/run/metrics.jsonl", "out/run/launches.jsonl", *CHECKPOINT),
         resume,
         ("in/base", "in/prepared", "out/run"),
         ("out/run/adapter/adapter_model.safetensors",),

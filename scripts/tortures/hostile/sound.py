@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from inference.config import InferenceConfig
 
-from .programs import ASKED, BATCH, batch, prepare, run_training
+from .programs import ASKED, BATCH, EVALUATION, batch, evaluate, prepare, run_training
 
 ROOT = Path(__file__).parents[3]
 SMALL = {
@@ -25,6 +25,11 @@ SMALL = {
     "initializer_range": 0.3,
 }
 ROWS_OF_A_FILE = 24
+QUESTIONS = {
+    "winogrande": {"sentence": "The _ is wet.", "option1": "sea", "option2": "hill", "answer": "1"},
+    "gsm8k": {"question": "How many?", "answer": "Two.\n#### 2"},
+}
+"""A row of each task that is scored."""
 
 
 def build(directory: Path) -> None:
@@ -59,6 +64,7 @@ def build(directory: Path) -> None:
     tokens = {"tokens_per_expert": [[5, 7]]}
     (directory / "in/expert_load.json").write_text(json.dumps(tokens))
     _interrupt(Path("in/prompts/prompts.jsonl"))
+    _evaluate()
 
 
 def _interrupt(prompts: Path) -> None:
@@ -71,6 +77,30 @@ def _interrupt(prompts: Path) -> None:
     first = answers.read_text().splitlines()[0]
     answers.with_name("answers.jsonl.part").write_text(f"{json.dumps(identity(asked, prompts))}\n{first}\n")
     answers.unlink()
+
+
+def _evaluate() -> None:
+    """Leaves an evaluation to compare with, one beside the adapter, and the journal of one that was killed."""
+    from inference.evaluation.answering import answer_all, plan_of
+    from inference.evaluation.evaluate import identity
+    from inference.evaluation.journal import open_journal
+    from inference.evaluation.leaderboard.rows import read_task
+    from inference.load import Loaded, find_base, load_base, load_tokenizer
+
+    for folder, files in (("winogrande", ("validation", "train")), ("gsm8k", ("test", "train"))):
+        Path("in/tasks", folder).mkdir(parents=True)
+        for name, of_task in zip(files, (3, 6), strict=True):
+            lines = (json.dumps(QUESTIONS[folder] | {"id": number}) + "\n" for number in range(of_task))
+            Path("in/tasks", folder, f"{name}.jsonl").write_text("".join(lines))
+    evaluate(output="in/before")
+    evaluate(adapter="out/run/adapter", output="out/run/evaluation")
+    asked = InferenceConfig(**{**ASKED, **EVALUATION})
+    base = find_base(asked)
+    questions = [question for name in asked.tasks for question in read_task(name, asked.data).questions]
+    with open_journal(Path("out/evaluation/answers.part"), identity(asked, base)) as journal:
+        loaded = Loaded(load_base(base, asked).eval(), load_tokenizer(base))
+        plan = plan_of(questions, loaded.tokenizer, asked, SMALL["max_position_embeddings"])
+        answer_all(loaded, asked, plan, journal, lambda _: None)
 
 
 def _rows(top: Path, rows: list[dict[str, Any]]) -> None:

@@ -71,9 +71,11 @@ def test_a_heatmap_has_a_cell_for_each_number() -> None:
 
 
 def test_intervals_reach_two_errors_to_both_sides() -> None:
-    chart = intervals([("arc", [("tuned", 60.0, 1.5), ("base", 58.0, 1.5)])], label="Scores")
+    chart = intervals([("arc", [("tuned", 60.0, 1.5), ("base", 58.0, 1.5)])], low=0, high=100, label="Scores")
     assert "arc, tuned: 60.00 ± 1.50" in titles(chart)
-    assert "Nothing yet" in intervals([], label="Scores")
+    assert ">0<" in intervals([("arc", [("tuned", 1.0, 2.0)])], low=0, high=100, label="Scores")  # and nothing below
+    assert ">-" not in intervals([("arc", [("tuned", 1.0, 2.0)])], low=0, high=100, label="Scores")
+    assert "Nothing yet" in intervals([], low=0, high=100, label="Scores")
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Every YAML composes to the settings of its program, says what comes out, and passes the checks."""
 
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -105,3 +105,10 @@ def test_recipes_override_groups_before_they_speak() -> None:
     assert config.lora.rank == 3  # the command line has the last word
     assert composed("train", ["recipe=quickstart"]).model.path == "runs/quickstart-base/model"
     assert composed("train", []).model.path is None
+
+
+def test_the_recipe_for_one_gpu_is_the_full_one_but_for_a_few_settings() -> None:
+    full, one = (composed("train", [f"recipe=openhermes_mixtral_8x7b{of}"]) for of in ("", "_one_gpu"))
+    changed = {key for key in leaves(full) if OmegaConf.select(full, key) != OmegaConf.select(one, key)}
+    shape = {"model.weights", "activation_checkpointing", "deepspeed.stage", "hardware.processes"}
+    assert changed == {"name", *shape}

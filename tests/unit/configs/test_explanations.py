@@ -19,7 +19,7 @@ from configs.program.explanations.help import docstrings
 from configs.program.explanations.program import Program
 from data.config import PrepareConfig
 from inference.config import InferenceConfig
-from tests.unit.test_readmes import problem, settings_of
+from tests.support.readmes import problem, settings_of
 from train.config.train import TrainConfig
 
 SCHEMAS: dict[str, type] = {"data": PrepareConfig, "train": TrainConfig, "inference": InferenceConfig}

@@ -16,8 +16,8 @@ from configs.program.errors import UserError
 from inference.adapter import Adapter
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base, load, load_base, load_tokenizer
-from tests.hub import FIRST, SECOND, Hub
 from tests.support.adapters import make_adapter, make_base
+from tests.support.hub import FIRST, SECOND, Hub
 from train.config.model import ModelConfig
 from train.config.train import TrainConfig
 from train.model import mixtral

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data.prepared.dataset import PreparedDataset
-from tests.unit.data.prepared.test_dataset import prepared
+from tests.support.prepared import prepared
 from train.config.train import BatchArithmetic, TrainConfig
 from train.expert_load import rows_to_profile, save
 

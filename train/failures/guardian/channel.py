@@ -15,8 +15,11 @@ and the end of the path."""
 
 PAGE_BYTES = POSITION.size + 2 * DISK.size
 
+START = -1
+"""The step of a process that has not begun with its first one: it reads, hashes, downloads, compiles, joins."""
+
 JOIN_TIMEOUT = 30.0
-"""How many seconds the hub waits for the others to connect, or `peer_timeout` if that is longer."""
+"""Seconds within which process 0's guardian has to take a connection."""
 
 PAUSE = 5
 """A guardian that slept for so many beat intervals was itself held up, and blames nobody for what it did not hear."""

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from train.failures.guardian.channel import DISK, PAUSE, POSITION, Channel, beat_interval
+from train.failures.guardian.channel import DISK, PAUSE, POSITION, START, Channel, beat_interval
 
 KILL_AFTER = 5.0
 """Seconds that a training process has to leave after the verdict; then it is killed."""
@@ -34,10 +34,13 @@ LEAVE_WITHIN = 20.0
 """Seconds that it has at least if it leaves for a reason of its own: enough to report it, and for the waits of
 `train.failures.errors.UNISON` and `configs.program.entry.leave`."""
 
+IDLE = 4096
+"""Bytes a second that a process may read and write while it waits: signs of life, and threads that look around."""
+
 
 def position(step: int, phase: str, host: str) -> str:
     """Step, phase and machine in words."""
-    return f"step {step} ({phase}) on {host}"
+    return f"{'its start' if step == START else f'step {step}'} ({phase}) on {host}"
 
 
 def duration(seconds: float) -> str:
@@ -54,6 +57,16 @@ def progress(pid: int, thread: int) -> list[int]:
         grown += (int(after_name[field]) for field in (9, 11, 12))  # majflt, utime and stime of proc(5)
         grown += (int(line.split()[1]) for line in (task / "io").read_text().splitlines()[:2])
     return grown
+
+
+def bytes_moved(pid: int) -> int:
+    """Bytes that a process has read and written and memory that it has touched for the first time, by its own count."""
+    done = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        done += sum(int(line.split()[1]) for line in Path(f"/proc/{pid}/io").read_text().splitlines()[:2])
+        faults = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        done += (int(faults[7]) + int(faults[9])) * mmap.PAGESIZE  # minflt and majflt of proc(5)
+    return done
 
 
 class Guardian:
@@ -74,9 +87,11 @@ class Guardian:
         self.gone = False
         self.disk_waits: dict[int, tuple[object, float]] = {}
         """For each of the page's threads, what it had got done when that last changed, and when that was."""
+        self.work = 0
+        """`bytes_moved` of the process when it last did more than wait, in its start."""
         self.selector = selectors.DefaultSelector()
         self.selector.register(trainer.reading, selectors.EVENT_READ, self.hear_trainer)
-        self.now = self.trainer_heard = time.monotonic()
+        self.now = self.trainer_heard = self.worked = time.monotonic()
 
     def run(self) -> NoReturn:
         """Watches until the run ends."""
@@ -94,6 +109,7 @@ class Guardian:
                 if not self.trainer_lives():  # a child that it forked may hold the pipe open
                     self.trainer_gone()
                 self.trainer.send(beat=True)
+                self.watch_start()
                 self.watch_disk()
                 self.tick()
 
@@ -115,7 +131,7 @@ class Guardian:
         step, moves, since, phase = POSITION.unpack_from(self.page)
         return {
             "silent": self.now - self.trainer_heard,
-            "standing": self.now - since,
+            "standing": self.now - (max(since, self.worked) if step == START else since),
             "step": step,
             "moves": moves,
             "phase": phase.rstrip(b"\0").decode(errors="replace"),
@@ -128,14 +144,24 @@ class Guardian:
         return [(thread, since, path.rstrip(b"\0").decode(errors="replace")) for thread, since, path in found]
 
     def watch_disk(self) -> None:
-        """Reports a thread that waits for a disk and has got nothing done for `disk_timeout`."""
+        """Reports a thread that waits for a disk and has got nothing done for `disk_timeout`.
+
+        In its start the thread may have helpers that read, and what the whole process does counts too.
+        """
         for slot, (thread, since, path) in enumerate(self.at_disk()):
-            done = (thread, since, progress(self.setup["pid"], thread))
+            done = (thread, since, self.worked, progress(self.setup["pid"], thread))
             before, when = self.disk_waits.get(slot, (None, self.now))
             if not thread or done != before:
                 self.disk_waits[slot] = (done, self.now)
             elif self.now - when > self.setup["disk_timeout"] and not self.parting:
                 self.report(hung=path)
+
+    def watch_start(self) -> None:
+        """Notes when the process last did more than wait: its start takes as long as there is something to read."""
+        if POSITION.unpack_from(self.page)[0] == START:
+            done = bytes_moved(self.setup["pid"])
+            if done - self.work > IDLE * (self.now - self.worked):
+                self.work, self.worked = done, self.now
 
     def hear_trainer(self) -> None:
         """Takes what the training process says."""

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from train.failures.guardian.channel import JOIN_TIMEOUT, PAUSE, Channel
+from train.failures.guardian.channel import PAUSE, START, Channel
 from train.failures.guardian.guardian import Guardian, duration, position
 
 STRANGER_TIMEOUT = 10.0
@@ -38,7 +38,7 @@ class Member:
     """For how many seconds, at that time, the process had given its guardian no sign of life."""
     standing: float = 0.0
     """For how many seconds, at that time, its main thread had been in the same phase."""
-    step: int = 0
+    step: int = START
     moves: int = 0
     phase: str = "starting"
     disk: str = ""
@@ -179,10 +179,10 @@ class Hub(Guardian):
         for stranger, since in list(self.strangers.items()):
             if self.now - since > STRANGER_TIMEOUT:
                 self.drop(stranger)
-        patience = max(JOIN_TIMEOUT, self.peer_timeout)
+        patience = self.setup["start_timeout"]
         if not self.ready and self.now - self.started > patience:
             missing = [rank for rank in range(self.count) if rank not in self.members]
-            self.conclude([], f"{ranks_in_words(missing)} not joined the guard within {duration(patience)}")
+            self.conclude([], f"{ranks_in_words(missing)} not come to the start within {duration(patience)}")
         self.find_silence()
         self.find_stall()
         speakers = self.speakers([self.own])

@@ -14,10 +14,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from configs.program.errors import UserError
 from data.disk import nf4
 from data.disk.architecture import read_architecture
+from data.disk.loading.layers import quantise
 from train.config.model import ModelConfig
 from train.config.train import TrainConfig
 from train.lora import attach
-from train.lora.quantised import quantise
 from train.model import mixtral
 
 

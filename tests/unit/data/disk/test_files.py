@@ -17,7 +17,7 @@ import pytest
 
 from configs.program.errors import UserError
 from data.disk import files
-from data.disk.files import lock, occupied, remove, replace_file, staging
+from data.disk.files import lock, occupied, open_alone, remove, replace_file, staging
 from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND
 from data.stages import writing
@@ -187,6 +187,17 @@ def test_a_lock_is_held_once_and_goes_with_its_descriptor(tmp_path: Path) -> Non
     os.close(first)
     assert lock(second)
     os.close(second)
+
+
+@pytest.mark.parametrize("content", [None, "", "kept\n"])
+def test_what_a_link_leads_to_is_not_written_by_who_appends(tmp_path: Path, content: str | None) -> None:
+    target, link = tmp_path / "elsewhere", tmp_path / "journal"
+    if content is not None:
+        target.write_text(content)
+    link.symlink_to(target)
+    with pytest.raises(UserError, match=r"output: .*journal is a link; remove it, or name another"):
+        open_alone(link, setting="output")
+    assert (target.read_text() if target.exists() else None) == content
 
 
 def test_what_is_at_a_path(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Packed rows become batches, and a schedule deals them out: each row once an epoch, whatever the processes."""
 
 import itertools
 import json
@@ -22,25 +22,11 @@ from data.prepared.dataset import (
     evaluation_batches,
     share,
 )
-from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, ROW_SCHEMA, SPLITS, open_split
+from data.prepared.layout import LAYOUT, MANIFEST, MANIFEST_KIND, ROW_SCHEMA, open_split
 from data.schema import IGNORE_INDEX, PackedRow
-from tests.support.manifests import manifest_of
+from tests.support.prepared import ROWS, SEQ_LEN, prepared, write
 
 X = IGNORE_INDEX
-SEQ_LEN = 6
-
-ROWS = [
-    PackedRow(ids=[1, 10, 11, 1, 12], spans=[1, 2, 1, 1], lengths=[3, 2], rows=[7, 3]),
-    PackedRow(ids=[1, 20, 21, 22, 23, 2], spans=[2, 4], lengths=[6], rows=[5]),
-    PackedRow(ids=[1, 30], spans=[1, 1], lengths=[2], rows=[0]),
-]
-
-
-def write(path: Path, rows: list[PackedRow]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {name: [getattr(row, name) for row in rows] for name in ROW_SCHEMA.names}
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as arrow:
-        arrow.write_table(pa.table(columns, schema=ROW_SCHEMA))
 
 
 @pytest.fixture
@@ -248,14 +234,6 @@ def test_only_an_unpacked_dataset_groups_by_length(tmp_path: Path, packing: bool
 
 
 # The directory
-
-
-def prepared(directory: Path, *, packing: bool = True) -> Path:
-    """A prepared dataset of ROWS, as small as can be."""
-    for split, rows in zip(SPLITS, (ROWS, []), strict=True):
-        write(directory / split / "rows.arrow", rows)
-    (directory / MANIFEST).write_text(json.dumps(manifest_of(directory, seq_len=SEQ_LEN, packing=packing)))
-    return directory
 
 
 def test_prepared_dataset_opens_its_splits(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ import pytest
 
 from configs.program.errors import UserError
 from data.disk.files import sha256
+from data.disk.hub_refusals import cache_folder
 from data.prepared.layout import open_split
 from data.rows.repository import CONVERTED, Wanted, choose
 from data.stages.contamination import GRAM
 from data.template import ChatTokenizer
-from tests.hub import FIRST, SECOND, Hub
+from tests.support.hub import FIRST, SECOND, Hub
 
 OFFLINE = "huggingface_hub.constants.HF_HUB_OFFLINE"
 
@@ -144,6 +145,26 @@ def test_a_branch_that_can_t_be_asked_for_is_what_it_was_last(
     assert f"hub: user/rows can't be asked about; its main is {FIRST}, as when it last could\n" in outcome.stderr
     (told,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]
     assert (words(tmp_path / "out"), told["commit"]) == ({"old"}, FIRST)
+
+
+@pytest.mark.parametrize("content", [b"../../elsewhere", b"\xff\xfe", b"", None])
+def test_a_cache_that_is_damaged_names_no_folder(
+    hub: Hub,
+    prepared: Callable[..., Any],
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes | None,
+) -> None:
+    """None stands for a folder in the place of what a branch was last; asked again, the hub mends it."""
+    hub.add("datasets/user/rows", {"train.jsonl": lines("old")})
+    prepared("dataset=user/rows")
+    ref = cache_folder("dataset", "user/rows") / "refs" / "main"
+    ref.unlink()
+    ref.mkdir() if content is None else ref.write_bytes(content)
+    monkeypatch.setattr(OFFLINE, True)
+    assert f"or name a commit that is in the cache: {FIRST}" in refused("dataset=user/rows", "seed=1")
+    monkeypatch.setattr(OFFLINE, False)
+    assert prepared("dataset=user/rows", "seed=1")[0] == {"old"}
 
 
 def test_files_that_the_hub_fails_to_give_are_not_replaced(

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Files → rows → conversations of the instruction schema, and what can't be read or used."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A packing plan: every conversation once, no row too long, and rows filled as well as they can be."""
 
 import itertools
 from collections.abc import Callable

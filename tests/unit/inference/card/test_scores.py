@@ -73,6 +73,7 @@ def test_within_the_chat_template_nothing_is_the_leaderboards(tmp_path: Path) ->
         ({"model": 5}, "of another base or adapter"),
         ({"tasks": {"arc": 5}}, "no scores of the card's tasks can be read"),
         ({"tasks": MEASURED | {"arc": {"score": "high"}}}, "no scores of the card's tasks can be read"),
+        ({"tasks": MEASURED | {"arc": MEASURED["arc"] | {"score": 66.3}}}, "no scores of the card's tasks can be read"),
         ({"tasks": {}}, "no scores of the card's tasks can be read"),
     ],
 )

@@ -64,6 +64,7 @@ def test_all_six_tasks_before_and_after(given: Path, tmp_path: Path, capfd: pyte
         assert pair["won"] == sum(new > old for new, old in zip(after, before, strict=True))
     assert result["average"]["score"] == pytest.approx(sum(t["score"] for t in result["tasks"].values()) / 6)
     assert result["prompts"]["arc"]["equal"] is False
+    assert result["prompts"]["gsm8k"]["stop"] == [":", "Question:", "Question"]
     assert not list((tmp_path / "out").glob("*.part"))
     shown = capfd.readouterr().out
     for text in ("63.91 ± 1.40", "Fewer than 400 questions", "average", "not the leaderboard's", "Holm"):
@@ -87,21 +88,42 @@ def test_an_earlier_evaluation_is_compared_as_the_base_is(given: Path, tmp_path:
     changed.data = str(other)
     with pytest.raises(UserError, match=r"asked with another prompt|has no answer"):
         evaluate(changed)
+    chat = config(given, tmp_path / "chat", tasks=QUICK, compare=str(tmp_path / "base"), chat=True)
+    with pytest.raises(UserError, match=r"^chat=True: the questions of compare=.* were asked with chat=False"):
+        evaluate(chat)
     with pytest.raises(UserError, match="there is no evaluation"):
         evaluate(config(given, tmp_path / "none", tasks=QUICK, compare=str(tmp_path / "rows")))
 
 
 @pytest.mark.parametrize("name", ["results.json", "questions.jsonl"])
-@pytest.mark.parametrize("content", ["5", "[" * 5000, '{"model": 5}', '{"task": "arc", "row": "x"}', None])
+@pytest.mark.parametrize("content", ["5", "[" * 5000, '{"settings": 5}', '{"task": "arc", "row": "x"}', None])
 def test_an_earlier_evaluation_that_is_damaged_is_refused(tmp_path: Path, name: str, content: str | None) -> None:
     """None stands for a pipe into which nobody writes."""
-    (tmp_path / "results.json").write_text('{"model": {}}')
+    (tmp_path / "results.json").write_text('{"settings": {}}')
     (tmp_path / "questions.jsonl").write_text('{"task": "arc", "row": 0, "score": 1.0, "prompt": "00"}\n')
     assert read_earlier(tmp_path).questions.keys() == {("arc", "arc", 0)}
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name) if content is None else (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=r"it can't be read .*; evaluate again"):
         read_earlier(tmp_path)
+
+
+@pytest.mark.parametrize("score", ["1e308", "-1", "1e400", "true", "9" + "0" * 350])
+def test_a_score_that_is_no_share_is_refused(tmp_path: Path, score: str) -> None:
+    (tmp_path / "results.json").write_text('{"model": {}}')
+    (tmp_path / "questions.jsonl").write_text(f'{{"task": "arc", "row": 0, "score": {score}, "prompt": "00"}}\n')
+    with pytest.raises(UserError, match=r"it can't be read .*; evaluate again"):
+        read_earlier(tmp_path)
+
+
+@pytest.mark.parametrize("answers", ['["x", "y"]', "[1, null]", "[1.0]", "[1.0, 2.0, 3.0]", "[[], {}]"])
+def test_answers_that_a_journal_can_not_hold_are_refused(tmp_path: Path, answers: str) -> None:
+    path = tmp_path / "answers.part"
+    path.write_text(f'{{"evaluation": {{}}}}\n{{"unit": "a", "answers": {answers}}}\n')
+    with open_journal(path, {}) as journal:
+        assert "a" in journal
+        with pytest.raises(UserError, match=r"answers.part is damaged \(.*\); remove it to start over"):
+            journal.answers("a", float, 2)
 
 
 def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
@@ -179,7 +201,7 @@ def test_limit_takes_the_first_of_the_same_questions(given: Path, tmp_path: Path
     [
         ({"tasks": []}, "tasks: there is nothing to score"),
         ({"tasks": ["arc", "arc"]}, "tasks=arc: it is named twice"),
-        ({"limit": 0}, "limit=0"),
+        ({"limit": 1}, "limit=1: one question has no standard error"),
         ({"bos": "maybe"}, "bos=maybe"),
         ({"max_tokens": 0}, "max_tokens=0"),
     ],

@@ -21,8 +21,8 @@ def test_whole_units_are_kept_and_the_rest_is_cut_off(tmp_path: Path) -> None:
     for rest in (b'{"unit": "c", "ans', b'{"unit": "c", "answers": 3}\n', b'{"unit": ["c"], "answers": []}\n', b"3\n"):
         path.write_bytes(whole + rest)
         with open_journal(path, IDENTITY) as journal:
-            assert journal["a"] == [float("-inf"), 1.5]
-            assert journal["b"] == ["\ud83d"]
+            assert journal.answers("a", float, 2) == [float("-inf"), 1.5]
+            assert journal.answers("b", str, 1) == ["\ud83d"]
             assert "c" not in journal
         assert path.read_bytes() == whole
 

@@ -44,7 +44,7 @@ from inference.merging.verify import (
 )
 from inference.run import run
 from tests.conftest import Live
-from tests.support.adapters import KINDS, make, make_adapter, make_base
+from tests.support.adapters import KINDS, dequantised, make, make_adapter, make_base
 from tests.support.killing import killed_at_every_change
 
 ROOT = Path(__file__).parents[4]
@@ -581,3 +581,21 @@ if __name__ == "__main__":
 def test_names_that_look_like_markup_are_printed_whole(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     merging._show(Path(name), {"merged": {"bytes": 10, "seconds": 1.0}, "verification": None})
     assert name in capsys.readouterr().err
+
+
+def test_a_merge_says_that_its_adapter_was_trained_on_four_bits_and_how_far_it_is_from_that(tmp_path: Path) -> None:
+    config = make(tmp_path)
+    (tmp_path / "adapter" / "receipt.json").write_text(json.dumps({"base": {"weights": "nf4"}}))
+    receipt = merge(config)
+    assert receipt["adapter"]["trained_on_base_in"] == "nf4"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "was trained on this base quantised to nf4, and is merged into its 16 bits here." in card
+    assert f"they differ by {receipt['verification']['logits_difference_from_training']:.1e}." in card
+    # as stock PEFT has it on the dequantised base
+    tokenizer = ChatTokenizer.load(str(tmp_path / "out"))
+    base = dequantised(MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32))
+    trained = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    merged = MixtralForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    exact, ours = (logits(model, tokenizer, sample_conversations()).double() for model in (trained, merged))
+    difference = ((ours - exact).norm(dim=-1) / exact.norm(dim=-1)).median()
+    assert receipt["verification"]["logits_difference_from_training"] == pytest.approx(float(difference), rel=0.02)

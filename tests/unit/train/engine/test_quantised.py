@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unit.train.engine.test_engine import held, pytestmark, rows, same, settings  # noqa: F401
+from tests.support.engines import DEEPSPEEDS_WARNINGS, held, rows, same, settings
 from tests.unit.train.lora.test_quantised import pair
 from train.config.engine import HardwareConfig
 from train.config.train import BatchArithmetic
@@ -11,6 +11,8 @@ from train.engine.engine import Engine
 from train.engine.processes import join_processes
 from train.loop import step
 from train.model.loss import MixtralWithLoss
+
+pytestmark = DEEPSPEEDS_WARNINGS
 
 
 @pytest.mark.parametrize(

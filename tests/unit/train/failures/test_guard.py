@@ -17,7 +17,7 @@ import pytest
 
 from configs.program import entry
 from configs.program.errors import UserError
-from train.failures.guard import EXIT_PEER_LOST, Guard, Meeting
+from train.failures.guard import EXIT_PEER_LOST, Guard, Place
 from train.failures.guardian.channel import Channel
 from train.failures.guardian.judge import Hub, Member
 
@@ -118,9 +118,9 @@ class Run:
     ):
         prefixes = [["ip", "netns", "exec", name] for name in namespaces] or [[]] * count
         self.trainers = [Trainer(root, rank, count, host, prefixes[rank], options) for rank in range(count)]
-        self.meeting: Meeting | None = None
+        self.meeting: Place | None = None
 
-    def join(self, before_last: Callable[[Meeting], None] = lambda meeting: None) -> None:
+    def join(self, before_last: Callable[[Place], None] = lambda meeting: None) -> None:
         """Lets them find each other; `before_last` happens when all but the last are on their way."""
         meetings = [trainer.answer() for trainer in self.trainers]
         for trainer in self.trainers[:-1]:
@@ -164,7 +164,7 @@ def start(project_root: Path) -> Iterator[Start]:
         *,
         host: str = "127.0.0.1",
         namespaces: list[str] | None = None,
-        before_last: Callable[[Meeting], None] = lambda meeting: None,
+        before_last: Callable[[Place], None] = lambda meeting: None,
         **options: float,
     ) -> Run:
         run = Run(project_root, count, options, host=host, namespaces=namespaces or [])
@@ -273,7 +273,7 @@ def test_an_end_without_done_is_a_failure(start: Start) -> None:
     run.trainers[1].tell("leave()")
     (code, stderr), other = run.ends()
     assert code == EXIT_PEER_LOST
-    assert "process 1 died in step 0 (starting)" in stderr
+    assert "process 1 died in its start (finding the others)" in stderr
     assert other == (0, "")
 
 
@@ -334,6 +334,26 @@ def test_a_stall_names_who_is_behind(start: Start) -> None:
     assert f"train: nothing has moved for 3 s: {behind}; " in ends[0][1]
 
 
+def test_a_start_lasts_as_long_as_there_is_something_to_read(start: Start) -> None:
+    """Three times the bound, by one process, while the others wait for it; then it reads no more, and is named."""
+    run = start(3, stall_timeout=3)
+    for trainer in run.trainers:
+        trainer.do("guard.start('loading the base')")
+    run.trainers[1].do(
+        "globals().update(until=time.monotonic() + 9) or threading.Thread(target=lambda: [(open('/dev/zero', 'rb')"
+        ".read(1 << 20), time.sleep(0.2)) for _ in iter(lambda: time.monotonic() < until, False)], daemon=True).start()"
+    )
+    time.sleep(8)
+    run.trainers[0].do("1")
+    run.trainers[1].do("guard.start('making the engine')")
+    for rank in (0, 2):
+        run.trainers[rank].do("guard.start('making the engine') or guard.start('finding the checkpoint')")
+    ends = run.ends()
+    assert [code for code, _ in ends] == [EXIT_PEER_LOST] * 3
+    behind = f"process 1 has come least far and is in its start (making the engine) on {os.uname().nodename}"
+    assert f"train: nothing has moved for 3 s: {behind}; " in ends[0][1]
+
+
 READS = """
 def read(path):
     with guard.disk(path), open(path, "rb", buffering=0) as pipe:
@@ -364,6 +384,25 @@ def test_a_disk_that_hangs_ends_the_run_and_is_named(start: Start, tmp_path: Pat
     assert [code for code, _ in ends] == [EXIT_PEER_LOST] * 2
     where = f"it was last in step 7 (saving) on {os.uname().nodename}"
     said = f"train: process {victim} has waited for a disk for 3 s ({path}); {where}; launch it again"
+    assert ends[0][1].startswith(said)
+
+
+def test_a_disk_that_hangs_in_the_start_is_named_though_helpers_read(start: Start, tmp_path: Path) -> None:
+    """The main thread waits for one that reads. While that reads, it is no hang."""
+    path = tmp_path / "base"
+    os.mkfifo(path)
+    run = start(2, disk_timeout=3)
+    run.trainers[1].do("guard.start('loading the base')")
+    run.trainers[1].do(f"globals().update(held=guard.disk({str(path)!r})) or held.__enter__()")
+    run.trainers[1].do(f"threading.Thread(target=lambda: open({str(path)!r}, 'rb').read(), daemon=True).start()")
+    with path.open("wb", buffering=0) as pipe:
+        for _ in range(8):
+            time.sleep(1)
+            pipe.write(b"." * (1 << 15))
+        run.trainers[0].do("1")  # it took more than twice the bound
+        ends = run.ends()
+    assert [code for code, _ in ends] == [EXIT_PEER_LOST] * 2
+    said = f"train: process 1 has waited for a disk for 3 s ({path}); it was last in its start (loading the base) on "
     assert ends[0][1].startswith(said)
 
 
@@ -401,7 +440,7 @@ def test_a_handler_of_an_error_learns_the_verdict(start: Start) -> None:
     run.trainers[1].kill(signal.SIGKILL)
     verdict = run.trainers[0].answer()
     assert isinstance(verdict, str)
-    assert verdict.startswith("process 1 died in step 0 (starting)")
+    assert verdict.startswith("process 1 died in its start (finding the others)")
     run.trainers[0].tell("os._exit(9)")
     assert [code for code, _ in run.ends()] == [9, KILLED, EXIT_PEER_LOST]
 
@@ -451,7 +490,7 @@ def test_no_guardian_outlives_its_process(start: Start) -> None:
 def test_strangers_are_dropped(start: Start) -> None:
     with contextlib.ExitStack() as open_sockets:
 
-        def visit(meeting: Meeting) -> None:
+        def visit(meeting: Place) -> None:
             about = {"rank": 1, "local_rank": 1, "host": "h", "site": "s"}
             for said in (
                 b"GET / HTTP/1.1\r\n\r\n",

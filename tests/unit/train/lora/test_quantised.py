@@ -9,13 +9,14 @@ from transformers import MixtralForCausalLM
 
 from configs.program.errors import UserError
 from data.disk import nf4
+from data.disk.loading.layers import QuantisedLinear, quantise
 from tests.support.experts import all_in_one_product
 from tests.support.nano import LARGER, LENGTHS, NANO, losses, nano_config, packed
 from train.config.lora import EXPERT_TARGETS
 from train.config.model import ArchitectureConfig, ModelConfig
 from train.lora import attach
 from train.lora.factors import expert_modules
-from train.lora.quantised import QuantisedLinear, matrices, quantise
+from train.lora.quantised import matrices
 from train.model import mixtral
 from train.model.loss import MixtralWithLoss
 
@@ -122,5 +123,5 @@ def test_mixtral_8x7b_takes_less_than_27_gb() -> None:
 def test_sizes_of_no_whole_blocks_are_refused_by_name() -> None:
     odd = {"hidden_size": 12, "intermediate_size": 5, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes = ArchitectureConfig(**(NANO | odd))
-    with pytest.raises(UserError, match=r"^model\.weights=nf4: model\.layers\.0\..* no whole blocks of 64; use"):
+    with pytest.raises(UserError, match=r"^model\.weights=nf4: model\.layers\.0\..* no whole blocks of 64\); use"):
         quantise(mixtral.random_base(ModelConfig(architecture=sizes)), "model.weights=nf4")

@@ -4,26 +4,13 @@ import pyarrow as pa
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from data.prepared.dataset import PAD_RUN, PackedTable
 from data.prepared.layout import ROW_SCHEMA
 from data.schema import PackedRow
 from tests.conftest import Largest, Live
+from tests.support.references import masked, positions_of
 from train.model.attention import KEYS, QUERIES, Conversations, packed_attention
-
-
-def positions_of(lengths: list[int]) -> torch.Tensor:
-    return torch.cat([torch.arange(length) for length in lengths])
-
-
-def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """[1, T, N, D] by scaled_dot_product_attention with the [T, T] mask of the conversations."""
-    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = (number[:, None] == number[None]).tril()
-    group = q.shape[1] // k.shape[1]
-    k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3).transpose(1, 2)
 
 
 @settings(max_examples=25, deadline=None)

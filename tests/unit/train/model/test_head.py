@@ -7,17 +7,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import Largest
-from train.model.head import CHUNK, CrossEntropyHead
-
-
-def chunked(hidden: torch.Tensor, weight: nn.Parameter, targets: torch.Tensor) -> torch.Tensor:
-    linear = nn.Linear(1, 1, bias=False)
-    linear.weight = weight
-    return CrossEntropyHead(linear)(hidden, targets)
-
-
-def whole(hidden: torch.Tensor, weight: nn.Parameter, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum")
+from tests.support.references import chunked, whole
+from train.model.head import CHUNK
 
 
 def compare(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, tolerance: float) -> float:

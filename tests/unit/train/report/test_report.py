@@ -113,6 +113,14 @@ def test_a_run_that_has_just_begun_and_a_damaged_one_have_a_page(tmp_path: Path)
     write_report(directory)
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a link"])
+def test_a_launch_is_noted_in_no_pipe_and_nowhere_else(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "launches.jsonl"
+    os.mkfifo(place) if kind == "a pipe" else place.symlink_to(tmp_path / "elsewhere")
+    note_launch(tmp_path, "2026-01-01T00:00:00+00:00", 1, 0)
+    assert list(tmp_path.iterdir()) == [place]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -186,10 +194,23 @@ def test_scores_beside_the_adapter_are_shown(tmp_path: Path) -> None:
     (directory / "evaluation").mkdir()
     tuned, base = ({"score": score, "standard_error": 0.01, "questions": 50} for score in (0.62, 0.6))
     pair = {"difference": {"value": 0.02, "error": 0.005}, "won": 3, "lost": 2, "p": 1.0, "p_holm": 1.0}
-    results = {"tasks": {"arc": tuned}, "before": {"tasks": {"arc": base}}, "comparison": {"tasks": {"arc": pair}}}
+    average = {"score": 0.62, "standard_error": 0.0025}
+    results = {
+        "tasks": {"arc": tuned},
+        "average": average,
+        "before": {"tasks": {"arc": base}, "average": None},
+        "comparison": {"tasks": {"arc": pair}, "average": {"value": 0.02, "error": 0.00125}},
+    }
     (directory / "evaluation" / "results.json").write_text(json.dumps(results))
     text = "\n".join(Text(write_report(directory).read_text()).texts)
-    for part in ("62.00 ± 1.00", "60.00 ± 1.00", "+2.00 ± 0.50", "arc, tuned: 62.00 ± 1.00"):
+    for part in (
+        "62.00 ± 1.00",
+        "60.00 ± 1.00",
+        "+2.00 ± 0.50",
+        "ARC, tuned: 62.00 ± 1.00",
+        "62.00 ± 0.25",
+        "+2.00 ± 0.12",
+    ):
         assert part in text
 
 

@@ -316,6 +316,16 @@ def test_what_can_not_hold_lines_is_refused_before_training(tmp_path: Path) -> N
         Metrics(tmp_path / "gone", quiet, {}, is_main=True)
 
 
+def test_what_a_link_leads_to_stays_as_it_is(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text('{"step": 1, "loss": 2.0}\n')
+    os.utime(elsewhere, (1, 1))
+    (tmp_path / "metrics.jsonl").symlink_to(elsewhere)
+    _keep_lines(tmp_path / "metrics.jsonl", 0, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert (elsewhere.read_text(), elsewhere.stat().st_mtime) == ('{"step": 1, "loss": 2.0}\n', 1)
+
+
 def test_the_disk_is_asked_to_keep_the_lines_and_their_name(
     tmp_path: Path, on_disk: list[tuple[Path, set[str]]]
 ) -> None:

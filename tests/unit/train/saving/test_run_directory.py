@@ -11,9 +11,9 @@ from tests.unit.train.saving.launches import checkpointed, directory, launch, ol
 from train.config.model import ModelConfig
 from train.config.train import LoggingConfig
 from train.engine.processes import Processes
-from train.report.answers import ANSWERS
-from train.report.recorded import CONFIG, note_launch
+from train.report.recorded import note_launch
 from train.reporting.metrics import Metrics
+from train.run_files import ANSWERS, CONFIG
 from train.saving import checkpoint
 
 

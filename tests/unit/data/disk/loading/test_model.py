@@ -12,7 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from configs.program.errors import UserError
 from data.disk.loading.model import load_model, whole_on
 from data.disk.mixtral_files import load_mixtral
-from tests.unit.data.disk.loading.test_parameters import CONFIG, saved
+from tests.support.stored import CONFIG, saved
 
 CPU = torch.device("cpu")
 

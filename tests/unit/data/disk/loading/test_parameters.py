@@ -6,29 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
 from configs.program.errors import UserError
 from data.disk.loading import parameters
 from data.disk.loading.parameters import Parameters
 from data.disk.weights import StoredWeights
-
-CONFIG = MixtralConfig(
-    vocab_size=60,
-    hidden_size=16,
-    intermediate_size=23,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_local_experts=3,
-)
-
-
-def saved(directory: Path, dtype: torch.dtype, **how: object) -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    model = MixtralForCausalLM._from_config(CONFIG, dtype=dtype)
-    model.save_pretrained(directory, **how)
-    return model
+from tests.support.stored import CONFIG, saved
 
 
 def of(directory: Path) -> Parameters:

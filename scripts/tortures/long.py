@@ -1,0 +1,141 @@
+"""A long run on two processes: nothing grows, and a step takes as long at its end as at its beginning.
+
+Twenty thousand steps, with checkpoints, evaluations and wandb offline. Meanwhile resident memory, open files, threads
+and the machine's shared memory are looked at once a second. After a twentieth of the steps and at the end, memory and
+the median time of a step must be within 5 %, and files, threads and shared memory the same; checkpoints must be pruned,
+metrics.jsonl must hold a line for each step, and the report must be a page that can be opened.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from data.prepared.dataset import PreparedDataset
+from train.saving import checkpoint
+
+from .harness.forked import ROOT
+from .harness.outcome import last_step
+from .harness.trials import attempt, common_arguments, report, require
+from .harness.workplace import Workplace, opened
+
+GROWTH = 0.05
+"""By how much memory and the time of a step may grow."""
+LONGEST_PAGE = 20 << 20
+"""Bytes of a report that a browser still opens at once."""
+SHARED = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is seen of the run at a moment."""
+
+    step: int
+    memory: int
+    """Resident bytes of both processes and their guardians."""
+    files: int
+    """That the two hold open."""
+    threads: int
+    shared: int
+    """Bytes in /dev/shm."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `torture.py long`."""
+    parser.add_argument("--steps", type=int, default=20_000, help="of the run (20000)")
+    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints and evaluations (500)")
+    parser.add_argument("--growth", type=float, default=GROWTH, help="that is borne, as a share (0.05)")
+    common_arguments(parser, trials=False)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains, looks, compares, prints, and returns what was seen."""
+    with opened(options) as workplace:
+        name = f"{options.steps} steps"
+        trial = attempt(name, lambda: watched(workplace, options.steps, options.every, options.growth))
+        figures = report("A long run", [trial], options.seed)
+        workplace.keep = bool(figures["failed"])
+    return figures
+
+
+def watched(workplace: Workplace, steps: int, every: int, growth: float) -> dict[str, Any]:
+    """The run, and what was seen of it."""
+    run_dir = workplace.scratch / "long"
+    rows = len(PreparedDataset(str(workplace.rows)).train)
+    settings = {"max_steps": f"{steps}", "save_every": f"{every}", "eval_every": f"{every}"}
+    settings |= {"epochs": f"{2 * steps // rows + 1}", "logging": "default", "logging.wandb": "offline"}
+    launch = workplace.launch(run_dir, 2, **settings, **{"logging.progress": "false"})
+    samples: list[Sample] = []
+    while launch.running:
+        if launch.has_begun and len(ranks := launch.ranks()) == 2:
+            samples += _looked(run_dir, list(ranks.values()))
+        time.sleep(1)
+    codes = launch.wait()
+    require(not any(codes), f"it ended with {codes}:\n{launch.said()}")
+    early, late = _window(samples, steps, 0.05), _window(samples, steps, 0.95)
+    seconds = [line["seconds"] for line in _lines(run_dir) if "loss" in line]
+    require(len(seconds) == steps, f"metrics.jsonl has {len(seconds)} steps, not {steps}")
+    of_window = max(1, steps // 20)
+    times = [statistics.median(seconds[start : start + of_window]) for start in (of_window, steps - of_window)]
+    found = {
+        "memory_mib": [round(early.memory / 2**20), round(late.memory / 2**20)],
+        "open_files": [early.files, late.files],
+        "threads": [early.threads, late.threads],
+        "shared_mib": [round(early.shared / 2**20), round(late.shared / 2**20)],
+        "step_seconds": [round(each, 4) for each in times],
+        "checkpoints": len(checkpoint.paths(run_dir)),
+        "metrics_bytes": (run_dir / "metrics.jsonl").stat().st_size,
+        "wandb_bytes": sum(path.stat().st_size for path in (run_dir / "wandb").rglob("*") if path.is_file()),
+    }
+    require(late.memory <= (1 + growth) * early.memory, f"memory has grown: {found}")
+    require(times[1] <= (1 + growth) * times[0], f"a step takes longer: {found}")
+    require(late.files <= early.files and late.threads <= early.threads, f"files or threads have grown: {found}")
+    require(late.shared <= early.shared, f"shared memory has grown: {found}")
+    require(found["checkpoints"] <= 3, f"checkpoints are not pruned: {found}")
+    began = time.monotonic()
+    page = [sys.executable, "-m", "train", "task=report", "answers=false", f"run_dir={run_dir}"]
+    subprocess.run(page, cwd=ROOT, check=True, capture_output=True)
+    found |= {"report_seconds": round(time.monotonic() - began, 1)}
+    found |= {"report_bytes": (run_dir / "report.html").stat().st_size}
+    require(found["report_bytes"] <= LONGEST_PAGE, f"the report is too large to be opened: {found}")
+    launch.wait_for_none_left(30)
+    shutil.rmtree(run_dir)
+    return found
+
+
+def _looked(run_dir: Path, pids: list[int]) -> list[Sample]:
+    """What is seen now; nothing if the processes are gone."""
+    try:
+        trainers = [psutil.Process(pid) for pid in pids]
+        beside = [child for trainer in trainers for child in trainer.children()]
+        return [
+            Sample(
+                last_step(run_dir),
+                sum(process.memory_info().rss for process in [*trainers, *beside]),
+                sum(trainer.num_fds() for trainer in trainers),
+                sum(trainer.num_threads() for trainer in trainers),
+                sum(path.stat().st_size for path in SHARED.iterdir()),
+            )
+        ]
+    except (psutil.Error, OSError):
+        return []
+
+
+def _window(samples: list[Sample], steps: int, share: float) -> Sample:
+    """The median of each number over a twentieth of the steps from that share on."""
+    seen = [sample for sample in samples if share * steps <= sample.step < (share + 0.05) * steps]
+    require(seen, f"no sample of a step from {share * steps:.0f} on; the run is too short to be looked at")
+    middle = (statistics.median_high(getattr(sample, name) for sample in seen) for name in Sample.__slots__)
+    return Sample(*(int(number) for number in middle))
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
