@@ -10,10 +10,10 @@ from torch import nn
 from transformers import MixtralForCausalLM
 
 from data.disk import nf4
+from data.disk.loading.layers import quantise
 from data.schema import IGNORE_INDEX
 from train.config.train import TrainConfig
 from train.lora import attach, split_experts
-from train.lora.quantised import quantise
 from train.model import mixtral, norm
 from train.model.loss import MixtralWithLoss
 from train.planning.given.rows import Rows
