@@ -152,7 +152,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What the user may set."""
     files = [str(DATA / "gpteacher_codegen.json"), str(DATA / "alpaca_en_demo.json")]
     parser.add_argument("--data", nargs="+", default=files, metavar="FILE", help="rows, as `python -m data` takes them")
-    parser.add_argument("--seed", type=int, required=True, help="of the drawn half; one that was never used before")
+    parser.add_argument("--seed", type=int, help="of the drawn half; a new one unless given")
     parser.add_argument("--draw", type=int, default=len(LISTED), help=f"settings to draw ({len(LISTED)})")
     parser.add_argument(
         "--sizes", nargs="+", choices=tuple(SIZES), default=tuple(SIZES), help="of all these, only some"
@@ -174,7 +174,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         has_nf4 = True
     except UserError:
         has_nf4 = False
-    settings = [*LISTED, *drawn(options.draw, options.seed, nf4=has_nf4)]
+    seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
+    settings = [*LISTED, *drawn(options.draw, seed, nf4=has_nf4)]
     settings = [setting for setting in settings if setting.size in options.sizes]
     console = Console(width=150, highlight=False)
     rows = []
@@ -183,7 +184,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for number, setting in enumerate(settings):
             rows.append(_compare(setting, place, options.steps, number))
             console.print(f"{number + 1} of {len(settings)}: {setting}: {_said(rows[-1])}")
-    figures: dict[str, Any] = {"seed": options.seed, "steps": options.steps, "settings": rows}
+    figures: dict[str, Any] = {"seed": seed, "steps": options.steps, "settings": rows}
     figures |= judged(rows)
     console.print(_table(rows))
     console.print(

@@ -94,6 +94,7 @@ MAY_IMPORT = {
         "train.lora",
         "train.config",
         "data.prepared",
+        "data.schema",
         "data.disk",
         "configs.program",
     ),

@@ -203,7 +203,5 @@ def memory(config: TrainConfig, sizes: Sizes, tokens: int, processes: int, machi
 
 def _loading(config: TrainConfig, sizes: Sizes, of_node: float) -> float:
     """What the processes of a node hold in its memory while the base is loaded, beyond the kernel's cache of files."""
-    if sizes.quantised:  # each reads all of it in 16 bits
-        return of_node * sizes.base_parameters * sizes.itemsize
     largest = max(tensor.bytes for tensor in sizes.tensors)
     return 2.0 * largest + of_node * 2e9

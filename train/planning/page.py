@@ -109,5 +109,6 @@ def _short(each: Alternative) -> str:
 def _certainty(plan: Plan) -> str:
     arithmetic = "Memory is arithmetic over the sizes of what training allocates"
     if plan.machine.is_measured:
-        return f"{arithmetic}; seconds are arithmetic at rates measured here."
+        by = "the seconds of a layer that were measured here" if plan.machine.layer else "rates measured here"
+        return f"{arithmetic}; seconds are arithmetic by {by}."
     return f"{arithmetic}, seconds are arithmetic at assumed rates: nothing here was measured on such a machine."

@@ -117,8 +117,7 @@ def _refused(config: TrainConfig, found: Memory, sizes: Sizes, machine: Machine)
     if found.peak > machine.memory:
         return f"{found.peak / GB:.1f} GB at the peak on {what} of {machine.memory / GB:.0f} GB"
     if machine.on_cuda and found.host > machine.host_memory:
-        why = "while the base is quantised" if sizes.quantised else "offloaded"
-        return f"{found.host / GB:.0f} GB {why} in a node's {machine.host_memory / GB:.0f} GB"
+        return f"{found.host / GB:.0f} GB offloaded in a node's {machine.host_memory / GB:.0f} GB"
     return None
 
 

@@ -62,27 +62,19 @@ def speed(config: TrainConfig, sizes: Sizes, rows: Rows, batch: BatchArithmetic,
     """Of a step of the run."""
     tokens = rows.length * batch.micro_batch
     layers = sizes.config.num_hidden_layers
-    forward, attention, backward = _forward(sizes, rows, tokens, machine), _attention(sizes, rows, tokens), _Work()
-    times = 2 if sizes.trains_all else 1
-    scores = _scores(sizes, rows, tokens)
-    # The input's gradient takes as much as the forward, that of what trains as much again; scores have four products.
-    backward.flops = times * (forward.flops - scores) + 2 * scores + _factors(sizes, tokens, machine)
-    backward.moved = times * forward.moved
-    backward.passed = _passed(sizes, tokens, PASSES_BACKWARD, 6) + 1.5 * _beside(sizes, tokens)
+    forward, attention = _forward(sizes, rows, tokens, machine), _attention(sizes, rows, tokens)
+    backward, head = _backward(sizes, rows, tokens, machine), _head(sizes, rows, tokens)
     again = {"none": _Work(), "attention": attention, "full": forward}[config.activation_checkpointing]
-    logits = tokens * rows.supervised * sizes.config.vocab_size
-    head = _Work(
-        flops=(6 if sizes.trains_all else 4) * logits * sizes.config.hidden_size,
-        passed=4 * 4 * logits,
-    )
+    slow = _slowness(sizes, rows, machine)
     in_all = {
-        "forward": layers * forward.seconds(machine),
-        "recomputed": layers * again.seconds(machine),
-        "backward": layers * backward.seconds(machine),
-        "head": head.seconds(machine),
+        "forward": layers * forward.seconds(machine) * slow["forward"],
+        "recomputed": layers * again.seconds(machine) * slow["forward"],
+        "backward": layers * backward.seconds(machine) * slow["backward"],
+        "head": head.seconds(machine) * slow["head"],
     }
     computed = sum(in_all.values())
     launched = (KERNELS * (1.3 if config.activation_checkpointing == "full" else 1)) * layers * machine.overhead
+    launched *= not machine.layer  # it is in what was measured
     exposed, hidden, inside, outside, by_host = _gathers(config, sizes, batch, machine, computed)
     parts = {name: batch.accumulation * seconds for name, seconds in in_all.items() if seconds}
     if launched > computed:
@@ -118,6 +110,38 @@ def _forward(sizes: Sizes, rows: Rows, tokens: int, machine: Machine) -> _Work:
     work.moved += weights + P * (2 * H + 3 * I) * b
     work.passed = _passed(sizes, tokens, PASSES_FORWARD, 3) + _beside(sizes, tokens)
     return work
+
+
+def _backward(sizes: Sizes, rows: Rows, tokens: int, machine: Machine) -> _Work:
+    """Of a layer, nothing computed again."""
+    forward, scores = _forward(sizes, rows, tokens, machine), _scores(sizes, rows, tokens)
+    times = 2 if sizes.trains_all else 1
+    # The input's gradient takes as much as the forward, that of what trains as much again; scores have four products.
+    return _Work(
+        flops=times * (forward.flops - scores) + 2 * scores + _factors(sizes, tokens, machine),
+        moved=times * forward.moved,
+        passed=_passed(sizes, tokens, PASSES_BACKWARD, 6) + 1.5 * _beside(sizes, tokens),
+    )
+
+
+def _head(sizes: Sizes, rows: Rows, tokens: int) -> _Work:
+    """With the loss, forward and backward."""
+    logits = tokens * rows.supervised * sizes.config.vocab_size
+    times = 6 if sizes.trains_all else 4
+    return _Work(flops=times * logits * sizes.config.hidden_size, passed=4 * 4 * logits)
+
+
+def _slowness(sizes: Sizes, rows: Rows, machine: Machine) -> dict[str, float]:
+    """How many times as long as the arithmetic says a layer and the head took; 1 if they weren't measured."""
+    if not machine.layer:
+        return dict.fromkeys(("forward", "backward", "head"), 1.0)
+    tokens = round(machine.layer["tokens"])
+    works = {
+        "forward": _forward(sizes, rows, tokens, machine),
+        "backward": _backward(sizes, rows, tokens, machine),
+        "head": _head(sizes, rows, tokens),
+    }
+    return {name: machine.layer[name] / work.seconds(machine) for name, work in works.items()}
 
 
 def _attention(sizes: Sizes, rows: Rows, tokens: int) -> _Work:

@@ -5,6 +5,7 @@
     machine.py    rates and sizes of a machine of the catalogue
     here.py       the memory that is free on this one
     measuring.py  the rates of this one, measured
+    layer.py      the seconds of a layer on this one, measured
 
 May import train.config, train.engine.processes, train.lora, train.model, data and configs.program.
 """

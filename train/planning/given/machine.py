@@ -1,6 +1,7 @@
 """The machine of a plan: rates and sizes, by data sheet and assumption, or measured here."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from train.config.cluster import ClusterConfig
 
@@ -38,6 +39,9 @@ class Machine:
     overhead: float
     """Seconds that an operation takes however little it does."""
     is_measured: bool
+    layer: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of one layer's `forward` and `backward`, and of the `head`, as they were measured for the run's own
+    micro-batch of so many `tokens`; empty if they weren't."""
 
 
 def of_catalogue(config: ClusterConfig, dtype: str) -> Machine:

@@ -17,6 +17,7 @@ from train.config.train import TrainConfig
 from train.engine.processes import agree, join_processes
 from train.model.mixtral import DTYPES
 from train.planning.given.here import found_here
+from train.planning.given.layer import seconds_of_layer
 from train.planning.given.machine import Machine
 from train.planning.given.rows import Rows
 from train.planning.given.sizes import Sizes
@@ -61,9 +62,17 @@ def measured_here(config: TrainConfig, sizes: Sizes, rows: Rows, seconds: float 
         memory=config.cluster.memory * 1e9 or machine.memory,
         overhead=_launches(device),
         is_measured=True,
+        layer=_layer(config, sizes, rows, device, machine.memory),
     )
     torch.set_num_threads(before)
     return agree(found) if launched > 1 else found
+
+
+def _layer(config: TrainConfig, sizes: Sizes, rows: Rows, device: torch.device, memory: float) -> dict[str, float]:
+    """Seconds of a layer and the head; none if even one layer needs more than half of what is free."""
+    of_layer = sum(tensor.bytes for unit in sizes.units if unit.layer in (None, 0) for tensor in unit.tensors)
+    in_full = of_layer * (4 if sizes.quantised else 1)  # while it is quantised
+    return seconds_of_layer(config, sizes, rows, device) if in_full < memory / 2 else {}
 
 
 def _timed(run: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from train.config.catalogue import clusters
 from train.config.engine import DeepSpeedConfig
@@ -11,6 +12,7 @@ from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import TrainConfig
 from train.lora.attach import trainable
 from train.model.work import of_training
+from train.planning.given.layer import seconds_of_layer
 from train.planning.given.machine import Machine, of_catalogue
 from train.planning.given.rows import Rows
 from train.planning.given.sizes import planned_model, sizes_of
@@ -25,10 +27,11 @@ def config_of(**settings: object) -> TrainConfig:
     return TrainConfig(model=ModelConfig(architecture=architecture), lora=LoraConfig(rank=8), **settings)  # type: ignore[arg-type]
 
 
-def of_arithmetic_alone() -> Machine:
+def of_arithmetic_alone(**others: float) -> Machine:
     """A machine for which only operations take time: seconds are operations."""
     machine = of_catalogue(replace(clusters()["h100_8"], grouped=False), "bfloat16")
-    return replace(machine, flops=1.0, link=0.0, bandwidth=1e30, host_link=1e30, overhead=0.0, processes=1)
+    alone = {"flops": 1.0, "link": 0.0, "bandwidth": 1e30, "host_link": 1e30, "overhead": 0.0, "processes": 1}
+    return replace(machine, **(alone | others))
 
 
 def test_operations_are_those_that_are_counted_by_parameter() -> None:
@@ -50,3 +53,34 @@ def test_what_is_computed_again_takes_what_its_forward_took() -> None:
         parts[again] = speed(config, sizes_of(config), ROWS, config.batch(1), of_arithmetic_alone()).parts
     assert parts["full"]["recomputed"] == parts["full"]["forward"]
     assert 0 < parts["attention"]["recomputed"] < 0.3 * parts["attention"]["forward"]
+
+
+def test_offloaded_weights_come_over_the_host_link_even_for_one_process() -> None:
+    config = config_of(
+        activation_checkpointing="none",
+        global_batch=1,
+        deepspeed=DeepSpeedConfig(stage=3, offload_param="cpu", offload_optimizer="cpu", persistence_threshold=0),
+    )
+    sizes = sizes_of(config)
+    machine = of_arithmetic_alone(flops=1e30, host_link=1e9)
+    planned = speed(config, sizes, ROWS, config.batch(1), machine)
+    assert planned.bound == "host link"
+    # as few weights as these stay from the forward to the backward, and are gathered once
+    assert planned.parts["gathers"] == pytest.approx(sizes.bytes / 1e9)
+
+
+def test_a_layer_that_was_measured_is_what_a_step_is_made_of() -> None:
+    """Of another micro-batch and with more computed again, in proportion to the arithmetic."""
+    config = config_of(activation_checkpointing="none", global_batch=2, deepspeed=DeepSpeedConfig(stage=0))
+    sizes = sizes_of(config)
+    layer = seconds_of_layer(config, sizes, ROWS, torch.device("cpu"))
+    assert layer["tokens"] == ROWS.length
+    assert all(layer[name] > 0 for name in ("forward", "backward", "head"))
+    machine = replace(of_arithmetic_alone(), layer=layer)
+    parts = speed(config, sizes, ROWS, config.batch(1), machine).parts
+    assert parts["forward"] == pytest.approx(2 * 6 * layer["forward"])
+    assert parts["backward"] == pytest.approx(2 * 6 * layer["backward"])
+    assert parts["head"] == pytest.approx(2 * layer["head"])
+    config.micro_batch, config.activation_checkpointing = 2, "full"
+    parts = speed(config, sizes, ROWS, config.batch(1), machine).parts
+    assert parts["recomputed"] == parts["forward"] == pytest.approx(2 * 6 * layer["forward"])

@@ -1,0 +1,101 @@
+"""How long one layer of the run takes on this machine, and the head: training's own code on random weights."""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MixtralForCausalLM
+
+from data.disk import nf4
+from data.disk.loading.layers import quantise
+from data.schema import IGNORE_INDEX
+from train.config.train import TrainConfig
+from train.lora import attach, split_experts
+from train.model import mixtral, norm
+from train.model.loss import MixtralWithLoss
+from train.planning.given.rows import Rows
+from train.planning.given.sizes import Sizes
+
+TIMES = 3
+"""Forwards and backwards, the first of which is not counted."""
+LARGE = 10**8
+"""Elements from which on drawing random numbers takes longer than it is worth."""
+
+
+def seconds_of_layer(config: TrainConfig, sizes: Sizes, rows: Rows, device: torch.device) -> dict[str, float]:
+    """The least of some: `forward` and `backward` of a layer, nothing computed again, and `head` with its loss; and
+    the `tokens` of the micro-batch.
+
+    Args:
+        config: of the run.
+        sizes: of base and adapters.
+        rows: whose micro-batch is taken: as long, with as long conversations and as many supervised tokens.
+        device: where it is computed.
+    """
+    module = MixtralWithLoss(_one_layer(config, sizes, device).train(), with_router_loss=False)
+    module.differentiates_input = True
+    tokens = rows.length * config.micro_batch
+    ids = torch.randint(3, sizes.config.vocab_size, (1, tokens))
+    positions = (torch.arange(tokens) % max(1, round(rows.conversation)))[None]
+    targets = torch.where(torch.rand(1, tokens) < rows.supervised, ids, IGNORE_INDEX)
+    batch = [tensor.to(device) for tensor in (ids, positions, targets, torch.ones_like(ids, dtype=torch.bool))]
+    watch = _Watch(module, device)
+    took: list[dict[str, float]] = []
+    for _ in range(TIMES):
+        cross_entropy, _ = module(*batch)
+        cross_entropy.backward()
+        took.append(watch.taken())
+        module.zero_grad(set_to_none=True)
+    return {"tokens": tokens} | {name: min(each[name] for each in took[1:]) for name in took[0]}
+
+
+def _one_layer(config: TrainConfig, sizes: Sizes, device: torch.device) -> MixtralForCausalLM:
+    architecture = copy.deepcopy(sizes.config)
+    architecture.num_hidden_layers = 1
+    architecture.use_cache = False
+    dtype = mixtral.DTYPES[config.model.dtype]
+    with torch.device("meta"):
+        model = MixtralForCausalLM._from_config(architecture, dtype=dtype, attn_implementation=config.model.attention)
+    model.to_empty(device=device)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(architecture).to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Large ones may be the same everywhere: the embedding and the router alone decide who goes where.
+            parameter.fill_(1e-3) if parameter.numel() > LARGE and parameter.dim() > 2 else parameter.normal_(std=0.02)
+    norm.replace(model)
+    if config.lora.method == "none":
+        model.set_experts_implementation(split_experts.IMPLEMENTATION)
+    else:
+        attach.add_adapters(model, config.lora)
+    if config.model.weights == nf4.FORM:
+        quantise(model, f"model.weights={nf4.FORM}")
+    return model
+
+
+class _Watch:
+    """Notes when a layer and the head begin and end."""
+
+    def __init__(self, module: MixtralWithLoss, device: torch.device):
+        self._device, self._at = device, dict[str, float]()
+        layer: nn.Module = module.causal_lm.model.layers[0]
+        for name, of in (("forward", layer), ("head", module.head)):
+            of.register_forward_pre_hook(self._noting(f"{name} begins"))
+            of.register_forward_hook(self._noting(f"{name} ends"))
+        layer.register_full_backward_pre_hook(self._noting("backward begins"))
+        layer.register_full_backward_hook(self._noting("backward ends"))
+
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            self._at[name] = time.perf_counter()
+
+        return note
+
+    def taken(self) -> dict[str, float]:
+        """Seconds of each since the last forward."""
+        return {name: self._at[f"{name} ends"] - self._at[f"{name} begins"] for name in ("forward", "backward", "head")}
