@@ -5,7 +5,7 @@
     adapter.py   an adapter directory: what it changes, whether it fits, and the sum
     peft_layers.py  what an adapter's configuration means: the layers that stock PEFT makes of it
     unfused.py   Mixtral with a module for each expert, which older adapters name
-    four_bits.py a base in four bits, with the adapter beside it
+    four_bits.py  a base in four bits, with the adapter beside it
     load.py      base and adapter → a model that is ready to generate
     prompt.py    what the user says → a conversation, or why not
     generate.py  a conversation → an answer, token by token
