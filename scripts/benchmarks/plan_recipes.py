@@ -17,7 +17,7 @@ RECIPE = "openhermes_mixtral_8x7b"
 PLANS = {
     "8 × H100": (RECIPE, "h100_8"),
     "2 × 8 × H100": (RECIPE, "h100_2x8"),
-    "one 48 GB": (f"{RECIPE}_48gb", "l40s_1"),
+    "one 48 GB": (f"{RECIPE}_one_gpu", "l40s_1"),
     "8 × 24 GB": (f"{RECIPE}_8x24gb", "rtx4090_8"),
 }
 """What is planned: its name in the picture, the recipe, the cluster."""

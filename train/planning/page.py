@@ -18,7 +18,8 @@ SHOWN = 8
 def show(console: Console, plan: Plan, sizes: Sizes, found: list[Alternative]) -> None:
     """Prints it."""
     machine, batch, speed = plan.machine, plan.batch, plan.speed
-    console.print(f"machine       {machine.name}, {batch.processes} processes, {machine.memory / GB:.1f} GB each")
+    each = f"{batch.processes} processes" if batch.processes > 1 else "1 process"
+    console.print(f"machine       {machine.name}, {each}, {machine.memory / GB:.1f} GB each")
     console.print(f"rates         {_rates(plan)}")
     console.print(f"base          {sizes.base_parameters:,} parameters, {sizes.trained:,} trained", highlight=False)
     console.print(f"batch         {batch}")
