@@ -1,6 +1,7 @@
 """What a model card says of base, data, recipe and prompt format, as others recorded it; and the card of an adapter."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,6 +226,8 @@ def _data(training: dict[str, Any], left_out: list[str]) -> str:
         return "Not recorded.\n"
     lines = [f"Prepared dataset with manifest `{digest}` (SHA-256)."]
     manifest = json_if_readable(Path(path) / MANIFEST, sha256=digest) if isinstance(path, str) else {}
+    if not manifest and isinstance(path, str) and os.path.lexists(Path(path) / MANIFEST):
+        left_out.append(f"the dataset's {MANIFEST}: it is not the one that was trained on, so it is left out")
     inputs = manifest.get("inputs", [])
     sources = [source for source in inputs if isinstance(source, dict)] if isinstance(inputs, list) else []
     for source in sources[:MOST_SOURCES]:

@@ -112,6 +112,6 @@ class Places:
                 raise ValueError
             if any(later[0] <= earlier[0] for earlier, later in pairwise(runs)):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"output={directory}: its {PLACES} is not whole; prepare it again") from error
         return cls(runs, numbers)

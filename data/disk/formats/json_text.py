@@ -28,6 +28,9 @@ MOST_DIGITS = 300
 LONGEST_QUOTE = 100
 """Characters of a name that a sentence quotes."""
 
+CONTAINERS = (dict, list)
+"""What JSON nests. A tuple, as a union would be made anew for each value that is looked at."""
+
 Shape = TypeVar("Shape")
 
 
@@ -104,8 +107,8 @@ def is_shallow(value: object) -> bool:
     """Whether JSON is nested at most `DEEPEST` deep, so that whoever writes it again can."""
     level = [value]
     for _ in range(DEEPEST):
-        inner = [item for held in level for item in (held.values() if isinstance(held, dict) else held)]  # type: ignore[attr-defined]
-        level = [item for item in inner if isinstance(item, dict | list)]
+        inside = (held.values() if isinstance(held, dict) else held for held in level)
+        level = [item for held in inside for item in held if isinstance(item, CONTAINERS)]  # type: ignore[attr-defined]
         if not level:
             return True
     return False

@@ -106,6 +106,24 @@ def test_a_manifest_of_another_shape_is_told_as_far_as_it_goes(tmp_path: Path, m
     found.data.encode()
 
 
+@pytest.mark.parametrize("there", ["nothing", "another", "pipe"])
+def test_a_manifest_that_is_not_the_one_that_was_trained_on_is_left_out_with_a_line(tmp_path: Path, there: str) -> None:
+    manifest = tmp_path / "manifest.json"
+    if there == "another":
+        manifest.write_text('{"inputs": [{"file": "a.jsonl", "rows": 5}]}')
+    elif there == "pipe":
+        os.mkfifo(manifest)
+    dataset = {"path": str(tmp_path), "manifest_sha256": "0" * 64}
+    found = story_of(tmp_path, receipt__json=json.dumps({"dataset": dataset}))
+    assert found.data == f"Prepared dataset with manifest `{'0' * 64}` (SHA-256).\n"
+    told = (
+        ()
+        if there == "nothing"
+        else ("the dataset's manifest.json: it is not the one that was trained on, so it is left out",)
+    )
+    assert found.left_out == told
+
+
 @pytest.mark.parametrize(
     "receipt",
     [

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -68,5 +70,14 @@ def test_a_single_question_has_no_standard_error() -> None:
 
 
 def test_a_dataset_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="gone"):
+    with pytest.raises(UserError, match=r"^trained_on=.*gone"):
         trained_on([asked(SEEN)], tmp_path / "gone", ChatTokenizer.load())
+
+
+def test_a_dataset_whose_rows_have_changed_is_one_sentence(dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    content = bytearray((copy / "train" / "rows.arrow").read_bytes())
+    content[content.index(array("H", ChatTokenizer.load().encode_text("Ponds")).tobytes()) + 1] = 0xFF  # no such id
+    (copy / "train" / "rows.arrow").write_bytes(content)
+    with pytest.raises(UserError, match=r"^trained_on=.*train/rows\.arrow is not whole"):
+        trained_on([asked(SEEN)], copy, ChatTokenizer.load())
