@@ -10,6 +10,9 @@ from configs.program.errors import one_line
 LARGEST = 64 << 20
 """Bytes of the largest file that is read as a whole, unless told otherwise; a tokenizer.json has 4 MB."""
 
+LARGEST_SETTINGS = 4 << 20
+"""Bytes of the largest file of settings, such as a config.json; one that names each module of a Mixtral has 100 kB."""
+
 BLOBS = "blobs"
 """Where a hub's cache keeps the bytes of the files that its snapshots link to."""
 

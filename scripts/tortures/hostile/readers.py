@@ -34,7 +34,8 @@ class Reader:
 ROWS = tuple(f"rows.{end}" for end in ("jsonl", "json", "jsonl.gz", "jsonl.zst", "parquet", "parquet.gz"))
 MADE = ("out/made/train/rows.arrow", "out/made/rejects.jsonl")
 PREPARED = tuple(
-    f"out/prepared/{name}" for name in ("manifest.json", "train/rows.arrow", "eval/rows.arrow", "rejects.jsonl")
+    f"out/prepared/{name}"
+    for name in ("manifest.json", "train/rows.arrow", "eval/rows.arrow", "rejects.jsonl", "places.arrow")
 )
 BASE = tuple(
     f"in/base/{name}" for name in ("config.json", "model.safetensors", "generation_config.json", "tokenizer.json")

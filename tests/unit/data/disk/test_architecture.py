@@ -12,6 +12,7 @@ import torch
 
 from configs.program.errors import UserError
 from data.disk.architecture import exported, read_architecture
+from data.disk.formats.regular import LARGEST_SETTINGS
 from data.disk.weights import INDEX, SINGLE
 from inference.config import InferenceConfig
 from inference.load import find_base, load_base
@@ -238,6 +239,12 @@ def test_where_the_weights_lie_is_not_for_the_config_to_say(base: Path) -> None:
     say(base, transformers_weights="elsewhere.safetensors", fusion_config={"x": 1}, distributed_config={"x": 1})
     assert torch.equal(load(base).lm_head.weight, load(base).lm_head.weight)
     assert "transformers_weights" not in exported(json.loads((base / "config.json").read_text()))
+
+
+def test_a_configuration_of_megabytes_is_not_parsed(base: Path) -> None:
+    say(base, comment="x" * LARGEST_SETTINGS)
+    with pytest.raises(UserError, match=r"^base: its config.json can't be read \(it is larger than 4 MiB\)"):
+        read_architecture(str(base), None, "base")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "5", "", "{"])
