@@ -37,6 +37,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts first what mostly waits for processes that it has started: the other workers compute meanwhile."""
+    items.sort(key=lambda item: not item.path.is_relative_to(PROJECT_ROOT / "tests/unit/train/failures"))
+
+
 def golden(name: str) -> list[Any]:
     """The rows of ../shared/golden/{name}.jsonl as parameters of a test, each with its row's name as id."""
     path = SHARED / "golden" / f"{name}.jsonl"

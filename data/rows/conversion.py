@@ -20,26 +20,20 @@ from data.rows.columns import (
 )
 from data.rows.order import Said, in_order
 from data.rows.reading import RawRow, Reject
-from data.rows.texts import UnusableError, readable, refuse_markers, says_something, trained, turns_of, usable
+from data.rows.texts import (
+    CALLS,
+    ROLES,
+    TOOLS,
+    UnusableError,
+    beside_text,
+    readable,
+    refuse_markers,
+    says_something,
+    trained,
+    turns_of,
+    usable,
+)
 from data.schema import FLAGS, KEY_FIELDS, REPAIRS, REPLIES, SYSTEMS, TURN_FIELDS, Conversation, Role
-
-ROLES: dict[str, Role] = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot", "claude"), "assistant"
-    ),
-}
-"""Who speaks, in lower case, and as whom."""
-
-TOOLS = {
-    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "observation", "ipython"),
-    *("function", "function_call", "function_response", "function-call", "function-response"),
-}
-"""Speakers, in lower case, for whom the LLaMA-2 template has no place."""
-
-CALLS = ("tool_calls", "function_call")
-"""Fields of a turn that calls tools instead of saying something."""
 
 LONGEST_SETTING = 300
 """Characters of a setting that is proposed; names of fields may be of any length."""
@@ -155,7 +149,7 @@ class Converter:
             said += self._turns(reply if isinstance(reply, list) else [reply], answers[0])
         elif reply is None and self._reply_needed:
             raise self._missing(value, REPLIES[0])
-        elif text := usable(reply, answers[0] if answers else "", required=self._reply_needed):
+        elif text := self._text(reply, answers[0] if answers else "", required=self._reply_needed):
             said.append(("assistant", text, False))
         if len(answers) > 1:
             self._not_read |= {name for name in answers[1:] if says_something(value[name])}
@@ -164,10 +158,10 @@ class Converter:
 
     def _prompt(self, value: dict[str, Any], asked: Any) -> str:
         """The question, and what it is about below it; if one of the two is empty, the other."""
-        context = usable(value.get(self._context), self._context, required=False)
+        context = self._text(value.get(self._context), self._context, required=False)
         if asked is None and (self._asked not in value or not context):
             raise self._missing(value, "instruction")
-        instruction = usable(asked, self._asked, required=not context)
+        instruction = self._text(asked, self._asked, required=not context)
         # A blank line between the two: ours, as the datasets do not say how they belong together.
         return f"{instruction.rstrip()}\n\n{context.strip()}" if instruction and context else instruction or context
 
@@ -182,12 +176,14 @@ class Converter:
             return [(role, text, role == "assistant") for role, text, _ in self._turns(pairs, name)]
         said: list[Said] = []
         for index, item in enumerate(pairs):
-            fields = pair_of(item) if isinstance(item, dict) else None
-            pair = item if fields is None else [item[field] for field in fields]
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise UnusableError("not_a_pair", f"{name}[{index}] is not a list of two, a question and its reply")
-            question, reply = (usable(text, f"{name}[{index}][{part}]") for part, text in enumerate(pair))
-            said += [("user", question, False), ("assistant", reply, True)]
+            where = f"{name}[{index}]"
+            if isinstance(item, dict) and (fields := pair_of(item)):
+                said += [(role, text, role == "assistant") for role, text, _ in self._pair(item, fields, where)]
+            elif isinstance(item, list) and len(item) == 2:
+                question, reply = (self._text(text, f"{where}[{part}]") for part, text in enumerate(item))
+                said += [("user", question, False), ("assistant", reply, True)]
+            else:
+                raise UnusableError("not_a_pair", f"{where} is not a list of two, a question and its reply")
         return said
 
     def _from_turns(self, value: dict[str, Any]) -> list[Said]:
@@ -234,7 +230,7 @@ class Converter:
             if not content and role != "system":
                 self._refuse_silence(turn, f"{field}[{index}]")
             # An empty system message is none.
-            if content := usable(content, f"{field}[{index}].{text_name}", required=role != "system"):
+            if content := self._text(content, f"{field}[{index}].{text_name}", required=role != "system"):
                 said.append((role, content, masked))
         return said
 
@@ -247,7 +243,7 @@ class Converter:
             if not isinstance(text, str):
                 wanted = "a text as those before it" if index else "an object"
                 raise UnusableError("not_an_object", f"{field}[{index}] is {type(text).__name__}, not {wanted}")
-            said.append(("assistant" if index % 2 else "user", usable(text, f"{field}[{index}]"), False))
+            said.append(("assistant" if index % 2 else "user", self._text(text, f"{field}[{index}]"), False))
         if len(said) == 1:
             raise UnusableError("not_an_object", f"{field}[0] is str, not an object")
         return said
@@ -255,15 +251,21 @@ class Converter:
     def _pair(self, item: dict[str, Any], fields: tuple[str, str], where: str) -> list[Said]:
         """An item of a list that holds both a prompt and its reply."""
         said: list[Said] = []
-        if system := usable(item.get("system"), f"{where}.system", required=False):
+        if system := self._text(item.get("system"), f"{where}.system", required=False):
             said.append(("system", system, False))
         for role, name in zip(("user", "assistant"), fields, strict=True):
-            said.append((role, usable(item[name], f"{where}.{name}"), False))  # type: ignore[arg-type]
+            said.append((role, self._text(item[name], f"{where}.{name}"), False))  # type: ignore[arg-type]
         unread = (name for name in item if name not in (*fields, "system") and says_something(item[name]))
         self._not_read |= {f"{where.rpartition('[')[0]}[].{name}" for name in unread}
         return said
 
     # Fields
+
+    def _text(self, value: Any, field: str, *, required: bool = True) -> str:
+        """The text of a field; counts what stands in text parts beside their text and is not read."""
+        if isinstance(value, list):
+            self._not_read |= beside_text(value, field)
+        return usable(value, field, required=required)
 
     def _role(self, turns: list[Any], index: int, field: str) -> Role:
         """The role of a speaker who isn't called by one of the usual names in lower case."""
@@ -311,7 +313,7 @@ class Converter:
         system = next((text for role, text, _ in said if role == "system"), None)
         if system is None:
             read = beside.pop(0)
-            system = usable(value[read], read)
+            system = self._text(value[read], read)
             said = [("system", system, False), *said]
         self._not_read |= {name for name in beside if value[name] != system}
         return said

@@ -277,8 +277,11 @@ class JsonRows:
             except RecursionError as error:
                 raise self._broken("it is nested too deeply") from error
             except ValueError as error:
-                if self._at_end or len(self._text) - self._offset > LONGEST_ROW:
+                if self._at_end:
                     raise self._broken("it can't be parsed") from error
+                if len(self._text) - self._offset > LONGEST_ROW:
+                    why = f"is longer than {LONGEST_ROW >> 20} MiB, or has no end, or is not JSON"
+                    raise UserError(f"files={self._name}: item {self._item} {why}; {GIVE}") from error
             else:
                 # What closes itself is whole. Of a number what follows says so: it may go on, as 0 does in 0.5.
                 if self._at_end or self._text[self._offset] in CLOSED or self._text[end : end + 1] in AFTER_ITEM:

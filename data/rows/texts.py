@@ -1,4 +1,5 @@
-"""What the value of a field says: a text fit to be encoded, also in parts; whether to train it; a transcript."""
+"""What the value of a field says: a text fit to be encoded, also in parts; whether to train it; who speaks; a
+transcript."""
 
 import re
 from typing import Any
@@ -9,6 +10,10 @@ from data.template import MARKERS
 
 ENDS_OF_MARKERS = ("INST]", "SYS>>")
 """What each of the markers ends with: few texts have that."""
+
+
+INDEX = re.compile(r"\[\d+\]")
+"""The place in a list, as it stands in the name of a field."""
 
 
 class UnusableError(Exception):
@@ -72,6 +77,19 @@ def _as_text(value: Any, field: str) -> str:
     raise UnusableError("not_text", f"the field {field} is {type(value).__name__}, not text")
 
 
+def beside_text(parts: list[Any], field: str) -> set[str]:
+    """What stands in text parts beside their text and says something, as `messages[].content[].citations`."""
+    names = {
+        name
+        for part in parts
+        if isinstance(part, dict)
+        for name in part
+        if name not in ("type", "text") and says_something(part[name])
+    }
+    where = INDEX.sub("[]", field)
+    return {f"{where}[].{name}" for name in names}
+
+
 def refuse_markers(text: str) -> None:
     """Raises for a text that holds one of the template's own markers."""
     if ENDS_OF_MARKERS[0] in text or ENDS_OF_MARKERS[1] in text:
@@ -89,6 +107,27 @@ def trained(flag: Any, role: Role, where: str) -> bool:
     if flag and role != "assistant":
         raise UnusableError("prompt_trained", f"{where} asks to train what is said by {role}; only replies are trained")
     return bool(flag)
+
+
+# Who speaks
+
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot", "claude"), "assistant"
+    ),
+}
+"""Who speaks, in lower case, and as whom."""
+
+TOOLS = {
+    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "observation", "ipython"),
+    *("function", "function_call", "function_response", "function-call", "function-response"),
+}
+"""Speakers, in lower case, for whom the LLaMA-2 template has no place."""
+
+CALLS = ("tool_calls", "function_call")
+"""Fields of a turn that calls tools instead of saying something."""
 
 
 # Transcripts: who speaks stands in the text itself.

@@ -1,11 +1,10 @@
-"""A hub's branch that moves while the nodes of a run download from it, each into a cache of its own."""
+"""A hub's branch that moved between the downloads of a run's nodes, each into a cache of its own."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -38,23 +37,23 @@ def test_nodes_that_found_different_commits_are_refused(
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
 
-    def start(rank: int) -> subprocess.Popen[str]:
+    def environment(rank: int) -> dict[str, str]:
+        """The second node has the base already, and may not ask."""
         there = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        there |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "0"}
+        there |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": str(rank)}
         there |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / f"home{rank}")}
-        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_CACHE"} | there
+        return {name: value for name, value in os.environ.items() if name != "HF_HUB_CACHE"} | there
+
+    def start(rank: int) -> subprocess.Popen[str]:
         settings = ("hardware=cpu", "logging=quiet", f"dataset={tmp_path}/out", "model.path=user/base", "max_steps=1")
         command = [sys.executable, "-m", "train", *settings, "model.dtype=float32", f"run_dir={tmp_path}/run"]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env=environment(rank), stderr=subprocess.PIPE, text=True)
 
-    nodes = [start(1)]
-    until = time.monotonic() + 300
-    while not hub.sent["models/user/base/model.safetensors"]:
-        assert nodes[0].poll() is None, nodes[0].communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    with_cache_1 = environment(1) | {"HF_HUB_OFFLINE": "0"}
+    download = "from huggingface_hub import snapshot_download; snapshot_download('user/base')"
+    subprocess.run([sys.executable, "-c", download], cwd=ROOT, env=with_cache_1, check=True, capture_output=True)
     held.commits[SECOND] = files | {"config.json": mended}
-    nodes.append(start(0))
+    nodes = [start(rank) for rank in range(2)]
     said = [node.communicate(timeout=300)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [2, 2], said
     wrong = [

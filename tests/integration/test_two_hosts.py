@@ -141,7 +141,8 @@ def test_a_signal_and_a_cable_that_comes_loose_end_both_hosts_and_the_same_comma
     all_ended(processes, hosts, expect=76)
     assert steps_done(first) < STEPS
     for number, host in enumerate(hosts):
-        other = rf"process {1 - number} has not been heard of .* in step \d+ \("
+        # steps are so short that it may last have been heard of in its start
+        other = rf"process {1 - number} has not been heard of .* in (step \d+|its start) \("
         assert re.search(other, host.log.read_text()), host.log.read_text()
         assert not host.left()
 

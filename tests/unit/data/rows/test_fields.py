@@ -361,6 +361,18 @@ def test_what_is_read_instead_of_another_field_leaves_that_one_unread(prepare: C
     assert prepare([{**row, "answer": "a"}], settings)[1]["inputs"][0]["unread_fields"] == {"output": 1, "response": 1}
 
 
+def test_what_stands_beside_a_text_in_a_list_is_not_lost_in_silence(prepare: Callable[..., Any]) -> None:
+    part = {"type": "text", "text": "Hi", "citations": [{"url": "a"}], "annotations": []}
+    asked = {"role": "user", "content": [part]}
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "Hello.", "citations": None}]}
+    assert prepare([{"messages": [asked, reply]}])[1]["inputs"][0]["unread_fields"] == {
+        "messages[].content[].citations": 1
+    }
+    history = [{"question": "Leeks?", "answer": "15 cm.", "evidence": "p. 3"}]
+    row = {"instruction": "And three?", "output": "45 cm.", "history": history}
+    assert prepare([row])[1]["inputs"][0]["unread_fields"] == {"history[].evidence": 1}
+
+
 def test_unread_fields_can_be_refused(prepare: Callable[..., Any], tmp_path: Path) -> None:
     said = (("user", "Hi", {}), ("assistant", "Hello.", {}))
     rows = [turns("messages", *said, id=n) for n in range(3)] + [turns("messages", *said, tools=["f"])]

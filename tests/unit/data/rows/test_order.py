@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.rows.columns import Names
-from data.rows.conversion import ROLES, TOOLS, Converter
+from data.rows.conversion import Converter
 from data.rows.order import Said, in_order
 from data.rows.reading import RawRow, Reject, as_arguments
-from data.rows.texts import UnusableError
+from data.rows.texts import ROLES, TOOLS, UnusableError
 from data.schema import REPAIRS, Conversation
 
 Prepare = Callable[..., tuple[Any, dict[str, Any]]]

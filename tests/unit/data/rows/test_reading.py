@@ -72,12 +72,12 @@ def test_what_is_no_array_is_refused_with_the_place(content: bytes, why: str, pi
 
 
 def test_an_item_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "LONGEST_ROW", 1000)
-    monkeypatch.setattr(json_rows, "BLOCK", 100)
-    endless = io.BytesIO(b'"' + b"x" * 100_000)
-    with pytest.raises(UserError, match="can't be parsed at item 0"):
+    monkeypatch.setattr(json_rows, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(json_rows, "BLOCK", 1 << 16)
+    endless = io.BytesIO(b'"' + b"x" * (8 << 20))  # long, and not broken as far as one can see
+    with pytest.raises(UserError, match="item 0 is longer than 1 MiB, or has no end, or is not JSON"):
         list(JsonRows("rows.json", b"[", endless).array())
-    assert endless.tell() < 10_000
+    assert endless.tell() < 4 << 20
 
 
 def test_memory_does_not_hold_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
