@@ -232,13 +232,13 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
         soft_wrap=True,
     )
     for source in manifest["inputs"]:
-        if source["columns"]:
-            (found,) = as_arguments({"columns": source["columns"]})
+        if columns := source.get("columns"):
+            (found,) = as_arguments({"columns": columns})
             console.print(f"{named(source)}: read as {source['schema']} rows, by looking: {found}", soft_wrap=True)
-    if manifest["repaired"]:
-        console.print(f"Repaired rows: {', '.join(f'{name} {n:,}' for name, n in manifest['repaired'].items())}")
-    if manifest["repeated"]:
-        told = f"{manifest['repeated']:,} of the kept rows repeat a conversation, which duplicates=drop leaves out"
+    if repaired := manifest.get("repaired"):
+        console.print(f"Repaired rows: {', '.join(f'{name} {n:,}' for name, n in repaired.items())}")
+    if repeated := manifest.get("repeated"):
+        told = f"{repeated:,} of the kept rows repeat a conversation, which duplicates=drop leaves out"
         sides = "; equal ones are all trained on or all held out" if manifest["eval"]["conversations"] else ""
         console.print(told + sides, soft_wrap=True)
     if told := unread_line(manifest["inputs"]):

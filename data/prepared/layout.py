@@ -58,6 +58,7 @@ class Input(TypedDict):
     commit: NotRequired[str | None]
     files: NotRequired[list[dict[str, str | int]]]
     schema: str | None
+    columns: NotRequired[dict[str, str]]
     rows: Count
     unread_fields: dict[str, Count]
     harmless_fields: dict[str, Count]
@@ -102,6 +103,7 @@ class Manifest(TypedDict):
     versions: dict[str, str]
     tokenizer: Tokenizer
     rows: Rows
+    repaired: NotRequired[dict[str, Count]]
     repeated: NotRequired[Count]
     shortened: Shortened
     train: Split

@@ -130,6 +130,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "inputs": ({"inputs": 5}, "inputs: expected array, got int"),
     "tokenizer": ({"tokenizer": 5}, "tokenizer: expected object"),
     "versions": ({"versions": 5}, "versions: expected object"),
+    "repaired": ({"repaired": {"merged": "BF16"}}, "repaired[...]: expected int, got str"),
     "length": ({"seq_len": 2**40}, "seq_len: expected int"),
     "share": ({"train": {"conversations": -1}}, "train"),
 }
