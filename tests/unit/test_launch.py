@@ -263,7 +263,7 @@ def test_an_answer_of_0_is_not_believed_if_the_processes_have_not_said_so(stand_
     """So `deepspeed` answers if what it has started is killed."""
     (stand_ins / "nodes").write_text("node-0 slots=8\n")
     (stand_ins / "bin" / "ssh").write_text('#!/usr/bin/env bash\necho "$@" >>"$NOTES/ssh"\n')
-    (stand_ins / "bin" / "deepspeed").write_text('#!/usr/bin/env bash\n(cd "${LAUNCH_FINISHED:-$NOTES}" && touch 0 1)\n')
+    (stand_ins / "bin" / "deepspeed").write_text('#!/usr/bin/env bash\ncd "${LAUNCH_FINISHED:-$NOTES}" && touch 0 1\n')
     arguments = ["nodes"] if script == "hostfile.sh" else []
     done = launch(stand_ins, script, *arguments, "run_dir=r", expect=76, **NODE)
     assert done.stderr == (
