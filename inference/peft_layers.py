@@ -1,6 +1,5 @@
 """The layers that stock PEFT makes of an adapter's configuration, and what each of them changes."""
 
-import math
 import re
 import warnings
 from contextlib import nullcontext
@@ -140,7 +139,7 @@ class Layers:
             return
         parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
         scaling = module.scaling["default"]
-        if not math.isfinite(scaling):
+        if not abs(scaling) <= torch.finfo(torch.float32).max:  # NaN too
             raise UserError(
                 f"adapter={self._directory}: its {CONFIG} gives {target} the scale {scaling}; give the adapter as it "
                 f"was written"

@@ -49,6 +49,13 @@ class StoredFile(TypedDict):
     sha256: str
 
 
+class RepositoryFile(TypedDict):
+    """A file of a directory or repository."""
+
+    file: str
+    sha256: str
+
+
 class Input(TypedDict):
     """Where rows came from: `file` with its hash, or `dataset` with a commit, or with the hashes of its `files`."""
 
@@ -56,12 +63,16 @@ class Input(TypedDict):
     dataset: NotRequired[str]
     sha256: NotRequired[str]
     commit: NotRequired[str | None]
-    files: NotRequired[list[dict[str, str | int]]]
+    files: NotRequired[list[RepositoryFile]]
     schema: str | None
     columns: NotRequired[dict[str, str]]
     rows: Count
     unread_fields: dict[str, Count]
     harmless_fields: dict[str, Count]
+
+
+WAYS_TO_NAME = ({"file", "sha256"}, {"dataset", "commit"}, {"dataset", "files"})
+"""Fields by one of which an `Input` names what was read."""
 
 
 class Tokenizer(TypedDict):
@@ -162,15 +173,19 @@ def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
     if manifest.get("layout") != LAYOUT:
         return "another version of this program made it, whose layout or chat template is not today's"
     try:
-        files = shaped(manifest, Manifest)["files"]
+        told = shaped(manifest, Manifest)
+        for number, source in enumerate(told["inputs"]):
+            if not any(names <= source.keys() for names in WAYS_TO_NAME):
+                raise UnreadableError(f"inputs[{number}]: what was read is not named, or has no hash")
+        files = told["files"]
         if odd := files.keys() ^ {REJECTS, PLACES, *map(rows_of, SPLITS)}:
             raise UnreadableError(f"files: {min(odd)[:LONGEST_QUOTE]} is missing or unknown")
     except UnreadableError as error:
         return f"its {MANIFEST} is not as it was written ({error})"
-    for name, told in files.items():
+    for name, stored in files.items():
         path = directory / name
         if not path.is_file():
             return f"it is not whole ({name} is missing)"
-        if path.stat().st_size != told["bytes"]:
-            return f"it is not whole ({name} has {path.stat().st_size} bytes, not {told['bytes']})"
+        if path.stat().st_size != stored["bytes"]:
+            return f"it is not whole ({name} has {path.stat().st_size} bytes, not {stored['bytes']})"
     return None

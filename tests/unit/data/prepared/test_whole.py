@@ -122,12 +122,18 @@ def test_no_rows_are_rows_too() -> None:
     check_rows(pa.table({name: [] for name in ROWS}, schema=ROW_SCHEMA), 8, 3)
 
 
+READ = {"schema": "messages", "rows": 1, "unread_fields": {}, "harmless_fields": {}}
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "files list": ({"files": []}, "files: expected object, got array"),
     "files empty": ({"files": {}}, "is missing or unknown"),
     "files number": ({"files": {FILE: 5}}, "expected object, got int"),
     "files without": ({"files": {FILE: {}}}, "missing required field bytes"),
     "inputs": ({"inputs": 5}, "inputs: expected array, got int"),
+    "input without a hash": ({"inputs": [{**READ, "file": "a.jsonl"}]}, "inputs[0]: what was read is not named"),
+    "input of files": (
+        {"inputs": [{**READ, "dataset": "d", "files": [{"file": "a"}]}]},
+        "inputs[0].files[0]: object missing required field sha256",
+    ),
     "tokenizer": ({"tokenizer": 5}, "tokenizer: expected object"),
     "versions": ({"versions": 5}, "versions: expected object"),
     "repaired": ({"repaired": {"merged": "BF16"}}, "repaired[...]: expected int, got str"),
