@@ -316,7 +316,7 @@ def test_a_parameter_that_is_changed_in_two_ways_is_refused(tmp_path: Path) -> N
         ({"base_model_name_or_path": 5}, "PEFT needs a path or hub id"),
         ({"base_model_name_or_path": "x" * 5000}, "PEFT needs a path or hub id"),
         ({"lora_alpha": 10**400}, "adapter_config.json"),
-        ({"lora_alpha": 1e300}, "the scale 1"),
+        ({"lora_alpha": 1e300}, "the scale "),
     ],
 )
 def test_a_value_that_peft_cannot_compute_with_is_refused(tmp_path: Path, changes: dict[str, Any], needed: str) -> None:
