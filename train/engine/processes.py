@@ -56,9 +56,6 @@ def join_processes(config: HardwareConfig) -> Processes:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     if not on_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        # Without it DeepSpeed starts numactl in each backward, to count what it takes for this machine's devices.
-        if here := local_processes() or (1 if int(os.environ["WORLD_SIZE"]) == 1 else None):
-            os.environ["LOCAL_SIZE"] = str(here)
         # The processes of a machine share its cores; left alone, each would start a thread for every one of them.
         torch.set_num_threads(config.threads or threads())
         keep_freed_memory()
@@ -88,6 +85,10 @@ def join_processes(config: HardwareConfig) -> Processes:
             ) from error
     if not on_cuda:
         forget_shared_memory()
+        # Without it DeepSpeed starts numactl in each backward, to count what it takes for this machine's devices. With
+        # it one process alone would have been given 66 MiB of shared memory above, which DeepSpeed leaves behind.
+        if here := local_processes() or (1 if torch.distributed.get_world_size() == 1 else None):
+            os.environ["LOCAL_SIZE"] = str(here)
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 

@@ -1,6 +1,9 @@
 """What a launcher, or a person, has set in the environment is looked at before processes meet."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +11,7 @@ from configs.program.errors import UserError
 from train.config.engine import HardwareConfig
 from train.engine.processes import join_processes
 
+ROOT = Path(__file__).parents[4]
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -39,3 +43,16 @@ def test_a_variable_that_no_process_can_be_found_by_is_named(
         join_processes(HardwareConfig(device="cpu"))
     assert str(error.value).startswith(told)
     assert dict(os.environ) == before
+
+
+def test_one_process_leaves_no_shared_memory_and_its_devices_are_counted_without_a_program() -> None:
+    program = (
+        "import os; from pathlib import Path; from train.config.engine import HardwareConfig;"
+        "from train.engine.processes import join_processes; join_processes(HardwareConfig(device='cpu'));"
+        "print(os.environ['LOCAL_SIZE'], [*Path('/dev/shm').glob(f'*_{os.environ[\"MASTER_PORT\"]}_*')])"
+    )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1 []"
