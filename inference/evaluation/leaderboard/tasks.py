@@ -128,8 +128,6 @@ TASKS = {
 }
 
 CARD_AVERAGE, CARD_AVERAGE_ERROR = 65.27, 0.48
-SUBJECTS = 57
-"""Subjects of MMLU, whose score is the mean over them, each counting the same."""
 
 GSM8K_STOPS = (":", "Question:", "Question")
 GSM8K_TOKENS = 256
