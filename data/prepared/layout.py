@@ -50,10 +50,10 @@ class StoredFile(TypedDict):
 
 
 class RepositoryFile(TypedDict):
-    """A file of a directory or repository."""
+    """A file of a directory, with its hash, or of a repository, whose commit names the content."""
 
     file: str
-    sha256: str
+    sha256: NotRequired[str]
 
 
 class Input(TypedDict):
@@ -69,10 +69,6 @@ class Input(TypedDict):
     rows: Count
     unread_fields: dict[str, Count]
     harmless_fields: dict[str, Count]
-
-
-WAYS_TO_NAME = ({"file", "sha256"}, {"dataset", "commit"}, {"dataset", "files"})
-"""Fields by one of which an `Input` names what was read."""
 
 
 class Tokenizer(TypedDict):
@@ -168,6 +164,15 @@ def open_split(directory: Path, split: str) -> pa.Table:
     return open_table(directory / rows_of(split), ROW_SCHEMA)
 
 
+def _is_named(source: Input) -> bool:
+    """Whether it is told what was read: a file and its hash, or a dataset and its commit or the hashes of its files."""
+    if "file" in source:
+        return "sha256" in source
+    if "commit" in source:
+        return "dataset" in source
+    return "dataset" in source and "files" in source and all("sha256" in file for file in source["files"])
+
+
 def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
     """Why a prepared dataset can't be used, by its manifest and by the files' names and sizes; None if it can."""
     if manifest.get("layout") != LAYOUT:
@@ -175,7 +180,7 @@ def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
     try:
         told = shaped(manifest, Manifest)
         for number, source in enumerate(told["inputs"]):
-            if not any(names <= source.keys() for names in WAYS_TO_NAME):
+            if not _is_named(source):
                 raise UnreadableError(f"inputs[{number}]: what was read is not named, or has no hash")
         files = told["files"]
         if odd := files.keys() ^ {REJECTS, PLACES, *map(rows_of, SPLITS)}:

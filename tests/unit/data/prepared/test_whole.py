@@ -132,7 +132,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "input without a hash": ({"inputs": [{**READ, "file": "a.jsonl"}]}, "inputs[0]: what was read is not named"),
     "input of files": (
         {"inputs": [{**READ, "dataset": "d", "files": [{"file": "a"}]}]},
-        "inputs[0].files[0]: object missing required field sha256",
+        "inputs[0]: what was read is not named",
     ),
     "tokenizer": ({"tokenizer": 5}, "tokenizer: expected object"),
     "versions": ({"versions": 5}, "versions: expected object"),
