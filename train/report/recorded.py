@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -135,10 +136,15 @@ def note_launch(directory: Path, started: str, processes: int, resumed_after: in
 
 def changed_settings(settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """What differs from the program's defaults: the setting, its value, the default."""
+    plain = _defaults()
+    return [(name, value, plain.get(name)) for name, value in _flat(settings).items() if value != plain.get(name)]
+
+
+@cache
+def _defaults() -> dict[str, Any]:
     defaults = OmegaConf.to_container(OmegaConf.structured(TrainConfig()))
     assert isinstance(defaults, dict)
-    given, plain = _flat(settings), _flat({str(key): value for key, value in defaults.items()})
-    return [(name, value, plain.get(name)) for name, value in given.items() if value != plain.get(name)]
+    return _flat({str(key): value for key, value in defaults.items()})
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
