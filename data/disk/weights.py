@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from configs.program.errors import UserError
 from data.disk.files import file_hash
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
 from data.disk.formats.regular import UnreadableError
 from data.disk.hub import find, matching
@@ -139,7 +140,8 @@ def weight_files(directory: Path, named: str) -> list[Path]:
     """
     names = [SINGLE]
     if not (directory / SINGLE).is_file() and (directory / INDEX).exists():  # what stock transformers loads
-        names = sorted(set(read_json(directory / INDEX, Index, named, REMEDY)["weight_map"].values()))
+        index = read_json(directory / INDEX, Index, named, REMEDY, largest=sizes.INDEX)
+        names = sorted(set(index["weight_map"].values()))
         if not names:
             raise UserError(f"{named}: its {INDEX} names no file; {REMEDY}")
     if names == [SINGLE] and not (directory / SINGLE).is_file():

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 
 from data.disk.adapter_directory import EVALUATION, SCORES, WEIGHTS
 from data.disk.files import sha256
+from data.disk.formats import sizes
 from data.disk.plain_text import json_if_readable, member
 from inference.evaluation.leaderboard.tasks import TASKS, Task
 
@@ -50,7 +51,7 @@ def read_scores(adapter: Path, fingerprint: str | None) -> tuple[list[Score], st
     path = adapter.parent / EVALUATION / SCORES
     if not path.exists():
         return [], None
-    content = json_if_readable(path)
+    content = json_if_readable(path, sizes.SETTINGS)
     tasks, model = member(content, "tasks"), member(content, "model")
     found = [_score(content, name) for name in TASKS if name in tasks]
     scores = [score for score in found if score is not None]

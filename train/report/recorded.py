@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import RECEIPT
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
-from data.disk.plain_text import LARGEST, parse_yaml, read_start
+from data.disk.plain_text import parse_yaml, read_start
 from train.config.train import TrainConfig
 from train.run_files import CONFIG, LAUNCHES, Recordable, read_launches, read_metrics
 
@@ -92,7 +93,7 @@ def read_run(directory: Path) -> Recorded:
     if not (directory / CONFIG).is_file():
         raise UserError(f"run_dir={directory}: it holds no run (there is no {CONFIG}); give the directory of one")
     try:
-        content = (read_start(directory / CONFIG, LARGEST) or b"").decode()
+        content = (read_start(directory / CONFIG, sizes.SETTINGS) or b"").decode()
         if parse_yaml(content) is None:
             raise ValueError("it holds no settings")
         settings = OmegaConf.to_container(OmegaConf.create(content))
@@ -116,7 +117,7 @@ def part(path: Path, shape: type[Any], damaged: list[str]) -> Any:
     if not os.path.lexists(path):
         return None
     try:
-        return parse_json(read_regular(path, LARGEST), shape)
+        return parse_json(read_regular(path, sizes.RECORD), shape)
     except UnreadableError as error:
         damaged.append(f"{path} can't be read ({error})")
         return None

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.program.errors import one_line
 from data.disk.files import discard, file_hash, publish, remove, sync
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json, shaped
 from data.disk.formats.regular import UnreadableError, read_regular
 from data.disk.tensor_file import TensorFile, read_header
@@ -154,7 +155,7 @@ class Checkpoint:
         self._files = _unsealed(path / MANIFEST)
         self._check(TRAINER)
         try:
-            content = parse_json(read_regular(path / TRAINER), dict[str, Any])
+            content = parse_json(read_regular(path / TRAINER, sizes.RECORD), dict[str, Any])
             if content.get("format") != FORMAT:
                 raise DamagedError(f"{TRAINER} is of another version of this program")
             self.trainer = shaped(content, Trainer)
@@ -280,7 +281,7 @@ def _unsealed(path: Path) -> dict[str, Written]:
     if not path.exists():
         raise DamagedError(f"{path.name} is missing")
     try:
-        raw = read_regular(path)
+        raw = read_regular(path, sizes.SETTINGS)
         content = parse_json(raw, Sealed)
     except UnreadableError as error:
         raise DamagedError(f"{path.name} can't be read: {error}") from error

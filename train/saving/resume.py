@@ -11,6 +11,7 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.launch import local_rank
 from data.disk.adapter_directory import RECEIPT
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
 from data.prepared.dataset import Batch
 from train.config.train import TrainConfig
@@ -60,7 +61,7 @@ def check_same_run(directory: RunDirectory, record: Record, inputs: Inputs) -> N
 def _compare(path: Path, config: TrainConfig, hashes: dict[str, Any], *, finished: bool, resumes: bool) -> None:
     if finished:
         remedy = "restore it, or give overwrite=true to do the run again"
-        receipt = read_json(path / RECEIPT, Recorded, f"run_dir={path}", remedy)
+        receipt = read_json(path / RECEIPT, Recorded, f"run_dir={path}", remedy, largest=sizes.RECORD)
         identity.check(receipt, config, hashes, finished=path)
     elif resumes:
         for saved in checkpoint.paths(path):

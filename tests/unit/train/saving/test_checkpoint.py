@@ -104,6 +104,13 @@ def reseal(place: Path) -> None:
     (place / checkpoint.MANIFEST).write_bytes(checkpoint._sealed({"files": files}))
 
 
+@pytest.mark.parametrize("name", [checkpoint.MANIFEST, checkpoint.TRAINER])
+def test_what_a_checkpoint_says_is_read_from_no_link_out_of_it(whole: Path, name: str) -> None:
+    (whole / name).rename(whole.parent / name)
+    (whole / name).symlink_to(whole.parent / name)
+    assert f"{name} can't be read: it is a link out of its directory" in damaged(whole)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
