@@ -94,11 +94,12 @@ def watched(workplace: Workplace, steps: int, every: int, growth: float) -> dict
     seconds = [line["seconds"] for line in _lines(run_dir) if "loss" in line]
     require(len(seconds) == steps, f"metrics.jsonl has {len(seconds)} steps, not {steps}")
     times = [statistics.median(seconds[start : start + of_window]) for start in (first, steps - of_window)]
-    curve = [_window(samples, start, of_window).memory for start in range(0, steps - of_window + 1, of_window)]
+    parts = [range(start, start + of_window) for start in range(0, steps, of_window)]
+    seen = [[sample.memory for sample in samples if sample.step in part] for part in parts]
     found = {
         "compared": [first, steps - of_window],
         "memory_mib": [round(early.memory / 2**20), round(late.memory / 2**20)],
-        "memory_mib_meanwhile": [round(memory / 2**20) for memory in curve],
+        "memory_mib_meanwhile": [round(statistics.median(part) / 2**20) for part in seen if part],
         "open_files": [early.files, late.files],
         "threads": [early.threads, late.threads],
         "shared_mib": [round(early.shared / 2**20), round(late.shared / 2**20)],
