@@ -48,7 +48,7 @@ class Sample:
 
     step: int
     memory: int
-    """Resident bytes of both processes and their guardians."""
+    """Resident bytes of both processes and their guardians, but for those of files, which the kernel may take back."""
     files: int
     """That the two hold open."""
     threads: int
@@ -129,10 +129,11 @@ def _looked(run_dir: Path, pids: list[int]) -> list[Sample]:
     try:
         trainers = [psutil.Process(pid) for pid in pids]
         beside = [child for trainer in trainers for child in trainer.children()]
+        resident = [process.memory_info() for process in [*trainers, *beside]]
         return [
             Sample(
                 last_step(run_dir),
-                sum(process.memory_info().rss for process in [*trainers, *beside]),
+                sum(memory.rss - memory.shared for memory in resident),
                 sum(trainer.num_fds() for trainer in trainers),
                 sum(trainer.num_threads() for trainer in trainers),
                 sum(path.stat().st_size for path in SHARED.iterdir()),
