@@ -15,7 +15,7 @@ from configs.program.launch import local_rank
 from train.failures.guard import EXIT_PEER_LOST, REMEDY, Guard, Place
 
 NOTE = "guard"
-TELL_WITHIN = 60.0
+TELL_WITHIN = 300.0
 """Seconds for which a process that has found a mistake waits for those that it has to tell."""
 
 

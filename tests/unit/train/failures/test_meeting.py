@@ -118,7 +118,7 @@ def test_a_mistake_in_the_command_of_one_machine_ends_the_other_too(project_root
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     started = []
-    for rank, typed in enumerate(("sed=1", "failures.start_timeout=200")):
+    for rank, typed in enumerate(("sed=1", "failures.start_timeout=400")):
         launch = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         command = [sys.executable, "-m", "train", f"dataset={tmp_path}", "lora=none", typed]
