@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -82,10 +82,19 @@ class StoredWeights:
                     digest.update(file.read(min(SAMPLE_BYTES, size)))
         return digest.hexdigest()
 
-    def contents(self) -> dict[str, str]:
-        """The hash of every file by its name: of all its bytes, unlike the fingerprint."""
+    @property
+    def bytes(self) -> int:
+        """Those of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def contents(self, advance: Callable[[int], None] = lambda size: None) -> dict[str, str]:
+        """The hash of every file by its name: of all its bytes, unlike the fingerprint.
+
+        `advance` is told how many bytes were read, each time, by any of the threads that read.
+        """
         with ThreadPoolExecutor(READERS) as threads:
-            return dict(zip((file.name for file in self.files), threads.map(file_hash, self.files), strict=True))
+            hashes = threads.map(partial(file_hash, advance=advance), self.files)
+            return dict(zip((file.name for file in self.files), hashes, strict=True))
 
 
 FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md")

@@ -15,7 +15,7 @@ written into a hidden sibling, forced to the disk, and takes its name last.
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -172,14 +172,21 @@ class Checkpoint:
         """The number of steps that had been taken."""
         return self.trainer["step"]
 
-    def check(self, shapes: dict[str, Shape]) -> None:
+    @property
+    def bytes(self) -> int:
+        """Those of all files, by the manifest."""
+        return sum(written["bytes"] for written in self._files.values())
+
+    def check(self, shapes: dict[str, Shape], advance: Callable[[int], None] = lambda size: None) -> None:
         """Compares every file with the manifest, and the tensors with the parameters that train.
+
+        `advance` is told how many bytes were read, each time.
 
         Raises:
             DamagedError: a file or tensor is missing, unknown, changed, or of another shape; it names the first.
         """
         for name in self._files:
-            self._check(name)
+            self._check(name, advance)
         for kind in STATE:
             file = f"{kind}.safetensors"
             if file not in self._files:
@@ -196,7 +203,7 @@ class Checkpoint:
             if unknown := stored.keys() - shapes.keys():
                 raise DamagedError(f"{file} has a tensor {min(unknown)} that nothing here is called")
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str, advance: Callable[[int], None] = lambda size: None) -> None:
         written = self._files.get(name)
         if written is None:
             raise DamagedError(f"{MANIFEST} lacks {name}")
@@ -204,7 +211,7 @@ class Checkpoint:
         try:
             if not path.is_file():
                 raise DamagedError(f"{name} is missing")
-            if path.stat().st_size != written["bytes"] or file_hash(path) != written["xxh3"]:
+            if path.stat().st_size != written["bytes"] or file_hash(path, advance) != written["xxh3"]:
                 raise DamagedError(f"{name} is not as it was written")
         except OSError as error:
             raise DamagedError(f"{name} can't be read: {one_line(error)}") from error
