@@ -1,4 +1,5 @@
-"""Checks of the operators of `train/lora/elementwise.py` and `train/model/rotary.py` against autograd in float64, whatever implements them.
+"""Checks of the operators of `train/lora/elementwise.py` and `train/model/rotary.py` against autograd in float64,
+whatever implements them.
 
     TRITON_INTERPRET=1 python -m tests.support.operators
 

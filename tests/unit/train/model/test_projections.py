@@ -82,7 +82,7 @@ def test_in_bfloat16_less_is_rounded_than_by_pefts_modules(lora: dict[str, Any])
     ours, theirs = (results(one, x, others) for one in (copy.deepcopy(module), stock(module)))
     assert all(one.dtype == torch.bfloat16 for one in ours)
     errors = [[relative(a, b) for a, b in zip(each, exact, strict=True)] for each in (ours, theirs)]
-    assert max(errors[0]) <= 2**-5
+    assert max(errors[0]) <= 2**-4
     assert sum(errors[0]) <= sum(errors[1])
 
 
