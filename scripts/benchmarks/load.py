@@ -2,8 +2,8 @@
 
 The base is random, of Mixtral's real widths, and made a tensor at a time. Each contender loads it in processes of its
 own; before that, the kernel is told to forget the files. `transformers` is its `from_pretrained` under ZeRO-3: process
-0 reads everything and sends the parts. It has to end with the same shards as ours. `nf4` is ours with `model.weights=nf4`,
-which quantises what it reads.
+0 reads everything and sends the parts. It has to end with the same shards as ours. `nf4` is ours with
+`model.weights=nf4`, which quantises what it reads.
 """
 
 import argparse
