@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.program.console import quiet_libraries
+
 STATUS = Path("/proc/self/status")
 ROUTER_AUX_LOSS = 0.001
 """The router loss's weight in SFTTrainer, which takes it from transformers' Mixtral configuration."""
@@ -286,4 +288,5 @@ def trl(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     {"ours": ours, "trl": trl}[sys.argv[1]](Settings(**json.loads(sys.argv[2])))

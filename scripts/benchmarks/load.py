@@ -20,6 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from configs.program.console import quiet_libraries
+
 ROOT = Path(__file__).parents[2]
 CONTENDERS = ("ours", "nf4", "transformers")
 
@@ -193,4 +195,5 @@ def _read() -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     print(json.dumps(_contend(sys.argv[1], Path(sys.argv[2]))))
