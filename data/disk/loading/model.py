@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,17 +25,28 @@ WORTH_A_LINE = 1_000_000_000
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-Place = Callable[[torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
-"""Makes room for a parameter, of which it is given one on the meta device: the new parameter, and which numbers of it
-this process holds. Each is the place of the first, counted through the rows, and a flat tensor to read them into."""
+Place = Callable[[str, torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
+"""Makes room for a parameter, of which it is given the name and one on the meta device: the new parameter, and which
+numbers of it this process holds. Each is the place of the first, counted through the rows, and a flat tensor to read
+them into."""
 
 
 def whole_on(device: torch.device) -> Place:
     """Room for all of each parameter on a device."""
 
-    def place(parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+    def place(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         return nn.Parameter(data, requires_grad=parameter.requires_grad), [(0, data.view(-1))]
+
+    return place
+
+
+def spread_over(devices: Mapping[str, int | str]) -> Place:
+    """Room for all of each parameter on the device of the part of the model that it belongs to, by the part's name."""
+
+    def place(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+        (device,) = (device for part, device in devices.items() if f"{name}.".startswith(f"{part}."))
+        return whole_on(torch.device(device))(name, parameter)
 
     return place
 
@@ -90,7 +101,7 @@ def load_model(
     model.model.rotary_emb = type(rotary)(model.config).to(device)
     slices: list[tuple[int, Iterator[int]]] = []
     for name, parameter in list(model.named_parameters()):
-        made, parts = place(parameter)
+        made, parts = place(name, parameter)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, made)
         for start, out in parts:

@@ -4,7 +4,13 @@ All of it is frozen at the end, so that garbage collections in the forked proces
 take some tenths of a second, and copy the memory that they share.
 """
 
+# ruff: noqa: E402 - libraries are told to be quiet before they are imported
+
 import gc
+
+from configs.program.console import quiet_libraries
+
+quiet_libraries()
 
 import datasets  # noqa: F401
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
