@@ -98,12 +98,12 @@ def before_and_after(result: dict[str, Any]) -> Table:
 def others(result: dict[str, Any]) -> Table:
     """The metrics of lm-eval's tasks, as it gives them: not all are shares."""
     before = (result["before"] or {}).get("others", {})
-    table = _table("Of lm-eval", "task", "metric", "shots", "questions", *(["before"] if before else []), "score")
+    table = _table("Of lm-eval", "task", "metric", "questions", *(["before"] if before else []), "score")
     for name, of_task in result["others"].items():
-        counts = ["" if (count := of_task[what]) is None else f"{count:,}" for what in ("shots", "questions")]
+        questions = "" if of_task["questions"] is None else f"{of_task['questions']:,}"
         for metric, value in of_task["metrics"].items():
             earlier = [_measured(before[name]["metrics"][metric])] if before else []
-            table.add_row(name, metric, *counts, *earlier, _measured(value))
+            table.add_row(name, metric, questions, *earlier, _measured(value))
     return table
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
-from configs.program.page.charts import Line, Mark, heatmap, intervals, line_chart, timeline
+from configs.program.page.charts import Line, Mark, heatmap, intervals, line_chart, short, timeline
 from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.adapter_directory import EVALUATION, SCORES
@@ -136,7 +136,7 @@ def tiles(run: Recorded) -> list[tuple[str, str]]:
         found.append(("evaluation loss", f"{evaluations[0][1]:.4f} → {evaluations[-1][1]:.4f}"))
     if speeds:
         found.append(("tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"))
-        found.append(("tokens", f"{tokens:,.0f}"))
+        found.append(("tokens", f"{tokens:,.0f}" if tokens < 1e7 else short(tokens)))
     if math.isfinite(memory):
         found.append(("peak memory of process 0", f"{memory:.2f} GiB"))
     return found
@@ -206,7 +206,7 @@ def _entropy(run: Recorded, names: list[str], *, even: float) -> list[tuple[str,
         columns=("step", [line["step"] for line in shown]),
         highest=even,
     )
-    remark = f"nats, step by step; the darkest is {even:.3g}, all experts alike, and 0 always the same expert"
+    remark = f"nats, step by step; full colour is {even:.3g}, all experts alike, and none is 0, one expert alone"
     lines = [
         Line(names[layer], [(line["step"], number(line["router_entropy"][layer])) for line in steps])
         for layer in sorted({0, len(names) // 2, len(names) - 1})
@@ -214,7 +214,7 @@ def _entropy(run: Recorded, names: list[str], *, even: float) -> list[tuple[str,
     return [
         ("Entropy of the routers", remark, picture, []),
         (
-            "The same as lines",
+            "Entropy of single layers",
             "nats; of the first, a middle and the last layer",
             line_chart(lines, label="Entropy of the routers over the steps"),
             [line.name for line in lines],

@@ -163,7 +163,7 @@ def heatmap(
                 tone = "onaccent" if share > 0.6 else "oncell"
                 parts.append(
                     f'<text class="{tone}" x="{x + width / 2:.1f}" y="{top + height / 2 + 3.5}" '
-                    f'text-anchor="middle">{said}</text>'
+                    f'text-anchor="middle">{said if len(said) <= 5 else short(round(value, 3))}</text>'
                 )
     bottom = 2 + len(rows) * height
     # As many columns have their number below them as there is room for.

@@ -56,7 +56,7 @@ def test_of_tasks_of_the_harness_alone_the_card_says_nothing(capsys: pytest.Capt
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "Of lm-eval",
-        "task metric shots questions before score",
-        "ifeval acc 0 1,541 0.2500 0.5000 ± 0.2500",
-        "ifeval bleu 0 1,541 – 17.5000",
+        "task metric questions before score",
+        "ifeval acc 1,541 0.2500 0.5000 ± 0.2500",
+        "ifeval bleu 1,541 – 17.5000",
     ]

@@ -255,7 +255,7 @@ def test_the_entropy_of_the_routers_is_a_heatmap_over_the_steps(tmp_path: Path) 
         shown = [text for text in cells if text.endswith((f": {0.5 + layer / 10:.3g}", ": none"))]
         assert f"layer {layer}, step 1: {0.5 + layer / 10:.3g}" in shown
         assert f"layer {layer}, step 2,000: none" in shown
-    assert "nats, step by step; the darkest is 0.693, all experts alike, and 0 always the same expert" in texts
+    assert "nats, step by step; full colour is 0.693, all experts alike, and none is 0, one expert alone" in texts
 
 
 def test_a_plan_in_the_receipt_stands_beside_what_was_measured(tmp_path: Path) -> None:
