@@ -284,17 +284,15 @@ def scored(run: Recorded) -> dict[str, Any] | None:
         (title, [(who, *_percent(of[title])) for who, of in (("tuned", tuned), ("base", base)) if title in of])
         for title in tuned
     ]
+    published = [row for row in evaluation.get("published") or [] if _title(row["task"]) in tuned]
     return {
         "rows": rows,
         "comparison": pairs,
         "picture": intervals(rows, low=0, high=100, label="Scores with two standard errors"),
         "has_base": bool(base),
         "questions": {title: scores["questions"] for title, scores in tuned.items() if "questions" in scores},
-        "published": [
-            (_title(row["task"]), tuned[_title(row["task"])], row)
-            for row in evaluation.get("published") or []
-            if _title(row["task"]) in tuned
-        ],
+        "published": [(title := _title(row["task"]), tuned[title], row) for row in published],
+        "sources": list(dict.fromkeys((row["whose"], row["source"]) for row in published)),
         "others": evaluation.get("others") or {},
         "others_before": before.get("others") or {},
     }
