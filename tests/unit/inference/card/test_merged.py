@@ -215,7 +215,7 @@ def test_what_is_plain(value: Any, text: str | None) -> None:
 def test_a_name_that_is_no_text_is_written_all_the_same(tmp_path: Path) -> None:
     base = {"path": "a\udcffb", "revision": None, "fingerprint": "f"}
     receipt = {"base": base, "adapter": {"trained_on_base_in": "bf16"}, "verification": None}
-    write_card(tmp_path, "out\udcff", Story(None, "d", "r", ()), [], receipt, None)
+    write_card(tmp_path, "out\udcff", Story(None, "d", "r", ()), None, receipt, None)
     assert "# out?" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 

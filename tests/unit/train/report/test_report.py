@@ -235,6 +235,51 @@ def test_scores_beside_the_adapter_are_shown(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_published_scores_and_tasks_of_the_harness_are_shown(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    (directory / "evaluation").mkdir()
+    row = {"whose": "the base", "source": "its card"}
+    metric = {"acc": {"value": 0.5, "standard_error": 0.25}, "odd": {"value": None, "standard_error": None}}
+    results = {
+        "tasks": {"arc": {"score": 0.62, "standard_error": 0.01, "questions": 50}},
+        "average": None,
+        "published": [
+            {"task": "arc", "score": 0.65, "standard_error": 0.0139} | row,
+            {"task": "average", "score": 0.727, "standard_error": None} | row,
+        ],
+        "before": {"tasks": {}, "others": {"ifeval": {"shots": 0, "questions": 1541, "metrics": {}}}},
+        "others": {"ifeval": {"shots": 0, "questions": 1541, "metrics": metric}},
+    }
+    path = directory / "evaluation" / "results.json"
+    path.write_text(json.dumps(results))
+    texts = [text for text in Text(write_report(directory).read_text()).texts if text]
+    start = texts.index("Beside what was published") + 6
+    assert texts[start : start + 5] == ["ARC", "62.00 ± 1.00", "65.00 ± 1.39", "-3.00", "the base"]
+    assert "the base: its card." in texts
+    assert "72.70" not in texts  # of an average that was not measured
+    start = texts.index("Tasks of lm-eval") + 7
+    assert texts[start : start + 6] == ["ifeval", "acc", "0", "1541", "–", "0.5000 ± 0.2500"]
+    path.write_text(json.dumps(results | {"tasks": {}, "published": []}))
+    assert "0.5000 ± 0.2500" in write_report(directory).read_text()
+
+
+def test_the_entropy_of_the_routers_is_a_heatmap_over_the_steps(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    lines = [
+        {"step": step, "expert_load": [[0.75, 0.25]] * 5, "router_entropy": [0.5 + layer / 10 for layer in range(5)]}
+        for step in range(1, 2001)
+    ]
+    lines[-1]["router_entropy"] = ["nan"] * 5
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    texts = Text(write_report(directory).read_text()).texts
+    for layer in range(5):
+        cells = [text for text in texts if text.startswith(f"layer {layer}, step ")]
+        shown = [text for text in cells if text.endswith((f": {0.5 + layer / 10:.3g}", ": none"))]
+        assert f"layer {layer}, step 1: {0.5 + layer / 10:.3g}" in shown
+        assert f"layer {layer}, step 2,000: none" in shown
+    assert "nats, step by step; full colour is 0.693, all experts alike, and none is 0, one expert alone" in texts
+
+
 def test_a_plan_in_the_receipt_stands_beside_what_was_measured(tmp_path: Path) -> None:
     directory = make_run(tmp_path)
     plan = {
