@@ -17,6 +17,8 @@ PASSES_FORWARD, PASSES_BACKWARD = 35, 55
 rotary embedding, PEFT's adapters and additions. They make the sums that `scripts/benchmark.py traffic` traces."""
 KERNELS = 170
 """Operations of a layer's forward and backward, by the same trace."""
+BYTES_OF_SLOT = 2
+"""Of a row on the disk: a token's id; the rest of a row is small."""
 ADAM_ON_HOST = 30e9
 """Bytes per second at which a node's processor is assumed to update offloaded optimizer state."""
 
@@ -86,6 +88,7 @@ def speed(config: TrainConfig, sizes: Sizes, rows: Rows, batch: BatchArithmetic,
     parts |= {name: value for name, value in _once(config, sizes, batch, machine).items() if value}
     if beside := _beside_computing(config, layers, batch, machine):
         parts["DeepSpeed's own"] = beside
+    parts["reading rows"] = batch.accumulation * tokens * BYTES_OF_SLOT / machine.disk
     each = (forward, again, backward)
     arithmetic = layers * sum(work.flops for work in each) / machine.flops + head.flops / machine.flops
     bounds = {
@@ -94,7 +97,7 @@ def speed(config: TrainConfig, sizes: Sizes, rows: Rows, batch: BatchArithmetic,
         "link inside the node": inside if exposed > computed / 2 else 0.0,
         "network between nodes": outside if exposed > computed / 2 else 0.0,
         "host link": by_host if exposed > computed / 2 else 0.0,
-        "launching operations": launched - computed,
+        "launching operations": max(launched - computed, beside / batch.accumulation),
     }
     return Speed(
         parts=parts,

@@ -8,7 +8,7 @@ what a layer adds.
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,8 @@ from train.planning.given.sizes import Sizes, Tensor, sizes_of
 
 STAGES = (0, 2, 3)
 LAYERS = (1, 3)
-WIDTH, TOKENS = 64, 32
-"""Of the narrow Mixtral, and of its micro-batch."""
+WIDTH, RANK, TOKENS = 64, 8, 32
+"""Of the narrow Mixtral, of its adapters (the least that a GPU's grouped product takes), and of its micro-batch."""
 STEPS, NOT_COUNTED = 15, 4
 """Steps, and those of them that come first: ZeRO-3 learns the order of the modules in them."""
 Beside = Mapping[str, float]
@@ -49,8 +49,8 @@ def _of_stage(config: TrainConfig, stage: int, sizes: Sizes, processes: Processe
     few, more = (_Narrow(config, stage, sizes, layers, processes).measured() for layers in LAYERS)
     found = {}
     for name in few:
-        of_layer = max(0.0, (more[name] - few[name]) / (LAYERS[1] - LAYERS[0]))
-        found |= {name: max(0.0, few[name] - LAYERS[0] * of_layer), f"{name} of a layer": of_layer}
+        each = max(0.0, (more[name] - few[name]) / (LAYERS[1] - LAYERS[0]))
+        found |= {name: max(0.0, few[name] - LAYERS[0] * each), f"{name} of a layer": each}
     return found
 
 
@@ -66,7 +66,7 @@ class _Narrow:
 
     def measured(self) -> dict[str, float]:
         """Medians of a `micro-step`, without what the model takes by itself, and of the `update`."""
-        config = self._config()
+        config = narrow_config(self.config, self.stage, self.sizes, self.layers, self.processes.count)
         batch = _batch(self.processes.device)
         module = MixtralWithLoss(mixtral.build(config).to(self.processes.device).train(), with_router_loss=True)
         module.differentiates_input = self.stage == 3
@@ -76,7 +76,7 @@ class _Narrow:
             (cross_entropy + balance).backward()
             module.zero_grad(set_to_none=True)
 
-        model = _median([self._took(by_itself) for _ in range(STEPS)])
+        model = _median(self._took(by_itself) for _ in range(STEPS))
         engine = Engine(module, config, config.batch(self.processes.count), self.processes)
         engine.train()
 
@@ -94,34 +94,6 @@ class _Narrow:
         micro_steps, updates = zip(*took, strict=True)
         return {"micro-step": max(0.0, _median(micro_steps) - model), "update": _median(updates)}
 
-    def _config(self) -> TrainConfig:
-        """Of the run, but narrow. As many of a layer's tensors stay whole on every process as in the run."""
-        config, architecture = copy.deepcopy(self.config), self.sizes.config
-        config.model.path, config.model.weights = None, "bf16"
-        config.model.architecture = ArchitectureConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            num_hidden_layers=self.layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=architecture.num_local_experts,
-            num_experts_per_tok=architecture.num_experts_per_tok,
-        )
-        given = self.config.lora
-        targets = {"attention": given.attention, "projections": given.projections, "router": given.router}
-        config.lora = LoraConfig(method=given.method, rank=4, **targets)
-        config.global_batch = config.micro_batch * self.processes.count
-        config.deepspeed.stage = self.stage
-        if self.stage < 3:
-            config.deepspeed.offload_param = "none"
-        if self.stage == 0:
-            config.deepspeed.offload_optimizer = "none"
-        sharded = sum(t.elements >= config.deepspeed.persistence_threshold for t in _layer(self.sizes))
-        narrow = sorted((t.elements for t in _layer(sizes_of(config))), reverse=True)
-        config.deepspeed.persistence_threshold = narrow[min(sharded, len(narrow)) - 1] if sharded else narrow[0] + 1
-        return config
-
     def _took(self, run: Callable[[], None]) -> float:
         self._wait()
         started = time.perf_counter()
@@ -134,16 +106,46 @@ class _Narrow:
             torch.cuda.synchronize()
 
 
+def narrow_config(run: TrainConfig, stage: int, sizes: Sizes, layers: int, processes: int) -> TrainConfig:
+    """Of the run, but narrow. As many of a layer's tensors stay whole on every process as in the run, or fewer if the
+    narrow ones are of the same size."""
+    config, architecture = copy.deepcopy(run), sizes.config
+    config.model.path, config.model.weights = None, "bf16"
+    config.model.architecture = ArchitectureConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=architecture.num_local_experts,
+        num_experts_per_tok=architecture.num_experts_per_tok,
+    )
+    given = run.lora
+    targets = {"attention": given.attention, "projections": given.projections, "router": given.router}
+    config.lora = LoraConfig(method=given.method, rank=RANK, **targets)
+    config.global_batch = config.micro_batch * processes
+    config.deepspeed.stage = stage
+    if stage < 3:
+        config.deepspeed.offload_param = "none"
+    if stage == 0:
+        config.deepspeed.offload_optimizer = "none"
+    sharded = sum(t.elements >= config.deepspeed.persistence_threshold for t in of_layer(sizes))
+    narrow = sorted((t.elements for t in of_layer(sizes_of(config))), reverse=True)
+    config.deepspeed.persistence_threshold = narrow[min(sharded, len(narrow)) - 1] if sharded else narrow[0] + 1
+    return config
+
+
 def _batch(device: torch.device) -> Batch:
     ids = torch.arange(3, 3 + TOKENS)[None]
     return Batch(ids, torch.arange(TOKENS)[None], ids, torch.ones_like(ids, dtype=torch.bool)).to(device)
 
 
-def _layer(sizes: Sizes) -> list[Tensor]:
+def of_layer(sizes: Sizes) -> list[Tensor]:
     """The tensors of the first layer."""
     return [tensor for unit in sizes.units if unit.layer == 0 for tensor in unit.tensors]
 
 
-def _median(took: "list[float] | tuple[float, ...]") -> float:
+def _median(took: Iterable[float]) -> float:
     """Without the first."""
-    return statistics.median(took[NOT_COUNTED:])
+    return statistics.median(list(took)[NOT_COUNTED:])
