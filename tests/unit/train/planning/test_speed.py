@@ -88,6 +88,7 @@ def test_a_layer_that_was_measured_is_what_a_step_is_made_of() -> None:
     assert parts["recomputed"] == parts["forward"] == pytest.approx(2 * 6 * layer["forward"])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # DeepSpeed's imports
 def test_a_narrow_mixtral_takes_a_step_at_every_stage_and_none_of_it_is_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
