@@ -181,8 +181,8 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
         if config.weights == nf4.FORM:
             nf4.check_kernels("weights=nf4", first)
         how: dict[str, Any] = {"dtype": dtype, "device": first, "weights_in": config.weights, "shows_progress": True}
-        place = whole_on(first) if len(devices) == 1 else spread_over(devices)
-        model = load_model(base.directory, base.architecture, base.named, place, **how)
+        allocate = whole_on(first) if len(devices) == 1 else spread_over(devices)
+        model = load_model(base.directory, base.architecture, base.named, allocate, **how)
         if config.weights == nf4.FORM:
             four_bits.prepare(model)
         if len(devices) > 1:

@@ -29,7 +29,7 @@ from train.engine.processes import (
     leave_processes,
     node_sizes,
 )
-from train.engine.shards import place_for
+from train.engine.shards import allocator_for
 from train.expert_load import profile
 from train.failures.errors import reporting_errors
 from train.failures.guard import Guard
@@ -201,9 +201,9 @@ def run_on(
 def load(config: TrainConfig, batch: BatchArithmetic, processes: Processes, guard: Guard) -> MixtralForCausalLM:
     """The base with what trains; each process reads its part, at its own pace."""
     guard.start("loading the base")
-    place = place_for(config, batch, processes.device)  # collective, so it is no wait for a disk
+    allocate = allocator_for(config, batch, processes.device)  # collective, so it is no wait for a disk
     with guard.disk(base_or_rows(config)):
-        return build(config, place, device=processes.device, is_main=processes.is_main)
+        return build(config, allocate, device=processes.device, is_main=processes.is_main)
 
 
 def base_or_rows(config: TrainConfig) -> Path:

@@ -129,7 +129,7 @@ def ours(settings: Settings) -> None:
     from train.config.train import TrainConfig
     from train.engine import engine
     from train.engine.processes import join_processes
-    from train.engine.shards import place_for
+    from train.engine.shards import allocator_for
     from train.loop import step
     from train.model.loss import MixtralWithLoss
     from train.model.mixtral import build
@@ -149,7 +149,7 @@ def ours(settings: Settings) -> None:
     table = PreparedDataset(settings.dataset).train
     processes = join_processes(config.hardware)
     batch = config.batch(processes.count)
-    model = build(config, place_for(config, batch, processes.device), device=processes.device)
+    model = build(config, allocator_for(config, batch, processes.device), device=processes.device)
     if settings.device == "cuda":
         model.to("cuda")
     if settings.compiled:

@@ -148,7 +148,7 @@ def _contend(name: str, base: Path) -> dict[str, Any]:
     from train.config.model import ModelConfig
     from train.config.train import TrainConfig
     from train.engine.processes import join_processes, leave_processes
-    from train.engine.shards import place_for
+    from train.engine.shards import allocator_for
     from train.engine.zero import deepspeed_config
     from train.model.mixtral import pretrained
 
@@ -163,7 +163,7 @@ def _contend(name: str, base: Path) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is resident now
     resident, read, started = _memory("VmRSS"), _read(), time.perf_counter()
     if name != "transformers":
-        model = pretrained(config.model, place_for(config, batch, processes.device), device=processes.device)
+        model = pretrained(config.model, allocator_for(config, batch, processes.device), device=processes.device)
     else:
         kept = HfDeepSpeedConfig(deepspeed_config(config, batch))
         _, architecture = find_mixtral(str(base), None, "base")

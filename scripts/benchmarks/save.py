@@ -28,7 +28,7 @@ from train.config.model import ModelConfig
 from train.config.train import LoggingConfig, TrainConfig
 from train.engine.engine import Engine
 from train.engine.processes import Processes, join_processes, leave_processes
-from train.engine.shards import place_for
+from train.engine.shards import allocator_for
 from train.health import Health
 from train.history import History
 from train.loop import step
@@ -87,7 +87,7 @@ def _measure(
     )
     config.check()
     dataset, batch, health = PreparedDataset(config.dataset), config.batch(processes.count), Health(config.failures)
-    model = build(config, place_for(config, batch, processes.device), device=processes.device)
+    model = build(config, allocator_for(config, batch, processes.device), device=processes.device)
     trainer = Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     directory = RunDirectory(config, dataset.directory, processes)
     inputs = Inputs(config, dataset)

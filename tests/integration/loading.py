@@ -24,7 +24,7 @@ from train.config.model import ModelConfig
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.engine import Engine
 from train.engine.processes import Processes, gathered, join_processes, leave_processes
-from train.engine.shards import place_for
+from train.engine.shards import allocator_for
 from train.engine.zero import deepspeed_config, whole_shape
 from train.lora.attach import add_adapters, trainable
 from train.model import mixtral
@@ -127,7 +127,7 @@ def compared(base: Path, config: TrainConfig, processes: Processes, itemsize: in
         theirs = load_mixtral(base, ARCHITECTURE, "base", dtype=mixtral.DTYPES[config.model.dtype])
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     before = read_by_me()
-    ours = mixtral.pretrained(config.model, place_for(config, batch, processes.device), device=processes.device)
+    ours = mixtral.pretrained(config.model, allocator_for(config, batch, processes.device), device=processes.device)
     read = read_by_me() - before
     wrong = []
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
@@ -156,7 +156,7 @@ def quantised(base: Path, config: TrainConfig, processes: Processes, itemsize: i
     whole = load_model(base, IN_BLOCKS, named, whole_on(device), **how)
     quantise(whole, named)
     before = read_by_me()
-    ours = mixtral.pretrained(config.model, place_for(config, batch, device), device=device)
+    ours = mixtral.pretrained(config.model, allocator_for(config, batch, device), device=device)
     read = read_by_me() - before
     add_adapters(ours, config.lora)
     wrong, bits, most = [], dict(whole.named_parameters()), 0

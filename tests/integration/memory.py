@@ -14,7 +14,7 @@ from train.config.engine import DeepSpeedConfig, HardwareConfig
 from train.config.model import ModelConfig
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.processes import gathered, join_processes, leave_processes
-from train.engine.shards import place_for
+from train.engine.shards import allocator_for
 from train.model import mixtral
 
 ARCHITECTURE = MixtralConfig(
@@ -58,15 +58,15 @@ def main(directory: Path) -> None:
     found = {}
     for way, (stage, weights) in WAYS.items():
         config = TrainConfig(model=ModelConfig(path=str(base), weights=weights), deepspeed=DeepSpeedConfig(stage=stage))
-        place = place_for(config, BatchArithmetic(1, 1, processes.count), processes.device)
+        allocate = allocator_for(config, BatchArithmetic(1, 1, processes.count), processes.device)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is resident now
         before = status("VmRSS")
-        model = mixtral.pretrained(config.model, place, device=processes.device)
+        model = mixtral.pretrained(config.model, allocate, device=processes.device)
         took = status("VmHWM") - before
         share = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in model.parameters())
         found[way] = gathered({"share": share, "took": took})
-        del model, place
+        del model, allocate
     if processes.is_main:
         (directory / "found.json").write_text(json.dumps(found))
     leave_processes()

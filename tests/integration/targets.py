@@ -22,7 +22,7 @@ from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine import engine
 from train.engine.processes import Processes, join_processes, leave_processes
-from train.engine.shards import place_for
+from train.engine.shards import allocator_for
 from train.loop import step
 from train.model import mixtral
 from train.model.loss import MixtralWithLoss
@@ -113,7 +113,7 @@ def rows(number: int, rank: int) -> list[Batch]:
 def trained(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     """Losses, gradient norms and the sum over each trained parameter after STEPS steps."""
     batch = BatchArithmetic(1, ACCUMULATION, processes.count)
-    built = mixtral.build(config, place_for(config, batch, processes.device), device=processes.device)
+    built = mixtral.build(config, allocator_for(config, batch, processes.device), device=processes.device)
     trainer = engine.Engine(MixtralWithLoss(built, with_router_loss=True), config, batch, processes)
     trainer.train()
     results = [step(trainer, rows(number, processes.rank), number, LEARNING_RATE, config) for number in (1, 2)]

@@ -5,19 +5,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.disk.loading.model import Place, whole_on
+from data.disk.loading.model import Allocate, whole_on
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.zero import deepspeed_config
 
 
-def place_for(config: TrainConfig, batch: BatchArithmetic, device: torch.device) -> Place:
+def allocator_for(config: TrainConfig, batch: BatchArithmetic, device: torch.device) -> Allocate:
     """Room for the base of a run, on this process."""
     if config.deepspeed.stage == 3 and config.model.path is not None:
         return _partition(config, batch)
     return whole_on(device)
 
 
-def _partition(config: TrainConfig, batch: BatchArithmetic) -> Place:
+def _partition(config: TrainConfig, batch: BatchArithmetic) -> Allocate:
     """Room for this process's partition of each parameter, and of a node's copy, if the run has any.
 
     `deepspeed.zero.Init` would make each parameter whole first, and send it from process 0 to the others.
@@ -34,7 +34,7 @@ def _partition(config: TrainConfig, batch: BatchArithmetic) -> Place:
         tensor.ds_numel, tensor.status, tensor.final_location = numbers, PartitionedParamStatus.AVAILABLE, None
         return tensor
 
-    def place(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+    def allocate(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         # A shape without memory: DeepSpeed notes it, and then it is freed.
         shape = torch.empty(1, dtype=parameter.dtype, device=init.local_device).expand(parameter.shape)
         sharded: Any = nn.Parameter(shape, requires_grad=parameter.requires_grad)
@@ -53,4 +53,4 @@ def _partition(config: TrainConfig, batch: BatchArithmetic) -> Place:
         whole = parameter.numel()
         return sharded, [(start, tensor[: whole - start]) for start, tensor in held if start < whole]
 
-    return place
+    return allocate

@@ -63,7 +63,7 @@ BOOT = (
 """Starts the guardian without site-packages. As a package it comes from cached byte code; a script would be compiled at
 every start."""
 
-Place = tuple[int, str]
+Address = tuple[int, str]
 """The port at which process 0's guardian is found, and the token by which it knows the run's own."""
 
 
@@ -118,7 +118,7 @@ class Guard:
         self._asked = False
         self._leaving = False
 
-    def listen(self) -> Place | None:
+    def listen(self) -> Address | None:
         """On process 0, opens a port on all interfaces and returns what every process gives to `join`; else None."""
         if self._rank > 0 or self._count == 1:
             return None
@@ -126,11 +126,11 @@ class Guard:
         self._token = secrets.token_hex(16)
         return self._listener.getsockname()[1], self._token
 
-    def join(self, place: Place | None, host: str | None = None, *, within: float | None = None) -> None:
+    def join(self, address: Address | None, host: str | None = None, *, within: float | None = None) -> None:
         """Starts the guardian and waits until those of all processes have found each other; collective.
 
         Args:
-            place: what `listen` returned on process 0.
+            address: what `listen` returned on process 0.
             host: process 0's address; by default the launcher's MASTER_ADDR.
             within: the most seconds that this process waits; by default as long as the guardians do.
 
@@ -139,8 +139,8 @@ class Guard:
         """
         if self._count == 1:
             return
-        assert place is not None
-        port, token = place
+        assert address is not None
+        port, token = address
         if self._listener is not None:
             connection = self._listener
         else:
@@ -187,10 +187,10 @@ class Guard:
         threading.Thread(target=self._watch, args=(guardian,), name="guard", daemon=True).start()
         self._ready.wait(within)
 
-    def refuse(self, place: Place | None, reason: str, code: int, *, within: float) -> None:
+    def refuse(self, address: Address | None, reason: str, code: int, *, within: float) -> None:
         """`join` for a process that has an end of its own already: the others learn of it when they come."""
         self._leaving = True  # no verdict takes its exit code from it
-        self.join(place, within=within)
+        self.join(address, within=within)
         self.leaving(reason, code)
 
     def start(self, phase: str) -> None:

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import TCPStore
 from configs.program.entry import EXIT_USER_ERROR
 from configs.program.errors import UserError, say
 from configs.program.launch import local_rank
-from train.failures.guard import EXIT_PEER_LOST, REMEDY, Guard, Place
+from train.failures.guard import EXIT_PEER_LOST, REMEDY, Address, Guard
 
 NOTE = "guard"
 TELL_WITHIN = 300.0
@@ -69,9 +69,9 @@ class Meeting:
         Raises:
             UserError: process 0's guardian can't be reached.
         """
-        guard.join(self.place(guard))
+        guard.join(self.address(guard))
 
-    def place(self, guard: Guard) -> Place:
+    def address(self, guard: Guard) -> Address:
         """Where process 0's guardian is found; process 0 leaves it for the others."""
         if (where := guard.listen()) is not None:
             self._store.set(NOTE, json.dumps(where))
@@ -89,4 +89,4 @@ def tell_mistake(sentence: str, process_rank: int, process_count: int, *, within
     with contextlib.suppress(BaseException):  # the mistake is told here, and nothing takes its exit code from it
         guard = Guard(process_rank, process_count)
         meeting = Meeting(process_rank, seconds=within)
-        guard.refuse(meeting.place(guard), sentence, EXIT_USER_ERROR, within=within)
+        guard.refuse(meeting.address(guard), sentence, EXIT_USER_ERROR, within=within)

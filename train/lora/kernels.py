@@ -193,8 +193,8 @@ def _turn(
 ):
     head, column = tl.arange(0, heads_block)[:, None], tl.arange(0, half_block)[None, :]
     inside = (head < heads) & (column < half)
-    place = (token * heads + head) * 2 * half + column
-    one = tl.load(x + place, inside).to(wide)
-    other = tl.load(x + place + half, inside).to(wide)
-    tl.store(out + place, one * cos - other * sin, inside)
-    tl.store(out + place + half, other * cos + one * sin, inside)
+    index = (token * heads + head) * 2 * half + column
+    one = tl.load(x + index, inside).to(wide)
+    other = tl.load(x + index + half, inside).to(wide)
+    tl.store(out + index, one * cos - other * sin, inside)
+    tl.store(out + index + half, other * cos + one * sin, inside)

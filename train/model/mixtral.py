@@ -11,7 +11,7 @@ from configs.program.errors import UserError
 from data.disk import nf4
 from data.disk.architecture import find_mixtral
 from data.disk.loading.layers import quantise
-from data.disk.loading.model import Place, load_model, whole_on
+from data.disk.loading.model import Allocate, load_model, whole_on
 from data.disk.weights import REMEDY, local_directory
 from train.config.model import VOCABULARY, ModelConfig
 from train.config.train import TrainConfig
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def build(
-    config: TrainConfig, place: Place | None = None, *, device: torch.device = CPU, is_main: bool = False
+    config: TrainConfig, allocate: Allocate | None = None, *, device: torch.device = CPU, is_main: bool = False
 ) -> MixtralForCausalLM:
     """The base model with adapters attached and everything else frozen, or with everything trainable.
 
@@ -32,7 +32,7 @@ def build(
 
     Args:
         config: the settings.
-        place: where the weights of a stored base go; whole onto the device unless given.
+        allocate: where the weights of a stored base go; whole onto the device unless given.
         device: where the process computes.
         is_main: whether this process shows how far it has read.
 
@@ -48,7 +48,7 @@ def build(
         if config.model.weights == nf4.FORM:
             quantise(model, "model.weights=nf4")
     else:
-        model = pretrained(config.model, place, device=device, shows_progress=shows_progress)
+        model = pretrained(config.model, allocate, device=device, shows_progress=shows_progress)
     model.config.use_cache = False
     norm.replace(model)
     projections.replace(model)
@@ -87,7 +87,7 @@ def _attention_of(config: ModelConfig) -> Iterator[None]:
 
 
 def pretrained(
-    config: ModelConfig, place: Place | None = None, *, device: torch.device = CPU, shows_progress: bool = False
+    config: ModelConfig, allocate: Allocate | None = None, *, device: torch.device = CPU, shows_progress: bool = False
 ) -> MixtralForCausalLM:
     """The Mixtral at `model.path`, a directory or a hub id; its weights go where `build` says."""
     assert config.path is not None
@@ -107,7 +107,7 @@ def pretrained(
             local_directory(config.path, revision, named),
             architecture,
             named,
-            place or whole_on(device),
+            allocate or whole_on(device),
             dtype=DTYPES[config.dtype],
             device=device,
             attention=config.attention,

@@ -3,7 +3,7 @@
     parameters.py  any numbers of any parameter, read from where they lie in the files
     four_bits.py   any bytes of any parameter in four bits, quantised from where the weights lie
     layers.py      linear layers that hold four bits, and a model made to consist of them
-    model.py       transformers' model without numbers, and each parameter filled in the place that it is given
+    model.py       transformers' model without numbers, and each parameter filled in the memory that it is given
 
 May import data.disk and configs.program.
 """

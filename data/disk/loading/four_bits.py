@@ -62,13 +62,13 @@ class Slice:
     def _keep(self, content: torch.Tensor, index: int, at: int, weights: int) -> None:
         """Copies what `out` wants of a quantised part of a matrix, which begins at its weight `at`."""
         of_matrix = index * nf4.size(self.matrix) - self.start
-        for part, place in (
+        for part, offset in (
             (content[: weights // 2], of_matrix + at // 2),
             (content[weights // 2 :], of_matrix + self.matrix // 2 + at // 16),
         ):
-            first, last = max(place, 0), min(place + len(part), self.out.numel())
+            first, last = max(offset, 0), min(offset + len(part), self.out.numel())
             if first < last:
-                self.out[first:last].copy_(part[first - place : last - place])
+                self.out[first:last].copy_(part[first - offset : last - offset])
 
 
 def _whole_blocks(first: int, last: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""transformers' Mixtral with the weights of its files, each parameter in the place that it is given."""
+"""transformers' Mixtral with the weights of its files, each parameter in the memory that it is given."""
 
 import copy
 import time
@@ -25,37 +25,37 @@ WORTH_A_LINE = 1_000_000_000
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-Place = Callable[[str, torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
+Allocate = Callable[[str, torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
 """Makes room for a parameter, of which it is given the name and one on the meta device: the new parameter, and which
-numbers of it this process holds. Each is the place of the first, counted through the rows, and a flat tensor to read
+numbers of it this process holds. Each is the offset of the first in the flattened parameter, and a flat tensor to read
 them into."""
 
 
-def whole_on(device: torch.device) -> Place:
+def whole_on(device: torch.device) -> Allocate:
     """Room for all of each parameter on a device."""
 
-    def place(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+    def allocate(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         return nn.Parameter(data, requires_grad=parameter.requires_grad), [(0, data.view(-1))]
 
-    return place
+    return allocate
 
 
-def spread_over(devices: Mapping[str, int | str]) -> Place:
+def spread_over(devices: Mapping[str, int | str]) -> Allocate:
     """Room for all of each parameter on the device of the part of the model that it belongs to, by the part's name."""
 
-    def place(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+    def allocate(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         (device,) = (device for part, device in devices.items() if f"{name}.".startswith(f"{part}."))
         return whole_on(torch.device(device))(name, parameter)
 
-    return place
+    return allocate
 
 
 def load_model(
     directory: Path,
     architecture: MixtralConfig,
     named: str,
-    place: Place,
+    allocate: Allocate,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -65,14 +65,14 @@ def load_model(
 ) -> MixtralForCausalLM:
     """The model of a directory; errors begin with `named`.
 
-    Beside what `place` makes room for, no more is held than a block of `data.disk.loading.parameters`, or what
+    Beside what `allocate` makes room for, no more is held than a block of `data.disk.loading.parameters`, or what
     `data.disk.loading.four_bits` quantises at a time.
 
     Args:
         directory: of the safetensors.
         architecture: what its config.json says.
         named: how errors call it.
-        place: makes room for each parameter.
+        allocate: makes room for each parameter.
         dtype: of the parameters, whatever that of the files is.
         device: of what is no parameter; weights are quantised there, too.
         attention: transformers' name of it.
@@ -101,7 +101,7 @@ def load_model(
     model.model.rotary_emb = type(rotary)(model.config).to(device)
     slices: list[tuple[int, Iterator[int]]] = []
     for name, parameter in list(model.named_parameters()):
-        made, parts = place(name, parameter)
+        made, parts = allocate(name, parameter)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, made)
         for start, out in parts:

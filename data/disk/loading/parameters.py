@@ -59,7 +59,7 @@ class Parameters:
         """The numbers `start` to `stop` of a parameter, in order, at most `BLOCK` bytes at a time.
 
         Yields:
-            The place of the first number, and the numbers: flat, in the file's dtype, on the CPU. They last until the
+            The offset of the first number, and the numbers: flat, in the file's dtype, on the CPU. They last until the
             next block is asked for.
 
         Raises:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.engines import DEEPSPEEDS_WARNINGS, held, rows, same, settings
-from tests.unit.train.lora.test_quantised import pair
+from tests.support.quantised import pair
 from train.config.engine import HardwareConfig
 from train.config.train import BatchArithmetic
 from train.engine.engine import Engine
