@@ -12,10 +12,10 @@ from train.planning.given.machine import Machine
 from train.planning.given.rows import Rows
 from train.planning.given.sizes import Sizes
 
-PASSES_FORWARD, PASSES_BACKWARD = 35, 55
+PASSES_FORWARD, PASSES_BACKWARD = 14, 18
 """Times that a layer reads or writes something as large as its stream of tokens, beside products and experts: norms,
-rotary embedding, PEFT's adapters and additions. They make the sums that `scripts/benchmark.py traffic` traces."""
-KERNELS = 170
+rotary embedding and additions. They make the sums that `scripts/benchmark.py traffic` traces."""
+KERNELS = 140
 """Operations of a layer's forward and backward, by the same trace."""
 BYTES_OF_SLOT = 2
 """Of a row on the disk: a token's id; the rest of a row is small."""
