@@ -47,7 +47,7 @@ def seconds_beside(config: TrainConfig, sizes: Sizes, processes: Processes) -> d
 
 def _of_stage(config: TrainConfig, stage: int, sizes: Sizes, processes: Processes) -> Beside:
     few, more = (_Narrow(config, stage, sizes, layers, processes).measured() for layers in LAYERS)
-    found = {}
+    found: dict[str, float] = {}
     for name in few:
         each = max(0.0, (more[name] - few[name]) / (LAYERS[1] - LAYERS[0]))
         found |= {name: max(0.0, few[name] - LAYERS[0] * each), f"{name} of a layer": each}
@@ -122,8 +122,13 @@ def narrow_config(run: TrainConfig, stage: int, sizes: Sizes, layers: int, proce
         num_experts_per_tok=architecture.num_experts_per_tok,
     )
     given = run.lora
-    targets = {"attention": given.attention, "projections": given.projections, "router": given.router}
-    config.lora = LoraConfig(method=given.method, rank=RANK, **targets)
+    config.lora = LoraConfig(
+        method=given.method,
+        rank=RANK,
+        attention=given.attention,
+        projections=given.projections,
+        router=given.router,
+    )
     config.global_batch = config.micro_batch * processes
     config.deepspeed.stage = stage
     if stage < 3:
