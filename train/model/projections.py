@@ -86,10 +86,11 @@ class Tensors(NamedTuple):
     """m(x), [T, in], if something is dropped."""
 
 
-def project(x: torch.Tensor, linears: Sequence[nn.Module]) -> list[torch.Tensor]:
+def project(x: torch.Tensor, linears: Sequence[Any]) -> list[torch.Tensor]:
     """[…, in] → […, out] for each of these layers, `nn.Linear` without bias or PEFT's around one."""
     x_TI = x.flatten(0, -2)
-    shapes, scales, flat = [], [], []
+    shapes, scales = [], []
+    flat: list[Any] = []
     for linear in linears:
         base = getattr(linear, "base_layer", linear)
         shapes.append((base.out_features, base.in_features))
