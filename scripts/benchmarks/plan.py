@@ -176,7 +176,8 @@ class _Kept:
             self._record["seed"] = random.SystemRandom().randrange(2**31)
         if self._path.is_file():
             there = json.loads(self._path.read_text())
-            wanted = {"commit": code, "steps": options.steps, "seed": options.seed or there["seed"]}
+            seed = there["seed"] if options.seed is None else options.seed
+            wanted = {"commit": code, "steps": options.steps, "seed": seed}
             for name, value in wanted.items():
                 if there[name] != value:
                     raise UserError(
