@@ -5,6 +5,7 @@ its part of the adapter in, as ever.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,33 @@ class AdaptedExperts(MixtralExperts):
     def _sum(self, product: torch.Tensor, matrix: str, x: torch.Tensor) -> torch.Tensor:
         added = self.added.get(matrix)
         return product if added is None else product + added(x)
+
+
+def layout(model: MixtralForCausalLM, room: list[int], *, in_turn: bool) -> dict[str, int] | None:
+    """Which GPU holds which part of a model, by the parts' names; None if they have no room for it.
+
+    Layers stay whole, so that only the residual stream goes from one GPU to the next.
+
+    Args:
+        model: in four bits, on the meta device.
+        room: bytes of each GPU that weights may take.
+        in_turn: whether one GPU after the other is filled; else each has as much as the others.
+    """
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    memory, whole = dict(enumerate(room)), ["MixtralDecoderLayer"]
+    if not in_turn:
+        memory = get_balanced_memory(model, dict(memory), no_split_module_classes=whole)
+    found: dict[str, int] = infer_auto_device_map(model, memory, no_split_module_classes=whole)
+    return found if {"cpu", "disk"}.isdisjoint(found.values()) else None
+
+
+def dispatch(model: MixtralForCausalLM, devices: dict[str, Any]) -> None:
+    """Lets a model compute whose parts lie on these devices: what goes from one to the next is copied there."""
+    from accelerate import dispatch_model
+
+    dispatch_model(model, devices, skip_keys=model._skip_keys_device_placement, force_hooks=True)
 
 
 def prepare(model: MixtralForCausalLM) -> None:

@@ -16,13 +16,15 @@ import torch
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from configs.program import gpus
+from configs.program.checks import choice
 from configs.program.errors import UserError, say
 from data.disk import hub, nf4
 from data.disk.adapter_directory import CONFIG, RECEIPT, public
 from data.disk.adapter_directory import FILES as ADAPTER_FILES
 from data.disk.architecture import find_mixtral
+from data.disk.formats import sizes
 from data.disk.loading.layers import quantise
-from data.disk.loading.model import load_model, whole_on
+from data.disk.loading.model import load_model, spread_over, whole_on
 from data.disk.mixtral_files import load_mixtral, stored_parts
 from data.disk.plain_text import json_if_readable, member
 from data.disk.weights import StoredWeights, local_directory
@@ -140,7 +142,7 @@ def find_base(config: InferenceConfig) -> Base:
 def find_named(source: str, adapter: Path) -> str:
     """The directory that an adapter calls by this name, as it was called when it was trained: from here, by the path in
     its receipt, or from a directory above it. What is no directory is a hub id."""
-    path = member(json_if_readable(adapter / RECEIPT), "base").get("path")
+    path = member(json_if_readable(adapter / RECEIPT, sizes.RECORD), "base").get("path")
     noted = [Path(path)] if isinstance(path, str) and public(path) == source else []
     above = (parent / source for parent in adapter.resolve().parents)
     return next((str(path) for path in (Path(source), *noted, *above) if path.is_dir()), source)
@@ -169,25 +171,40 @@ def load_base(base: Base, config: InferenceConfig) -> MixtralForCausalLM:
     dtype = choose_dtype(config.dtype, on_cuda)
     if device_map == "auto" and (gpu := one_gpu(_bytes(base, dtype, config.weights), _free_bytes())) is not None:
         device_map = {"": gpu}
-    if config.weights == nf4.FORM:
-        if isinstance(device_map, str) and not device_map.startswith("cuda:"):
-            raise UserError(
-                f"weights=nf4: it takes one GPU with {_bytes(base, dtype, nf4.FORM) / 0.8e9:.0f} GB free, and "
-                f"device_map={device_map} would spread it over several; free one, or use weights=bf16"
-            )
-        device_map = {"": device_map} if isinstance(device_map, str) else device_map
-        nf4.check_kernels("weights=nf4", torch.device("cpu" if device_map is None else device_map[""]))
+    elif config.weights == nf4.FORM and device_map is not None:
+        device_map = _in_four_bits(device_map, base, dtype)
     if isinstance(device_map, str):  # spread over what there is, as transformers does it
         model = load_mixtral(base.directory, base.architecture, base.named, dtype=dtype, device_map=device_map)
     else:
-        device = torch.device("cpu" if device_map is None else device_map[""])
-        how: dict[str, Any] = {"dtype": dtype, "device": device, "weights_in": config.weights, "shows_progress": True}
-        model = load_model(base.directory, base.architecture, base.named, whole_on(device), **how)
+        devices = {"": "cpu"} if device_map is None else device_map
+        first = torch.device(next(iter(devices.values())))
+        if config.weights == nf4.FORM:
+            nf4.check_kernels("weights=nf4", first)
+        how: dict[str, Any] = {"dtype": dtype, "device": first, "weights_in": config.weights, "shows_progress": True}
+        place = whole_on(first) if len(devices) == 1 else spread_over(devices)
+        model = load_model(base.directory, base.architecture, base.named, place, **how)
         if config.weights == nf4.FORM:
             four_bits.prepare(model)
+        if len(devices) > 1:
+            four_bits.dispatch(model, devices)
     # The settings of a request decide alone: those that the base recommends would be mixed into them.
     model.generation_config = GenerationConfig()
     return model
+
+
+def _in_four_bits(device_map: str, base: Base, dtype: torch.dtype) -> dict[str, Any]:
+    """The device of each part of a base in four bits: of what accelerate's words for it mean, those that name GPUs."""
+    if device_map.startswith("cuda:"):
+        return {"": device_map}
+    choice("device_map", device_map, "auto", "balanced", "sequential", "cuda:0")
+    room = [int(0.8 * free) for free in _free_bytes()]
+    devices = four_bits.layout(_on_meta(base, dtype, nf4.FORM), room, in_turn=device_map == "sequential")
+    if devices is None:
+        raise UserError(
+            f"weights=nf4: the base takes {_bytes(base, dtype, nf4.FORM) / 1e9:.0f} GB in whole layers, and the "
+            f"{len(room)} GPUs here have room for {sum(room) / 1e9:.0f}; free some memory, or use more GPUs"
+        )
+    return devices
 
 
 def one_gpu(needed: int, free: list[int]) -> int | None:
@@ -209,12 +226,16 @@ def is_spread(model: PreTrainedModel) -> bool:
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
-def _bytes(base: Base, dtype: torch.dtype, weights: str) -> int:
+def _on_meta(base: Base, dtype: torch.dtype, weights: str) -> MixtralForCausalLM:
     with torch.device("meta"):
         model = MixtralForCausalLM(base.architecture).to(dtype)
         if weights == nf4.FORM:
             quantise(model, base.named)
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return model
+
+
+def _bytes(base: Base, dtype: torch.dtype, weights: str) -> int:
+    return sum(parameter.nbytes for parameter in _on_meta(base, dtype, weights).parameters())
 
 
 def _free_bytes() -> list[int]:

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from configs.program.console import quiet_libraries
 from configs.program.errors import UserError
 from configs.program.provenance import machine, provenance
 
@@ -24,6 +25,7 @@ def main(kind: str, folder: str, description: str, packages: tuple[str, ...]) ->
         description: what `--help` says of the program.
         packages: those whose versions the figures depend on.
     """
+    quiet_libraries()
     parser = argparse.ArgumentParser(description=description)
     choices = parser.add_subparsers(dest="chosen", required=True, metavar="NAME")
     names = sorted(path.stem for path in (Path(__file__).parent / folder).glob("[a-z]*.py"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import select
 import sys
@@ -94,3 +95,12 @@ def _write(stream: TextIO, text: str) -> None:
 # The one console for stderr. What goes to stdout is the result, and has consoles of its own.
 console = Console(file=cast(IO[str], Stderr()), markup=False, highlight=False, emoji=False)
 """Prints what it is given as it stands: names of runs and files may look like rich's markup."""
+
+
+def quiet_libraries() -> None:
+    """Has libraries say nothing of what concerns nobody here; to be called before they are imported.
+
+    transformers and PEFT import bitsandbytes wherever it is installed, and it warns about a kernel that nothing here
+    uses.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

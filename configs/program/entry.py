@@ -6,7 +6,6 @@ exception is a fault of ours and keeps its traceback.
 """
 
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from omegaconf import OmegaConf
 
 from configs.program import jobs
 from configs.program.arguments import readable
+from configs.program.console import quiet_libraries
 from configs.program.errors import UserError, shown
 from configs.program.explanations import command_line, composing, help
 from configs.program.explanations.program import Program
@@ -67,8 +67,7 @@ def run(
     sys.excepthook = _traceback
     threading.excepthook = _traceback_of_thread
     register(config_name, schema)
-    # transformers imports it wherever it is installed, and it warns about a kernel that nothing here uses
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions over instead of printing them and exiting 1
 
     words = dict(argument.split("=", 1) for argument in sys.argv[1:] if _names_one_of(argument, texts))

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 
 from data.disk.adapter_directory import EVALUATION, SCORES, WEIGHTS
 from data.disk.files import sha256
+from data.disk.formats import sizes
 from data.disk.plain_text import json_if_readable, member, plain
 from inference.evaluation.leaderboard.tasks import TASKS, Task
 
@@ -84,7 +85,7 @@ def read_scores(adapter: Path, fingerprint: str | None) -> tuple[Measured | None
     path = adapter.parent / EVALUATION / SCORES
     if not path.exists():
         return None, None
-    content = json_if_readable(path)
+    content = json_if_readable(path, sizes.SETTINGS)
     tasks, model = member(content, "tasks"), member(content, "model")
     found = [_score(content, name) for name in TASKS if name in tasks]
     others = _others(member(content, "others"))

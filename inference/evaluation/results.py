@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import SCORES
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
 from inference.config import InferenceConfig
@@ -27,8 +28,6 @@ from inference.evaluation.leaderboard.tasks import (
 from inference.evaluation.statistics import Estimate, Groups, average, estimate, holm, paired
 
 QUESTIONS, QUESTIONS_OF_BASE = "questions.jsonl", "questions_of_base.jsonl"
-LARGEST_QUESTIONS = 1 << 30
-"""Bytes of the largest `questions.jsonl` that is read; a line is a kilobyte."""
 
 
 def prompt_hash(question: Question) -> str:
@@ -227,8 +226,8 @@ def read_earlier(path: Path) -> Earlier:
                 f"task=evaluate"
             )
     try:
-        results = parse_json(read_regular(directory / SCORES), Results)
-        lines = [parse_json(line, Line) for line in read_regular(directory / QUESTIONS, LARGEST_QUESTIONS).splitlines()]
+        results = parse_json(read_regular(directory / SCORES, sizes.SETTINGS), Results)
+        lines = [parse_json(line, Line) for line in read_regular(directory / QUESTIONS, sizes.ANSWERS).splitlines()]
     except UnreadableError as error:
         raise UserError(f"compare={path}: it can't be read ({error}); evaluate again") from error
     questions = {(line["task"], line.get("subject", line["task"]), line["row"]): line for line in lines}

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.program.console import quiet_libraries
+
 STATUS = Path("/proc/self/status")
 ROUTER_AUX_LOSS = 0.001
 """The router loss's weight in SFTTrainer, which takes it from transformers' Mixtral configuration."""
@@ -155,12 +157,14 @@ def ours(settings: Settings) -> None:
             if isinstance(module, MixtralRMSNorm | MixtralRotaryEmbedding):
                 module.compile(dynamic=False)
     memory = Memory(model, settings.device)
-    base = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+    frozen = {name: parameter.nbytes for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    base = {
+        "base_mib": sum(frozen.values()) / 2**20,
+        "layers_mib": sum(size for name, size in frozen.items() if ".layers." in name) / 2**20,
+    }
     trainer = engine.Engine(MixtralWithLoss(model, with_router_loss=True), config, batch, processes)
     trainer.train()
-    turns = Turns(
-        memory, lambda: {"watching_seconds": watching_seconds(trainer, table, batch), "base_mib": base / 2**20}
-    )
+    turns = Turns(memory, lambda: {"watching_seconds": watching_seconds(trainer, table, batch), **base})
     turns.answer(threads=torch.get_num_threads())
     order = settings.order(len(table))
     number = 0
@@ -284,4 +288,5 @@ def trl(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     {"ours": ours, "trl": trl}[sys.argv[1]](Settings(**json.loads(sys.argv[2])))

@@ -2,7 +2,8 @@
 
 The base is random, of Mixtral's real widths, and made a tensor at a time. Each contender loads it in processes of its
 own; before that, the kernel is told to forget the files. `transformers` is its `from_pretrained` under ZeRO-3: process
-0 reads everything and sends the parts. Both have to end with the same shards.
+0 reads everything and sends the parts. It has to end with the same shards as ours. `nf4` is ours with
+`model.weights=nf4`, which quantises what it reads.
 """
 
 import argparse
@@ -19,8 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from configs.program.console import quiet_libraries
+
 ROOT = Path(__file__).parents[2]
-CONTENDERS = ("ours", "transformers")
+CONTENDERS = ("ours", "nf4", "transformers")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +49,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     _forget(file)
                 runs[name].append(_launch(name, base, options.processes))
         size = sum(file.stat().st_size for file in files)
-    shards = {tuple(process["shards"] for process in once) for of_one in runs.values() for once in of_one}
+    same = [once for name, of_one in runs.items() if name != "nf4" for once in of_one]
+    shards = {tuple(process["shards"] for process in once) for once in same}
     columns = ("", "process", "its share", "peak memory above the start", "read from files", "seconds")
     table = Table(*columns, title=f"Loading {size / 1e9:.2f} GB")
     for name, of_one in runs.items():
@@ -150,13 +154,15 @@ def _contend(name: str, base: Path) -> dict[str, Any]:
 
     processes = join_processes(HardwareConfig(device="cpu"))
     config = TrainConfig(
-        model=ModelConfig(path=str(base)), deepspeed=DeepSpeedConfig(stage=3), hardware=HardwareConfig(device="cpu")
+        model=ModelConfig(path=str(base), weights="nf4" if name == "nf4" else "bf16"),
+        deepspeed=DeepSpeedConfig(stage=3),
+        hardware=HardwareConfig(device="cpu"),
     )
     batch = config.batch(processes.count)
     torch.distributed.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is resident now
     resident, read, started = _memory("VmRSS"), _read(), time.perf_counter()
-    if name == "ours":
+    if name != "transformers":
         model = pretrained(config.model, place_for(config, batch, processes.device), device=processes.device)
     else:
         kept = HfDeepSpeedConfig(deepspeed_config(config, batch))
@@ -189,4 +195,5 @@ def _read() -> int:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     print(json.dumps(_contend(sys.argv[1], Path(sys.argv[2]))))

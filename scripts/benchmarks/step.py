@@ -158,20 +158,26 @@ def _compare_weights(options: argparse.Namespace, scratch: Path) -> dict[str, An
     times, _ = _in_turn(trainers, options)
     ends = {form: trainer.end() for form, trainer in trainers.items()}
     rates = _rates({form: turns[options.warmup :] for form, turns in times.items()})
-    base = {form: end["base_mib"] for form, end in ends.items()}
+    base, layers = ({form: end[key] for form, end in ends.items()} for key in ("base_mib", "layers_mib"))
     figures = {
         "settings": shown(options),
         "tokens_per_second": {form: statistics.median(rate) for form, rate in rates.items()},
         "speed_ratio": statistics.median(a / b for a, b in zip(rates["nf4"], rates["bf16"], strict=True)),
         "base_mib": base,
         "base_ratio": base["nf4"] / base["bf16"],
+        "layers_mib": layers,
+        "layers_ratio": layers["nf4"] / layers["bf16"],
         "memory_above_model_mib": {form: end["peak_mib"] for form, end in ends.items()},
         "losses": {form: [turn["loss"] for turn in turns] for form, turns in times.items()},
     }
     table = Table("", *trainers, "ratio", title="One training step")
-    for name, ratio in (("tokens_per_second", "speed_ratio"), ("base_mib", "base_ratio")):
+    for name, ratio in (
+        ("tokens_per_second", "speed_ratio"),
+        ("base_mib", "base_ratio"),
+        ("layers_mib", "layers_ratio"),
+    ):
         numbers = (f"{figures[name][form]:,.0f}" for form in trainers)
-        table.add_row(name.replace("_", " "), *numbers, f"{figures[ratio]:.2f}")
+        table.add_row(name.replace("_", " "), *numbers, f"{figures[ratio]:.3f}")
     console.print(table)
     return figures
 

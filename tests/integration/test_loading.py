@@ -13,6 +13,8 @@ from tests.integration.loading import DIVISIONS, FILES
 
 pytestmark = pytest.mark.slow
 
+ALLOWED = 256 << 20
+
 
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (2, 1), (3, 1), (4, 2)])
 def test_what_is_read_in_slices_is_what_transformers_loads(tmp_path: Path, processes: int, nodes: int) -> None:
@@ -21,6 +23,18 @@ def test_what_is_read_in_slices_is_what_transformers_loads(tmp_path: Path, proce
     divisions = 1 if nodes > 1 else len(DIVISIONS) - 1
     assert len(found) == (2 if nodes > 1 else 3) * len(FILES) * divisions
     assert {name: wrong for name, wrong in found.items() if any(wrong)} == {}
+
+
+def test_no_process_takes_more_than_its_share_and_256_mib(tmp_path: Path) -> None:
+    train(2, f"run_dir={tmp_path}", module="tests.integration.memory")
+    found = json.loads((tmp_path / "found.json").read_text())
+    shares = {way: of_way[0]["share"] for way, of_way in found.items()}
+    for way, of_way in found.items():
+        for process in of_way:
+            assert process["took"] <= process["share"] + ALLOWED, (way, process)
+    # Whoever held all of it, or its half in 16 bits, would be found.
+    assert all(process["took"] > shares["zero3"] + ALLOWED for process in found["none"])
+    assert shares["zero3"] > shares["zero3, nf4"] + ALLOWED
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def _partition(config: TrainConfig, batch: BatchArithmetic) -> Place:
         tensor.ds_numel, tensor.status, tensor.final_location = numbers, PartitionedParamStatus.AVAILABLE, None
         return tensor
 
-    def place(parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+    def place(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         # A shape without memory: DeepSpeed notes it, and then it is freed.
         shape = torch.empty(1, dtype=parameter.dtype, device=init.local_device).expand(parameter.shape)
         sharded: Any = nn.Parameter(shape, requires_grad=parameter.requires_grad)

@@ -15,6 +15,7 @@ from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.adapter_directory import EVALUATION, SCORES
 from data.disk.files import replace_file
+from data.disk.formats import sizes
 from data.disk.formats.json_text import shaped
 from data.disk.formats.regular import UnreadableError
 from data.disk.plain_text import json_if_readable
@@ -251,7 +252,7 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
     """The dataset's counts, and a few of its rows, if it is still the one of the run."""
     named = run.receipt.get("dataset") or {}
     path = Path(str(run.settings.get("dataset")))
-    manifest = json_if_readable(path / MANIFEST, sha256=named.get("manifest_sha256"))
+    manifest = json_if_readable(path / MANIFEST, sizes.MANIFEST, sha256=named.get("manifest_sha256"))
     try:
         shaped(manifest or None, Dataset | None)  # type: ignore[arg-type]
     except UnreadableError as error:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,19 +20,33 @@ from data.disk.loading.layers import quantise
 from data.disk.loading.parameters import Parameters
 from data.disk.weights import StoredWeights
 
+WORTH_A_LINE = 1_000_000_000
+"""Bytes of a read that a log tells of; terminals show its progress."""
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-Place = Callable[[torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
-"""Makes room for a parameter, of which it is given one on the meta device: the new parameter, and which numbers of it
-this process holds. Each is the place of the first, counted through the rows, and a flat tensor to read them into."""
+Place = Callable[[str, torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
+"""Makes room for a parameter, of which it is given the name and one on the meta device: the new parameter, and which
+numbers of it this process holds. Each is the place of the first, counted through the rows, and a flat tensor to read
+them into."""
 
 
 def whole_on(device: torch.device) -> Place:
     """Room for all of each parameter on a device."""
 
-    def place(parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+    def place(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         return nn.Parameter(data, requires_grad=parameter.requires_grad), [(0, data.view(-1))]
+
+    return place
+
+
+def spread_over(devices: Mapping[str, int | str]) -> Place:
+    """Room for all of each parameter on the device of the part of the model that it belongs to, by the part's name."""
+
+    def place(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
+        (device,) = (device for part, device in devices.items() if f"{name}.".startswith(f"{part}."))
+        return whole_on(torch.device(device))(name, parameter)
 
     return place
 
@@ -87,7 +101,7 @@ def load_model(
     model.model.rotary_emb = type(rotary)(model.config).to(device)
     slices: list[tuple[int, Iterator[int]]] = []
     for name, parameter in list(model.named_parameters()):
-        made, parts = place(parameter)
+        made, parts = place(name, parameter)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, made)
         for start, out in parts:
@@ -98,7 +112,8 @@ def load_model(
                 size = parameters.size(name, start, start + out.numel())
                 slices.append((size, parameters.read(name, start, out)))
     model.tie_weights()
-    with _progress(sum(size for size, _ in slices), shown=shows_progress) as advance, torch.no_grad():
+    size = sum(size for size, _ in slices)
+    with progress("Reading the base", size, shown=shows_progress) as advance, torch.no_grad():
         for _, sizes in slices:
             for size in sizes:
                 advance(size)
@@ -117,24 +132,28 @@ def _same(weights: StoredWeights, architecture: MixtralConfig) -> bool:
 
 
 @contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar for that many bytes: what it yields is told of each that was read."""
+def progress(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar for that many bytes: what it yields is told, by any thread, of those that were read.
+
+    If stderr is no terminal, a line says how many they are, if they take a while.
+    """
     if not (shown and console.is_terminal):
+        if shown and total >= WORTH_A_LINE:
+            console.print(f"{what}: {total / 1e9:.1f} GB", soft_wrap=True)
         yield lambda size: None
         return
     columns = (
-        TextColumn("Reading the base"),
+        TextColumn(what),
         BarColumn(bar_width=10),
         DownloadColumn(),
         TextColumn("{task.fields[rate]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task, started, done = bar.add_task("read", total=total, rate=""), time.perf_counter(), 0
+        task, started = bar.add_task("read", total=total, rate=""), time.perf_counter()
 
         def advance(size: int) -> None:
-            nonlocal done
-            done += size
-            rate = done / max(time.perf_counter() - started, 1e-9) / 1e9
-            bar.update(task, completed=done, rate=f"{rate:.2f} GB/s")
+            bar.advance(task, size)
+            rate = bar.tasks[0].completed / max(time.perf_counter() - started, 1e-9) / 1e9
+            bar.update(task, rate=f"{rate:.2f} GB/s")
 
         yield advance

@@ -4,7 +4,13 @@ All of it is frozen at the end, so that garbage collections in the forked proces
 take some tenths of a second, and copy the memory that they share.
 """
 
+# ruff: noqa: E402 - libraries are told to be quiet before they are imported
+
 import gc
+
+from configs.program.console import quiet_libraries
+
+quiet_libraries()
 
 import datasets  # noqa: F401
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
@@ -20,9 +26,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import inference.generate
 import inference.merging.merge  # noqa: F401
 import train.run  # noqa: F401
+from data.template import ChatTokenizer
 
 from . import forked  # noqa: F401
 
+ChatTokenizer.load()
 get_checkpoint_conversion_mapping("mixtral")  # transformers makes those of all models at the first call, and keeps them
 gc.collect()
 gc.freeze()

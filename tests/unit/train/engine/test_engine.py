@@ -3,6 +3,7 @@
 import copy
 import math
 
+import deepspeed
 import pytest
 import torch
 
@@ -35,6 +36,21 @@ def engine(config: TrainConfig) -> Engine:
     made = Engine(module(config.model.dtype), config, BatchArithmetic(1, 1, processes.count), processes)
     made.train()
     return made
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_deepspeed_sends_the_adapters_alone(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has read the base. If this fails, DeepSpeed looks at another attribute: see `_read_by_each`."""
+    sent: list[int] = []
+    send = deepspeed.comm.broadcast
+    monkeypatch.setattr(
+        deepspeed.comm, "broadcast", lambda tensor, *a, **k: sent.append(tensor.nbytes) or send(tensor, *a, **k)
+    )
+    trainer = engine(settings("bfloat16", stage))
+    adapters = [p for name, p in trainer.module.named_parameters() if "lora_" in name]
+    assert adapters
+    assert sum(sent) == sum(adapter.nbytes for adapter in adapters)
+    assert not any(hasattr(parameter, "ds_optim_param") for parameter in trainer.module.parameters())
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,22 @@ def test_what_is_damaged_in_a_run_is_left_out(tmp_path: Path, name: str, content
         assert line.removeprefix("Left out: ").split(" ")[0] in page
 
 
+@pytest.mark.parametrize("name", ["receipt.json", "metrics.jsonl", "evaluation/results.json"])
+def test_a_link_out_of_the_run_is_left_out(tmp_path: Path, name: str) -> None:
+    directory, elsewhere = make_run(tmp_path), tmp_path / "elsewhere"
+    (directory / name).parent.mkdir(exist_ok=True)
+    content = (directory / name).read_text() if (directory / name).exists() else '{"tasks": {"stolen": 1}}'
+    (directory / name).unlink(missing_ok=True)
+    elsewhere.write_text(content)
+    (directory / name).symlink_to(elsewhere)
+    told: list[str] = []
+    page = write_report(directory, told.append).read_text()
+    if name == "metrics.jsonl":
+        assert "tokens/s, median" not in page
+    else:
+        assert "it is a link out of its directory" in told[0]
+
+
 def test_movements_that_are_not_finite_are_shown(tmp_path: Path) -> None:
     directory = make_run(tmp_path)
     moved = {"layer": 0, "projection": "down_proj", "ranks": [4, 4], "norms": [0.125, "nan"]}
@@ -173,8 +189,13 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(UserError, match="it holds no run"):
         write_report(tmp_path)
     directory = make_run(tmp_path)
-    for settings in ("a: &a [x]\nb: [*a, *a]\n", "a: ["):
-        (directory / "config.yaml").write_text(settings)
+    (tmp_path / "elsewhere").write_text((directory / "config.yaml").read_text())
+    for settings in ("a: &a [x]\nb: [*a, *a]\n", "a: [", None):
+        (directory / "config.yaml").unlink()
+        if settings is None:
+            (directory / "config.yaml").symlink_to(tmp_path / "elsewhere")
+        else:
+            (directory / "config.yaml").write_text(settings)
         with pytest.raises(UserError, match=r"its config.yaml can't be read"):
             read_run(directory)
     try_report(directory)  # while training, a line and no more

@@ -85,8 +85,8 @@ def test_a_loaded_model_is_the_quantised_one(tmp_path: Path, dtype: torch.dtype)
     quantise(whole, "base=here")
     held: list[int] = []
 
-    def place(parameter: torch.Tensor) -> object:
-        made = whole_on(CPU)(parameter)
+    def place(name: str, parameter: torch.Tensor) -> object:
+        made = whole_on(CPU)(name, parameter)
         held.append(made[0].nbytes)
         return made
 
