@@ -63,6 +63,10 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
             f"compare={config.compare}: of lm-eval's tasks ({', '.join(others)}) no answers are kept to compare with; "
             f"give compare=base"
         )
+    if others:
+        from inference.evaluation.harness import check_names  # an extra
+
+        check_names(others)
     rows = {name: read_task(name, config.data) for name in config.tasks if name in TASKS}
     questions = [question for name in rows for question in rows[name].questions[: config.limit]]
     earlier = read_earlier(Path(config.compare)) if config.compare not in (None, BASE) else None

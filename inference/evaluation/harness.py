@@ -8,6 +8,8 @@ import os
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, cast
 
 from lm_eval.api.instance import Instance
@@ -17,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from configs.program.errors import UserError, one_line
 from data.schema import Conversation, Message, Role
 from data.template import BOS, EOS
-from inference.config import InferenceConfig
+from inference.config import SCORED, InferenceConfig
 from inference.evaluation.journal import Journal
 from inference.evaluation.scoring import log_likelihoods
 from inference.evaluation.sequences import Scored, key_of, units_of
@@ -148,6 +150,18 @@ def _alike(settings: Iterable[dict[str, Any]]) -> list[tuple[list[tuple[str, Any
     for number, given in enumerate(settings):
         groups.setdefault(str(sorted(given.items())), (list(given.items()), []))[1].append(number)
     return list(groups.values())
+
+
+def check_names(names: list[str]) -> None:
+    """Raises `UserError` for a name that the harness doesn't know, before a model is loaded or asked."""
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager()
+    for name in names:
+        if name not in known.task_index and not Path(name).is_file():
+            alike = get_close_matches(name, [*SCORED, *known.all_tasks], n=1)
+            remedy = f"did you mean {alike[0]}?" if alike else "`lm-eval ls tasks` lists those"
+            raise UserError(f"tasks={name}: it is none of {', '.join(SCORED)}, and none of lm-eval's; {remedy}")
 
 
 def score_others(

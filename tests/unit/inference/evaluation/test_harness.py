@@ -23,7 +23,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from inference.evaluation.harness import HarnessModel, score_others  # noqa: E402
+from inference.evaluation.harness import HarnessModel, check_names, score_others  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,14 @@ def test_a_task_of_the_harness_is_scored(loaded: Loaded, tmp_path: Path) -> None
         assert accuracy["standard_error"] == pytest.approx(0.5 if right == 1 else 0.0)  # of two questions
         assert begun == [4]  # two choices of two questions
         assert sum(answered) == 4
-        with pytest.raises(UserError, match="lm-eval can't score them"):
-            score_others(["no_such_task_anywhere"], loaded, config, journal, begin)
+
+
+def test_a_task_that_nobody_knows_is_refused_before_a_model_is_asked() -> None:
+    check_names(["ifeval", "hellaswag"])
+    with pytest.raises(UserError, match=r"^tasks=iffeval: .* and none of lm-eval's; did you mean ifeval\?$"):
+        check_names(["ifeval", "iffeval"])
+    with pytest.raises(UserError, match="`lm-eval ls tasks` lists those"):
+        check_names(["0000"])
 
 
 def test_the_chat_template_is_the_one_of_training(loaded: Loaded, tmp_path: Path) -> None:
