@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from data.disk.adapter_directory import PER_EXPERT, RECEIPT, TRAIN_CONFIG, public
+from data.disk.formats import sizes
 from data.disk.plain_text import json_if_readable, member, parse_yaml, plain, read_bytes, read_start
 from data.prepared.layout import MANIFEST
 
@@ -17,9 +18,6 @@ CARD = "README.md"
 
 HEAD = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 """The YAML at the beginning of a model card."""
-
-LARGEST_HEAD = 1 << 16
-"""Bytes that are read of a card, or of the settings of a training run."""
 
 NO_LICENCE = (None, "", "~", "null", "none")
 """What a card may say that names no licence."""
@@ -179,7 +177,7 @@ def composed(head: ModelCardData, name: str, introduction: str, sections: dict[s
 
 def is_untouched(path: Path) -> bool:
     """Whether a file is a card that this project wrote and nobody has edited."""
-    content = read_bytes(path) or b""
+    content = read_bytes(path, sizes.RECORD) or b""
     written = content[: -len(SEAL.format(_digest(b"")))]
     return content == written + SEAL.format(_digest(written)).encode()
 
@@ -203,7 +201,7 @@ def licence_section(licence: str | None) -> str:
 
 def _licence_of(card: Path, left_out: list[str]) -> str | None:
     """The licence in the head of a model card; None if it names none."""
-    start = read_start(card, LARGEST_HEAD)
+    start = read_start(card, sizes.HEAD)
     if start is None:
         return None
     found = HEAD.match(start.decode("utf-8-sig", "replace"))
@@ -225,7 +223,7 @@ def _data(training: dict[str, Any], left_out: list[str]) -> str:
             left_out.append(f"the adapter's {RECEIPT}: its dataset can't be read, so it is left out")
         return "Not recorded.\n"
     lines = [f"Prepared dataset with manifest `{digest}` (SHA-256)."]
-    manifest = json_if_readable(Path(path) / MANIFEST, sha256=digest) if isinstance(path, str) else {}
+    manifest = json_if_readable(Path(path) / MANIFEST, sizes.MANIFEST, sha256=digest) if isinstance(path, str) else {}
     if not manifest and isinstance(path, str) and os.path.lexists(Path(path) / MANIFEST):
         left_out.append(f"the dataset's {MANIFEST}: it is not the one that was trained on, so it is left out")
     inputs = manifest.get("inputs", [])
@@ -256,7 +254,7 @@ def _recipe(config: Path, settings: dict[str, Any], left_out: list[str]) -> str:
         + (", rank-stabilised" if settings.get("use_rslora") else ""),
         f"- adapted: {', '.join(targets)}",
     ]
-    content = read_bytes(config, LARGEST_HEAD)
+    content = read_bytes(config, sizes.HEAD)
     train = None if content is None else parse_yaml(content.decode("utf-8", "replace"))
     if train is not None:
         optim = member(train, "optim")

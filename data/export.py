@@ -1,6 +1,7 @@
 """The tokenizer's files for other programs: stock transformers, servers, llama.cpp."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import AddedToken, decoders, normalizers
@@ -85,14 +86,8 @@ def save(vocabulary: dict[str, int], directory: Path, base: Path | None) -> None
     See `ChatTokenizer.save`.
     """
     (directory / SENTENCEPIECE).write_bytes(sentencepiece_model(base))
-    stock = merges_only(vocabulary)
-    stock.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
-    unescape = [normalizers.Replace(BREAK, ""), normalizers.Replace(ESCAPED, ESCAPE)]
-    stock.normalizer = normalizers.Sequence([*unescape, stock.normalizer])
-    # Answers begin with the space that the template puts before them; stock programs show what is decoded.
-    stock.decoder = decoders.Sequence([stock.decoder, decoders.Strip(" ", 1, 0)])
-    # Not by its own `save`, whose error is no OSError if the disk is full.
-    (directory / "tokenizer.json").write_text(stock.to_str(pretty=True), encoding="utf-8")
+    # Not by the library's own `save`, whose error is no OSError if the disk is full.
+    (directory / "tokenizer.json").write_text(_stock(tuple(vocabulary.items())), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
@@ -106,3 +101,15 @@ def save(vocabulary: dict[str, int], directory: Path, base: Path | None) -> None
         "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+@lru_cache(maxsize=1)
+def _stock(vocabulary: tuple[tuple[str, int], ...]) -> str:
+    """The content of `tokenizer.json`, made once for all checkpoints of a run."""
+    stock = merges_only(dict(vocabulary))
+    stock.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
+    unescape = [normalizers.Replace(BREAK, ""), normalizers.Replace(ESCAPED, ESCAPE)]
+    stock.normalizer = normalizers.Sequence([*unescape, stock.normalizer])
+    # Answers begin with the space that the template puts before them; stock programs show what is decoded.
+    stock.decoder = decoders.Sequence([stock.decoder, decoders.Strip(" ", 1, 0)])
+    return str(stock.to_str(pretty=True))

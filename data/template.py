@@ -7,7 +7,7 @@ a message says can become a control token, however it is spelled.
 """
 
 from array import array
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from configs.program.errors import UserError
@@ -52,7 +52,7 @@ class ChatTokenizer:
             UserError: nothing usable is there, or the vocabulary is not Mixtral's.
         """
         named = f"{setting}={source}"
-        return cls(load_vocabulary(source, revision, named), named)
+        return _embedded(named) if source == EMBEDDED else cls(load_vocabulary(source, revision, named), named)
 
     # Text
 
@@ -153,3 +153,9 @@ class ChatTokenizer:
         and the embedded one if not.
         """
         export.save(self._vocabulary, directory, base)
+
+
+@cache
+def _embedded(named: str) -> ChatTokenizer:
+    """The tokenizer of the embedded vocabulary, made once in a process: each checkpoint of a run writes it."""
+    return ChatTokenizer(load_vocabulary(EMBEDDED, None, named), named)

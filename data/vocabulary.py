@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from configs.program.errors import UserError
 from data.disk import hub
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
 from data.disk.formats.regular import UnreadableError, read_regular
 
@@ -18,9 +19,6 @@ EMBEDDED = "embedded"
 """The Mixtral vocabulary that the package mistral-common carries."""
 
 SENTENCEPIECE = "tokenizer.model"
-
-LARGEST_MODEL = 16 << 20
-"""Bytes of the largest SentencePiece model that is read; Mixtral's has half a megabyte."""
 
 TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE)
 """The files that hold a vocabulary, the preferred first."""
@@ -108,7 +106,7 @@ def _locate(source: str, revision: str | None, named: str) -> Path:
 
 def _read_json(path: Path, named: str) -> dict[str, int]:
     """The vocabulary of a `tokenizer.json`."""
-    vocabulary = read_json(path, Tokenizer, named, REMEDY)["model"]["vocab"]
+    vocabulary = read_json(path, Tokenizer, named, REMEDY, largest=sizes.TOKENIZER)["model"]["vocab"]
     if len(set(vocabulary.values())) < len(vocabulary):
         raise UserError(f"{named}: its {path.name} gives one id to two pieces; {REMEDY}")
     return vocabulary
@@ -120,7 +118,9 @@ def _read_sentencepiece(path: Path, named: str) -> dict[str, int]:
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        content = read_regular(path, LARGEST_MODEL, linked=path.name != SENTENCEPIECE)  # a package may be linked to
+        content = read_regular(
+            path, sizes.SENTENCEPIECE, linked=path.name != SENTENCEPIECE
+        )  # a package may be linked to
     except UnreadableError as error:
         raise UserError(f"{named}: its {path.name} can't be read ({error}); {REMEDY}") from error
     try:
@@ -139,7 +139,7 @@ def sentencepiece_model(base: Path | None) -> bytes:
     if own is None:
         return embedded
     try:
-        content = read_regular(own, LARGEST_MODEL, linked=False)
+        content = read_regular(own, sizes.SENTENCEPIECE)
         return content if _meaning(content) == _meaning(embedded) else embedded
     except Exception:  # it is damaged; protobuf's DecodeError lives in a different place in each of its implementations
         return embedded

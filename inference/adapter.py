@@ -28,6 +28,7 @@ from data.disk.adapter_directory import (
     read_shapes,
     separate_experts,
 )
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
 from data.disk.mixtral_files import original_name, parameter_of, stored_parts
 from data.disk.weights import StoredWeights
@@ -225,7 +226,7 @@ def read_receipt(directory: Path) -> dict[str, Any]:
         UserError: there is one that can't be read: nobody could tell whether the base is the right one.
     """
     path, remedy = directory / RECEIPT, "give the adapter as it was written, or take the receipt away"
-    return dict(read_json(path, Receipt, f"adapter={directory}", remedy)) if path.exists() else {}
+    return dict(read_json(path, Receipt, f"adapter={directory}", remedy, largest=sizes.RECORD)) if path.exists() else {}
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from data.disk import hub, nf4
 from data.disk.adapter_directory import CONFIG, RECEIPT, public
 from data.disk.adapter_directory import FILES as ADAPTER_FILES
 from data.disk.architecture import find_mixtral
+from data.disk.formats import sizes
 from data.disk.loading.layers import quantise
 from data.disk.loading.model import load_model, spread_over, whole_on
 from data.disk.mixtral_files import load_mixtral, stored_parts
@@ -141,7 +142,7 @@ def find_base(config: InferenceConfig) -> Base:
 def find_named(source: str, adapter: Path) -> str:
     """The directory that an adapter calls by this name, as it was called when it was trained: from here, by the path in
     its receipt, or from a directory above it. What is no directory is a hub id."""
-    path = member(json_if_readable(adapter / RECEIPT), "base").get("path")
+    path = member(json_if_readable(adapter / RECEIPT, sizes.RECORD), "base").get("path")
     noted = [Path(path)] if isinstance(path, str) and public(path) == source else []
     above = (parent / source for parent in adapter.resolve().parents)
     return next((str(path) for path in (Path(source), *noted, *above) if path.is_dir()), source)

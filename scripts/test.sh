@@ -15,8 +15,8 @@ export HF_HUB_OFFLINE=1 # nothing here asks a hub
 if [ $# -gt 0 ]; then
     python -m pytest "$@"
 else
-    # Some of these wait long for processes that they have started, one after the other.
+    # More workers than cores: many a test waits for processes that it has started.
     python -m pytest --numprocesses 3 --dist worksteal tests/unit
-    python -m pytest --numprocesses 2 --dist loadfile tests/integration # the tests of a file share runs
+    python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder tests/integration
     python -m pytest tests/gpu
 fi

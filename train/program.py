@@ -1,13 +1,26 @@
 """The way in of `python -m train`: what settings tell alone is told before torch is imported, which takes seconds."""
 
+import contextlib
+
 from configs.program import entry
+from configs.program.errors import UserError
 from configs.program.jobs import Job
+from configs.program.launch import on_several_machines
 from train.config.train import TrainConfig
 
 
 def main() -> None:
     """The program."""
-    entry.run("train", "train", TrainConfig, run, sweep=sweep)
+    try:
+        entry.run("train", "train", TrainConfig, run, sweep=sweep)
+    except SystemExit as stop:
+        if stop.code == entry.EXIT_USER_ERROR and on_several_machines():
+            from train.engine.processes import check_launch
+            from train.failures.meeting import tell_mistake
+
+            with contextlib.suppress(UserError):  # of the launch itself, by which nobody can be found
+                tell_mistake(str(stop.__context__), *check_launch())
+        raise
 
 
 def run(config: TrainConfig) -> None:

@@ -18,6 +18,7 @@ from data.template import ChatTokenizer
 from data.vocabulary import has_tokenizer
 from train.config.model import ModelConfig
 from train.config.train import BatchArithmetic, TrainConfig
+from train.engine.cpu import shared_memory
 from train.engine.engine import Engine, ForwardEngine
 from train.engine.processes import (
     Processes,
@@ -73,7 +74,8 @@ def run(config: TrainConfig) -> None:
     signals = Signals(config.failures.grace)
     rank, count = check_launch()
     bounds = ("peer_timeout", "start_timeout", "stall_timeout", "disk_timeout")
-    guard = Guard(rank, count, **{name: getattr(config.failures, name) for name in bounds})
+    forgets = str(shared_memory()) if count > 1 else None  # by one that is killed before it could do so itself
+    guard = Guard(rank, count, forgets=forgets, **{name: getattr(config.failures, name) for name in bounds})
     if count > 1:
         signals.tell(guard.leaving)
         meeting = Meeting(rank, seconds=config.failures.start_timeout)  # kept: process 0's is where torch's join

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
 
 from msgspec import Meta
 
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
 from data.disk.plain_text import read_start
@@ -21,9 +22,6 @@ REPORT = "report.html"
 ANSWERS = "answers.json"
 TRACE = "trace.json.gz"
 EXPERT_LOAD, EXPERT_LOAD_PICTURE = "expert_load.json", "expert_load.png"
-
-LARGEST = 256 << 20
-"""Bytes of a file of lines that are read; a step has some 300."""
 
 FORMER_NAMES = {"auxiliary_loss": "load_balancing_loss"}
 """What lines of metrics.jsonl once called a quantity, and its name now."""
@@ -69,7 +67,7 @@ def read_launches(directory: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path, shape: type[Shape]) -> Iterator[Shape]:
-    for line in (read_start(path, LARGEST) or b"").splitlines():
+    for line in (read_start(path, sizes.LINES) or b"").splitlines():
         try:
             yield parse_json(line, shape)
         except UnreadableError:

@@ -24,6 +24,12 @@ def local_processes() -> int | None:
     return (int(text) or None) if text.isdecimal() else None
 
 
+def on_several_machines() -> bool:
+    """Whether the launch has processes on other machines than this one, as far as the launcher says."""
+    text = os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else ""
+    return text.isdecimal() and int(text) > (local_processes() or 1)
+
+
 def cores() -> int:
     """The CPU cores that this process may use: those that it is bound to, or fewer if its container has a quota."""
     return max(1, int(min(len(os.sched_getaffinity(0)), _quota(CGROUPS, OWN_CGROUPS))))

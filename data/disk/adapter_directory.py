@@ -24,8 +24,9 @@ from typing import Any, TypedDict
 import torch
 
 from configs.program.errors import UserError
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
-from data.disk.formats.regular import LARGEST_SETTINGS, UnreadableError
+from data.disk.formats.regular import UnreadableError
 from data.disk.tensor_file import StoredTensor, read_header
 
 CONFIG = "adapter_config.json"
@@ -135,7 +136,7 @@ def read_settings(directory: Path, named: str) -> dict[str, Any]:
         UserError: it can't be read, or as for `check_settings`.
     """
     remedy = "give the directory adapter/ of a training run"
-    settings = read_json(directory / CONFIG, dict[str, Any], named, remedy, largest=LARGEST_SETTINGS)
+    settings = read_json(directory / CONFIG, dict[str, Any], named, remedy, largest=sizes.SETTINGS)
     return check_settings(settings, named)
 
 

@@ -9,8 +9,9 @@ from msgspec import Meta
 from transformers import MixtralConfig
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json, shaped
-from data.disk.formats.regular import LARGEST_SETTINGS, UnreadableError
+from data.disk.formats.regular import UnreadableError
 from data.disk.weights import REMEDY, local_directory, pinned
 
 CONFIG = "config.json"
@@ -162,7 +163,7 @@ def read_settings(directory: Path, named: str) -> dict[str, Any]:
     Raises:
         UserError: as for `read_architecture`.
     """
-    settings = read_json(directory / CONFIG, dict[str, Any], named, REMEDY, largest=LARGEST_SETTINGS)
+    settings = read_json(directory / CONFIG, dict[str, Any], named, REMEDY, largest=sizes.SETTINGS)
     check_kind(settings, named)
     try:
         shaped(settings, Described)

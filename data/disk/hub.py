@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from configs.program.errors import UserError
 from configs.program.secrets import redact
+from data.disk.formats import sizes
 from data.disk.hub_refusals import LONGEST_WAIT, TRANSIENT, Commit, UnreachableError, cache_folder, refuse
 from data.disk.plain_text import read_bytes
 
@@ -175,7 +176,7 @@ def _note(sentence: str) -> None:
 
 def _remember(ref: Path, commit: str) -> None:
     """Keeps what a revision stands for where the hub's clients look for it when the hub can't be asked."""
-    if ref.is_file() and read_bytes(ref) == commit.encode():
+    if ref.is_file() and read_bytes(ref, sizes.HEAD) == commit.encode():
         return
     ref.parent.mkdir(parents=True, exist_ok=True)
     new = ref.with_name(f".{ref.name}.{os.getpid()}")

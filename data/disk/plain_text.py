@@ -12,16 +12,16 @@ import yaml
 from data.disk.formats.json_text import DEEPEST, parse_json
 from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
 
-LARGEST = 16 << 20
-"""Bytes of the largest file that is read; the receipt of a long run has kilobytes."""
+LOADER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+"""Of libyaml, ten times as fast, if PyYAML was built with it."""
 
 LONGEST_TEXT = 300
 """Characters of the longest text that is taken over."""
 
 
-def json_if_readable(path: Path, sha256: str | None = None) -> dict[str, Any]:
+def json_if_readable(path: Path, largest: int, sha256: str | None = None) -> dict[str, Any]:
     """A JSON object from a file; empty if there is none, or if it is something else or has another hash."""
-    content = read_bytes(path)
+    content = read_bytes(path, largest)
     if content is None or (sha256 is not None and hashlib.sha256(content).hexdigest() != sha256):
         return {}
     try:
@@ -30,14 +30,14 @@ def json_if_readable(path: Path, sha256: str | None = None) -> dict[str, Any]:
         return {}
 
 
-def read_bytes(path: Path, largest: int = LARGEST) -> bytes | None:
-    """The content of a regular file of at most that size; else None."""
+def read_bytes(path: Path, largest: int) -> bytes | None:
+    """The content of a regular file of at most that size, which is no link out of its directory; else None."""
     content = read_start(path, largest + 1)
     return content if content is not None and len(content) <= largest else None
 
 
 def read_start(path: Path, size: int) -> bytes | None:
-    """The first bytes of a regular file; None if there is none, or if it can't be read."""
+    """The first bytes of a regular file; None if there is none, if it can't be read, or is a link elsewhere."""
     try:
         with open_regular(path) as file:
             return read_at_most(file, size)
@@ -50,11 +50,11 @@ def parse_yaml(text: str) -> dict[str, Any] | None:
     aliases, by which a few lines can stand for any amount of memory."""
     try:
         depth = 0
-        for event in yaml.parse(text, yaml.BaseLoader):
+        for event in yaml.parse(text, LOADER):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 return None
-        value = yaml.load(text, yaml.BaseLoader)
+        value = yaml.load(text, LOADER)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -17,15 +17,12 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from configs.program.errors import one_line
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
 
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 """What safetensors calls the dtypes that are stored; only tests store the last."""
-
-
-LARGEST_HEADER = 32 << 20
-"""Bytes of the longest header that is read; Mixtral-8x7B's have some ten thousand."""
 
 
 class TensorFile:
@@ -99,15 +96,15 @@ def read_header(file: Path) -> list[StoredTensor]:
     Raises:
         UnreadableError: it is no safetensors file, or damaged.
     """
-    with open_regular(file) as stream:
+    with open_regular(file, linked=True) as stream:
         try:
             with safe_open(file, "np"):
                 pass
         except (OSError, SafetensorError) as error:
             raise UnreadableError(one_line(error)) from error
         (length,) = struct.unpack("<Q", read_at_most(stream, 8))
-        if length > LARGEST_HEADER:
-            raise UnreadableError(f"its header is larger than {LARGEST_HEADER >> 20} MiB")
+        if length > sizes.HEADER:
+            raise UnreadableError(f"its header is larger than {sizes.HEADER >> 20} MiB")
         header = parse_json(read_at_most(stream, length), dict[str, Any])
     start = 8 + length
     tensors = [

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypedDict
 
 from configs.program.errors import UserError
 from data.disk.files import file_hash
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
 from data.disk.formats.regular import UnreadableError
 from data.disk.hub import find, matching
@@ -81,10 +82,19 @@ class StoredWeights:
                     digest.update(file.read(min(SAMPLE_BYTES, size)))
         return digest.hexdigest()
 
-    def contents(self) -> dict[str, str]:
-        """The hash of every file by its name: of all its bytes, unlike the fingerprint."""
+    @property
+    def bytes(self) -> int:
+        """Those of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def contents(self, advance: Callable[[int], None] = lambda size: None) -> dict[str, str]:
+        """The hash of every file by its name: of all its bytes, unlike the fingerprint.
+
+        `advance` is told how many bytes were read, each time, by any of the threads that read.
+        """
         with ThreadPoolExecutor(READERS) as threads:
-            return dict(zip((file.name for file in self.files), threads.map(file_hash, self.files), strict=True))
+            hashes = threads.map(partial(file_hash, advance=advance), self.files)
+            return dict(zip((file.name for file in self.files), hashes, strict=True))
 
 
 FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md")
@@ -139,7 +149,8 @@ def weight_files(directory: Path, named: str) -> list[Path]:
     """
     names = [SINGLE]
     if not (directory / SINGLE).is_file() and (directory / INDEX).exists():  # what stock transformers loads
-        names = sorted(set(read_json(directory / INDEX, Index, named, REMEDY)["weight_map"].values()))
+        index = read_json(directory / INDEX, Index, named, REMEDY, largest=sizes.INDEX)
+        names = sorted(set(index["weight_map"].values()))
         if not names:
             raise UserError(f"{named}: its {INDEX} names no file; {REMEDY}")
     if names == [SINGLE] and not (directory / SINGLE).is_file():

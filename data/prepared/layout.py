@@ -15,6 +15,7 @@ import pyarrow as pa
 from msgspec import Meta
 
 from configs.program.errors import UserError
+from data.disk.formats import sizes
 from data.disk.formats.arrow_file import open_table
 from data.disk.formats.json_text import LONGEST_QUOTE, read_json, shaped
 from data.disk.formats.regular import UnreadableError
@@ -132,7 +133,7 @@ def read_manifest(directory: Path, setting: str = "dataset") -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(f"{named}: there is no prepared dataset there; {remedy}")
-    manifest = read_json(path, dict[str, Any], named, remedy)
+    manifest = read_json(path, dict[str, Any], named, remedy, largest=sizes.MANIFEST)
     if manifest.get("kind") != MANIFEST_KIND:
         raise UserError(f"{named}: its {MANIFEST} is not that of a prepared dataset; {remedy}")
     return manifest

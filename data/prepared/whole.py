@@ -5,6 +5,7 @@ those would be read outside of the file, or trained on as something else. So bot
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -34,22 +35,28 @@ def open_checked(directory: Path, setting: str) -> tuple[dict[str, Any], dict[st
 def check_files(directory: Path, manifest: dict[str, Any], setting: str) -> dict[str, pa.Table]:
     """Compares all of a dataset's files with its manifest; the rows of its splits.
 
-    Reads every byte, at 1.4 GB/s on one core of an AMD EPYC: less than a second for a million conversations.
+    Reads every byte, at 1.4 GB/s on one core of an AMD EPYC: less than a second for a million conversations. Files are
+    hashed beside each other, and while the rows are looked at: neither needs the interpreter.
 
     Raises:
         UserError: one is not what was written; the text begins with `setting`.
     """
     named = f"{setting}={directory}"
+    tables: dict[str, pa.Table] = {}
+    odd: UserError | None = None
+    with ThreadPoolExecutor() as pool:
+        hashes = {name: pool.submit(sha256, directory / name) for name in manifest["files"]}
+        for split in SPLITS:
+            try:
+                tables[split] = open_split(directory, split)
+                check_rows(tables[split], manifest["seq_len"], manifest["rows"]["in"])
+            except UnreadableError as error:
+                odd = odd or UserError(f"{named}: {rows_of(split)} is not whole ({error}); prepare it again")
     for name, recorded in manifest["files"].items():
-        if sha256(directory / name) != recorded["sha256"]:
+        if hashes[name].result() != recorded["sha256"]:
             raise UserError(f"{named}: {name} is not whole (it has changed since it was prepared); prepare it again")
-    tables = {}
-    for split in SPLITS:
-        try:
-            tables[split] = open_split(directory, split)
-            check_rows(tables[split], manifest["seq_len"], manifest["rows"]["in"])
-        except UnreadableError as error:
-            raise UserError(f"{named}: {rows_of(split)} is not whole ({error}); prepare it again") from error
+    if odd is not None:
+        raise odd
     return tables
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from configs.program.errors import UserError, one_line
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
 from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
 from data.disk.hub import Repository
@@ -45,7 +46,6 @@ CONVERTED = "refs/convert/parquet"
 """The branch on which the hub keeps a dataset as Parquet, a folder for each config."""
 
 README = "README.md"
-LONGEST_README = 8 << 20
 DEEPEST = 50
 MOST_PATTERNS = 10_000
 MOST_FILES = 100_000
@@ -122,7 +122,7 @@ def found(directory: Path, wanted: Wanted) -> list[DataFile]:
     chosen = choose(names, _head(directory, names, wanted), wanted, script=script)
     for name in chosen:
         try:
-            open_regular(directory / name).close()
+            open_regular(directory / name, linked=True).close()
         except UnreadableError as error:
             raise UserError(f"{wanted.named}: its {name} can't be read ({error}); take it out, or mend it") from error
     return [DataFile(str(directory / name), name) for name in chosen]
@@ -132,7 +132,7 @@ def _head(directory: Path, names: list[str], wanted: Wanted) -> bytes:
     """The beginning of the README.md; empty if there is none."""
     try:
         with open_regular(directory / README) as file:
-            return read_at_most(file, LONGEST_README + 1)
+            return read_at_most(file, sizes.README + 1)
     except UnreadableError as error:
         if README not in names:
             return b""
@@ -164,7 +164,7 @@ def _saved(directory: Path, names: set[str], wanted: Wanted) -> list[DataFile]:
 def _listed(directory: Path, name: str, key: str, named: str) -> list[Any]:
     """What a file of a saved dataset lists."""
     remedy = "name its files, as files=[…]"
-    listed = read_json(directory / name, dict[str, Any], named, remedy).get(key)
+    listed = read_json(directory / name, dict[str, Any], named, remedy, largest=sizes.MANIFEST).get(key)
     if not isinstance(listed, list):
         raise UserError(f"{named}: its {name} can't be read ({key} is not a list); {remedy}")
     return listed
@@ -246,14 +246,14 @@ def declared(readme: bytes, named: str) -> dict[str, Config]:
     """
     from datasets.data_files import sanitize_patterns
 
-    text = readme[: LONGEST_README + 1].decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    text = readme[: sizes.README + 1].decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
     head, end, _ = text.removeprefix("---\n").partition("\n---")
     if not text.startswith("---\n") or not end:
         return {}
     configs: dict[str, Config] = {}
     try:
-        if len(readme) > LONGEST_README:
-            raise ValueError(f"it is longer than {LONGEST_README >> 20} MiB")
+        if len(readme) > sizes.README:
+            raise ValueError(f"it is longer than {sizes.README >> 20} MiB")
         card, alias = _parsed(head)
         if not isinstance(card, dict) or not isinstance(card.get("configs"), list):
             return {}

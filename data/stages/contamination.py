@@ -29,7 +29,8 @@ import xxhash
 from configs.program.errors import UserError, one_line
 from data.disk import hub
 from data.disk.files import sha256
-from data.disk.formats.regular import UnreadableError, read_at_most
+from data.disk.formats import sizes
+from data.disk.formats.regular import UnreadableError, read_at_most, size_of
 from data.rows.containers import opened, plain_name
 from data.rows.reading import RawRow
 from data.rows.repository import DataFile, Wanted, fetched, kind_of
@@ -55,9 +56,6 @@ IS_KANA, IS_LETTER = regex.compile(r"[\p{Hiragana}\p{Katakana}ー]"), regex.comp
 STANDS_ALONE = regex.compile(rf"[{ALONE}{UNDIVIDED}]")
 IGNORABLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 """Soft hyphens, joiners and spaces of no width."""
-
-LARGEST = 512 << 20
-"""Bytes of the largest file, unpacked, that is read as a whole: one of JSON that is no rows, or of text."""
 
 FACTOR = 0x9E3779B97F4A7C15
 INVERSE = pow(FACTOR, -1, 1 << 64)
@@ -188,9 +186,9 @@ def _content(name: str) -> str:
     except UserError as error:  # what it is can't be read by anyone
         raise UserError(str(error).replace("files=", "contamination=", 1)) from error
     with file:
-        content = read_at_most(file, LARGEST + 1)
-    if len(content) > LARGEST:
-        raise UnreadableError(f"it is larger than {LARGEST >> 20} MiB")
+        content = read_at_most(file, sizes.EVALUATION + 1)
+    if len(content) > sizes.EVALUATION:
+        raise UnreadableError(f"it is larger than {size_of(sizes.EVALUATION)}")
     return content.decode("utf-8-sig")
 
 

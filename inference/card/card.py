@@ -43,7 +43,7 @@ def card(config: InferenceConfig) -> Path:
         base=named,
         licence=config.licence,
         evaluation=describe_scores(scores) if scores else None,
-        results=on_the_hub(scores),
+        results=on_the_hub(scores.scores if scores else []),
     )
     try:
         replace_file(path, [written.text().encode("utf-8", "replace")])

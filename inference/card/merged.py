@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from data.card import CARD, HUB_ID, PROMPT_FORMAT, Story, composed, describe_base, licence_section
-from inference.card.scores import Score, describe_scores, on_the_hub
+from inference.card.scores import Measured, describe_scores, on_the_hub
 
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +22,7 @@ print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_t
 
 
 def write_card(
-    directory: Path, name: str, story: Story, scores: list[Score], receipt: dict[str, Any], licence: str | None
+    directory: Path, name: str, story: Story, scores: Measured | None, receipt: dict[str, Any], licence: str | None
 ) -> None:
     """Writes README.md into `directory`; it says that what nobody recorded is unknown.
 
@@ -30,13 +30,13 @@ def write_card(
         directory: the checkpoint.
         name: what the model is called.
         story: what others recorded.
-        scores: what an evaluation measured; empty if there is none.
+        scores: what an evaluation measured; None if there is none.
         receipt: of the merge.
         licence: overrides the base's.
     """
     source = receipt["base"]["path"]
     from_hub = HUB_ID.fullmatch(source) is not None and not Path(source).is_dir()
-    licence, results = licence or story.licence, on_the_hub(scores)
+    licence, results = licence or story.licence, on_the_hub(scores.scores if scores else [])
     head = ModelCardData(
         license=licence,
         base_model=source if from_hub else None,

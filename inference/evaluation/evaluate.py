@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from inference.evaluation.results import (
     grouped,
     overall,
     prompt_hash,
+    published,
     read_earlier,
     score,
     without_nan,
@@ -56,6 +58,11 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
     base = find_base(config)
     adapter = None if config.adapter is None else find_adapter(config, base)
     others = [name for name in config.tasks if name not in TASKS]
+    if config.compare not in (None, BASE) and len(others) == len(config.tasks):
+        raise UserError(
+            f"compare={config.compare}: of lm-eval's tasks ({', '.join(others)}) no answers are kept to compare with; "
+            f"give compare=base"
+        )
     rows = {name: read_task(name, config.data) for name in config.tasks if name in TASKS}
     questions = [question for name in rows for question in rows[name].questions[: config.limit]]
     earlier = read_earlier(Path(config.compare)) if config.compare not in (None, BASE) else None
@@ -69,7 +76,12 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
         seen = trained_on(questions, Path(config.trained_on), tokenizer)
         clean = {id(question): not was for question, was in zip(questions, seen, strict=True)}
     with ExitStack() as stack:
-        bar = stack.enter_context(_progress(len(questions) * (2 if config.compare == BASE else 1)))
+        begin = stack.enter_context(_bars())
+        bar = (
+            begin("Evaluating", "questions", len(questions) * (2 if config.compare == BASE else 1))
+            if questions
+            else lambda _: None
+        )
         journal = stack.enter_context(open_journal(output / "answers.part", identity(config, base)))
         journals = [journal]
         loaded = Loaded(load_base(base, config).eval(), tokenizer)
@@ -79,17 +91,20 @@ def evaluate(config: InferenceConfig) -> dict[str, Any]:
             alone = identity(replace(config, adapter=None), base)
             journals.append(stack.enter_context(open_journal(output / "answers_of_base.part", alone)))
             of_base = answer_all(loaded, config, plan, journals[-1], bar)
-            metrics_of_base = _others(others, loaded, config, journals[-1])
+            metrics_of_base = _others(
+                others, loaded, config, journals[-1], partial(begin, "The base, by lm-eval", "requests")
+            )
             before = {name: grouped(_of(name, of_base)) for name in rows}
         if adapter is not None:
             loaded = replace(loaded, model=add_adapter(loaded.model, adapter, config).eval())
         answered = answer_all(loaded, config, plan, journal, bar)
-        metrics = _others(others, loaded, config, journal)
+        metrics = _others(others, loaded, config, journal, partial(begin, "By lm-eval", "requests"))
         result = {
             "model": described(config, base),
             "settings": {name: getattr(config, name) for name in SETTINGS} | {"dtype": str(loaded.model.dtype)},
             "prompts": {name: describe_prompts(name, rows[name]) | {"source": rows[name].source} for name in rows},
-            **scores(answered, clean),
+            **(measured := scores(answered, clean)),
+            "published": published(measured["tasks"]),
             "compared_with": config.compare,
             "comparison": None if before is None else compare(before, {n: grouped(_of(n, answered)) for n in rows}),
             "before": None if config.compare != BASE else scores(of_base, clean) | {"others": metrics_of_base},
@@ -118,12 +133,18 @@ def output_of(config: InferenceConfig) -> Path:
     return Path(EVALUATION) if beside is None or not beside.is_dir() else beside.parent / EVALUATION
 
 
-def _others(names: list[str], loaded: Loaded, config: InferenceConfig, journal: Journal) -> dict[str, dict[str, Any]]:
+def _others(
+    names: list[str],
+    loaded: Loaded,
+    config: InferenceConfig,
+    journal: Journal,
+    begin: Callable[[int], Callable[[int], None]],
+) -> dict[str, dict[str, Any]]:
     if not names:
         return {}
     from inference.evaluation.harness import score_others  # an extra
 
-    return score_others(names, loaded, config, journal, lambda _: None)
+    return score_others(names, loaded, config, journal, begin)
 
 
 def described(config: InferenceConfig, base: Base) -> dict[str, Any]:
@@ -170,12 +191,17 @@ class Speed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The text of the column."""
-        return Text("" if task.speed is None else f"{task.speed:.1f} questions/s")
+        return Text("" if task.speed is None else f"{task.speed:.1f} {task.fields['unit']}/s")
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
+def _bars() -> Iterator[Callable[[str, str, int], Callable[[int], None]]]:
+    """A function that begins a bar with its name, what it counts and how many, and returns what moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda count: progress.advance(bar, count)
+
+        def begin(what: str, unit: str, total: int) -> Callable[[int], None]:
+            bar = progress.add_task(what, total=total, unit=unit)
+            return lambda count: progress.advance(bar, count)
+
+        yield begin

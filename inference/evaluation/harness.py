@@ -4,6 +4,7 @@ The harness brings tasks, prompts and metrics; it is an extra (`pip install -e "
 because it gives one model the answers of another.
 """
 
+import os
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,13 +24,19 @@ from inference.evaluation.sequences import Scored, key_of, units_of
 from inference.generate import Ending, context, generate_rows
 from inference.load import Loaded
 
+RESAMPLES = 1000
+"""Draws of the bootstrap for metrics that are no mean; a mean has a standard error of its own."""
+
+Begin = Callable[[int], Callable[[int], None]]
+"""Told of how many requests there are; what it returns is told of them as they are answered."""
+
 
 class HarnessModel(TemplateLM):
     """A loaded model as lm-evaluation-harness asks for one."""
 
-    def __init__(self, loaded: Loaded, config: InferenceConfig, journal: Journal, advance: Callable[[int], None]):
+    def __init__(self, loaded: Loaded, config: InferenceConfig, journal: Journal, begin: Begin):
         super().__init__()
-        self._loaded, self._config, self._journal, self._advance = loaded, config, journal, advance
+        self._loaded, self._config, self._journal, self._begin = loaded, config, journal, begin
 
     @property
     def eot_token_id(self) -> int:
@@ -75,6 +82,7 @@ class HarnessModel(TemplateLM):
     def _scored(self, sequences: list[list[Scored]]) -> list[list[tuple[float, bool]]]:
         """The log-likelihood of each sequence, and whether it is the likeliest, for each request."""
         found: dict[int, list[tuple[float, bool]]] = {}
+        advance = self._begin(len(sequences))
         for unit in units_of(sequences, self._config.max_tokens):
             if unit.key not in self._journal:
                 scored = log_likelihoods(self._loaded.model, unit.packed)
@@ -83,7 +91,7 @@ class HarnessModel(TemplateLM):
             answers = iter(self._journal.answers(unit.key, tuple[float, bool], count))
             for number in unit.numbers:
                 found[number] = [(total, greedy) for total, greedy in (next(answers) for _ in sequences[number])]
-            self._advance(len(unit.numbers))
+            advance(len(unit.numbers))
         return [found[number] for number in range(len(sequences))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -99,12 +107,15 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What is generated for each request, up to the first of its stop strings."""
         texts: dict[int, str] = {}
+        advance = self._begin(len(requests))
         for settings, numbers in _alike(request.args[1] for request in requests):
-            texts |= self._generated([requests[number].args[0] for number in numbers], numbers, dict(settings))
-            self._advance(len(numbers))
+            prompts = [requests[number].args[0] for number in numbers]
+            texts |= self._generated(prompts, numbers, dict(settings), advance)
         return [texts[number] for number in range(len(requests))]
 
-    def _generated(self, prompts: list[str], numbers: list[int], settings: dict[str, Any]) -> dict[int, str]:
+    def _generated(
+        self, prompts: list[str], numbers: list[int], settings: dict[str, Any], advance: Callable[[int], None]
+    ) -> dict[int, str]:
         stops = settings.get("until") or []
         sampled = settings.get("do_sample", False) and settings.get("temperature", 1.0) > 0
         asked = replace(
@@ -127,6 +138,7 @@ class HarnessModel(TemplateLM):
                 self._journal.append(key, [answer.text for answer in answers])
             written = self._journal.answers(key, str, len(unit))
             texts |= {numbers[index]: text for index, text in zip(unit, written, strict=True)}
+            advance(len(unit))
         return texts
 
 
@@ -139,22 +151,27 @@ def _alike(settings: Iterable[dict[str, Any]]) -> list[tuple[list[tuple[str, Any
 
 
 def score_others(
-    names: list[Any], loaded: Loaded, config: InferenceConfig, journal: Journal, advance: Callable[[int], None]
+    names: list[Any], loaded: Loaded, config: InferenceConfig, journal: Journal, begin: Begin
 ) -> dict[str, dict[str, Any]]:
     """The metrics of other tasks by their names in the harness, or of its task objects.
+
+    Returns:
+        By task: `shots` and `questions`, None for a group, and `metrics` by name, each with `value` and
+        `standard_error`, NaN or None if the harness has none.
 
     Raises:
         UserError: the harness has no such task, or its rows can't be had.
     """
     from lm_eval import simple_evaluate
 
-    model = HarnessModel(loaded, config, journal, advance)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork a process that has threads
+    model = HarnessModel(loaded, config, journal, begin)
     try:
         results = simple_evaluate(
             model=model,
             tasks=names,
             limit=config.limit,
-            bootstrap_iters=0,
+            bootstrap_iters=RESAMPLES,
             log_samples=False,
             apply_chat_template=config.chat,
             fewshot_as_multiturn=False,
@@ -164,8 +181,27 @@ def score_others(
             f"tasks=[{', '.join(map(str, names))}]: lm-eval can't score them ({one_line(error)}); `lm-eval ls tasks` "
             f"lists its tasks"
         ) from error
-    metrics = {}
-    for name, values in results["results"].items():
-        plain = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
-        metrics[name] = {key: float(value) if isinstance(value, float) else value for key, value in plain.items()}
-    return metrics
+    asked = results["n-samples"]
+    return {
+        name: {
+            "shots": results["n-shot"].get(name),
+            "questions": asked[name]["effective"] if name in asked else None,
+            "metrics": _metrics(values),
+        }
+        for name, values in results["results"].items()
+    }
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The harness's `acc,none` and `acc_stderr,none` as one metric; a filter that is one is part of the name."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key, value in values.items():
+        metric, comma, how = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{metric}_stderr,{how}")
+        found[metric if how == "none" else f"{metric}, {how}"] = {
+            "value": float(value),
+            "standard_error": float(error) if isinstance(error, int | float) else None,
+        }
+    return found

@@ -11,18 +11,23 @@ from msgspec import Meta
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import SCORES
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
 from inference.config import InferenceConfig
 from inference.evaluation.answering import Answered
 from inference.evaluation.leaderboard.questions import Question, hash_of
 from inference.evaluation.leaderboard.rows import TaskRows
-from inference.evaluation.leaderboard.tasks import GSM8K_STOPS, GSM8K_TOKENS, TASKS, published_hashes
+from inference.evaluation.leaderboard.tasks import (
+    GSM8K_STOPS,
+    GSM8K_TOKENS,
+    PUBLISHED,
+    TASKS,
+    published_hashes,
+)
 from inference.evaluation.statistics import Estimate, Groups, average, estimate, holm, paired
 
 QUESTIONS, QUESTIONS_OF_BASE = "questions.jsonl", "questions_of_base.jsonl"
-LARGEST_QUESTIONS = 1 << 30
-"""Bytes of the largest `questions.jsonl` that is read; a line is a kilobyte."""
 
 
 def prompt_hash(question: Question) -> str:
@@ -110,6 +115,22 @@ def overall(scores: dict[str, dict[str, Any]]) -> dict[str, float] | None:
     if set(scores) != set(TASKS):
         return None
     return _shown(average([Estimate(each["score"], each["standard_error"]) for each in scores.values()]))
+
+
+def published(scores: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was published of the tasks that were scored, and of their average if all were: shares, as ours are."""
+    known = set(scores) | ({"average"} if overall(scores) is not None else set())
+    return [
+        {
+            "task": row.task,
+            "score": row.score / 100,
+            "standard_error": None if row.error is None else row.error / 100,
+            "whose": row.whose,
+            "source": row.source,
+        }
+        for row in PUBLISHED
+        if row.task in known
+    ]
 
 
 def compare(before: Mapping[str, Groups], after: Mapping[str, Groups]) -> dict[str, Any]:
@@ -205,8 +226,8 @@ def read_earlier(path: Path) -> Earlier:
                 f"task=evaluate"
             )
     try:
-        results = parse_json(read_regular(directory / SCORES), Results)
-        lines = [parse_json(line, Line) for line in read_regular(directory / QUESTIONS, LARGEST_QUESTIONS).splitlines()]
+        results = parse_json(read_regular(directory / SCORES, sizes.SETTINGS), Results)
+        lines = [parse_json(line, Line) for line in read_regular(directory / QUESTIONS, sizes.ANSWERS).splitlines()]
     except UnreadableError as error:
         raise UserError(f"compare={path}: it can't be read ({error}); evaluate again") from error
     questions = {(line["task"], line.get("subject", line["task"]), line["row"]): line for line in lines}

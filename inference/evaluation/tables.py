@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from inference.evaluation.leaderboard.tasks import CARD_AVERAGE, CARD_AVERAGE_ERROR, OTHER_ROWS, TASKS
+from inference.evaluation.leaderboard.tasks import TASKS
 from inference.evaluation.results import said_of_prompts
 
 ENOUGH = 400
@@ -17,11 +17,12 @@ ENOUGH = 400
 def show(result: dict[str, Any]) -> None:
     """Prints the tables to stdout."""
     console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
-    console.print(beside_the_card(result))
-    console.print(prompts_beside_the_leaderboards(result))
+    if result["tasks"]:
+        console.print(beside_what_was_published(result))
+        console.print(prompts_beside_the_leaderboards(result))
     for line in remarks(result):
         console.print(line, soft_wrap=True)
-    if result["comparison"] is not None:
+    if result["comparison"] is not None and result["comparison"]["tasks"]:
         console.print(before_and_after(result))
     if result["others"]:
         console.print(others(result))
@@ -29,27 +30,27 @@ def show(result: dict[str, Any]) -> None:
         console.print(without_trained_on(result))
 
 
-def beside_the_card(result: dict[str, Any]) -> Table:
-    """Ours and the card's, task by task, in percent."""
-    table = _table("", "task", "questions", "score", "the card", "difference")
-    for name, scores in result["tasks"].items():
-        task, prompts = TASKS[name], result["prompts"][name]
+def beside_what_was_published(result: dict[str, Any]) -> Table:
+    """Ours and what was published, in percent: the card's scores, then others with the number of their source."""
+    table = _table("", "task", "questions", "score", "published", "difference")
+    sources = sources_of(result)
+    for row in result["published"]:
+        name, source = row["task"], sources.index((row["whose"], row["source"]))
+        scores = result["average"] if name == "average" else result["tasks"][name]
+        asked = result["prompts"].get(name)
         table.add_row(
-            task.title,
-            _count(scores["questions"], prompts["documents"]),
+            _title(name) + (f" [{source}]" if source else ""),
+            "" if asked is None or source else _count(scores["questions"], asked["documents"]),
             percent(scores),
-            f"{task.card:.2f} ± {task.card_error:.2f}",
-            in_errors(scores, task.card, task.card_error),
-        )
-    if result["average"] is not None:
-        table.add_row(
-            "average",
-            "",
-            percent(result["average"]),
-            f"{CARD_AVERAGE:.2f} ± {CARD_AVERAGE_ERROR:.2f}",
-            in_errors(result["average"], CARD_AVERAGE, CARD_AVERAGE_ERROR),
+            _percent(row["score"], row["standard_error"]),
+            in_errors(scores, row),
         )
     return table
+
+
+def sources_of(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Whose the published scores are, and where they stand; the card's come first."""
+    return list(dict.fromkeys((row["whose"], row["source"]) for row in result["published"]))
 
 
 def prompts_beside_the_leaderboards(result: dict[str, Any]) -> Table:
@@ -66,14 +67,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
     few = [TASKS[name].title for name, scores in result["tasks"].items() if scores["questions"] < ENOUGH]
     if few:
         lines.append(f"Fewer than {ENOUGH} questions of {', '.join(few)}: nothing may be said beside the card.")
-    for whose, published, source in OTHER_ROWS:
-        known = [
-            f"{'average' if name == 'average' else TASKS[name].title} {value:.2f}"
-            for name, value in published.items()
-            if name == "average" or name in result["tasks"]
-        ]
-        if known:
-            lines.append(f"Published of {whose}: {', '.join(known)} ({source}).")
+    for number, (whose, source) in enumerate(sources_of(result)):
+        lines.append(f"{f'[{number}]' if number else 'Published:'} {whose} ({source}).")
     return lines
 
 
@@ -101,15 +96,22 @@ def before_and_after(result: dict[str, Any]) -> Table:
 
 
 def others(result: dict[str, Any]) -> Table:
-    """The metrics of lm-eval's tasks."""
+    """The metrics of lm-eval's tasks, as it gives them: not all are shares."""
     before = (result["before"] or {}).get("others", {})
-    table = _table("Of lm-eval", "task", "metric", *(["before"] if before else []), "score")
-    for name, metrics in result["others"].items():
-        for metric, value in metrics.items():
-            if isinstance(value, float) and "stderr" not in metric:
-                earlier = [f"{before[name][metric]:.4f}"] if before else []
-                table.add_row(name, metric.partition(",")[0], *earlier, f"{value:.4f}")
+    table = _table("Of lm-eval", "task", "metric", "questions", *(["before"] if before else []), "score")
+    for name, of_task in result["others"].items():
+        questions = "" if of_task["questions"] is None else f"{of_task['questions']:,}"
+        for metric, value in of_task["metrics"].items():
+            earlier = [_measured(before[name]["metrics"][metric])] if before else []
+            table.add_row(name, metric, questions, *earlier, _measured(value))
     return table
+
+
+def _measured(metric: dict[str, float | None]) -> str:
+    value, error = metric["value"], metric["standard_error"]
+    if value is None:  # no number in JSON
+        return "–"
+    return f"{value:.4f}" if error is None or math.isnan(error) else f"{value:.4f} ± {error:.4f}"
 
 
 def without_trained_on(result: dict[str, Any]) -> Table:
@@ -124,14 +126,24 @@ def without_trained_on(result: dict[str, Any]) -> Table:
 
 def percent(scores: dict[str, Any]) -> str:
     """A score and its standard error."""
-    return f"{100 * scores['score']:.2f} ± {100 * scores['standard_error']:.2f}"
+    return _percent(scores["score"], scores["standard_error"])
 
 
-def in_errors(scores: dict[str, Any], card: float, card_error: float) -> str:
-    """The difference to the card in standard errors of the difference."""
-    error = math.hypot(100 * scores["standard_error"], card_error)
-    difference = 100 * scores["score"] - card
-    return f"{difference:+.2f}" if not error > 0 else f"{difference:+.2f} ({difference / error:+.1f} SE)"
+def _percent(score: float, error: float | None) -> str:
+    return f"{100 * score:.2f}" if error is None else f"{100 * score:.2f} ± {100 * error:.2f}"
+
+
+def in_errors(scores: dict[str, Any], published: dict[str, Any]) -> str:
+    """The difference to a published score, in standard errors of the difference if both are known."""
+    difference = 100 * (scores["score"] - published["score"])
+    error = 100 * math.hypot(scores["standard_error"], published["standard_error"] or 0.0)
+    if published["standard_error"] is None or not error > 0:
+        return f"{difference:+.2f}"
+    return f"{difference:+.2f} ({difference / error:+.1f} SE)"
+
+
+def _title(name: str) -> str:
+    return "average" if name == "average" else TASKS[name].title
 
 
 def _signed(estimate: dict[str, float]) -> str:

@@ -31,6 +31,7 @@ from data.disk import nf4
 from data.disk.adapter_directory import public
 from data.disk.architecture import exported, read_settings
 from data.disk.files import occupied, staging, take_place
+from data.disk.formats import sizes
 from data.disk.mixtral_files import Piece, pieces
 from data.disk.plain_text import json_if_readable
 from data.disk.tensor_file import header
@@ -231,7 +232,7 @@ def _check_output(output: Path, overwrite: bool, source: Path, adapter: Path) ->
         raise UserError(f"output={output}: something is there that no merge wrote; name another directory")
     if not overwrite:
         raise UserError(f"output={output}: a merged model is there; name another, or give overwrite=true")
-    ours = json_if_readable(output / RECEIPT).get("files", [])
+    ours = json_if_readable(output / RECEIPT, sizes.RECORD).get("files", [])
     ours = ours if isinstance(ours, list) else []
     if foreign := there.foreign(ours):
         raise UserError(f"output={output}: {foreign} is in it, which no merge wrote; move it elsewhere")

@@ -22,7 +22,10 @@ def _grouped_mm_flops(x: torch.Tensor, weight: torch.Tensor, *_: Any, out_val: t
     return 2 * x.numel() * (out_val.shape[-1] if weight.dim() == 3 else weight.shape[1])
 
 
-FLOPS = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+FLOPS = {
+    torch.ops.aten._grouped_mm: _grouped_mm_flops,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+}
 """Those that torch doesn't count."""
 
 

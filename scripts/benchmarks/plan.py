@@ -6,13 +6,17 @@ the first.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +28,8 @@ from rich.table import Table
 
 from benchmarks.load import make
 from configs.program.errors import UserError
+from configs.program.provenance import provenance
+from data.disk.files import replace_file
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -37,6 +43,8 @@ SIZES = {
 """Of the bases: 10, 120, 390 million and 3.2 billion parameters."""
 MEMORY, SHORT, TIME = 0.10, 0.15, 0.20
 """What a plan may be off by: its peak in either direction, its peak below what was needed, a step's time."""
+MEASURED = ("flops", "bandwidth", "link", "overhead", "layer", "beside")
+"""Of the machine, what the plan measured."""
 LARGE_TOKENS = 1024
 """Tokens of a micro-batch at most with Mixtral's widths: on two cores more would take minutes a step."""
 
@@ -135,6 +143,7 @@ class Place:
         """A random base."""
         path = self.directory / f"base-{tuple(SIZES).index(size)}"
         if path not in self._made:
+            shutil.rmtree(path, ignore_errors=True)  # another launch may have made half of it
             make(path, **SIZES[size])
             self._made.add(path)
         return path
@@ -143,9 +152,54 @@ class Place:
         """The files in rows of so many tokens."""
         path = self.directory / f"rows-{row}"
         if path not in self._made:
-            _run([sys.executable, "-m", "data", f"files=[{','.join(self.files)}]", f"seq_len={row}", f"output={path}"])
+            settings = [f"files=[{','.join(self.files)}]", f"seq_len={row}", f"output={path}"]
+            # Held-out rows would be evaluated before and after the steps, which with the large base takes minutes.
+            _run([sys.executable, "-m", "data", *settings, "eval_fraction=0"])
             self._made.add(path)
         return path
+
+
+class _Kept:
+    """The figures of the settings that are done, by their text, in a file that is written after each."""
+
+    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
+        """Takes up what an earlier launch of the same code left.
+
+        Raises:
+            UserError: what is there is of another seed, of other steps or of other code.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "settings.json"
+        code = provenance(())["commit"]
+        self._record: dict[str, Any] = {"commit": code, "seed": options.seed, "steps": options.steps, "rows": {}}
+        if options.seed is None:
+            self._record["seed"] = random.SystemRandom().randrange(2**31)
+        if self._path.is_file():
+            there = json.loads(self._path.read_text())
+            wanted = {"commit": code, "steps": options.steps, "seed": options.seed or there["seed"]}
+            for name, value in wanted.items():
+                if there[name] != value:
+                    raise UserError(
+                        f"--directory={directory}: its figures are of {name} {there[name]}, and this is {value}; name "
+                        f"another directory"
+                    )
+            self._record = there
+
+    @property
+    def seed(self) -> int:
+        """Of the drawn settings."""
+        return int(self._record["seed"])
+
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The figures."""
+        rows: dict[str, dict[str, Any]] = self._record["rows"]
+        return rows
+
+    def add(self, setting: str, row: dict[str, Any]) -> None:
+        """Keeps those of one more."""
+        self.rows[setting] = row
+        replace_file(self._path, [json.dumps(self._record, indent=2).encode()])
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +212,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", nargs="+", choices=tuple(SIZES), default=tuple(SIZES), help="of all these, only some"
     )
     parser.add_argument("--steps", type=int, default=5, help="steps of a run, the first of which is not timed (5)")
-    parser.add_argument("--directory", type=Path, help="where to make bases; a temporary directory unless given")
+    parser.add_argument("--directory", type=Path, help="where bases, datasets and figures are kept, to go on from them")
+    parser.add_argument("--minutes", type=float, help="begin no setting after so many; the same command goes on")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -174,17 +229,27 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         has_nf4 = True
     except UserError:
         has_nf4 = False
-    seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
-    settings = [*LISTED, *drawn(options.draw, seed, nf4=has_nf4)]
-    settings = [setting for setting in settings if setting.size in options.sizes]
     console = Console(width=150, highlight=False)
-    rows = []
-    with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-        place = Place(Path(scratch), options.data)
+    with contextlib.ExitStack() as stack:
+        directory = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kept = _Kept(directory, options)
+        settings = [*LISTED, *drawn(options.draw, kept.seed, nf4=has_nf4)]
+        settings = [setting for setting in settings if setting.size in options.sizes]
+        place, until = Place(directory, options.data), time.monotonic() + 60 * (options.minutes or math.inf)
         for number, setting in enumerate(settings):
-            rows.append(_compare(setting, place, options.steps, number))
-            console.print(f"{number + 1} of {len(settings)}: {setting}: {_said(rows[-1])}")
-    figures: dict[str, Any] = {"seed": seed, "steps": options.steps, "settings": rows}
+            if str(setting) not in kept.rows:
+                if time.monotonic() > until:
+                    break
+                kept.add(str(setting), _compare(setting, place, options.steps, number))
+            console.print(f"{number + 1} of {len(settings)}: {setting}: {_said(kept.rows[str(setting)])}")
+        rows = [kept.rows[str(setting)] for setting in settings if str(setting) in kept.rows]
+        seed = kept.seed
+    figures: dict[str, Any] = {
+        "seed": seed,
+        "steps": options.steps,
+        "left": len(settings) - len(rows),
+        "settings": rows,
+    }
     figures |= judged(rows)
     console.print(_table(rows))
     console.print(
@@ -206,9 +271,11 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, int]:
 def _compare(setting: Setting, place: Place, steps: int, number: int) -> dict[str, Any]:
     """A setting planned and run."""
     command, told = setting.command(place), place.directory / f"plan-{number}.json"
+    began = time.monotonic()
     _train([*command, "task=plan", f"plan.json={told}"], setting.processes)
-    plan = json.loads(told.read_text())
+    planning, plan = time.monotonic() - began, json.loads(told.read_text())
     directory = place.directory / f"run-{number}"
+    shutil.rmtree(directory, ignore_errors=True)  # a launch that was interrupted
     quiet = ["logging.wandb=off", "logging.progress=false", "plan.check=false", "logging.routing_every=0"]
     _train([*command, *quiet, f"max_steps={steps}", f"run_dir={directory}"], setting.processes)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -226,12 +293,17 @@ def _compare(setting: Setting, place: Place, steps: int, number: int) -> dict[st
         "where": plan["memory"]["where"],
         "planned_seconds": plan["step"]["seconds"],
         "measured_seconds": seconds,
+        "measured_steps": [line["seconds"] for line in made],
         "time_error": plan["step"]["seconds"] / seconds - 1,
         "planned_tokens_per_second": plan["step"]["tokens_per_second"],
         "measured_tokens_per_second": tokens / seconds,
+        "planning_took": planning,
+        "took": time.monotonic() - began,
         "memory_parts": plan["memory"]["parts"],
         "step_parts": plan["step"]["parts"],
-        "machine": {name: plan["machine"][name] for name in ("flops", "bandwidth", "link", "overhead")},
+        "machine": {
+            name: plan["machine"][name] for name in ("flops", "bandwidth", "link", "overhead", "layer", "beside")
+        },
     }
 
 

@@ -4,6 +4,10 @@ Twenty thousand steps, with checkpoints, evaluations and wandb offline. Meanwhil
 and the machine's shared memory are looked at once a second. After a twentieth of the steps and at the end, memory and
 the median time of a step must be within 5 %, and files, threads and shared memory the same; checkpoints must be pruned,
 metrics.jsonl must hold a line for each step, and the report must be a page that can be opened.
+
+Memory does grow at first: what a step frees stays in the heap (train/engine/cpu.py), and until tensors of all sizes
+that the rows bring have found room there, and oneDNN has made its code for them, it gets larger. So the first look is
+after `SETTLED` steps at the earliest.
 """
 
 import argparse
@@ -29,6 +33,10 @@ from .harness.workplace import Workplace, opened
 
 GROWTH = 0.05
 """By how much memory and the time of a step may grow."""
+SETTLED = 300
+"""Steps after which the heap has its size."""
+WINDOWS = 20
+"""Parts of the run whose memory is told."""
 LONGEST_PAGE = 20 << 20
 """Bytes of a report that a browser still opens at once."""
 SHARED = Path("/dev/shm")
@@ -40,7 +48,7 @@ class Sample:
 
     step: int
     memory: int
-    """Resident bytes of both processes and their guardians."""
+    """Resident bytes of both processes and their guardians, but for those of files, which the kernel may take back."""
     files: int
     """That the two hold open."""
     threads: int
@@ -80,13 +88,18 @@ def watched(workplace: Workplace, steps: int, every: int, growth: float) -> dict
         time.sleep(1)
     codes = launch.wait()
     require(not any(codes), f"it ended with {codes}:\n{launch.said()}")
-    early, late = _window(samples, steps, 0.05), _window(samples, steps, 0.95)
+    of_window = max(1, steps // WINDOWS)
+    first = max(of_window, min(SETTLED, steps // 2))
+    early, late = _window(samples, first, of_window), _window(samples, steps - of_window, of_window)
     seconds = [line["seconds"] for line in _lines(run_dir) if "loss" in line]
     require(len(seconds) == steps, f"metrics.jsonl has {len(seconds)} steps, not {steps}")
-    of_window = max(1, steps // 20)
-    times = [statistics.median(seconds[start : start + of_window]) for start in (of_window, steps - of_window)]
+    times = [statistics.median(seconds[start : start + of_window]) for start in (first, steps - of_window)]
+    parts = [range(start, start + of_window) for start in range(0, steps, of_window)]
+    seen = [[sample.memory for sample in samples if sample.step in part] for part in parts]
     found = {
+        "compared": [first, steps - of_window],
         "memory_mib": [round(early.memory / 2**20), round(late.memory / 2**20)],
+        "memory_mib_meanwhile": [round(statistics.median(part) / 2**20) for part in seen if part],
         "open_files": [early.files, late.files],
         "threads": [early.threads, late.threads],
         "shared_mib": [round(early.shared / 2**20), round(late.shared / 2**20)],
@@ -116,10 +129,11 @@ def _looked(run_dir: Path, pids: list[int]) -> list[Sample]:
     try:
         trainers = [psutil.Process(pid) for pid in pids]
         beside = [child for trainer in trainers for child in trainer.children()]
+        resident = [process.memory_info() for process in [*trainers, *beside]]
         return [
             Sample(
                 last_step(run_dir),
-                sum(process.memory_info().rss for process in [*trainers, *beside]),
+                sum(memory.rss - memory.shared for memory in resident),
                 sum(trainer.num_fds() for trainer in trainers),
                 sum(trainer.num_threads() for trainer in trainers),
                 sum(path.stat().st_size for path in SHARED.iterdir()),
@@ -129,10 +143,10 @@ def _looked(run_dir: Path, pids: list[int]) -> list[Sample]:
         return []
 
 
-def _window(samples: list[Sample], steps: int, share: float) -> Sample:
-    """The median of each number over a twentieth of the steps from that share on."""
-    seen = [sample for sample in samples if share * steps <= sample.step < (share + 0.05) * steps]
-    require(seen, f"no sample of a step from {share * steps:.0f} on; the run is too short to be looked at")
+def _window(samples: list[Sample], start: int, length: int) -> Sample:
+    """The median of each number over so many steps from one on."""
+    seen = [sample for sample in samples if start <= sample.step < start + length]
+    require(seen, f"no sample of the {length} steps from {start} on; the run is too short to be looked at")
     middle = (statistics.median_high(getattr(sample, name) for sample in seen) for name in Sample.__slots__)
     return Sample(*(int(number) for number in middle))
 

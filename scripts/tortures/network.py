@@ -139,7 +139,8 @@ def still(workplace: Workplace, seed: int, rank: int) -> dict[str, Any]:
 def cut(workplace: Workplace, seed: int, phase: str, copies: str) -> dict[str, Any]:
     """Four processes on two hosts that lose each other in a phase; then on each number of processes to the end."""
     settings = FOUR | {"deepspeed.node_copy": copies}
-    whole = workplace.reference(4, nodes=2, **settings)
+    calm = settings | {"failures.peer_timeout": SETTINGS["failures.peer_timeout"]}  # of runs that nothing happens to
+    whole = workplace.reference(4, nodes=2, **calm)
     run = _new(workplace, "cut")
     with wire(seed) as between:
         launch = workplace.launch(run, 4, namespaces=between.names, **settings)
@@ -158,10 +159,10 @@ def cut(workplace: Workplace, seed: int, phase: str, copies: str) -> dict[str, A
         last = last_checkpoint(run)
         for number in (1, 2, 3):
             copy = workplace.copy(run, f"{run.name}-on-{number}")
-            workplace.finish(copy, number, **settings | {"deepspeed.node_copy": "false"})
+            workplace.finish(copy, number, **calm | {"deepspeed.node_copy": "false"})
             _about_the_same(copy, whole)
             shutil.rmtree(copy)
-        resumed = _goes_on(workplace, run, whole, 4, namespaces=between.names, **settings)
+        resumed = _goes_on(workplace, run, whole, 4, namespaces=between.names, **calm)
     return {"ended_after_seconds": took, "resumed_after": resumed, "last_checkpoint": last}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from tests.support.nano import nano_config
 from tests.support.references import check_norm, chunked, masked, positions_of, whole
 from train.config.lora import EXPERT_TARGETS
 from train.lora import elementwise, products, split_experts
-from train.model import mixtral
+from train.model import mixtral, rotary
 from train.model.attention import packed_attention
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -62,6 +63,8 @@ def test_the_operators_are_triton_kernels_and_right(dtype: torch.dtype, size: in
     assert elementwise._kernels() is not None
     operators.check_swiglu(elementwise, dtype, size, "cuda")
     operators.check_weighted_sum(elementwise, dtype, size, torch.float32, "cuda")
+    for width, position_rows in itertools.product(operators.WIDTHS, (1, 2)):
+        operators.check_rotary(rotary, dtype, width, position_rows, "cuda")
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -23,6 +23,14 @@ from train.engine.processes import free_port
 ROOT = Path(__file__).parents[2]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts first one test that needs the quickstart, then what needs none: one worker makes it, and none waits."""
+    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    needs = {item: "quickstart" in getattr(item, "fixturenames", ()) for item in ours}
+    first = next((item for item in ours if needs[item] and item.get_closest_marker("xdist_group") is None), None)
+    items.sort(key=lambda item: item is not first and 1 + needs.get(item, False))
+
+
 def run(*command: str, expect: int = 0, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """Runs a command in the checkout and fails with its output if the exit code is not the expected one."""
     env = os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}

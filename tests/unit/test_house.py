@@ -89,7 +89,7 @@ MAY_IMPORT = {
         "configs.program",
     ),
     "train.planning.given": (
-        "train.engine.processes",
+        "train.engine",
         "train.model",
         "train.lora",
         "train.config",

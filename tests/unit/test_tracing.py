@@ -59,6 +59,8 @@ def test_products_are_counted_with_their_operations(tracing: Any) -> None:
     assert counted(tracing, lambda: x @ weight) == [("mm", 4 * (32 + 24), 4 * 48, 2 * 8 * 4 * 6)]
     in_place = [("addmm", 4 * (48 + 32 + 24), 4 * 48, 2 * 8 * 4 * 6)]
     assert counted(tracing, lambda: torch.addmm(total, x, weight, out=total)) == in_place
+    ((name, *figures),) = counted(tracing, lambda: total.addmm_(x, weight))
+    assert (name, figures) == ("addmm_", [4 * (48 + 32 + 24), 4 * 48, 2 * 8 * 4 * 6])
     columns = x.T.contiguous()
     ends, matrices = torch.tensor([2, 8], dtype=torch.int32), torch.ones(2, 4, 4)
     ((name, *_, flops),) = counted(tracing, lambda: F.grouped_mm(x, matrices, offs=ends))

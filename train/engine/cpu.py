@@ -128,8 +128,13 @@ def forget_shared_memory() -> None:
     """
     if torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
-        owner = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{torch.distributed.get_rank()}"
-        Path("/dev/shm", f"deepspeed_allreduce_buffer_{owner}").unlink(missing_ok=True)
+        shared_memory().unlink(missing_ok=True)
+
+
+def shared_memory() -> Path:
+    """The name of this process's buffer, if the launch has several processes."""
+    owner = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
+    return Path("/dev/shm", f"deepspeed_allreduce_buffer_{owner}")
 
 
 def keep_freed_memory() -> None:

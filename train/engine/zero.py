@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from configs.program.errors import UserError
 from configs.program.launch import local_processes
 from train.config.train import BatchArithmetic, TrainConfig
 from train.engine.processes import uses_cuda
+from train.model.projections import Attention
 
 
 def deepspeed_config(config: TrainConfig, batch: BatchArithmetic, *, trains: bool = True) -> dict[str, Any]:
@@ -23,8 +25,9 @@ def deepspeed_config(config: TrainConfig, batch: BatchArithmetic, *, trains: boo
         # Overlapping needs streams, which only CUDA has.
         zero |= {"reduce_bucket_size": size, "overlap_comm": uses_cuda(config.hardware)}
     if stage == 3:
-        # The MoE block is gathered as one leaf by DeepSpeed's default list: naming leaves here would replace that list.
+        # Attention and the MoE block compute with the parameters of their modules without calling these.
         zero |= {
+            "leaf_module": {"classes": [Attention.__name__, MixtralSparseMoeBlock.__name__]},
             "stage3_prefetch_bucket_size": config.deepspeed.prefetch_bucket_size or size,
             "stage3_param_persistence_threshold": config.deepspeed.persistence_threshold,
             "stage3_max_live_parameters": config.deepspeed.max_live_parameters,

@@ -79,6 +79,7 @@ class Guard:
         stall_timeout: float = 1800.0,
         disk_timeout: float = 1800.0,
         start_timeout: float = 1800.0,
+        forgets: str | None = None,
     ):
         """Starts nothing yet.
 
@@ -91,6 +92,7 @@ class Guard:
             stall_timeout: seconds after which the run ends if no process called `at`; longer than any phase may take.
             disk_timeout: seconds after which the run ends if a thread that waits for a disk (`disk`) got nothing done.
             start_timeout: seconds within which all processes have to come to `join`.
+            forgets: a file that the guardian removes if the process leaves it behind.
         """
         self.guardian: subprocess.Popen[bytes] | None = None
         self._rank = process_rank
@@ -99,6 +101,7 @@ class Guard:
         self._stall_timeout = stall_timeout
         self._disk_timeout = disk_timeout
         self._start_timeout = start_timeout
+        self._forgets = forgets
         self._interval = beat_interval(peer_timeout)
         self._listener: socket.socket | None = None
         self._token = ""
@@ -123,12 +126,13 @@ class Guard:
         self._token = secrets.token_hex(16)
         return self._listener.getsockname()[1], self._token
 
-    def join(self, place: Place | None, host: str | None = None) -> None:
+    def join(self, place: Place | None, host: str | None = None, *, within: float | None = None) -> None:
         """Starts the guardian and waits until those of all processes have found each other; collective.
 
         Args:
             place: what `listen` returned on process 0.
             host: process 0's address; by default the launcher's MASTER_ADDR.
+            within: the most seconds that this process waits; by default as long as the guardians do.
 
         Raises:
             UserError: process 0's guardian can't be reached.
@@ -176,11 +180,18 @@ class Guard:
             stall_timeout=self._stall_timeout,
             disk_timeout=self._disk_timeout,
             start_timeout=self._start_timeout,
+            forgets=self._forgets,
             token=token,
         )
         self.guardian = guardian  # whoever sees it may send
         threading.Thread(target=self._watch, args=(guardian,), name="guard", daemon=True).start()
-        self._ready.wait()
+        self._ready.wait(within)
+
+    def refuse(self, place: Place | None, reason: str, code: int, *, within: float) -> None:
+        """`join` for a process that has an end of its own already: the others learn of it when they come."""
+        self._leaving = True  # no verdict takes its exit code from it
+        self.join(place, within=within)
+        self.leaving(reason, code)
 
     def start(self, phase: str) -> None:
         """Notes what the main thread does before the first step. It may take long if bytes are read or written."""
@@ -291,6 +302,7 @@ class Guard:
         if speaks and not self._leaving:
             say("train", self._verdict)
         self._judged.set()
+        self._ready.set()  # nobody is to be waited for
         if ends:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()

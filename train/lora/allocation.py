@@ -6,6 +6,7 @@ from typing import Annotated, TypedDict
 from msgspec import Meta
 
 from configs.program.errors import UserError
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
 from train.config.lora import LoraConfig
@@ -91,7 +92,7 @@ def read_load(path: Path) -> list[list[int]]:
     """
     remedy = "`python -m train task=profile` writes one"
     try:
-        content = read_regular(path)
+        content = read_regular(path, sizes.SETTINGS, linked=True)
     except UnreadableError as error:
         raise UserError(f"lora.load={path}: it can't be read ({error}); {remedy}") from error
     try:

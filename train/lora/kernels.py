@@ -6,6 +6,7 @@ neither the number of rows nor the routing makes Triton compile anew.
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
+import math
 from typing import Any
 
 import torch
@@ -135,3 +136,65 @@ def _weighted_sum_backward(
             products += of_token * tl.load(y + row * size + column, inside, 0.0).to(wide)
             tl.store(d_rows + row * size + column, weight * of_token, inside)
         tl.store(d_weights + token * k + choice, tl.sum(products))
+
+
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out_q, out_k = torch.empty_like(q), torch.empty_like(k)
+    (*positions, width), tokens = cos.shape, q.shape[0] * q.shape[1]
+    sizes = (q.shape[2], k.shape[2], width // 2)
+    blocks = [triton.next_power_of_2(size) for size in sizes]
+    with torch.cuda.device_of(q):
+        tensors = (q, k, cos.contiguous(), sin.contiguous(), out_q, out_k)
+        _rotary[(tokens,)](*tensors, math.prod(positions), *sizes, *blocks, -1 if back else 1, _wide(q))
+    return out_q, out_k
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _rotary(
+    q,
+    k,
+    cos,
+    sin,
+    out_q,
+    out_k,
+    positions,
+    heads: tl.constexpr,
+    key_heads: tl.constexpr,
+    half: tl.constexpr,
+    heads_block: tl.constexpr,
+    key_heads_block: tl.constexpr,
+    half_block: tl.constexpr,
+    way: tl.constexpr,
+    wide: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, half_block)
+    angles = (token % positions) * 2 * half + column  # rows may share their positions
+    of_cos = tl.load(cos + angles, column < half).to(wide)[None, :]
+    of_sin = tl.load(sin + angles, column < half).to(wide)[None, :] * way
+    _turn(q, out_q, token, of_cos, of_sin, heads, heads_block, half, half_block, wide)
+    _turn(k, out_k, token, of_cos, of_sin, key_heads, key_heads_block, half, half_block, wide)
+
+
+@triton.jit
+def _turn(
+    x,
+    out,
+    token,
+    cos,
+    sin,
+    heads: tl.constexpr,
+    heads_block: tl.constexpr,
+    half: tl.constexpr,
+    half_block: tl.constexpr,
+    wide: tl.constexpr,
+):
+    head, column = tl.arange(0, heads_block)[:, None], tl.arange(0, half_block)[None, :]
+    inside = (head < heads) & (column < half)
+    place = (token * heads + head) * 2 * half + column
+    one = tl.load(x + place, inside).to(wide)
+    other = tl.load(x + place + half, inside).to(wide)
+    tl.store(out + place, one * cos - other * sin, inside)
+    tl.store(out + place + half, other * cos + one * sin, inside)

@@ -17,7 +17,7 @@ from train.config.model import VOCABULARY, ModelConfig
 from train.config.train import TrainConfig
 from train.lora import split_experts
 from train.lora.attach import add_adapters
-from train.model import attention, norm, recomputation
+from train.model import attention, norm, projections, recomputation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CPU = torch.device("cpu")
@@ -51,6 +51,7 @@ def build(
         model = pretrained(config.model, place, device=device, shows_progress=shows_progress)
     model.config.use_cache = False
     norm.replace(model)
+    projections.replace(model)
     if config.lora.method == "none" or config.task == "profile":
         model.set_experts_implementation(split_experts.IMPLEMENTATION)  # the plain grouped products, without adapters
     else:

@@ -12,11 +12,13 @@ from train.planning.given.machine import Machine
 from train.planning.given.rows import Rows
 from train.planning.given.sizes import Sizes
 
-PASSES_FORWARD, PASSES_BACKWARD = 35, 55
+PASSES_FORWARD, PASSES_BACKWARD = 14, 18
 """Times that a layer reads or writes something as large as its stream of tokens, beside products and experts: norms,
-rotary embedding, PEFT's adapters and additions. They make the sums that `scripts/benchmark.py traffic` traces."""
-KERNELS = 170
+rotary embedding and additions. They make the sums that `scripts/benchmark.py traffic` traces."""
+KERNELS = 140
 """Operations of a layer's forward and backward, by the same trace."""
+BYTES_OF_SLOT = 2
+"""Of a row on the disk: a token's id; the rest of a row is small."""
 ADAM_ON_HOST = 30e9
 """Bytes per second at which a node's processor is assumed to update offloaded optimizer state."""
 
@@ -72,6 +74,8 @@ def speed(config: TrainConfig, sizes: Sizes, rows: Rows, batch: BatchArithmetic,
         "backward": layers * backward.seconds(machine) * slow["backward"],
         "head": head.seconds(machine) * slow["head"],
     }
+    if machine.layer:
+        in_all["embedding and losses"] = machine.layer["around"] * tokens / machine.layer["tokens"]
     computed = sum(in_all.values())
     launched = (KERNELS * (1.3 if config.activation_checkpointing == "full" else 1)) * layers * machine.overhead
     launched *= not machine.layer  # it is in what was measured
@@ -82,6 +86,9 @@ def speed(config: TrainConfig, sizes: Sizes, rows: Rows, batch: BatchArithmetic,
     if exposed:
         parts["gathers"] = batch.accumulation * exposed
     parts |= {name: value for name, value in _once(config, sizes, batch, machine).items() if value}
+    if beside := _beside_computing(config, layers, batch, machine):
+        parts["DeepSpeed's own"] = beside
+    parts["reading rows"] = batch.accumulation * tokens * BYTES_OF_SLOT / machine.disk
     each = (forward, again, backward)
     arithmetic = layers * sum(work.flops for work in each) / machine.flops + head.flops / machine.flops
     bounds = {
@@ -90,7 +97,7 @@ def speed(config: TrainConfig, sizes: Sizes, rows: Rows, batch: BatchArithmetic,
         "link inside the node": inside if exposed > computed / 2 else 0.0,
         "network between nodes": outside if exposed > computed / 2 else 0.0,
         "host link": by_host if exposed > computed / 2 else 0.0,
-        "launching operations": launched - computed,
+        "launching operations": max(launched - computed, beside / batch.accumulation),
     }
     return Speed(
         parts=parts,
@@ -210,6 +217,15 @@ def _gathers(
     share = 1.0 if config.deepspeed.max_live_parameters >= 2 * largest else 0.5
     exposed = min(took, max(took - share * computed, ends))
     return exposed, took - exposed, inside, outside, by_host
+
+
+def _beside_computing(config: TrainConfig, layers: int, batch: BatchArithmetic, machine: Machine) -> float:
+    """What a step takes however little there is to compute and to send; 0 if that wasn't measured."""
+    found = machine.beside.get(str(config.deepspeed.stage))
+    if found is None:
+        return 0.0
+    micro_step, update = (found[name] + layers * found[f"{name} of a layer"] for name in ("micro-step", "update"))
+    return batch.accumulation * micro_step + update
 
 
 def _once(config: TrainConfig, sizes: Sizes, batch: BatchArithmetic, machine: Machine) -> dict[str, float]:

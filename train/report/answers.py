@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.program.errors import UserError
 from data.disk.files import replace_file
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
 from data.disk.plain_text import member, read_bytes
@@ -68,7 +69,7 @@ def _answers(model: list[str], source: Path, new_tokens: int) -> list[dict[str, 
 def _prompts(source: Path) -> dict[int, str]:
     """The text of each row by its line, as far as it is plain to see."""
     texts = {}
-    for number, line in enumerate((read_bytes(source) or b"").splitlines(), 1):
+    for number, line in enumerate((read_bytes(source, sizes.LINES) or b"").splitlines(), 1):
         with contextlib.suppress(UnreadableError):  # a line of a form that batch reads and this does not
             row = parse_json(line, dict[str, Any])
             texts[number] = str(row.get("prompt") or row.get("instruction") or line.decode("utf-8-sig"))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -11,9 +12,10 @@ from omegaconf import OmegaConf
 
 from configs.program.errors import UserError
 from data.disk.adapter_directory import RECEIPT
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, read_regular
-from data.disk.plain_text import LARGEST, parse_yaml, read_start
+from data.disk.plain_text import parse_yaml, read_start
 from train.config.train import TrainConfig
 from train.run_files import CONFIG, LAUNCHES, Recordable, read_launches, read_metrics
 
@@ -91,7 +93,7 @@ def read_run(directory: Path) -> Recorded:
     if not (directory / CONFIG).is_file():
         raise UserError(f"run_dir={directory}: it holds no run (there is no {CONFIG}); give the directory of one")
     try:
-        content = (read_start(directory / CONFIG, LARGEST) or b"").decode()
+        content = (read_start(directory / CONFIG, sizes.SETTINGS) or b"").decode()
         if parse_yaml(content) is None:
             raise ValueError("it holds no settings")
         settings = OmegaConf.to_container(OmegaConf.create(content))
@@ -115,7 +117,7 @@ def part(path: Path, shape: type[Any], damaged: list[str]) -> Any:
     if not os.path.lexists(path):
         return None
     try:
-        return parse_json(read_regular(path, LARGEST), shape)
+        return parse_json(read_regular(path, sizes.RECORD), shape)
     except UnreadableError as error:
         damaged.append(f"{path} can't be read ({error})")
         return None
@@ -135,10 +137,15 @@ def note_launch(directory: Path, started: str, processes: int, resumed_after: in
 
 def changed_settings(settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """What differs from the program's defaults: the setting, its value, the default."""
+    plain = _defaults()
+    return [(name, value, plain.get(name)) for name, value in _flat(settings).items() if value != plain.get(name)]
+
+
+@cache
+def _defaults() -> dict[str, Any]:
     defaults = OmegaConf.to_container(OmegaConf.structured(TrainConfig()))
     assert isinstance(defaults, dict)
-    given, plain = _flat(settings), _flat({str(key): value for key, value in defaults.items()})
-    return [(name, value, plain.get(name)) for name, value in given.items() if value != plain.get(name)]
+    return _flat({str(key): value for key, value in defaults.items()})
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

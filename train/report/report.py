@@ -10,11 +10,12 @@ from markupsafe import Markup
 
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
-from configs.program.page.charts import Line, Mark, heatmap, intervals, line_chart, timeline
+from configs.program.page.charts import Line, Mark, heatmap, intervals, line_chart, short, timeline
 from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.adapter_directory import EVALUATION, SCORES
 from data.disk.files import replace_file
+from data.disk.formats import sizes
 from data.disk.formats.json_text import shaped
 from data.disk.formats.regular import UnreadableError
 from data.disk.plain_text import json_if_readable
@@ -28,6 +29,9 @@ from train.report.answers import ask
 from train.report.recorded import Recorded, changed_settings, number, part, read_run
 from train.report.shapes import Answer, Dataset, Evaluation, Planned
 from train.run_files import ANSWERS, CONFIG, REPORT
+
+MOST_COLUMNS = 24
+"""Steps of a heatmap."""
 
 EXAMPLES = 3
 """Rows of the dataset that are shown."""
@@ -133,7 +137,7 @@ def tiles(run: Recorded) -> list[tuple[str, str]]:
         found.append(("evaluation loss", f"{evaluations[0][1]:.4f} → {evaluations[-1][1]:.4f}"))
     if speeds:
         found.append(("tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"))
-        found.append(("tokens", f"{tokens:,.0f}"))
+        found.append(("tokens", f"{tokens:,.0f}" if tokens < 1e7 else short(tokens)))
     if math.isfinite(memory):
         found.append(("peak memory of process 0", f"{memory:.2f} GiB"))
     return found
@@ -171,19 +175,11 @@ def heatmaps(run: Recorded) -> list[tuple[str, str, Markup, list[str]]]:
     routed = run.routed()
     if routed is not None:
         load = [[number(share) for share in layer] for layer in routed["expert_load"]]
-        entropy = routed["router_entropy"]
         names = [f"layer {layer}" for layer in range(len(load))]
         remark = f"share of the layer's choices in step {routed['step']:,}; even would be {1 / len(load[0]):.3g}"
         picture = heatmap(load, names=names, label="Load of each expert", digits=2)
         found.append(("Load of the experts", remark, picture, []))
-        steps = [line for line in run.lines if "router_entropy" in line][:: max(1, len(run.lines) // 400)]
-        lines = [
-            Line(f"layer {layer}", [(line["step"], number(line["router_entropy"][layer])) for line in steps])
-            for layer in sorted({0, len(entropy) // 2, len(entropy) - 1})
-        ]
-        picture = line_chart(lines, label="Entropy of the routers over the steps")
-        remark = "nats; of the first, a middle and the last layer"
-        found.append(("Entropy of the routers", remark, picture, [line.name for line in lines]))
+        found += _entropy(run, names, even=math.log(len(load[0])))
     moved = run.receipt.get("experts_moved") or []
     for projection in dict.fromkeys(entry["projection"] for entry in moved):
         rows = [entry for entry in moved if entry["projection"] == projection]
@@ -196,6 +192,41 @@ def heatmaps(run: Recorded) -> list[tuple[str, str, Markup, list[str]]]:
         picture = heatmap(numbers, names=names, label=label)
         found.append((f"Movement of {projection}", "‖s(BA − B₀A₀)‖ of each expert", picture, []))
     return found
+
+
+def _entropy(run: Recorded, names: list[str], *, even: float) -> list[tuple[str, str, Markup, list[str]]]:
+    """The routers' entropy over the steps: every layer in colours, and three of them as lines."""
+    steps = [line for line in run.lines if "router_entropy" in line]
+    shown = [steps[round(index)] for index in _spread(len(steps), MOST_COLUMNS)]
+    rows = [[number(line["router_entropy"][layer]) for line in shown] for layer in range(len(names))]
+    finite = [[value if math.isfinite(value) else None for value in row] for row in rows]
+    picture = heatmap(
+        finite,
+        names=names,
+        label="Entropy of each layer's router over the steps",
+        columns=("step", [line["step"] for line in shown]),
+        highest=even,
+    )
+    remark = f"nats, step by step; full colour is {even:.3g}, all experts alike, and none is 0, one expert alone"
+    lines = [
+        Line(names[layer], [(line["step"], number(line["router_entropy"][layer])) for line in steps])
+        for layer in sorted({0, len(names) // 2, len(names) - 1})
+    ]
+    return [
+        ("Entropy of the routers", remark, picture, []),
+        (
+            "Entropy of single layers",
+            "nats; of the first, a middle and the last layer",
+            line_chart(lines, label="Entropy of the routers over the steps"),
+            [line.name for line in lines],
+        ),
+    ]
+
+
+def _spread(count: int, most: int) -> list[float]:
+    """At most so many of the positions of a list, evenly apart, first and last among them."""
+    chosen = min(count, most)
+    return [index * (count - 1) / max(1, chosen - 1) for index in range(chosen)]
 
 
 def when(run: Recorded) -> Markup:
@@ -221,7 +252,7 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
     """The dataset's counts, and a few of its rows, if it is still the one of the run."""
     named = run.receipt.get("dataset") or {}
     path = Path(str(run.settings.get("dataset")))
-    manifest = json_if_readable(path / MANIFEST, sha256=named.get("manifest_sha256"))
+    manifest = json_if_readable(path / MANIFEST, sizes.MANIFEST, sha256=named.get("manifest_sha256"))
     try:
         shaped(manifest or None, Dataset | None)  # type: ignore[arg-type]
     except UnreadableError as error:
@@ -242,9 +273,10 @@ def dataset(run: Recorded, *, with_examples: bool) -> dict[str, Any]:
 def scored(run: Recorded) -> dict[str, Any] | None:
     """The evaluation beside the adapter, in percent, with the intervals of base and tuned model."""
     evaluation = part(run.directory / EVALUATION / SCORES, Evaluation, run.damaged)
-    if evaluation is None or not evaluation["tasks"]:
+    if evaluation is None or not (evaluation["tasks"] or evaluation.get("others")):
         return None
-    tuned, base = _by_title(evaluation), _by_title(evaluation.get("before"))
+    before = evaluation.get("before") or {}
+    tuned, base = _by_title(evaluation), _by_title(before)
     compared = evaluation.get("comparison") or {"tasks": {}}
     pairs = _by_title(compared)
     if compared.get("average") is not None:
@@ -253,22 +285,29 @@ def scored(run: Recorded) -> dict[str, Any] | None:
         (title, [(who, *_percent(of[title])) for who, of in (("tuned", tuned), ("base", base)) if title in of])
         for title in tuned
     ]
+    published = [row for row in evaluation.get("published") or [] if _title(row["task"]) in tuned]
     return {
         "rows": rows,
         "comparison": pairs,
         "picture": intervals(rows, low=0, high=100, label="Scores with two standard errors"),
         "has_base": bool(base),
         "questions": {title: scores["questions"] for title, scores in tuned.items() if "questions" in scores},
+        "published": [(title := _title(row["task"]), tuned[title], row) for row in published],
+        "sources": list(dict.fromkeys((row["whose"], row["source"]) for row in published)),
+        "others": evaluation.get("others") or {},
+        "others_before": before.get("others") or {},
     }
 
 
-def _by_title(results: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+def _by_title(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The tasks by what the card calls them, and their average if all are there."""
-    if results is None:
-        return {}
-    found = {HUB_TASKS[name].title if name in HUB_TASKS else name: each for name, each in results["tasks"].items()}
+    found = {_title(name): each for name, each in results.get("tasks", {}).items()}
     average = results.get("average")
     return found if average is None else found | {"average": average}
+
+
+def _title(name: str) -> str:
+    return HUB_TASKS[name].title if name in HUB_TASKS else name
 
 
 def _percent(scores: dict[str, Any]) -> tuple[float, float]:

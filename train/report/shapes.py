@@ -33,11 +33,37 @@ class Pair(TypedDict):
     p_holm: Share
 
 
+class Metric(TypedDict):
+    """A metric of one of lm-eval's tasks; None for what is no number."""
+
+    value: float | None
+    standard_error: float | None
+
+
+class Other(TypedDict):
+    """One of lm-eval's tasks."""
+
+    shots: Count | None
+    questions: Count | None
+    metrics: dict[str, Metric]
+
+
+class Published(TypedDict):
+    """A score that stands beside ours."""
+
+    task: str
+    score: Share
+    standard_error: Share | None
+    whose: str
+    source: str
+
+
 class Before(TypedDict):
     """The scores of the base."""
 
     tasks: dict[str, Score]
     average: NotRequired[Score | None]
+    others: NotRequired[dict[str, Other]]
 
 
 class Comparison(TypedDict):
@@ -54,6 +80,8 @@ class Evaluation(TypedDict):
     average: NotRequired[Score | None]
     before: NotRequired[Before | None]
     comparison: NotRequired[Comparison | None]
+    published: NotRequired[list[Published]]
+    others: NotRequired[dict[str, Other]]
 
 
 class Answer(TypedDict):

@@ -15,7 +15,7 @@ written into a hidden sibling, forced to the disk, and takes its name last.
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.program.errors import one_line
 from data.disk.files import discard, file_hash, publish, remove, sync
+from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json, shaped
 from data.disk.formats.regular import UnreadableError, read_regular
 from data.disk.tensor_file import TensorFile, read_header
@@ -154,7 +155,7 @@ class Checkpoint:
         self._files = _unsealed(path / MANIFEST)
         self._check(TRAINER)
         try:
-            content = parse_json(read_regular(path / TRAINER), dict[str, Any])
+            content = parse_json(read_regular(path / TRAINER, sizes.RECORD), dict[str, Any])
             if content.get("format") != FORMAT:
                 raise DamagedError(f"{TRAINER} is of another version of this program")
             self.trainer = shaped(content, Trainer)
@@ -171,14 +172,21 @@ class Checkpoint:
         """The number of steps that had been taken."""
         return self.trainer["step"]
 
-    def check(self, shapes: dict[str, Shape]) -> None:
+    @property
+    def bytes(self) -> int:
+        """Those of all files, by the manifest."""
+        return sum(written["bytes"] for written in self._files.values())
+
+    def check(self, shapes: dict[str, Shape], advance: Callable[[int], None] = lambda size: None) -> None:
         """Compares every file with the manifest, and the tensors with the parameters that train.
+
+        `advance` is told how many bytes were read, each time.
 
         Raises:
             DamagedError: a file or tensor is missing, unknown, changed, or of another shape; it names the first.
         """
         for name in self._files:
-            self._check(name)
+            self._check(name, advance)
         for kind in STATE:
             file = f"{kind}.safetensors"
             if file not in self._files:
@@ -195,7 +203,7 @@ class Checkpoint:
             if unknown := stored.keys() - shapes.keys():
                 raise DamagedError(f"{file} has a tensor {min(unknown)} that nothing here is called")
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str, advance: Callable[[int], None] = lambda size: None) -> None:
         written = self._files.get(name)
         if written is None:
             raise DamagedError(f"{MANIFEST} lacks {name}")
@@ -203,7 +211,7 @@ class Checkpoint:
         try:
             if not path.is_file():
                 raise DamagedError(f"{name} is missing")
-            if path.stat().st_size != written["bytes"] or file_hash(path) != written["xxh3"]:
+            if path.stat().st_size != written["bytes"] or file_hash(path, advance) != written["xxh3"]:
                 raise DamagedError(f"{name} is not as it was written")
         except OSError as error:
             raise DamagedError(f"{name} can't be read: {one_line(error)}") from error
@@ -280,7 +288,7 @@ def _unsealed(path: Path) -> dict[str, Written]:
     if not path.exists():
         raise DamagedError(f"{path.name} is missing")
     try:
-        raw = read_regular(path)
+        raw = read_regular(path, sizes.SETTINGS)
         content = parse_json(raw, Sealed)
     except UnreadableError as error:
         raise DamagedError(f"{path.name} can't be read: {error}") from error

@@ -14,6 +14,7 @@ from configs.program.secrets import redacted
 from data.disk.adapter_directory import WEIGHTS
 from data.disk.architecture import CONFIG
 from data.disk.files import file_hash, sha256
+from data.disk.loading.model import progress
 from data.disk.weights import StoredWeights, local_directory
 from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import MANIFEST
@@ -161,7 +162,8 @@ class Inputs:
         with _reading():
             weights = self._weights
             if weights is not None:
-                base |= {"fingerprint": weights.fingerprint, "files": weights.contents()}
+                with progress("Hashing the base", weights.bytes, shown=True) as advance:
+                    base |= {"fingerprint": weights.fingerprint, "files": weights.contents(advance)}
                 if self._architecture is not None:
                     base["files"] |= {CONFIG: self._architecture}
         return redacted(base)

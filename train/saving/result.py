@@ -12,6 +12,7 @@ from configs.program.console import console
 from configs.program.secrets import redact
 from data.card import write_adapter_card
 from data.disk.adapter_directory import CONFIG, PER_EXPERT, RECEIPT, TRAIN_CONFIG
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
@@ -120,5 +121,6 @@ class Result:
         """Adds what an adapter needs to be handed on alone: tokenizer, chat template and card."""
         base = self._config.model.path
         ChatTokenizer.load().save(directory, Path(base) if base and Path(base).is_dir() else None)
-        settings = read_json(directory / CONFIG, dict[str, Any], f"run_dir={directory}", "give the same command again")
+        named, remedy = f"run_dir={directory}", "give the same command again"
+        settings = read_json(directory / CONFIG, dict[str, Any], named, remedy, largest=sizes.SETTINGS)
         write_adapter_card(directory, redact(self._config.name), settings, receipt)

@@ -11,7 +11,9 @@ from configs.program.console import console
 from configs.program.errors import UserError
 from configs.program.launch import local_rank
 from data.disk.adapter_directory import RECEIPT
+from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
+from data.disk.loading.model import progress
 from data.prepared.dataset import Batch
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
@@ -60,7 +62,7 @@ def check_same_run(directory: RunDirectory, record: Record, inputs: Inputs) -> N
 def _compare(path: Path, config: TrainConfig, hashes: dict[str, Any], *, finished: bool, resumes: bool) -> None:
     if finished:
         remedy = "restore it, or give overwrite=true to do the run again"
-        receipt = read_json(path / RECEIPT, Recorded, f"run_dir={path}", remedy)
+        receipt = read_json(path / RECEIPT, Recorded, f"run_dir={path}", remedy, largest=sizes.RECORD)
         identity.check(receipt, config, hashes, finished=path)
     elif resumes:
         for saved in checkpoint.paths(path):
@@ -109,7 +111,8 @@ def _newest_whole(directory: RunDirectory, record: Record, shapes: dict[str, tup
     for path in checkpoint.paths(directory.path):
         try:
             found = Checkpoint(path)
-            found.check(shapes)
+            with progress(f"Hashing {path.name}", found.bytes, shown=True) as advance:
+                found.check(shapes, advance)
         except DamagedError as error:
             first = first or f"{path.name}: {error}"
             console.print(f"{path} is damaged ({error}); the one before is used", style="bold red", soft_wrap=True)

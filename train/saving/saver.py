@@ -42,7 +42,7 @@ class Saver:
         self._directory, self._record, self._engine = directory, record, engine
         self._history, self._metrics, self._health = history, metrics, health
         self._background = Background(partial(engine.disk, directory.path)) if engine.processes.is_main else None
-        self._name = result_name(record.config)
+        self._name, self._config_yaml = result_name(record.config), record.config_yaml
 
     def checkpoint(self, step: int) -> None:
         """Copies what checkpoints/step-… will hold; a thread writes it while training goes on; collective."""
@@ -56,7 +56,7 @@ class Saver:
         for name, state in self._engine.state():
             writer.write(name, state)
             result.write(name, state["master"])
-        result.finish(self._record.receipt(self._history, self._metrics.measured()), self._record.config_yaml)
+        result.finish(self._record.receipt(self._history, self._metrics.measured()), self._config_yaml)
         self._background.submit(self._metrics.sync)
         writer.finish(self._trainer_state(step))
         self._background.submit(partial(self._prune, step, dict(self._history.evaluations)))
@@ -142,7 +142,7 @@ class Saver:
         saved = Result(temporary / self._name, config, self._engine, self._background, per_expert=per_expert)
         for name, state in self._engine.state(moments=False):
             saved.write(name, state["master"])
-        saved.finish(self._record.receipt(self._history, self._metrics.measured()), self._record.config_yaml)
+        saved.finish(self._record.receipt(self._history, self._metrics.measured()), self._config_yaml)
         self._background.submit(lambda: publish(temporary / self._name, path))
         self._background.submit(lambda: replace_file(run / RECEIPT, [(path / RECEIPT).read_bytes()]))
         self._background.submit(lambda: checkpoint.clean(run))

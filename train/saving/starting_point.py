@@ -8,6 +8,7 @@ from transformers import MixtralForCausalLM
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
 from data.disk.adapter_directory import RECEIPT, WEIGHTS
+from data.disk.formats import sizes
 from data.disk.plain_text import json_if_readable, member
 from train.config.lora import LoraConfig
 from train.config.train import TrainConfig
@@ -30,7 +31,7 @@ def other_form(config: TrainConfig) -> str | None:
     """A sentence if the adapter `lora.start` was trained on the base in another form than it will be here, or None."""
     if config.lora.start is None or config.lora.method == "none":
         return None
-    base = member(json_if_readable(Path(config.lora.start) / RECEIPT), "base")
+    base = member(json_if_readable(Path(config.lora.start) / RECEIPT, sizes.RECORD), "base")
     before, now = base.get("weights", "bf16"), config.model.weights
     return None if before == now else f"lora.start={config.lora.start}: trained on a base in {before}, goes on in {now}"
 

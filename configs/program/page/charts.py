@@ -119,18 +119,30 @@ def _axes(x: _Scale, y: _Scale, ticks: Sequence[float]) -> str:
     return "".join(parts)
 
 
-def heatmap(rows: Sequence[Sequence[float | None]], *, names: Sequence[str], label: str, digits: int = 3) -> Markup:
+def heatmap(
+    rows: Sequence[Sequence[float | None]],
+    *,
+    names: Sequence[str],
+    label: str,
+    columns: tuple[str, Sequence[int]] | None = None,
+    highest: float | None = None,
+    digits: int = 3,
+) -> Markup:
     """A cell for each number, a row for each name; the darkest is the greatest number.
 
     Args:
         rows: of equal length; None for a cell that has no number.
         names: of the rows.
         label: what it shows, for those who can't see it.
+        columns: what a column is called, and the number of each; unset, experts from 0.
+        highest: the number of the darkest cell; unset, the greatest there is.
         digits: significant ones in a cell and its title.
     """
     if not rows or not rows[0]:
         return Markup('<p class="soft">Nothing yet.</p>')
-    highest = max((value for row in rows for value in row if value is not None), default=0.0)
+    called, numbers = columns or ("expert", range(len(rows[0])))
+    if highest is None:
+        highest = max((value for row in rows for value in row if value is not None), default=0.0)
     height = 16 if len(rows) > 12 else 22
     left = 10 + 6.2 * max(map(len, names))
     width = (WIDTH - left - 4) / len(rows[0])
@@ -139,24 +151,27 @@ def heatmap(rows: Sequence[Sequence[float | None]], *, names: Sequence[str], lab
         top = 2 + number * height
         parts.append(f'<text x="{left - 6}" y="{top + height / 2 + 3.5}" text-anchor="end">{escape(name)}</text>')
         for column, value in enumerate(row):
-            share = 0 if value is None or highest <= 0 else max(0.0, value / highest)
+            share = 0 if value is None or highest <= 0 else min(1.0, max(0.0, value / highest))
             x = left + column * width
             said = "none" if value is None else f"{value:.{digits}g}"
             parts.append(
                 f'<rect x="{x:.1f}" y="{top}" width="{width - 1:.1f}" height="{height - 1}" rx="2" '
                 f'style="fill:color-mix(in oklab, var(--accent) {100 * share:.0f}%, var(--cell))">'
-                f"<title>{escape(name)}, expert {column}: {said}</title></rect>"
+                f"<title>{escape(name)}, {called} {numbers[column]:,}: {said}</title></rect>"
             )
             if value is not None and width >= 30:
                 tone = "onaccent" if share > 0.6 else "oncell"
                 parts.append(
                     f'<text class="{tone}" x="{x + width / 2:.1f}" y="{top + height / 2 + 3.5}" '
-                    f'text-anchor="middle">{said}</text>'
+                    f'text-anchor="middle">{said if len(said) <= 5 else short(round(value, 3))}</text>'
                 )
     bottom = 2 + len(rows) * height
-    for column in range(0, len(rows[0]), 1 if len(rows[0]) <= 16 else 4):
+    # As many columns have their number below them as there is room for.
+    apart = math.ceil((8 + 6.2 * max(len(f"{each:,}") for each in numbers)) / width)
+    for column in range(0, len(rows[0]), apart):
         parts.append(
-            f'<text x="{left + (column + 0.5) * width:.1f}" y="{bottom + 12}" text-anchor="middle">{column}</text>'
+            f'<text x="{left + (column + 0.5) * width:.1f}" y="{bottom + 12}" text-anchor="middle">'
+            f"{numbers[column]:,}</text>"
         )
     return _svg("".join(parts), bottom + 18, label)
 

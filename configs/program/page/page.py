@@ -1,5 +1,6 @@
 """A template and its values → a page of HTML."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ def render(template: Path, **values: Any) -> str:
     Whatever is filled in is escaped, so that nothing that rows or answers say becomes a tag; a value that is missing is
     an error. No request leaves the page: its policy forbids everything but its own styles.
     """
+    return _environment(template.parent).get_template(template.name).render(**values)
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    """What makes pages of a folder's templates; it keeps what it has read of them."""
     environment = Environment(
-        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "percent": percent, "brief": brief}
-    return environment.get_template(template.name).render(**values)
+    return environment
 
 
 def number(value: float) -> str:

@@ -2,6 +2,7 @@
 sentence, before anything is computed with it.
 
     regular.py     bytes of a regular file, no more than were asked for
+    sizes.py       how large a file of each kind may be
     json_text.py   JSON → plain values of a declared shape
     arrow_file.py  a table of an Arrow file, mapped into memory, whose buffers are what its schema says
     time_limit.py  a limit on what a library computes from a file

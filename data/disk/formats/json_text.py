@@ -4,6 +4,7 @@ A shape is a type in Python's own notation, mostly a `TypedDict` beside the code
 A field that the shape doesn't name may be there and have any value.
 """
 
+import itertools
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from configs.program.errors import UserError, one_line
-from data.disk.formats.regular import LARGEST, UnreadableError, read_regular
+from data.disk.formats.regular import UnreadableError, read_regular
 
 DEEPEST = 40
 """Levels of nesting that are read; our own files have six."""
@@ -28,30 +29,31 @@ MOST_DIGITS = 300
 LONGEST_QUOTE = 100
 """Characters of a name that a sentence quotes."""
 
-CONTAINERS = (dict, list)
-"""What JSON nests. A tuple, as a union would be made anew for each value that is looked at."""
+TOO_MANY_DIGITS = b"0" * (MOST_DIGITS + 1)
+DIGITS_AS_ZEROS = bytes(ord("0") if chr(byte).isdecimal() else byte for byte in range(256))
+"""By these a text without any such number is known at once: to ask for each of a vocabulary's ids takes a while."""
+
+CONTAINERS = {dict, list}
+"""What JSON nests."""
 
 Shape = TypeVar("Shape")
 
 
-def read_json(
-    path: Path, shape: type[Shape], setting: str, remedy: str, *, largest: int = LARGEST, linked: bool = False
-) -> Shape:
+def read_json(path: Path, shape: type[Shape], setting: str, remedy: str, *, largest: int) -> Shape:
     """The values of a JSON file, as they stand there.
 
     Args:
-        path: of a regular file.
+        path: of a regular file, which is no link out of its directory.
         shape: what they have to be.
         setting: how the error begins, such as `base=models/mixtral`.
         remedy: how it ends.
-        largest: bytes that the file may have.
-        linked: whether it may be a link out of its directory.
+        largest: bytes that a file of its kind may have, by the table in `sizes.py`.
 
     Raises:
         UserError: it can't be read, or is not of this shape; it names file and field.
     """
     try:
-        return parse_json(read_regular(path, largest, linked=linked), shape)
+        return parse_json(read_regular(path, largest), shape)
     except UnreadableError as error:
         raise UserError(f"{setting}: its {path.name} can't be read ({error}); {remedy}") from error
 
@@ -69,7 +71,7 @@ def parse_json(content: bytes, shape: type[Shape]) -> Shape:
             object_pairs_hook=_distinct,
             parse_constant=_refuse_constant,
             parse_float=_finite,
-            parse_int=_whole,
+            parse_int=_whole if TOO_MANY_DIGITS in content.translate(DIGITS_AS_ZEROS) else None,
         )
         if content.count(b"[") + content.count(b"{") > DEEPEST and not is_shallow(value):
             raise RecursionError
@@ -105,12 +107,13 @@ def shaped(value: Any, shape: type[Shape]) -> Shape:
 
 def is_shallow(value: object) -> bool:
     """Whether JSON is nested at most `DEEPEST` deep, so that whoever writes it again can."""
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(DEEPEST):
-        inside = (held.values() if isinstance(held, dict) else held for held in level)
-        level = [item for held in inside for item in held if isinstance(item, CONTAINERS)]  # type: ignore[attr-defined]
-        if not level:
+        values = (held.values() if isinstance(held, dict) else held for held in level)
+        inside = list(itertools.chain.from_iterable(values))
+        if CONTAINERS.isdisjoint(map(type, inside)):
             return True
+        level = [item for item in inside if type(item) in CONTAINERS]
     return False
 
 

@@ -7,12 +7,6 @@ from typing import BinaryIO
 
 from configs.program.errors import one_line
 
-LARGEST = 64 << 20
-"""Bytes of the largest file that is read as a whole, unless told otherwise; a tokenizer.json has 4 MB."""
-
-LARGEST_SETTINGS = 4 << 20
-"""Bytes of the largest file of settings, such as a config.json; one that names each module of a Mixtral has 100 kB."""
-
 BLOBS = "blobs"
 """Where a hub's cache keeps the bytes of the files that its snapshots link to."""
 
@@ -21,12 +15,14 @@ class UnreadableError(ValueError):
     """A file is not what it has to be. The text goes on after "it can't be read"."""
 
 
-def open_regular(path: Path, *, linked: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, linked: bool = False) -> BinaryIO:
     """Opens a regular file to read, unbuffered.
 
     Args:
         path: of the file, or of a link to it.
-        linked: whether a link may lead out of the directory; into the blobs of a hub's cache one always may.
+        linked: whether a link may lead out of the directory: files that users name, rows and weights may lie elsewhere.
+            What others put beside them may not, or a directory could show what it does not hold. Into the blobs of a
+            hub's cache a link always may lead.
 
     Raises:
         UnreadableError: it is something else, it leads elsewhere, there is none, or it may not be read.
@@ -53,8 +49,8 @@ def open_regular(path: Path, *, linked: bool = True) -> BinaryIO:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def read_regular(path: Path, largest: int = LARGEST, *, linked: bool = True) -> bytes:
-    """All of a regular file; see `open_regular`.
+def read_regular(path: Path, largest: int, *, linked: bool = False) -> bytes:
+    """All of a regular file; see `open_regular`, and for `largest` the table in `sizes.py`.
 
     Raises:
         UnreadableError: as there, or it is larger than `largest` bytes.
@@ -62,7 +58,7 @@ def read_regular(path: Path, largest: int = LARGEST, *, linked: bool = True) -> 
     with open_regular(path, linked=linked) as file:
         content = read_at_most(file, largest + 1)
     if len(content) > largest:
-        raise UnreadableError(f"it is larger than {largest >> 20} MiB")
+        raise UnreadableError(f"it is larger than {size_of(largest)}")
     return content
 
 
@@ -80,6 +76,11 @@ def read_at_most(file: BinaryIO, size: int) -> bytes:
     except (OSError, EOFError) as error:  # what pyarrow raises for a compressed stream that is cut or is none
         raise UnreadableError(one_line(error)) from error
     return b"".join(parts)
+
+
+def size_of(bytes_: int) -> str:
+    """A bound as a sentence names it."""
+    return f"{bytes_ >> 20} MiB" if bytes_ >> 20 else f"{bytes_:,} bytes"
 
 
 def _refuse_special(mode: int) -> None:

@@ -20,6 +20,9 @@ from data.disk.loading.layers import quantise
 from data.disk.loading.parameters import Parameters
 from data.disk.weights import StoredWeights
 
+WORTH_A_LINE = 1_000_000_000
+"""Bytes of a read that a log tells of; terminals show its progress."""
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Place = Callable[[str, torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
@@ -109,7 +112,8 @@ def load_model(
                 size = parameters.size(name, start, start + out.numel())
                 slices.append((size, parameters.read(name, start, out)))
     model.tie_weights()
-    with _progress(sum(size for size, _ in slices), shown=shows_progress) as advance, torch.no_grad():
+    size = sum(size for size, _ in slices)
+    with progress("Reading the base", size, shown=shows_progress) as advance, torch.no_grad():
         for _, sizes in slices:
             for size in sizes:
                 advance(size)
@@ -128,24 +132,28 @@ def _same(weights: StoredWeights, architecture: MixtralConfig) -> bool:
 
 
 @contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar for that many bytes: what it yields is told of each that was read."""
+def progress(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar for that many bytes: what it yields is told, by any thread, of those that were read.
+
+    If stderr is no terminal, a line says how many they are, if they take a while.
+    """
     if not (shown and console.is_terminal):
+        if shown and total >= WORTH_A_LINE:
+            console.print(f"{what}: {total / 1e9:.1f} GB", soft_wrap=True)
         yield lambda size: None
         return
     columns = (
-        TextColumn("Reading the base"),
+        TextColumn(what),
         BarColumn(bar_width=10),
         DownloadColumn(),
         TextColumn("{task.fields[rate]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task, started, done = bar.add_task("read", total=total, rate=""), time.perf_counter(), 0
+        task, started = bar.add_task("read", total=total, rate=""), time.perf_counter()
 
         def advance(size: int) -> None:
-            nonlocal done
-            done += size
-            rate = done / max(time.perf_counter() - started, 1e-9) / 1e9
-            bar.update(task, completed=done, rate=f"{rate:.2f} GB/s")
+            bar.advance(task, size)
+            rate = bar.tasks[0].completed / max(time.perf_counter() - started, 1e-9) / 1e9
+            bar.update(task, rate=f"{rate:.2f} GB/s")
 
         yield advance

@@ -108,7 +108,7 @@ class Parameters:
         """Reads the numbers from `at` on; not through a map of the file, whose pages would count as this process's."""
         view = block.view(torch.uint8).numpy().data
         try:
-            with open_regular(run.file) as file:
+            with open_regular(run.file, linked=True) as file:
                 file.seek(run.begin + (at - run.start) * run.dtype.itemsize)
                 while len(view):
                     if not (got := file.readinto(view)):  # type: ignore[attr-defined]  # unbuffered

@@ -127,17 +127,37 @@ TASKS = {
     ),
 }
 
-CARD_AVERAGE, CARD_AVERAGE_ERROR = 65.27, 0.48
-
 GSM8K_STOPS = (":", "Question:", "Question")
 GSM8K_TOKENS = 256
 """Where the leaderboard's version ended an answer of GSM8K."""
 
-OTHER_ROWS = (
-    ("the author's first run of the card's model", {"arc": 64.93, "truthfulqa": 58.65}, "the card's first version"),
-    ("the base, Mixtral-8x7B-Instruct-v0.1", {"average": 72.7}, "the same leaderboard, as quoted by mera-mix-4x7B"),
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A score that stands beside ours."""
+
+    task: str
+    """Of `TASKS`, or `average`."""
+    score: float
+    """In percent, as its error."""
+    error: float | None
+    """Standard error; None if it is not known."""
+    whose: str
+    source: str
+
+
+_CARD = ("the card", "OpenHermes-Mixtral-8x7B on the Open LLM Leaderboard, 2023-12-23")
+_AUTHOR = ("the author's own run of the card's model", "the card's first version, before the leaderboard had run it")
+_BASE = ("the base, Mixtral-8x7B-Instruct-v0.1", "the same leaderboard, as the card of mera-mix-4x7B quotes it")
+
+PUBLISHED = (
+    *(Published(name, task.card, task.card_error, *_CARD) for name, task in TASKS.items()),
+    Published("average", 65.27, 0.48, *_CARD),
+    Published("arc", 64.93, 1.39, *_AUTHOR),
+    Published("truthfulqa", 58.65, 1.60, *_AUTHOR),
+    Published("average", 72.7, None, *_BASE),
 )
-"""Other published results: whose they are, the scores in percent, and the source."""
+"""The rows of the table, the card's first."""
 
 
 @cache

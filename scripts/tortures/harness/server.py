@@ -26,9 +26,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import inference.generate
 import inference.merging.merge  # noqa: F401
 import train.run  # noqa: F401
+from data.template import ChatTokenizer
 
 from . import forked  # noqa: F401
 
+ChatTokenizer.load()
 get_checkpoint_conversion_mapping("mixtral")  # transformers makes those of all models at the first call, and keeps them
 gc.collect()
 gc.freeze()

@@ -20,7 +20,7 @@ from .outcome import last_step
 from .processes import kill
 from .trials import FailedError, require
 
-STEPS = 24
+STEPS = 16
 SETTINGS = {
     "hardware": "cpu",
     "hardware.threads": "1",
@@ -101,7 +101,7 @@ class Workplace:
             _typed(sys.executable, "-c", program, str(self.base))
         if not self.rows.exists():
             _typed(
-                sys.executable, "-m", "data", "data=sample", "seq_len=256", "eval_fraction=0.02", f"output={self.rows}"
+                sys.executable, "-m", "data", "data=sample", "seq_len=128", "eval_fraction=0.02", f"output={self.rows}"
             )
 
     def settings(self, run: Path, **changed: str) -> Settings:

@@ -67,6 +67,13 @@ def test_a_heatmap_has_a_cell_for_each_number() -> None:
     chart = heatmap([[0.5, None], [0.0, 1.0]], names=["first", "second"], label="Load")
     said = titles(chart)[1:]
     assert said == ["first, expert 0: 0.5", "first, expert 1: none", "second, expert 0: 0", "second, expert 1: 1"]
+    steps = heatmap([[1.0, 2.0]], names=["layer 0"], label="Entropy", columns=("step", [10, 1200]), highest=4.0)
+    assert titles(steps)[1:] == ["layer 0, step 10: 1", "layer 0, step 1,200: 2"]
+    assert "var(--accent) 50%" in steps  # of the highest that there can be
+    small = heatmap([[0.00715, 12345.0]], names=["layer 0"], label="Movement")  # neither fits its cell in full
+    assert "layer 0, expert 0: 0.00715" in titles(small)
+    assert ">0.007<" in small
+    assert ">12.3k<" in small
     assert "Nothing yet" in heatmap([], names=[], label="Load")
 
 

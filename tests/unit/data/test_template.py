@@ -18,7 +18,7 @@ from data.rows.conversion import to_conversation
 from data.rows.reading import RawRow
 from data.schema import IGNORE_INDEX, Conversation, Message
 from data.template import ChatTokenizer
-from data.vocabulary import FIRST_PIECE
+from data.vocabulary import FIRST_PIECE, load_vocabulary
 from tests.conftest import golden
 
 GOLDEN = golden("llama2_mixtral")
@@ -77,7 +77,7 @@ def test_no_piece_crosses_the_border_of_two_units() -> None:
 def test_units_are_forgotten_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.merges.CACHED_UNITS", 3)
     merged.cache_clear()  # the units of the tests before this one
-    forgetful = ChatTokenizer.load()
+    forgetful = ChatTokenizer(load_vocabulary("embedded", None, "tokenizer"))
     text = "one two three four five six one two " * 5
     for _ in range(2):
         ids = memoryview(forgetful._ids_of.text(f" {text}")).cast("H").tolist()

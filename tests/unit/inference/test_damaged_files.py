@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from configs.program.errors import UserError
 from data.disk import adapter_directory
 from data.disk.adapter_directory import CONFIG, MOST_NAMES, RECEIPT, WEIGHTS
-from data.disk.formats.regular import LARGEST_SETTINGS
+from data.disk.formats import sizes
 from inference.batch.journal import FIRST_BYTES, open_journal
 from inference.config import InferenceConfig
 from inference.load import find_adapter, find_base
@@ -92,7 +92,7 @@ def test_settings_that_are_none(asked: InferenceConfig, content: str) -> None:
 
 
 def test_settings_of_megabytes_are_not_parsed(asked: InferenceConfig) -> None:
-    say(asked, auto_mapping="x" * LARGEST_SETTINGS)
+    say(asked, auto_mapping="x" * sizes.SETTINGS)
     with pytest.raises(UserError, match=rf"its {CONFIG} can't be read \(it is larger than 4 MiB\)"):
         find(asked)
 

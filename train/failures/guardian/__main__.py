@@ -23,7 +23,11 @@ def main() -> NoReturn:
         sys.exit()
     page = mmap.mmap(page_fd, PAGE_BYTES, access=mmap.ACCESS_READ)
     role: Callable[..., Guardian] = Hub if lines[0]["rank"] == 0 else Spoke
-    role(lines[0], trainer, page, socket.socket(fileno=socket_fd)).run()
+    guardian = role(lines[0], trainer, page, socket.socket(fileno=socket_fd))
+    try:
+        guardian.run()
+    finally:
+        guardian.forget()
 
 
 if __name__ == "__main__":

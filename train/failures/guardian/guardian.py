@@ -185,6 +185,11 @@ class Guardian:
         if not self.parting:
             self.report(died=True)
 
+    def forget(self) -> None:
+        """Removes what the training process has left behind."""
+        if self.setup["forgets"] is not None:
+            Path(self.setup["forgets"]).unlink(missing_ok=True)
+
     def trainer_lives(self) -> bool:
         """Whether the training process is still this one's parent; its number then belongs to no other process."""
         return os.getppid() == self.setup["pid"]

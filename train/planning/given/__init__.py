@@ -6,6 +6,7 @@
     here.py       the memory that is free on this one
     measuring.py  the rates of this one, measured
     layer.py      the seconds of a layer on this one, measured
+    beside.py     the seconds of a step without anything to compute, measured
 
-May import train.config, train.engine.processes, train.lora, train.model, data and configs.program.
+May import train.config, train.engine, train.lora, train.model, data and configs.program.
 """

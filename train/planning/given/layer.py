@@ -1,9 +1,9 @@
 """How long one layer of the run takes on this machine, and the head: training's own code on random weights."""
 
 import copy
+import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,15 +19,17 @@ from train.model.loss import MixtralWithLoss
 from train.planning.given.rows import Rows
 from train.planning.given.sizes import Sizes
 
-TIMES = 3
-"""Forwards and backwards, the first of which is not counted."""
+TIMES, MOST, ENOUGH = 3, 12, 4.0
+"""Forwards and backwards, the first of which is not counted: so many at least, so many at most, and no more once they
+have taken so many seconds."""
 LARGE = 10**8
 """Elements from which on drawing random numbers takes longer than it is worth."""
 
 
 def seconds_of_layer(config: TrainConfig, sizes: Sizes, rows: Rows, device: torch.device) -> dict[str, float]:
-    """The least of some: `forward` and `backward` of a layer, nothing computed again, and `head` with its loss; and
-    the `tokens` of the micro-batch.
+    """Medians, as a run is judged by the median of its steps: `forward` and `backward` of a layer, nothing computed
+    again, `head` with its loss, and `around` these, from the embedding to the routers' loss; and the `tokens` of the
+    micro-batch.
 
     Args:
         config: of the run.
@@ -35,7 +37,7 @@ def seconds_of_layer(config: TrainConfig, sizes: Sizes, rows: Rows, device: torc
         rows: whose micro-batch is taken: as long, with as long conversations and as many supervised tokens.
         device: where it is computed.
     """
-    module = MixtralWithLoss(_one_layer(config, sizes, device).train(), with_router_loss=False)
+    module = MixtralWithLoss(_one_layer(config, sizes, device).train(), with_router_loss=config.router_aux_loss > 0)
     module.differentiates_input = True
     tokens = rows.length * config.micro_batch
     ids = torch.randint(3, sizes.config.vocab_size, (1, tokens))
@@ -44,12 +46,15 @@ def seconds_of_layer(config: TrainConfig, sizes: Sizes, rows: Rows, device: torc
     batch = [tensor.to(device) for tensor in (ids, positions, targets, torch.ones_like(ids, dtype=torch.bool))]
     watch = _Watch(module, device)
     took: list[dict[str, float]] = []
-    for _ in range(TIMES):
-        cross_entropy, _ = module(*batch)
-        cross_entropy.backward()
+    began = time.perf_counter()
+    while len(took) < TIMES or (len(took) < MOST and time.perf_counter() - began < ENOUGH):
+        watch.note("begins")
+        cross_entropy, balance = module(*batch)
+        (cross_entropy / tokens + config.router_aux_loss * balance).backward()
+        watch.note("ends")
         took.append(watch.taken())
         module.zero_grad(set_to_none=True)
-    return {"tokens": tokens} | {name: min(each[name] for each in took[1:]) for name in took[0]}
+    return {"tokens": tokens} | {name: statistics.median(each[name] for each in took[1:]) for name in took[0]}
 
 
 def _one_layer(config: TrainConfig, sizes: Sizes, device: torch.device) -> MixtralForCausalLM:
@@ -89,13 +94,16 @@ class _Watch:
         layer.register_full_backward_hook(self._noting("backward ends"))
 
     def _noting(self, name: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-            self._at[name] = time.perf_counter()
+        return lambda *_: self.note(name)
 
-        return note
+    def note(self, name: str) -> None:
+        """Notes the time, once the device has come so far."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self._at[name] = time.perf_counter()
 
     def taken(self) -> dict[str, float]:
-        """Seconds of each since the last forward."""
-        return {name: self._at[f"{name} ends"] - self._at[f"{name} begins"] for name in ("forward", "backward", "head")}
+        """Seconds of each since the last forward began."""
+        at = self._at
+        took = {name: at[f"{name} ends"] - at[f"{name} begins"] for name in ("forward", "backward", "head")}
+        return took | {"around": max(0.0, at["ends"] - at["begins"] - sum(took.values()))}

@@ -14,8 +14,9 @@ import torch
 
 from configs.program.launch import local_processes, threads
 from train.config.train import TrainConfig
-from train.engine.processes import agree, join_processes
+from train.engine.processes import agree, join_processes, leave_processes
 from train.model.mixtral import DTYPES
+from train.planning.given.beside import seconds_beside
 from train.planning.given.here import found_here
 from train.planning.given.layer import seconds_of_layer
 from train.planning.given.machine import Machine
@@ -40,11 +41,10 @@ def measured_here(config: TrainConfig, sizes: Sizes, rows: Rows, seconds: float 
         seconds: for the products; all else takes a few more.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1:
-        join_processes(config.hardware)
+    joined = join_processes(config.hardware)
     processes = launched if launched > 1 else config.hardware.processes
     machine = found_here(config, processes)
-    device = torch.device("cuda" if machine.on_cuda else "cpu")
+    device = joined.device
     before = torch.get_num_threads()
     if not machine.on_cuda:
         torch.set_num_threads(config.hardware.threads or max(1, threads() // (1 if local_processes() else processes)))
@@ -63,9 +63,12 @@ def measured_here(config: TrainConfig, sizes: Sizes, rows: Rows, seconds: float 
         overhead=_launches(device),
         is_measured=True,
         layer=_layer(config, sizes, rows, device, machine.memory),
+        beside=seconds_beside(config, sizes, joined),
     )
     torch.set_num_threads(before)
-    return agree(found) if launched > 1 else found
+    found = agree(found)
+    leave_processes()
+    return found
 
 
 def _layer(config: TrainConfig, sizes: Sizes, rows: Rows, device: torch.device, memory: float) -> dict[str, float]:

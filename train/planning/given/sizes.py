@@ -33,7 +33,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Parameters that ZeRO-3 makes whole together: those of a module, or of a whole MoE block."""
+    """Parameters that ZeRO-3 makes whole together: those of a module, a whole attention or MoE block."""
 
     layer: int | None
     """None before the first and after the last layer."""
@@ -160,8 +160,9 @@ def sizes_of(config: TrainConfig) -> Sizes:
 def _units(model: MixtralForCausalLM) -> Iterator[Unit]:
     yield from _of(model.model.embed_tokens, None)
     for number, layer in enumerate(model.model.layers):
-        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm):
-            yield from _of(part, number)
+        yield from _of(layer.input_layernorm, number)
+        yield Unit(number, False, tuple(map(_tensor, layer.self_attn.parameters())))
+        yield from _of(layer.post_attention_layernorm, number)
         yield Unit(number, True, tuple(map(_tensor, layer.mlp.parameters())))
     yield from _of(model.model.norm, None)
     yield from _of(model.lm_head, None)

@@ -12,7 +12,7 @@ import torch
 
 from configs.program.errors import UserError
 from data.disk.architecture import exported, read_architecture
-from data.disk.formats.regular import LARGEST_SETTINGS
+from data.disk.formats import sizes
 from data.disk.weights import INDEX, SINGLE
 from inference.config import InferenceConfig
 from inference.load import find_base, load_base
@@ -242,7 +242,7 @@ def test_where_the_weights_lie_is_not_for_the_config_to_say(base: Path) -> None:
 
 
 def test_a_configuration_of_megabytes_is_not_parsed(base: Path) -> None:
-    say(base, comment="x" * LARGEST_SETTINGS)
+    say(base, comment="x" * sizes.SETTINGS)
     with pytest.raises(UserError, match=r"^base: its config.json can't be read \(it is larger than 4 MiB\)"):
         read_architecture(str(base), None, "base")
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.program.errors import UserError
+from data.disk.formats import sizes
 from data.schema import Conversation, Message
 from data.stages import contamination
 from data.stages.contamination import Evaluations, grams_of, spelled, units_of
@@ -210,6 +211,6 @@ def test_evaluation_data_that_cannot_be_read(run_program: Callable[..., Any], tm
 
 def test_what_a_compressed_file_of_text_may_become_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"x" * (3 << 20)))
-    monkeypatch.setattr(contamination, "LARGEST", 2 << 20)
+    monkeypatch.setattr(sizes, "EVALUATION", 2 << 20)
     with pytest.raises(UserError, match=r"it can't be read \(it is larger than 2 MiB\)"):
         contamination.load_evaluations([{"file": str(tmp_path / "bomb.txt.gz")}])

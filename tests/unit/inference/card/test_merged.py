@@ -11,6 +11,7 @@ import pytest
 
 from configs.program.errors import UserError
 from data.card import Story, read_story
+from data.disk.formats import sizes
 from data.disk.plain_text import json_if_readable, parse_yaml, plain
 from inference.card.merged import write_card
 from inference.merging.merge import merge
@@ -31,7 +32,8 @@ def story_of(top: Path, card: str | bytes | None = None, **beside: Any) -> Story
         (top / "base" / "README.md").write_bytes(card.encode() if isinstance(card, str) else card)
     for name, content in beside.items():
         (top / "adapter" / name.replace("__", ".")).write_text(content)
-    return read_story(top / "base", top / "adapter", SETTINGS, json_if_readable(top / "adapter" / "receipt.json"))
+    receipt = json_if_readable(top / "adapter" / "receipt.json", sizes.RECORD)
+    return read_story(top / "base", top / "adapter", SETTINGS, receipt)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +183,16 @@ def test_json_is_read_within_bounds(tmp_path: Path) -> None:
         ('{"a": ' + "[" * 500 + "]" * 500 + "}", {}),
     ]:
         path.write_text(text)
-        assert json_if_readable(path) == (json.loads(text) if expected is None else expected)
+        assert json_if_readable(path, sizes.RECORD) == (json.loads(text) if expected is None else expected)
     path.write_text(" " * (17 << 20) + "{}")
-    assert json_if_readable(path) == {}
+    assert json_if_readable(path, sizes.RECORD) == {}
+
+
+def test_json_is_read_from_no_link_out_of_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "outside.json").write_text('{"a": 1}')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "receipt.json").symlink_to("../outside.json")
+    assert json_if_readable(tmp_path / "adapter" / "receipt.json", sizes.RECORD) == {}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +215,7 @@ def test_what_is_plain(value: Any, text: str | None) -> None:
 def test_a_name_that_is_no_text_is_written_all_the_same(tmp_path: Path) -> None:
     base = {"path": "a\udcffb", "revision": None, "fingerprint": "f"}
     receipt = {"base": base, "adapter": {"trained_on_base_in": "bf16"}, "verification": None}
-    write_card(tmp_path, "out\udcff", Story(None, "d", "r", ()), [], receipt, None)
+    write_card(tmp_path, "out\udcff", Story(None, "d", "r", ()), None, receipt, None)
     assert "# out?" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 

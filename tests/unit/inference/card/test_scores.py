@@ -66,15 +66,34 @@ def test_within_the_chat_template_nothing_is_the_leaderboards(tmp_path: Path) ->
     assert card.data.eval_results is None
 
 
+def test_what_training_changed_stands_beside_the_scores(tmp_path: Path) -> None:
+    base = {name: scores | {"score": 0.25} for name, scores in MEASURED.items()}
+    pairs = {name: {"difference": {"value": 0.125, "error": 0.0075}} for name in MEASURED}
+    text, _ = merged(tmp_path, before={"tasks": base}, comparison={"tasks": pairs})
+    assert "| task | shots | base | score | difference | questions |" in text
+    assert "| ARC | 25 | 25.00 ± 1.40 | 63.91 ± 1.40 | +12.50 ± 0.75 | 1,172 |" in text
+
+
+def test_tasks_of_the_harness_stand_in_the_card_and_not_in_its_metadata(tmp_path: Path) -> None:
+    metrics = {"acc": {"value": 0.5, "standard_error": 0.25}, "bleu": {"value": 17.5, "standard_error": None}}
+    others = {"if|eval\n": {"shots": 0, "questions": 1541, "metrics": metrics | {"odd": {"value": "high"}}}, "odd": 5}
+    text, card = merged(tmp_path, tasks={}, others=others)
+    assert "| if\\|eval | acc | 0 | 0.5000 ± 0.2500 | 1,541 |" in text
+    assert "| if\\|eval | bleu | 0 | 17.5000 | 1,541 |" in text
+    assert "| odd" not in text
+    assert "Leaderboard" not in text
+    assert card.data.eval_results is None
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"model": {"fingerprint": "another", "adapter_sha256": "another"}}, "of another base or adapter"),
         ({"model": 5}, "of another base or adapter"),
-        ({"tasks": {"arc": 5}}, "no scores of the card's tasks can be read"),
-        ({"tasks": MEASURED | {"arc": {"score": "high"}}}, "no scores of the card's tasks can be read"),
-        ({"tasks": MEASURED | {"arc": MEASURED["arc"] | {"score": 66.3}}}, "no scores of the card's tasks can be read"),
-        ({"tasks": {}}, "no scores of the card's tasks can be read"),
+        ({"tasks": {"arc": 5}}, "no scores can be read"),
+        ({"tasks": MEASURED | {"arc": {"score": "high"}}}, "no scores can be read"),
+        ({"tasks": MEASURED | {"arc": MEASURED["arc"] | {"score": 66.3}}}, "no scores can be read"),
+        ({"tasks": {}}, "no scores can be read"),
     ],
 )
 def test_scores_of_another_model_or_shape_are_left_out_with_a_line(
@@ -99,8 +118,10 @@ def test_what_an_evaluation_writes_is_read(tmp_path: Path) -> None:
     )
     result = evaluate(asked)["tasks"]["winogrande"]
     base = find_base(config)
-    (score,), told = read_scores(Path(str(config.adapter)), base.weights.fingerprint)
+    measured, told = read_scores(Path(str(config.adapter)), base.weights.fingerprint)
     assert told is None
+    assert measured is not None
+    (score,) = measured.scores
     assert (score.task.title, score.value, score.questions) == ("Winogrande", result["score"], 5)
     assert score.other_rows
     assert not score.stands_alone

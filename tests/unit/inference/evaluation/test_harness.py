@@ -53,6 +53,10 @@ def nothing(_: int) -> None:
     pass
 
 
+def begin(_: int) -> Callable[[int], None]:
+    return nothing
+
+
 def test_log_likelihoods_are_the_harnesss_own(loaded: Loaded, theirs: HFLM, tmp_path: Path) -> None:
     config = InferenceConfig(task="evaluate", base="base", bos="never", max_tokens=1024)
     rows = write_rows(tmp_path / "rows")
@@ -106,10 +110,10 @@ def test_the_harness_gets_the_same_answers_from_us(loaded: Loaded, theirs: HFLM,
     given = task(kind, **KINDS[kind])
     given.build_all_requests(rank=0, world_size=1)
     with open_journal(tmp_path / "answers.part", {}) as journal:
-        ours = HarnessModel(loaded, config, journal, nothing)
+        ours = HarnessModel(loaded, config, journal, begin)
         method: Callable[[Any], Any] = lambda model: getattr(model, given.instances[0].request_type)  # noqa: E731
         found, expected = method(ours)(given.instances), method(theirs)(given.instances)
-        again = method(HarnessModel(loaded, config, journal, nothing))(given.instances)  # from the journal
+        again = method(HarnessModel(loaded, config, journal, begin))(given.instances)  # from the journal
     assert found == again
     if kind == "generate_until":
         assert found == [text.strip() for text in expected]
@@ -121,12 +125,24 @@ def test_the_harness_gets_the_same_answers_from_us(loaded: Loaded, theirs: HFLM,
 
 def test_a_task_of_the_harness_is_scored(loaded: Loaded, tmp_path: Path) -> None:
     config = InferenceConfig(task="evaluate", base="base")
+    begun: list[int] = []
+    answered: list[int] = []
+
+    def counted(requests: int) -> Callable[[int], None]:
+        begun.append(requests)
+        return answered.append
+
     with open_journal(tmp_path / "answers.part", {}) as journal:
-        found = score_others([task("multiple_choice", doc_to_choice="choices")], loaded, config, journal, nothing)
+        found = score_others([task("multiple_choice", doc_to_choice="choices")], loaded, config, journal, counted)
         assert set(found) == {"multiple_choice"}
-        assert found["multiple_choice"]["acc,none"] in (0.0, 0.5, 1.0)
+        assert (found["multiple_choice"]["shots"], found["multiple_choice"]["questions"]) == (0, 2)
+        accuracy = found["multiple_choice"]["metrics"]["acc"]
+        right = round(2 * accuracy["value"])
+        assert accuracy["standard_error"] == pytest.approx(0.5 if right == 1 else 0.0)  # of two questions
+        assert begun == [4]  # two choices of two questions
+        assert sum(answered) == 4
         with pytest.raises(UserError, match="lm-eval can't score them"):
-            score_others(["no_such_task_anywhere"], loaded, config, journal, nothing)
+            score_others(["no_such_task_anywhere"], loaded, config, journal, begin)
 
 
 def test_the_chat_template_is_the_one_of_training(loaded: Loaded, tmp_path: Path) -> None:
@@ -134,7 +150,7 @@ def test_the_chat_template_is_the_one_of_training(loaded: Loaded, tmp_path: Path
 
     config = InferenceConfig(task="evaluate", base="base", chat=True)
     with open_journal(tmp_path / "answers.part", {}) as journal:
-        model = HarnessModel(loaded, config, journal, nothing)
+        model = HarnessModel(loaded, config, journal, begin)
     text = model.apply_chat_template([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sky?"}])
     context_ids, choice_ids = model._encode_pair(text, "(A)")
     turns = (Message("system", "Be brief."), Message("user", "Sky?"), Message("assistant", "(A)"))

@@ -54,10 +54,13 @@ for line in sys.stdin:
 """A process of a run: does what it is told, a line of Python at a time."""
 
 
+Options = dict[str, float | str]
+
+
 class Trainer:
     """A process of a run, and its guardian."""
 
-    def __init__(self, root: Path, rank: int, count: int, host: str, prefix: list[str], options: dict[str, float]):
+    def __init__(self, root: Path, rank: int, count: int, host: str, prefix: list[str], options: Options):
         self.rank = rank
         self.guardian = 0
         self.stderr = ""
@@ -113,9 +116,7 @@ def is_gone(pid: int) -> bool:
 class Run:
     """The processes of a run, all of them started and joined."""
 
-    def __init__(
-        self, root: Path, count: int, options: dict[str, float], *, host: str = "127.0.0.1", namespaces: list[str]
-    ):
+    def __init__(self, root: Path, count: int, options: Options, *, host: str = "127.0.0.1", namespaces: list[str]):
         prefixes = [["ip", "netns", "exec", name] for name in namespaces] or [[]] * count
         self.trainers = [Trainer(root, rank, count, host, prefixes[rank], options) for rank in range(count)]
         self.meeting: Place | None = None
@@ -165,7 +166,7 @@ def start(project_root: Path) -> Iterator[Start]:
         host: str = "127.0.0.1",
         namespaces: list[str] | None = None,
         before_last: Callable[[Place], None] = lambda meeting: None,
-        **options: float,
+        **options: float | str,
     ) -> Run:
         run = Run(project_root, count, options, host=host, namespaces=namespaces or [])
         runs.append(run)
@@ -453,6 +454,17 @@ def test_a_lost_guardian_ends_the_run(start: Start, victim: int, number: int) ->
     ends = run.ends()
     assert [code for code, _ in ends] == [EXIT_PEER_LOST, EXIT_PEER_LOST]
     assert f"process {victim} " in ends[1 - victim][1]
+
+
+def test_what_a_killed_process_leaves_behind_goes_with_its_guardian(start: Start, tmp_path: Path) -> None:
+    buffer = tmp_path / "buffer"
+    buffer.touch()
+    run = start(2, peer_timeout=HANG, forgets=str(buffer))
+    assert buffer.exists()
+    for trainer in run.trainers:
+        trainer.kill(signal.SIGKILL)
+    assert [code for code, _ in run.ends()] == [KILLED, KILLED]
+    assert not buffer.exists()
 
 
 def test_signals_to_the_whole_group_leave_guardians_alone(start: Start) -> None:

@@ -18,13 +18,16 @@ from configs.program.errors import UserError
 from train.config.train import TrainConfig
 from train.failures.errors import reporting_errors
 from train.failures.guard import Guard
-from train.failures.meeting import Meeting
+from train.failures.meeting import Meeting, tell_mistake
 
 def start(rank, what, who):
     if rank in who and what == "never comes":
         return
-    guard = Guard(rank, 3, peer_timeout=30, stall_timeout=30, start_timeout=4)
-    meeting = Meeting(rank, seconds=4)
+    if rank in who and what == "refuses before":
+        raise UserError("lr=x: it must be a number; give one")
+    seconds = 4 if what == "never comes" else 120
+    guard = Guard(rank, 3, peer_timeout=30, stall_timeout=30, start_timeout=seconds)
+    meeting = Meeting(rank, seconds=seconds)
     meeting.join(guard)
     with reporting_errors(guard, TrainConfig(), rank):
         guard.start("hashing base and rows")
@@ -43,7 +46,9 @@ started = []
 for rank in range(3):
     started.append(os.fork())
     if not started[-1]:
-        of_launch = dict(RANK=rank, WORLD_SIZE=3, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        alone = what == "refuses before"  # each on a machine of its own
+        of_launch = dict(RANK=rank, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        of_launch["LOCAL_RANK"] = 0 if alone else rank
         os.environ.update({name: str(value) for name, value in of_launch.items()})
         code = 0
         try:
@@ -53,6 +58,8 @@ for rank in range(3):
                 entry.leave("train", str(error))
         except SystemExit as stop:
             code = stop.code
+            if what == "refuses before":
+                tell_mistake(str(stop.__context__), rank, 3, within=120)
         except BaseException:
             sys.excepthook(*sys.exc_info())
             code = 99
@@ -68,6 +75,9 @@ print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for proce
         ("refuses", [0], [2, 2, 2], "train: model.path=b: its config.json is missing; restore it"),
         ("refuses", [1], [2, 2, 2], "train: process 1 left in its start (hashing base and rows) on "),
         ("refuses", [0, 1, 2], [2, 2, 2], "train: model.path=b: its config.json is missing; restore it"),
+        ("refuses before", [0], [2, 2, 2], "train: process 0 left in its start (finding the others) on "),
+        ("refuses before", [1], [2, 2, 2], "train: process 1 left in its start (finding the others) on "),
+        ("refuses before", [0, 1, 2], [2, 2, 2], "train: lr=x: it must be a number; give one"),
         ("dies", [0], [-9, 76, 76], "train: process 0 "),
         ("dies", [1], [76, -9, 76], "train: process 1 died in its start (hashing base and rows) on "),
         ("never comes", [2], [76, 76, 0], "train: process 2 has not come to the start within 4 s; launch it again"),
@@ -102,3 +112,18 @@ def test_a_port_that_another_program_uses_is_named(project_root: Path) -> None:
         command = [sys.executable, "-c", program.format(port)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert f"UserError: MASTER_PORT={port}: another program listens there" in done.stderr
+
+
+def test_a_mistake_in_the_command_of_one_machine_ends_the_other_too(project_root: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = []
+    for rank, typed in enumerate(("sed=1", "failures.start_timeout=400")):
+        launch = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        command = [sys.executable, "-m", "train", f"dataset={tmp_path}", "lora=none", typed]
+        env = os.environ | {name: str(value) for name, value in launch.items()}
+        started.append(subprocess.Popen(command, cwd=project_root, env=env, stderr=subprocess.PIPE, text=True))
+    told = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], told  # 76 for one that never hears of the other
+    assert told[0].startswith("train: sed: there is no such setting"), told

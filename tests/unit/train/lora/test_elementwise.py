@@ -94,10 +94,12 @@ def test_the_kernels_compile_for_the_gpus_that_training_is_for(
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # it asks for one or the other
     wide = kernels._wide(torch.empty(0, dtype=dtype))
     given: dict[str, Any] = {"k": 2, "size": 14336, "weighted": True, "block": kernels.BLOCK, "wide": wide}
-    of_both = (kernels._swiglu, kernels._swiglu_backward)
+    given |= {"heads": 32, "key_heads": 8, "half": 64, "heads_block": 32, "key_heads_block": 8, "half_block": 64}
+    given |= {"way": -1}
+    of_both = (kernels._swiglu, kernels._swiglu_backward, kernels._rotary)
     for kernel in (*of_both, kernels._weighted_sum, kernels._weighted_sum_backward):
         names = kernel.arg_names
-        types = {"row_of": "*i64", "weights": "*fp32", "d_weights": "*fp32"}
+        types = {"row_of": "*i64", "weights": "*fp32", "d_weights": "*fp32", "positions": "i32"}
         signature = {name: "constexpr" if name in given else types.get(name, f"*{TYPES[dtype]}") for name in names}
         constants = {name: given[name] for name in names if name in given}
         source = ASTSource(kernel, signature, constants)

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from train.config.catalogue import clusters
-from train.config.engine import DeepSpeedConfig
+from train.config.engine import DeepSpeedConfig, HardwareConfig
 from train.config.lora import LoraConfig
 from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import TrainConfig
+from train.engine.processes import join_processes
 from train.lora.attach import trainable
 from train.model.work import of_training
+from train.planning.given import beside
 from train.planning.given.layer import seconds_of_layer
 from train.planning.given.machine import Machine, of_catalogue
 from train.planning.given.rows import Rows
@@ -84,3 +86,40 @@ def test_a_layer_that_was_measured_is_what_a_step_is_made_of() -> None:
     config.micro_batch, config.activation_checkpointing = 2, "full"
     parts = speed(config, sizes, ROWS, config.batch(1), machine).parts
     assert parts["recomputed"] == parts["forward"] == pytest.approx(2 * 6 * layer["forward"])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # DeepSpeed's imports
+def test_a_narrow_mixtral_takes_a_step_at_every_stage_and_none_of_it_is_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What DeepSpeed takes is measured at all stages; as many of a layer's tensors are sharded as in the run."""
+    monkeypatch.setattr(beside, "STEPS", 5)
+    config = config_of(activation_checkpointing="none", global_batch=1, deepspeed=DeepSpeedConfig(stage=0))
+    sizes, processes = sizes_of(config), join_processes(HardwareConfig(device="cpu"))
+    found = beside.seconds_beside(config, sizes, processes)
+    names = ("micro-step", "micro-step of a layer", "update", "update of a layer")
+    assert {stage: tuple(sorted(of_stage)) for stage, of_stage in found.items()} == dict.fromkeys("023", names)
+    for of_stage in found.values():
+        assert min(of_stage.values()) >= 0
+        assert of_stage["update"] + of_stage["update of a layer"] > 0
+    for threshold in (0, 10_000, 300_000, 10**9):
+        config.deepspeed.persistence_threshold = threshold
+        narrow = beside.narrow_config(config, 3, sizes, 1, processes.count)
+        sharded = [
+            sum(t.elements >= each.deepspeed.persistence_threshold for t in beside.of_layer(sizes_of(each)))
+            for each in (config, narrow)
+        ]
+        assert abs(sharded[1] - sharded[0]) <= 7, "equal sizes of the narrow one are sharded together"
+        assert (sharded[0] == 0) == (sharded[1] == 0)
+
+
+def test_what_a_step_takes_beside_computing_is_added_for_each_micro_step_and_layer() -> None:
+    config = config_of(activation_checkpointing="none", global_batch=3, deepspeed=DeepSpeedConfig(stage=2))
+    sizes, batch = sizes_of(config), config.batch(1)
+    assert batch.accumulation == 3
+    took = {"micro-step": 1.0, "micro-step of a layer": 10.0, "update": 100.0, "update of a layer": 1000.0}
+    machine = of_arithmetic_alone(flops=1e30)
+    plain = speed(config, sizes, ROWS, batch, machine)
+    planned = speed(config, sizes, ROWS, batch, replace(machine, beside={"2": took, "3": {}}))
+    assert planned.step - plain.step == pytest.approx(3 * (1 + 6 * 10) + 100 + 6 * 1000)
+    assert planned.bound == "launching operations"

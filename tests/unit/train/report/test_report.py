@@ -162,6 +162,22 @@ def test_what_is_damaged_in_a_run_is_left_out(tmp_path: Path, name: str, content
         assert line.removeprefix("Left out: ").split(" ")[0] in page
 
 
+@pytest.mark.parametrize("name", ["receipt.json", "metrics.jsonl", "evaluation/results.json"])
+def test_a_link_out_of_the_run_is_left_out(tmp_path: Path, name: str) -> None:
+    directory, elsewhere = make_run(tmp_path), tmp_path / "elsewhere"
+    (directory / name).parent.mkdir(exist_ok=True)
+    content = (directory / name).read_text() if (directory / name).exists() else '{"tasks": {"stolen": 1}}'
+    (directory / name).unlink(missing_ok=True)
+    elsewhere.write_text(content)
+    (directory / name).symlink_to(elsewhere)
+    told: list[str] = []
+    page = write_report(directory, told.append).read_text()
+    if name == "metrics.jsonl":
+        assert "tokens/s, median" not in page
+    else:
+        assert "it is a link out of its directory" in told[0]
+
+
 def test_movements_that_are_not_finite_are_shown(tmp_path: Path) -> None:
     directory = make_run(tmp_path)
     moved = {"layer": 0, "projection": "down_proj", "ranks": [4, 4], "norms": [0.125, "nan"]}
@@ -173,8 +189,13 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(UserError, match="it holds no run"):
         write_report(tmp_path)
     directory = make_run(tmp_path)
-    for settings in ("a: &a [x]\nb: [*a, *a]\n", "a: ["):
-        (directory / "config.yaml").write_text(settings)
+    (tmp_path / "elsewhere").write_text((directory / "config.yaml").read_text())
+    for settings in ("a: &a [x]\nb: [*a, *a]\n", "a: [", None):
+        (directory / "config.yaml").unlink()
+        if settings is None:
+            (directory / "config.yaml").symlink_to(tmp_path / "elsewhere")
+        else:
+            (directory / "config.yaml").write_text(settings)
         with pytest.raises(UserError, match=r"its config.yaml can't be read"):
             read_run(directory)
     try_report(directory)  # while training, a line and no more
@@ -212,6 +233,51 @@ def test_scores_beside_the_adapter_are_shown(tmp_path: Path) -> None:
         "+2.00 ± 0.12",
     ):
         assert part in text
+
+
+def test_published_scores_and_tasks_of_the_harness_are_shown(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    (directory / "evaluation").mkdir()
+    row = {"whose": "the base", "source": "its card"}
+    metric = {"acc": {"value": 0.5, "standard_error": 0.25}, "odd": {"value": None, "standard_error": None}}
+    results = {
+        "tasks": {"arc": {"score": 0.62, "standard_error": 0.01, "questions": 50}},
+        "average": None,
+        "published": [
+            {"task": "arc", "score": 0.65, "standard_error": 0.0139} | row,
+            {"task": "average", "score": 0.727, "standard_error": None} | row,
+        ],
+        "before": {"tasks": {}, "others": {"ifeval": {"shots": 0, "questions": 1541, "metrics": {}}}},
+        "others": {"ifeval": {"shots": 0, "questions": 1541, "metrics": metric}},
+    }
+    path = directory / "evaluation" / "results.json"
+    path.write_text(json.dumps(results))
+    texts = [text for text in Text(write_report(directory).read_text()).texts if text]
+    start = texts.index("Beside what was published") + 6
+    assert texts[start : start + 5] == ["ARC", "62.00 ± 1.00", "65.00 ± 1.39", "-3.00", "the base"]
+    assert "the base: its card." in texts
+    assert "72.70" not in texts  # of an average that was not measured
+    start = texts.index("Tasks of lm-eval") + 7
+    assert texts[start : start + 6] == ["ifeval", "acc", "0", "1541", "–", "0.5000 ± 0.2500"]
+    path.write_text(json.dumps(results | {"tasks": {}, "published": []}))
+    assert "0.5000 ± 0.2500" in write_report(directory).read_text()
+
+
+def test_the_entropy_of_the_routers_is_a_heatmap_over_the_steps(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    lines = [
+        {"step": step, "expert_load": [[0.75, 0.25]] * 5, "router_entropy": [0.5 + layer / 10 for layer in range(5)]}
+        for step in range(1, 2001)
+    ]
+    lines[-1]["router_entropy"] = ["nan"] * 5
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    texts = Text(write_report(directory).read_text()).texts
+    for layer in range(5):
+        cells = [text for text in texts if text.startswith(f"layer {layer}, step ")]
+        shown = [text for text in cells if text.endswith((f": {0.5 + layer / 10:.3g}", ": none"))]
+        assert f"layer {layer}, step 1: {0.5 + layer / 10:.3g}" in shown
+        assert f"layer {layer}, step 2,000: none" in shown
+    assert "nats, step by step; full colour is 0.693, all experts alike, and none is 0, one expert alone" in texts
 
 
 def test_a_plan_in_the_receipt_stands_beside_what_was_measured(tmp_path: Path) -> None:

@@ -104,6 +104,13 @@ def reseal(place: Path) -> None:
     (place / checkpoint.MANIFEST).write_bytes(checkpoint._sealed({"files": files}))
 
 
+@pytest.mark.parametrize("name", [checkpoint.MANIFEST, checkpoint.TRAINER])
+def test_what_a_checkpoint_says_is_read_from_no_link_out_of_it(whole: Path, name: str) -> None:
+    (whole / name).rename(whole.parent / name)
+    (whole / name).symlink_to(whole.parent / name)
+    assert f"{name} can't be read: it is a link out of its directory" in damaged(whole)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -207,6 +214,27 @@ def test_what_waits_to_be_written_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     go.set()
     third.join(20)
     assert not third.is_alive()
+
+
+def test_a_slow_disk_holds_up_no_step_and_one_save_ends_before_the_next_begins(tmp_path: Path) -> None:
+    background, go = Background(), threading.Event()
+    seen: list[set[str]] = []
+    background.submit(lambda: go.wait() and None)  # the disk takes nothing
+    for step in (1, 2):
+        write(checkpoint.path_of(tmp_path, step), background)  # comes back all the same
+        background.submit(lambda: seen.append({path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}))
+    assert not list(tmp_path.iterdir())
+    go.set()
+    assert background.take_error() is None
+    assert seen == [{"step-000001"}, {"step-000001", "step-000002"}]
+
+
+def test_every_byte_that_is_hashed_is_told(whole: Path) -> None:
+    read: list[int] = []
+    found = Checkpoint(whole)
+    found.check(SHAPES, read.append)
+    there = [path.stat().st_size for path in whole.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert sum(read) == found.bytes == sum(there)
 
 
 def test_the_manifest_says_what_is_there(whole: Path) -> None:

@@ -1,5 +1,8 @@
 """Whether a run that is there is the one that is asked for: settings, dataset and base. One process, no launcher."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,31 @@ def test_a_base_with_one_byte_changed_anywhere_is_refused(
         UserError, match=r"model\.path=.*model\.safetensors has changed.*resume_despite=\[model\.path\]"
     ):
         directory(dataset, processes, tmp_path / "run", model=model)
+
+
+HASHING = """
+import resource, sys
+from pathlib import Path
+from data.disk.loading.model import progress
+from data.disk.weights import StoredWeights
+
+weights = StoredWeights(Path(sys.argv[1]), "model.path=base")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with progress("Hashing the base", weights.bytes, shown=True) as advance:
+    weights.contents(advance)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_large_base_is_hashed_in_little_memory_and_a_log_tells_its_size(project_root: Path, tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [3, 1 << 29], "data_offsets": [0, 3 << 30]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (3 << 30))  # a hole, which takes no disk
+    command = [sys.executable, "-c", HASHING, str(tmp_path)]
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 256 << 10, "KiB"
+    assert done.stderr == "Hashing the base: 3.2 GB\n"
 
 
 @pytest.fixture

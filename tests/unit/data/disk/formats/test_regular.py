@@ -30,7 +30,7 @@ def test_what_is_no_file_is_neither_opened_nor_waited_for(tmp_path: Path, kind: 
 
 def test_a_path_that_can_be_none(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="no such path"):
-        read_regular(tmp_path / "a\0b")
+        read_regular(tmp_path / "a\0b", 10)
 
 
 def test_no_more_is_read_than_was_asked_for(tmp_path: Path) -> None:
@@ -51,10 +51,10 @@ def test_a_link_out_of_the_directory_is_refused_unless_it_may(tmp_path: Path) ->
     (tmp_path / "model" / "inside").write_text("y")
     (tmp_path / "model" / "out").symlink_to("../outside")
     (tmp_path / "model" / "in").symlink_to("inside")
-    assert read_regular(tmp_path / "model" / "in", linked=False) == b"y"
-    assert read_regular(tmp_path / "model" / "out") == b"x"
+    assert read_regular(tmp_path / "model" / "in", 10) == b"y"
+    assert read_regular(tmp_path / "model" / "out", 10, linked=True) == b"x"
     with pytest.raises(UnreadableError, match="out of its directory"):
-        read_regular(tmp_path / "model" / "out", linked=False)
+        read_regular(tmp_path / "model" / "out", 10)
 
 
 def test_the_blobs_of_a_hubs_cache_are_its_own(tmp_path: Path) -> None:
@@ -66,6 +66,6 @@ def test_the_blobs_of_a_hubs_cache_are_its_own(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").symlink_to("../../../blobs/abc")
     (snapshot / "stolen.json").symlink_to(tmp_path / "other")
-    assert read_regular(snapshot / "config.json", linked=False) == b"x"
+    assert read_regular(snapshot / "config.json", 10) == b"x"
     with pytest.raises(UnreadableError, match="out of its directory"):
-        read_regular(snapshot / "stolen.json", linked=False)
+        read_regular(snapshot / "stolen.json", 10)
