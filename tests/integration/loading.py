@@ -155,6 +155,7 @@ def quantised(base: Path, config: TrainConfig, processes: Processes, itemsize: i
     how = {"dtype": mixtral.DTYPES[config.model.dtype], "device": device}
     whole = load_model(base, IN_BLOCKS, named, whole_on(device), **how)
     quantise(whole, named)
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     before = read_by_me()
     ours = mixtral.pretrained(config.model, allocator_for(config, batch, device), device=device)
     read = read_by_me() - before
@@ -167,7 +168,12 @@ def quantised(base: Path, config: TrainConfig, processes: Processes, itemsize: i
         parts = held(parameter)
         most += len(parts) * itemsize * (bits[name].numel() * (128 / 72 if nf4.is_quantised(parameter) else 1))
         for kind, part in parts.items():
-            start = processes.rank * parameter.ds_tensor.ds_numel if kind == "partition" else 0
+            start = 0
+            if kind == "partition":
+                start = processes.rank * parameter.ds_tensor.ds_numel
+            elif kind == "copy":
+                copy = parameter.ds_secondary_tensor
+                start = processes.rank % parameter.ds_secondary_tensor_group_size * copy.ds_numel
             if not torch.equal(part.flatten(), bits[name].flatten()[start : start + part.numel()]):
                 wrong.append(f"{name}: {kind}")
     if read > most + OVERHEAD:
@@ -203,8 +209,6 @@ def main(directory: Path) -> None:
                 if processes.is_main:
                     (directory / f"{files}, {division}, {dtype}.json").write_text(json.dumps(wrong))
             config.model.path, config.model.weights = str(directory / f"{files} in blocks"), "nf4"
-            if division == "node copy":
-                continue
             wrong = gathered(quantised(Path(config.model.path), config, processes, how["dtype"].itemsize))
             if processes.is_main:
                 (directory / f"{files}, {division}, nf4.json").write_text(json.dumps(wrong))

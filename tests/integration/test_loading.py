@@ -21,7 +21,7 @@ def test_what_is_read_in_slices_is_what_transformers_loads(tmp_path: Path, proce
     train(processes, f"run_dir={tmp_path}", module="tests.integration.loading", nodes=nodes)
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     divisions = 1 if nodes > 1 else len(DIVISIONS) - 1
-    assert len(found) == (2 if nodes > 1 else 3) * len(FILES) * divisions
+    assert len(found) == 3 * len(FILES) * divisions
     assert {name: wrong for name, wrong in found.items() if any(wrong)} == {}
 
 
