@@ -3,9 +3,15 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
+
+OF_MATRICES = ("aten.mm", "aten.addmm", "aten.addmm_")
+"""Products of two matrices, as `counted_work` names them."""
 
 
 class Calls(TorchDispatchMode):
@@ -28,3 +34,13 @@ def counted_memory(run: Callable[[], None]) -> tuple[int, int]:
     changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
     held = list(itertools.accumulate(change.nbytes() for change in changes))
     return max(held), held[-1]
+
+
+def counted_work(run: Callable[[], object]) -> dict[str, int]:
+    """The floating-point operations that torch counts of products, by operator; of those in place too."""
+    def in_place(_: Any, a: torch.Size, b: torch.Size, **others: Any) -> int:
+        return int(mm_flop(a, b, **others))
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        run()
+    return {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}

@@ -17,7 +17,7 @@ import pytest
 
 from configs.program import entry
 from configs.program.errors import UserError
-from train.failures.guard import EXIT_PEER_LOST, Guard, Place
+from train.failures.guard import EXIT_PEER_LOST, Address, Guard
 from train.failures.guardian.channel import Channel
 from train.failures.guardian.judge import Hub, Member
 
@@ -119,9 +119,9 @@ class Run:
     def __init__(self, root: Path, count: int, options: Options, *, host: str = "127.0.0.1", namespaces: list[str]):
         prefixes = [["ip", "netns", "exec", name] for name in namespaces] or [[]] * count
         self.trainers = [Trainer(root, rank, count, host, prefixes[rank], options) for rank in range(count)]
-        self.meeting: Place | None = None
+        self.meeting: Address | None = None
 
-    def join(self, before_last: Callable[[Place], None] = lambda meeting: None) -> None:
+    def join(self, before_last: Callable[[Address], None] = lambda meeting: None) -> None:
         """Lets them find each other; `before_last` happens when all but the last are on their way."""
         meetings = [trainer.answer() for trainer in self.trainers]
         for trainer in self.trainers[:-1]:
@@ -165,7 +165,7 @@ def start(project_root: Path) -> Iterator[Start]:
         *,
         host: str = "127.0.0.1",
         namespaces: list[str] | None = None,
-        before_last: Callable[[Place], None] = lambda meeting: None,
+        before_last: Callable[[Address], None] = lambda meeting: None,
         **options: float | str,
     ) -> Run:
         run = Run(project_root, count, options, host=host, namespaces=namespaces or [])
@@ -502,7 +502,7 @@ def test_no_guardian_outlives_its_process(start: Start) -> None:
 def test_strangers_are_dropped(start: Start) -> None:
     with contextlib.ExitStack() as open_sockets:
 
-        def visit(meeting: Place) -> None:
+        def visit(meeting: Address) -> None:
             about = {"rank": 1, "local_rank": 1, "host": "h", "site": "s"}
             for said in (
                 b"GET / HTTP/1.1\r\n\r\n",

@@ -5,12 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.schema import IGNORE_INDEX
+from tests.support.counting import OF_MATRICES, counted_work
 from tests.support.nano import LARGER, LENGTHS, losses, nano, nano_config, packed
 from train.lora import attach
 from train.model import mixtral, work
 from train.model.loss import MixtralWithLoss
-
-OF_MATRICES = ("aten.mm", "aten.addmm")
 
 
 @pytest.mark.parametrize(
@@ -27,9 +26,12 @@ def test_it_is_the_work_of_the_matrices_of_what_trains(lora: dict[str, object]) 
     """The scores of attention are left out: its blocks hold pairs that no conversation sees."""
     causal_lm = mixtral.build(nano_config(architecture=LARGER, **lora)).train()
     batch = packed(torch.randint(3, 400, (sum(LENGTHS),)))
-    with FlopCounterMode(display=False) as counter:
-        losses(MixtralWithLoss(causal_lm, with_router_loss=True), batch)[0].backward()
-    counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    module = MixtralWithLoss(causal_lm, with_router_loss=True)
+
+    def once() -> None:
+        losses(module, batch)[0].backward()
+
+    counted = counted_work(once)
     trained = {name: tuple(parameter.shape) for name, parameter in attach.trainable(causal_lm)}
     of_step = work.of_training(causal_lm.config.to_dict(), trained)
     supervised = int((batch.targets != IGNORE_INDEX).sum())

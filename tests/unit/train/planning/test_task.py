@@ -35,7 +35,8 @@ def test_what_does_not_fit_is_refused_with_the_reason(run_program: Callable[...,
 
 def test_the_best_settings_can_be_pasted_and_plan_to_fit(run_program: Callable[..., Any], tmp_path: Path) -> None:
     best = run_program("train", *RECIPE, "cluster=l40s_1", "best=true").stdout.split()
-    assert "model.weights=nf4" in best  # 93.4 GB of base in 16 bits fit no GPU of 48 GB
+    # 93.4 GB of base in 16 bits fit no GPU of 48 GB
+    assert {"model.weights=nf4", "deepspeed=zero3_offload"} & set(best)
     outcome = run_program("train", *RECIPE, "cluster=l40s_1", "plan.json=plan.json", *best)
     assert outcome.exit_code == 0
     assert json.loads((tmp_path / "plan.json").read_text())["fits"]
