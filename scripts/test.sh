@@ -17,6 +17,6 @@ if [ $# -gt 0 ]; then
 else
     # More workers than cores: many a test waits for processes that it has started.
     python -m pytest --numprocesses 3 --dist worksteal tests/unit
-    python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder tests/integration
+    python -m pytest --numprocesses 3 tests/integration
     python -m pytest tests/gpu
 fi

@@ -27,7 +27,7 @@ from tests.conftest import golden
 from tests.integration.conftest import ROOT, Quickstart, inference
 from tests.support.quickstart import QUESTION, expected_answer
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("inference")]  # they share what one worker makes
+pytestmark = pytest.mark.slow
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 

@@ -12,7 +12,7 @@ from scripts.tortures.harness.outcome import first_difference
 from scripts.tortures.harness.workplace import Workplace
 from train.saving import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]  # they share what one worker makes
+pytestmark = pytest.mark.slow
 
 STOPPED: dict[str, Any] = {"step": 13, "keep_last": "3"}
 

@@ -9,7 +9,7 @@ import pytest
 from tests.integration.conftest import train
 from tests.integration.targets import CASES, CHECKPOINTING, STEPS, case
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("targets")]  # they share what one worker makes
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from tests.integration.conftest import Quickstart, train
 from tests.integration.hosts import LINK, Host, serve_ssh, two_hosts
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two_hosts")]  # they share what one worker makes
+pytestmark = pytest.mark.slow
 
 STEPS = 6
 SETTINGS = (

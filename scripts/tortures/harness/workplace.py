@@ -20,7 +20,7 @@ from .outcome import last_step
 from .processes import kill
 from .trials import FailedError, require
 
-STEPS = 16
+STEPS = 24
 SETTINGS = {
     "hardware": "cpu",
     "hardware.threads": "1",
