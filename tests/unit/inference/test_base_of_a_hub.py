@@ -58,8 +58,9 @@ def test_all_of_a_base_is_of_the_commit_that_was_found(
     load_tokenizer(base)
     found, wanted = load_base(base, asked()).state_dict(), make_base_of(tmp_path / "base1")
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    assert find_base(asked()).revision == SECOND
-    assert find_base(asked(revision=FIRST)).revision == FIRST
+    held.refs = {"v1": FIRST}  # a tag
+    for revision, commit in ((None, SECOND), ("main", SECOND), ("v1", FIRST), (FIRST, FIRST)):
+        assert find_base(asked(revision=revision)).revision == commit
 
 
 def make_base_of(directory: Path) -> dict[str, torch.Tensor]:

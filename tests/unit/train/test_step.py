@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from data.prepared.dataset import Batch
 from tests.support.nano import LENGTHS, losses, nano, packed
@@ -86,10 +85,11 @@ def test_gradients_of_micro_batches_are_summed_in_float32() -> None:
 )  # torch's own, imported
 @pytest.mark.filterwarnings("ignore:.*torch.distributed.*is deprecated:FutureWarning")  # as join_processes says why
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_under_zero3_a_moe_block_is_gathered_whole_once_a_pass(
+def test_under_zero3_attention_and_a_moe_block_are_gathered_whole_once_a_pass(
     checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a leaf: router and experts together, in the forward, in the backward, and where the forward is repeated."""
+    """As leaves: attention's projections with their adapters, and the router with the experts; in the forward, in the
+    backward, and where the forward is repeated."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     causal_lm = nano("float32").train()
@@ -116,10 +116,12 @@ def test_under_zero3_a_moe_block_is_gathered_whole_once_a_pass(
     result = step(trainer, [packed(torch.randint(3, 400, (sum(LENGTHS),)))], 1, 1e-3, config)
     assert result.update.applied
     blocks = causal_lm.config.num_hidden_layers
-    assert fetched.count("MixtralSparseMoeBlock") == blocks * (3 if checkpointing else 2)
-    assert not {"MixtralExperts", "MixtralTopKRouter"} & set(fetched)
-    weights = [module.gate_up_proj for module in causal_lm.modules() if isinstance(module, MixtralExperts)]
-    assert [weight.numel() for weight in weights] == [0] * blocks  # and let go
+    for leaf in ("Attention", "MixtralSparseMoeBlock"):
+        assert fetched.count(leaf) == blocks * (3 if checkpointing else 2), leaf
+    assert not {"Linear", "MixtralExperts", "MixtralTopKRouter"} & set(fetched)  # Linear: the base's and PEFT's
+    weights = [weight for layer in causal_lm.model.layers for weight in layer.parameters()]
+    assert len(weights) > 10 * blocks
+    assert not any(weight.numel() for weight in weights)  # and let go
 
 
 @pytest.mark.parametrize(("every", "noted"), [(0, []), (1, [1, 2]), (2, [1, 2]), (3, [1])])

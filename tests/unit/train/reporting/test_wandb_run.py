@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import os, signal, sys, threading, time
+import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 import psutil
 from train.reporting import wandb_run
@@ -26,8 +26,9 @@ def begin():
 def helper():
     while True:
         for child in psutil.Process().children():
-            if child.name() == "wandb-core" and list(directory.glob("wandb/*/run-*.wandb")):
-                return child
+            with contextlib.suppress(psutil.NoSuchProcess):  # others come and go
+                if child.name() == "wandb-core" and list(directory.glob("wandb/*/run-*.wandb")):
+                    return child
         time.sleep(0.01)
 
 def end(what="went on"):
