@@ -313,6 +313,16 @@ def keep_apart(model: MixtralForCausalLM, adapter: Adapter, **how: Any) -> PreTr
 
 
 def load_tokenizer(base: Base) -> ChatTokenizer:
-    """The base's tokenizer, or the embedded Mixtral vocabulary if a local base has none."""
+    """The base's tokenizer, or the embedded Mixtral vocabulary if a local base has none.
+
+    Raises:
+        UserError: it is not Mixtral's, or the base has no embedding for some of its pieces.
+    """
     has_none = Path(base.source).is_dir() and not has_tokenizer(Path(base.source))
-    return ChatTokenizer.load(EMBEDDED if has_none else base.source, revision=base.revision, setting="base")
+    tokenizer = ChatTokenizer.load(EMBEDDED if has_none else base.source, revision=base.revision, setting="base")
+    if base.architecture.vocab_size < len(tokenizer.pieces):
+        raise UserError(
+            f"{base.named}: its vocabulary has {base.architecture.vocab_size:,} pieces, and the tokenizer's has "
+            f"{len(tokenizer.pieces):,}; name a base with the vocabulary of Mixtral-8x7B"
+        )
+    return tokenizer

@@ -19,6 +19,10 @@ class HubTask:
     """Question and answers."""
 
 
+ENOUGH = 400
+"""Questions of a task below which nothing may be said beside what was published: its standard error is above 2.4 points
+then."""
+
 HUB_TASKS = {
     "arc": HubTask("ARC", "allenai/ai2_arc", "ARC-Challenge", "test", ("question",)),
     "hellaswag": HubTask("HellaSwag", "Rowan/hellaswag", None, "validation", ("ctx", "endings")),

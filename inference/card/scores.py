@@ -34,7 +34,7 @@ class Score:
     in_chat: bool
     """Whether the chat template stood around the prompts."""
     other_rows: bool
-    """Whether the prompts are known to be others than the leaderboard's."""
+    """Whether the prompts are known to be others than the leaderboard's, or their examples drawn from another split."""
     before: "Before | None"
     """The base alone on the same questions, if it was asked."""
 
@@ -68,11 +68,23 @@ class Other:
 
 
 @dataclass(frozen=True, slots=True)
+class Average:
+    """The average of the card's table."""
+
+    value: float
+    """A share, as its error."""
+    error: float
+    before: Before | None
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What an evaluation measured."""
 
     scores: list[Score]
     others: list[Other]
+    average: Average | None
+    """None if a task is missing."""
 
 
 def read_scores(adapter: Path, fingerprint: str | None) -> tuple[Measured | None, str | None]:
@@ -95,22 +107,32 @@ def read_scores(adapter: Path, fingerprint: str | None) -> tuple[Measured | None
     same_base = fingerprint is None or model.get("fingerprint") == fingerprint
     if not same_base or model.get("adapter_sha256") != sha256(adapter / WEIGHTS):
         return None, f"{path}: its scores are of another base or adapter, so they are left out"
-    return Measured(scores, others), None
+    return Measured(scores, others, _average(content)), None
 
 
 def _score(content: dict[str, Any], name: str) -> Score | None:
-    measured = member(member(content, "tasks"), name)
+    measured, task = member(member(content, "tasks"), name), TASKS[name]
     value, error, questions = (measured.get(field) for field in ("score", "standard_error", "questions"))
     if not (_is_share(value) and _is_share(error) and type(questions) is int):
         return None
     in_chat = member(content, "settings").get("chat") is True
-    other_rows = member(member(content, "prompts"), name).get("equal") is False
-    return Score(TASKS[name], value, error, questions, in_chat, other_rows, _before(content, name))
-
-
-def _before(content: dict[str, Any], name: str) -> Before | None:
+    prompts = member(member(content, "prompts"), name)
+    drawn_from = prompts.get("examples_from", task.examples)
+    other_rows = prompts.get("equal") is False or (task.examples is not None and drawn_from != task.examples)
     base = member(member(member(content, "before"), "tasks"), name)
     difference = member(member(member(member(content, "comparison"), "tasks"), name), "difference")
+    return Score(task, value, error, questions, in_chat, other_rows, _before(base, difference))
+
+
+def _average(content: dict[str, Any]) -> Average | None:
+    value, error = (member(content, "average").get(field) for field in ("score", "standard_error"))
+    if not (_is_share(value) and _is_share(error)):
+        return None
+    base, difference = (member(member(content, which), "average") for which in ("before", "comparison"))
+    return Average(value, error, _before(base, difference))
+
+
+def _before(base: dict[str, Any], difference: dict[str, Any]) -> Before | None:
     value, error, change, change_error = (
         base.get("score"),
         base.get("standard_error"),
@@ -147,13 +169,13 @@ def _is_share(value: Any) -> TypeGuard[float]:
 
 def describe_scores(measured: Measured) -> str:
     """The section on the evaluation."""
-    parts = ([_described(measured.scores)] if measured.scores else []) + (
+    parts = ([_described(measured.scores, measured.average)] if measured.scores else []) + (
         [_described_others(measured.others)] if measured.others else []
     )
     return "\n\n".join(parts) + "\n"
 
 
-def _described(scores: list[Score]) -> str:
+def _described(scores: list[Score], average: Average | None) -> str:
     within = ", within the chat template" if scores[0].in_chat else ""
     has_before = all(score.before is not None for score in scores)
     heads = ["task", "shots", *(["base"] if has_before else []), "score", *(["difference"] if has_before else [])]
@@ -164,17 +186,28 @@ def _described(scores: list[Score]) -> str:
         *_table([*heads, "questions"]),
     ]
     for score in scores:
-        task, before = score.task, score.before
+        task = score.task
         all_ = "" if score.questions == task.rows else f" of {task.rows:,}"
         others = ", other rows than the leaderboard's" if score.other_rows else ""
-        cells = [task.title, str(task.shots)]
-        if has_before and before is not None:
-            cells.append(f"{100 * before.value:.2f} ± {100 * before.error:.2f}")
-        cells.append(f"{100 * score.value:.2f} ± {100 * score.error:.2f}")
-        if has_before and before is not None:
-            cells.append(f"{100 * before.difference:+.2f} ± {100 * before.difference_error:.2f}")
-        lines.append(_row([*cells, f"{score.questions:,}{all_}{others}"]))
+        cells = _percent(score, has_before)
+        lines.append(_row([task.title, str(task.shots), *cells, f"{score.questions:,}{all_}{others}"]))
+    if average is not None:
+        lines.append(_row(["average", "", *_percent(average, has_before), ""]))
     return "\n".join(lines)
+
+
+def _percent(score: Score | Average, has_before: bool) -> list[str]:
+    """The cells of a score, between the base's and the difference if the table has these."""
+    own, before = f"{100 * score.value:.2f} ± {100 * score.error:.2f}", score.before
+    if not has_before:
+        return [own]
+    if before is None:
+        return ["", own, ""]
+    return [
+        f"{100 * before.value:.2f} ± {100 * before.error:.2f}",
+        own,
+        f"{100 * before.difference:+.2f} ± {100 * before.difference_error:.2f}",
+    ]
 
 
 def _described_others(others: list[Other]) -> str:

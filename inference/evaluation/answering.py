@@ -154,7 +154,14 @@ def _texts(
     loaded: Loaded, config: InferenceConfig, plan: Plan, journal: Journal, advance: Callable[[int], None]
 ) -> list[tuple[int, str]]:
     """What is generated for each question, by the question's number; prompts of like length together."""
-    asked = replace(config, stop=list(GSM8K_STOPS), markers="keep", max_new_tokens=GSM8K_TOKENS, temperature=0.0)
+    asked = replace(
+        config,
+        stop=list(GSM8K_STOPS),
+        markers="keep",
+        max_new_tokens=GSM8K_TOKENS,
+        temperature=0.0,
+        repetition_penalty=1.0,
+    )
     ending = Ending(loaded.tokenizer, asked)
     order = sorted(range(len(plan.prompts)), key=lambda index: (-len(plan.prompts[index]), index))
     found: list[tuple[int, str]] = []

@@ -163,7 +163,7 @@ def described(config: InferenceConfig, base: Base) -> dict[str, Any]:
     }
 
 
-SETTINGS = ("bos", "chat", "fold", "dtype", "device", "max_tokens", "batch_size", "limit")
+SETTINGS = ("bos", "chat", "weights", "fold", "dtype", "device", "max_tokens", "batch_size", "seed", "limit")
 """What decides the numbers beside the model and the questions."""
 
 

@@ -126,6 +126,7 @@ class HarnessModel(TemplateLM):
             markers="keep",
             max_new_tokens=settings.get("max_gen_toks", 256),
             temperature=settings.get("temperature", 1.0) if sampled else 0.0,
+            repetition_penalty=1.0,
         )
         room = context(self._loaded) - asked.max_new_tokens
         ids = [self.tok_encode(prompt)[-room:] for prompt in prompts]

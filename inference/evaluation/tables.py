@@ -7,11 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.stages.leaderboard import ENOUGH
 from inference.evaluation.leaderboard.tasks import TASKS
 from inference.evaluation.results import said_of_prompts
-
-ENOUGH = 400
-"""Questions of a task below which nothing may be said beside the card: its standard error is above 2.4 points."""
 
 
 def show(result: dict[str, Any]) -> None:
@@ -134,10 +132,11 @@ def _percent(score: float, error: float | None) -> str:
 
 
 def in_errors(scores: dict[str, Any], published: dict[str, Any]) -> str:
-    """The difference to a published score, in standard errors of the difference if both are known."""
+    """The difference to a published score, in standard errors of the difference if both are known and ours isn't 0, as
+    of a few questions that were all answered alike."""
     difference = 100 * (scores["score"] - published["score"])
     error = 100 * math.hypot(scores["standard_error"], published["standard_error"] or 0.0)
-    if published["standard_error"] is None or not error > 0:
+    if published["standard_error"] is None or not scores["standard_error"] > 0:
         return f"{difference:+.2f}"
     return f"{difference:+.2f} ({difference / error:+.1f} SE)"
 

@@ -22,7 +22,7 @@ from data.disk.plain_text import json_if_readable
 from data.prepared.layout import MANIFEST, SPLITS, open_split
 from data.prepared.report import example
 from data.prepared.selection import selected
-from data.stages.leaderboard import HUB_TASKS
+from data.stages.leaderboard import ENOUGH, HUB_TASKS
 from data.template import ChatTokenizer
 from train.config.train import TrainConfig
 from train.report.answers import ask
@@ -286,12 +286,15 @@ def scored(run: Recorded) -> dict[str, Any] | None:
         for title in tuned
     ]
     published = [row for row in evaluation.get("published") or [] if _title(row["task"]) in tuned]
+    questions = {title: scores["questions"] for title, scores in tuned.items() if "questions" in scores}
     return {
         "rows": rows,
         "comparison": pairs,
         "picture": intervals(rows, low=0, high=100, label="Scores with two standard errors"),
         "has_base": bool(base),
-        "questions": {title: scores["questions"] for title, scores in tuned.items() if "questions" in scores},
+        "questions": questions,
+        "few": [title for title, asked in questions.items() if asked < ENOUGH],
+        "enough": ENOUGH,
         "published": [(title := _title(row["task"]), tuned[title], row) for row in published],
         "sources": list(dict.fromkeys((row["whose"], row["source"]) for row in published)),
         "others": evaluation.get("others") or {},

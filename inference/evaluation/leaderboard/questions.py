@@ -80,6 +80,9 @@ def questions_of(task: str, documents: Sequence[Row], examples: Sequence[Row], s
     if task == "mmlu":
         return _of_subjects(documents, examples, shots)
     form = FORMATS[task]
+    needed = shots + (examples is documents)
+    if len(examples) < needed:
+        raise ValueError(f"examples are drawn from {needed} rows or more, and there are {len(examples)}")
     order = list(range(len(documents)))
     generator = random.Random(42)
     generator.shuffle(order)
@@ -112,6 +115,8 @@ def _of_subjects(documents: Sequence[Row], examples: Sequence[Row], shots: int) 
         shown.setdefault(row["subject"], []).append(row)
     turns: list[list[Question]] = []
     for subject, of_subject in sorted(numbers.items()):
+        if subject not in shown:
+            raise ValueError(f"there are no examples of {subject}")
         order = list(of_subject)
         random.Random(42).shuffle(order)
         head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
@@ -128,11 +133,20 @@ def _arc_query(row: Row) -> str:
 
 
 def _arc_gold(row: Row) -> int:
-    return [str(label) for label in row["choices"]["label"]].index(str(row["answerKey"]))
+    choices = row["choices"]
+    return _index([str(label) for label in choices["label"]].index(str(row["answerKey"])), choices["text"])
 
 
 def _arc_target(row: Row) -> str:
     return " " + row["choices"]["text"][_arc_gold(row)]
+
+
+def _index(answer: object, choices: Sequence[str]) -> int:
+    """Which choice an answer names; `ValueError` if there is no such choice."""
+    index = int(str(answer))
+    if not 0 <= index < len(choices):
+        raise ValueError(f"the answer {index} is none of {len(choices)} choices")
+    return index
 
 
 def _arc(asked: Asked) -> Question:
@@ -156,12 +170,13 @@ def plain_steps(text: str) -> str:
 
 
 def _hellaswag_target(row: Row) -> str:
-    return " " + _hellaswag_endings(row)[int(row["label"])]
+    endings = _hellaswag_endings(row)
+    return " " + endings[_index(row["label"], endings)]
 
 
 def _hellaswag(asked: Asked) -> Question:
     endings = [f" {text}" for text in _hellaswag_endings(asked.row)]
-    return _choice(asked, _hellaswag_query(asked.row), endings, int(asked.row["label"]))
+    return _choice(asked, _hellaswag_query(asked.row), endings, _index(asked.row["label"], endings))
 
 
 LETTERS = "ABCD"
@@ -173,13 +188,15 @@ def _mmlu_query(row: Row) -> str:
 
 
 def _mmlu_target(row: Row) -> str:
-    return f" {LETTERS[row['answer']]}"
+    return f" {LETTERS[_index(row['answer'], LETTERS)]}"
 
 
 def _mmlu(asked: Asked) -> Question:
     row = asked.row
     content = "\n".join([row["question"], *row["choices"]])
-    return _choice(asked, _mmlu_query(row), [f" {letter}" for letter in LETTERS], int(row["answer"]), content)
+    return _choice(
+        asked, _mmlu_query(row), [f" {letter}" for letter in LETTERS], _index(row["answer"], LETTERS), content
+    )
 
 
 PRIMER = "\n\n".join(

@@ -19,7 +19,7 @@ from tests.support.nano import nano_config, save, trained_nano
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Path, torch.Tensor]:
     """A base, an adapter for it, and the adapted model's logits before anything was saved."""
-    config = nano_config()
+    config = nano_config(architecture={"vocab_size": 32_000})
     base, adapted = trained_nano(config)
     (tmp_path / "adapter").mkdir()
     save(tmp_path / "adapter", config, adapted)

@@ -69,9 +69,24 @@ def test_within_the_chat_template_nothing_is_the_leaderboards(tmp_path: Path) ->
 def test_what_training_changed_stands_beside_the_scores(tmp_path: Path) -> None:
     base = {name: scores | {"score": 0.25} for name, scores in MEASURED.items()}
     pairs = {name: {"difference": {"value": 0.125, "error": 0.0075}} for name in MEASURED}
-    text, _ = merged(tmp_path, before={"tasks": base}, comparison={"tasks": pairs})
+    averages = [{"score": score, "standard_error": 0.005} for score in (0.5, 0.375)]
+    text, _ = merged(
+        tmp_path,
+        average=averages[0],
+        before={"tasks": base, "average": averages[1]},
+        comparison={"tasks": pairs, "average": {"value": 0.125, "error": 0.0025}},
+    )
     assert "| task | shots | base | score | difference | questions |" in text
     assert "| ARC | 25 | 25.00 ± 1.40 | 63.91 ± 1.40 | +12.50 ± 0.75 | 1,172 |" in text
+    assert "| average |  | 37.50 ± 0.50 | 50.00 ± 0.50 | +12.50 ± 0.25 |  |" in text
+
+
+def test_examples_of_another_split_are_not_the_leaderboards(tmp_path: Path) -> None:
+    scores = {"hellaswag": {"score": 0.8414, "standard_error": 0.0036, "questions": 10_042}}
+    prompts = {"hellaswag": {"equal": None, "examples_from": "validation"}}
+    text, card = merged(tmp_path, tasks=scores, prompts=prompts)
+    assert "| HellaSwag | 10 | 84.14 ± 0.36 | 10,042, other rows than the leaderboard's |" in text
+    assert card.data.eval_results is None
 
 
 def test_tasks_of_the_harness_stand_in_the_card_and_not_in_its_metadata(tmp_path: Path) -> None:

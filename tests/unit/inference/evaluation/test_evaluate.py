@@ -174,6 +174,8 @@ def test_a_journal_of_another_model_or_setting_is_refused(
             evaluate(config(given, tmp_path / "out", tasks=QUICK))
     with pytest.raises(UserError, match=r"bos=always: the evaluation that .* belongs to had bos=leaderboard"):
         evaluate(config(given, tmp_path / "out", tasks=QUICK, bos="always"))
+    with pytest.raises(UserError, match=r"weights=nf4: the evaluation that .* belongs to had weights=bf16"):
+        evaluate(config(given, tmp_path / "out", tasks=QUICK, weights="nf4"))
     other = config(given, tmp_path / "out", tasks=QUICK)
     other.adapter = None
     with pytest.raises(UserError, match="adapter_sha256=None: the evaluation"):
@@ -183,6 +185,24 @@ def test_a_journal_of_another_model_or_setting_is_refused(
     with pytest.raises(UserError, match="no evaluation wrote"):
         evaluate(config(given, tmp_path / "mine", tasks=QUICK))
     assert (tmp_path / "mine" / "answers.part").read_text() == "my notes\n"
+
+
+def test_a_base_with_fewer_pieces_than_the_tokenizer_is_refused(given: Path, tmp_path: Path) -> None:
+    small = make_base(vocab_size=1000)
+    small.save_pretrained(str(tmp_path / "small"))
+    with pytest.raises(UserError, match=r"^base=.*: its vocabulary has 1,000 pieces, and the tokenizer's has 32,000"):
+        evaluate(config(given, tmp_path / "out", base=str(tmp_path / "small")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_penalty_of_other_tasks_changes_no_score(given: Path, tmp_path: Path) -> None:
+    plain, penalised = (
+        evaluate(config(given, tmp_path / str(penalty), tasks=["gsm8k"], limit=2, repetition_penalty=penalty))
+        for penalty in (1.0, 3.0)
+    )
+    assert plain["tasks"] == penalised["tasks"]
+    texts = [(tmp_path / str(penalty) / "questions.jsonl").read_text() for penalty in (1.0, 3.0)]
+    assert texts[0] == texts[1]
 
 
 def test_limit_takes_the_first_of_the_same_questions(given: Path, tmp_path: Path) -> None:

@@ -132,6 +132,27 @@ def test_rows_of_another_task_are_refused(tmp_path: Path) -> None:
         read_task("gsm8k", str(tmp_path))
     with pytest.raises(UserError, match="it has no folder arc_challenge"):
         read_task("arc", str(tmp_path))
+    (folder / "train.jsonl").write_text('{"question": "Why?", "answer": "#### 1"}\n' * 4)
+    with pytest.raises(UserError, match=r"\(examples are drawn from 5 rows or more, and there are 4\)"):
+        read_task("gsm8k", str(tmp_path))
     (folder / "test.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no rows"):
         read_task("gsm8k", str(tmp_path))
+
+
+@pytest.mark.parametrize("answer", [4, -1, "7"])
+def test_an_answer_that_is_none_of_the_choices_is_refused(answer: object) -> None:
+    row = {"question": "Who?", "subject": "anatomy", "choices": list("wxyz"), "answer": 0}
+    questions_of("mmlu", [row], [row], 1)
+    for documents, examples in (([row | {"answer": answer}], [row]), ([row], [row | {"answer": answer}])):
+        with pytest.raises(ValueError, match="is none of 4 choices"):
+            questions_of("mmlu", documents, examples, 1)
+    ending = {"query": "A man", "choices": list("wxyz"), "label": answer}
+    with pytest.raises(ValueError, match="is none of 4 choices"):
+        questions_of("hellaswag", [ending], [], 0)
+
+
+def test_a_subject_without_examples_is_named() -> None:
+    row = {"question": "Who?", "subject": "anatomy", "choices": list("wxyz"), "answer": 0}
+    with pytest.raises(ValueError, match="there are no examples of anatomy"):
+        questions_of("mmlu", [row], [row | {"subject": "astronomy"}], 1)

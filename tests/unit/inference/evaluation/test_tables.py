@@ -40,6 +40,14 @@ def test_what_others_published_are_rows_with_sources(capsys: pytest.CaptureFixtu
     assert max(map(len, table)) <= 80
 
 
+def test_a_score_without_a_spread_is_no_number_of_standard_errors_away(capsys: pytest.CaptureFixture[str]) -> None:
+    result = result_of(["mmlu"], 0.0)
+    result["tasks"]["mmlu"] |= {"questions": 12, "standard_error": 0.0}
+    show(result)
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "MMLU 12 of 14,042 0.00 ± 0.00 64.29 ± 0.49 -64.29" in shown
+
+
 def test_of_tasks_that_were_not_scored_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     show(result_of(["winogrande"]))
     shown = capsys.readouterr().out
