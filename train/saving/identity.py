@@ -14,7 +14,7 @@ from configs.program.secrets import redacted
 from data.disk.adapter_directory import WEIGHTS
 from data.disk.architecture import CONFIG
 from data.disk.files import file_hash, sha256
-from data.disk.loading.model import progress
+from data.disk.loading.progress import progress
 from data.disk.weights import StoredWeights, local_directory
 from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import MANIFEST

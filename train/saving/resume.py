@@ -13,7 +13,7 @@ from configs.program.launch import local_rank
 from data.disk.adapter_directory import RECEIPT
 from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
-from data.disk.loading.model import progress
+from data.disk.loading.progress import progress
 from data.prepared.dataset import Batch
 from train.config.train import TrainConfig
 from train.engine.engine import Engine

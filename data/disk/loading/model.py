@@ -1,27 +1,21 @@
 """transformers' Mixtral with the weights of its files, each parameter in the memory that it is given."""
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from configs.program.console import console
 from configs.program.errors import UserError
 from data.disk import nf4
 from data.disk.adapter_directory import CONFIG as ADAPTER
 from data.disk.loading.four_bits import Slice
 from data.disk.loading.layers import quantise
 from data.disk.loading.parameters import Parameters
+from data.disk.loading.progress import progress
 from data.disk.weights import StoredWeights
-
-WORTH_A_LINE = 1_000_000_000
-"""Bytes of a read that a log tells of; terminals show its progress."""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -129,31 +123,3 @@ def _same(weights: StoredWeights, architecture: MixtralConfig) -> bool:
     parameters = Parameters(weights, untied)
     both = (parameters.blocks(name, 0, untied.vocab_size * untied.hidden_size) for name in (EMBEDDING, HEAD))
     return all(torch.equal(one.float(), other.float()) for (_, one), (_, other) in zip(*both, strict=True))
-
-
-@contextmanager
-def progress(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar for that many bytes: what it yields is told, by any thread, of those that were read.
-
-    If stderr is no terminal, a line says how many they are, if they take a while.
-    """
-    if not (shown and console.is_terminal):
-        if shown and total >= WORTH_A_LINE:
-            console.print(f"{what}: {total / 1e9:.1f} GB", soft_wrap=True)
-        yield lambda size: None
-        return
-    columns = (
-        TextColumn(what),
-        BarColumn(bar_width=10),
-        DownloadColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task, started = bar.add_task("read", total=total, rate=""), time.perf_counter()
-
-        def advance(size: int) -> None:
-            bar.advance(task, size)
-            rate = bar.tasks[0].completed / max(time.perf_counter() - started, 1e-9) / 1e9
-            bar.update(task, rate=f"{rate:.2f} GB/s")
-
-        yield advance

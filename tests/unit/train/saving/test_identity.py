@@ -131,7 +131,7 @@ def test_a_base_with_one_byte_changed_anywhere_is_refused(
 HASHING = """
 import resource, sys
 from pathlib import Path
-from data.disk.loading.model import progress
+from data.disk.loading.progress import progress
 from data.disk.weights import StoredWeights
 
 weights = StoredWeights(Path(sys.argv[1]), "model.path=base")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError
-from data.disk.loading import model as loading
+from data.disk.loading import progress
 from data.disk.loading.model import load_model, whole_on
 from data.disk.mixtral_files import load_mixtral
 from tests.support.stored import CONFIG, saved
@@ -88,9 +88,9 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
 def test_a_terminal_sees_how_fast_a_base_is_read_and_a_log_how_much_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for is_terminal, said in ((True, "GB/s"), (False, "Reading the base: 93.4 GB")):
         shown = StringIO()
-        monkeypatch.setattr(loading, "console", Console(file=shown, force_terminal=is_terminal, width=100))
-        with loading.progress("Reading the base", 93_400_000_000, shown=True) as advance:
+        monkeypatch.setattr(progress, "console", Console(file=shown, force_terminal=is_terminal, width=100))
+        with progress.progress("Reading the base", 93_400_000_000, shown=True) as advance:
             advance(1 << 30)
         assert said in shown.getvalue()
-    with loading.progress("Reading the base", 93_400_000_000, shown=False):
+    with progress.progress("Reading the base", 93_400_000_000, shown=False):
         assert shown.getvalue().count("Reading the base") == 1

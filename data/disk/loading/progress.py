@@ -1,0 +1,40 @@
+"""How far reading many gigabytes is, for those who wait for it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from configs.program.console import console
+
+WORTH_A_LINE = 1_000_000_000
+"""Bytes of a read that a log tells of; terminals show its progress."""
+
+
+@contextmanager
+def progress(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar for that many bytes: what it yields is told, by any thread, of those that were read.
+
+    If stderr is no terminal, a line says how many they are, if they take a while.
+    """
+    if not (shown and console.is_terminal):
+        if shown and total >= WORTH_A_LINE:
+            console.print(f"{what}: {total / 1e9:.1f} GB", soft_wrap=True)
+        yield lambda size: None
+        return
+    columns = (
+        TextColumn(what),
+        BarColumn(bar_width=10),
+        DownloadColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task, started = bar.add_task("read", total=total, rate=""), time.perf_counter()
+
+        def advance(size: int) -> None:
+            bar.advance(task, size)
+            rate = bar.tasks[0].completed / max(time.perf_counter() - started, 1e-9) / 1e9
+            bar.update(task, rate=f"{rate:.2f} GB/s")
+
+        yield advance
