@@ -302,9 +302,7 @@ def _compare(setting: Setting, place: Place, steps: int, number: int) -> dict[st
         "took": time.monotonic() - began,
         "memory_parts": plan["memory"]["parts"],
         "step_parts": plan["step"]["parts"],
-        "machine": {
-            name: plan["machine"][name] for name in ("flops", "bandwidth", "link", "overhead", "layer", "beside")
-        },
+        "machine": {name: plan["machine"][name] for name in MEASURED},
     }
 
 
