@@ -49,8 +49,8 @@ WRONG = "a wrong verdict"
 STILL = 8.0
 """Seconds for which a process is stopped that is only slow."""
 PHASES = ("forward", "backward", "update", "saving", "evaluating", "reading rows")
-FOUR = {**SETTINGS, "failures.peer_timeout": "5", "global_batch": "12"}
-"""12 rows of a step can be divided by 1, 2, 3 and 4 processes."""
+FOUR = {**SETTINGS, "failures.peer_timeout": "5", "global_batch": "12", "model.dtype": "float32"}
+"""12 rows of a step can be divided by 1, 2, 3 and 4 processes; bfloat16 would round each number's losses otherwise."""
 TOLERANCE = 1e-4
 """Of losses in float32 on another number of processes, after a few steps."""
 
