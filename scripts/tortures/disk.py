@@ -125,7 +125,7 @@ def full(workplace: Workplace, whole: Path, wanted: float, *, first: int, **chan
 
 def full_between_saves(workplace: Workplace) -> dict[str, Any]:
     """Only metrics.jsonl is written meanwhile: its lines wait, and the run goes on to its end."""
-    settings = SETTINGS | {"save_every": "0", "global_batch": "8"}
+    settings = SETTINGS | {"save_every": "0", "global_batch": "8", "max_steps": "12"}
     whole = workplace.reference(1, **settings)
     run = workplace.scratch / "disk"
     with mounted(run, ENOUGH):
@@ -185,9 +185,9 @@ def read_only_during(workplace: Workplace, whole: Path) -> dict[str, Any]:
     return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
 
 
-def frozen(workplace: Workplace, *, after: int) -> dict[str, Any]:
+def frozen(workplace: Workplace, *, after: int, **changed: str) -> dict[str, Any]:
     """The disk of a run on two processes hangs once the checkpoint of step `after` is there, and comes back later."""
-    settings = SETTINGS | {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"}
+    settings = SETTINGS | {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"} | changed
     whole = workplace.reference(2, **settings)
     run = workplace.scratch / "disk"
     bound = DISK_TIMEOUT + MARGIN
