@@ -2,19 +2,20 @@
 
 The base has fourteen layers of half of Mixtral-8x7B's widths, stored in float32. Its files are sparse: each tensor
 begins with a mebibyte of random numbers, the rest is a hole, which reads as zeros and takes no disk; the embedding is
-random as a whole. So all of it is hashed and read, by the kernel's means, and a small machine has room for it. It is
-held in four bits unless `--weights=bf16`, for the same reason. What trains are the default adapters, of a rank that
-makes a checkpoint as large as is wanted.
+random as a whole. So all of it is hashed and read, and a small machine has room for it. It is held in four bits unless
+`--weights=bf16`, for the same reason. The routers are zeros, so every token goes to the same two experts of a layer:
+the others are read and held, and cost a step no time. What trains are the default adapters, of a rank that makes a
+checkpoint as large as is wanted.
 
 A run goes to its end and saves after every step. Then what it left after its first checkpoint is taken away, as if it
 had been killed there, and the same command goes on. It must resume after that step and end with the same losses and
 the same adapter, to the last bit; a log must show what is hashed and read, and how much of it; no process may be given
-up; and none may hold more than it has to. Of that, a limit follows for each phase from what the run is made of:
+up; and none may hold more than it has to. Of that, a limit follows for each stage from what the run is made of:
 
-    until it has hashed    nothing but blocks of what it reads
-    loading                its share of the base, and the adapters whole
-    finding a checkpoint   that, its share of the optimizer's state, and a few of the largest tensors
-    restoring, training    that, what is gathered and dequantised, and on process 0 the copy that is being saved
+    hashing     nothing but blocks of what is read
+    loading     its share of the base, and the adapters whole
+    finding     (making the engine, hashing checkpoints) that, its share of the optimizer's state, the largest tensors
+    restoring   (and training) that, what is gathered and dequantised, and on process 0 the copy that is being saved
 """
 
 import argparse
@@ -51,23 +52,21 @@ LONGEST, MARGIN = 1500.0, 30.0
 """Seconds that a launch may take, and that its end may take then."""
 FILLED = 1 << 20
 """Bytes of each tensor that are random."""
+ROUTER = "block_sparse_moe.gate.weight"
 SLACK = 768 << 20
 """Bytes that a process may hold beside what is counted: blocks of what is read, code, what the allocator keeps."""
 LOOKS_EVERY = 0.1
 """Seconds."""
-STARTING = "starting"
-"""The phase before the guard has joined."""
-READING = (
-    STARTING,
-    "finding the others",
-    "looking for mistakes",
-    "fetching the base",
-    "hashing base and rows",
-    "joining the others",
-)
-LOADING = "loading the base"
-MAKING = ("making the engine", "finding the checkpoint")
-"""Phases of the start, as train/run.py names them."""
+STAGES = {
+    "loading the base": "loading",
+    "making the engine": "finding",
+    "finding the checkpoint": "finding",
+    "restoring the checkpoint": "restoring",
+    "resuming": "restoring",
+    "beginning": "restoring",
+}
+"""Of the start, by the phases of train/run.py with which they begin; before the first of them it hashes."""
+HASHING, LOADING, FINDING, RESTORING = "hashing", "loading", "finding", "restoring"
 LINES = ("Hashing the base", "Hashing step-000001", "Reading the base", "Reading step-000001")
 """What a log tells of, if it is large."""
 
@@ -115,6 +114,7 @@ def resumed(workplace: Workplace, options: argparse.Namespace) -> dict[str, Any]
         "lora.export_per_expert": "false",
         "failures.peer_timeout": f"{PEER_TIMEOUT:g}",
         "logging.progress": "true",
+        "plan.check": "false",
         "max_steps": str(STEPS),
         "save_every": "1",
         "keep_last": str(STEPS),
@@ -128,24 +128,24 @@ def resumed(workplace: Workplace, options: argparse.Namespace) -> dict[str, Any]
     require(launch.resumed_step == 1, f"it went on after step {launch.resumed_step}, not 1:\n{launch.said()}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))
-    limits = {phase: _limits(sizes, shapes, peaks, phase) for phase in peaks}
+    limits = _limits(sizes, shapes, peaks.pop(""))
     found = {
         "base_bytes": sizes.files,
         "checkpoint_bytes": size,
         "held_bytes": sizes.held,
         "said": [line for line in launch.said().splitlines() if line.startswith(LINES)],
-        "seconds": {phase: round(took, 1) for phase, took in seconds.items()},
-        "memory_mib": {phase: _mib(of_each) for phase, of_each in peaks.items()},
-        "limits_mib": {phase: _mib(of_each) for phase, of_each in limits.items()},
+        "seconds": {stage: round(took, 1) for stage, took in seconds.items()},
+        "memory_mib": {stage: _mib(of_each) for stage, of_each in peaks.items()},
+        "limits_mib": {stage: _mib(of_each) for stage, of_each in limits.items()},
     }
     large = {"the base": sizes.files, "step-000001": size}
     for words in LINES:
         if large[words.split(maxsplit=1)[1]] >= PROCESSES * WORTH_A_LINE:
             told = any(line.startswith(words) for line in found["said"])
             require(told, f"it does not say how much there is of {words}:\n{launch.said()}")
-    for phase, of_each in peaks.items():
-        too_much = any(peak > limit for peak, limit in zip(of_each, limits[phase], strict=True))
-        require(not too_much, f"in the phase {phase} it holds more than it has to: {found}")
+    for stage, of_each in peaks.items():
+        too_much = any(peak > limit for peak, limit in zip(of_each, limits[stage], strict=True))
+        require(not too_much, f"it holds more than it has to while it is {stage}: {found}")
     launch.wait_for_none_left(30)
     for directory in (base, whole, run):
         shutil.rmtree(directory)
@@ -205,7 +205,8 @@ def _write(file: Path, tensors: dict[str, tuple[int, ...]], generator: np.random
             stream.seek(begin)
             numbers = min(size if name == EMBEDDING else FILLED, size) // 4
             drawn = generator.standard_normal(numbers, np.float32) * np.float32(0.05)
-            stream.write((np.ones(numbers, np.float32) if "norm" in name else drawn).tobytes())
+            if not name.endswith(ROUTER):
+                stream.write((np.ones(numbers, np.float32) if "norm" in name else drawn).tobytes())
             begin += size
         stream.truncate(begin)
 
@@ -220,9 +221,13 @@ def as_if_killed(whole: Path, run: Path) -> None:
 
 
 def _watched(launch: Launch) -> tuple[dict[str, list[int]], dict[str, float]]:
-    """A launch to its end: the most that each process held in each phase, and how long process 0 was in it."""
-    peaks: dict[str, list[int]] = {}
+    """A launch to its end: the most that each process held in each stage, and how long process 0 was in it.
+
+    What each holds when it is seen first, the program and nothing else, stands under the name of no stage.
+    """
+    peaks: dict[str, list[int]] = {"": [0] * PROCESSES}
     seconds: dict[str, float] = {}
+    stages = [HASHING] * PROCESSES
     positions: dict[int, Callable[[], tuple[int, str]]] = {}
     last = began = time.monotonic()
     while launch.running and last - began < LONGEST:
@@ -231,29 +236,29 @@ def _watched(launch: Launch) -> tuple[dict[str, list[int]], dict[str, float]]:
         for rank, pid in launch.ranks().items():
             if rank not in positions and (read := launch.position(rank)):
                 positions[rank] = read
-            phase = positions[rank]()[1] if rank in positions else STARTING
-            of_each = peaks.setdefault(phase, [0] * PROCESSES)
-            of_each[rank] = max(of_each[rank], _anonymous(pid))
-            if rank == 0:
-                seconds[phase] = seconds.get(phase, 0.0) + last - before
+            if rank in positions:
+                stages[rank] = STAGES.get(positions[rank]()[1], stages[rank])
+            holds, of_each = _anonymous(pid), peaks.setdefault(stages[rank], [0] * PROCESSES)
+            peaks[""][rank] = peaks[""][rank] or holds
+            of_each[rank] = max(of_each[rank], holds)
+        seconds[stages[0]] = seconds.get(stages[0], 0.0) + last - before
     codes = launch.wait(MARGIN)
     require(not any(codes), f"it ended with {codes}:\n{launch.said()}")
     return peaks, seconds
 
 
-def _limits(sizes: Sizes, shapes: dict[str, tuple[int, ...]], peaks: dict[str, list[int]], phase: str) -> list[int]:
-    """The most that each process may hold in a phase."""
+def _limits(sizes: Sizes, shapes: dict[str, tuple[int, ...]], first: list[int]) -> dict[str, list[int]]:
+    """The most that each process may hold in each stage, if it held `first` when it was seen first."""
     numbers = [math.prod(shape) for shape in shapes.values()]
     trained, largest = sum(numbers), max(numbers)
-    more = SLACK
-    if phase not in READING:
-        more += sizes.held // PROCESSES + 6 * trained  # adapters are made whole, in float32 and in bfloat16
-    if phase not in (*READING, LOADING):
-        more += (2 + 4 + 4 + 4 + 4) * trained // PROCESSES + 4 * 4 * largest
-    if phase not in (*READING, LOADING, *MAKING):
-        more += 2 * sizes.block + 2 * sizes.expert
-    copied = 0 if phase in (*READING, LOADING, *MAKING) else (4 + 4 + 4 + 2) * trained
-    return [held + more + (copied if rank == 0 else 0) for rank, held in enumerate(peaks[STARTING])]
+    hashing = SLACK
+    loading = hashing + sizes.held // PROCESSES + 6 * trained  # adapters are made whole, in float32 and in bfloat16
+    finding = loading + (2 + 4 + 4 + 4 + 4) * trained // PROCESSES + 4 * 4 * largest
+    restoring = finding + 2 * sizes.block + 2 * sizes.expert
+    saved = (4 + 4 + 4 + 2) * trained
+    limits = {HASHING: hashing, LOADING: loading, FINDING: finding, RESTORING: restoring}
+    with_copy = {stage: limit + saved * (stage == RESTORING) for stage, limit in limits.items()}
+    return {stage: [first[0] + with_copy[stage], *(held + limits[stage] for held in first[1:])] for stage in limits}
 
 
 def _anonymous(pid: int) -> int:
