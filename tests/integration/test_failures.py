@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.tortures import disk, peers, planted, signals
+from scripts.tortures.harness import disks
 from scripts.tortures.harness.forked import ENVIRONMENT, ROOT
 from scripts.tortures.harness.garden import Garden
 from scripts.tortures.harness.outcome import check_newest, last_step
@@ -61,7 +62,7 @@ def test_a_run_that_is_killed_leaves_no_shared_memory(runs: Workplace) -> None:
 
 @pytest.fixture
 def mounts() -> None:
-    if reason := disk.why_not():
+    if reason := disks.why_not():
         pytest.skip(reason)
 
 
@@ -78,9 +79,15 @@ def test_a_disk_that_is_full_between_two_saves_ends_no_run(runs: Workplace) -> N
 
 
 def test_a_disk_that_hangs_ends_all_and_leaves_the_last_checkpoint(runs: Workplace) -> None:
-    if reason := disk.why_not_freeze():
+    if reason := disks.why_not_freeze():
         pytest.skip(reason)
     disk.frozen(runs, after=6, max_steps="12")
+
+
+def test_a_slow_disk_costs_nothing_but_later_checkpoints(runs: Workplace) -> None:
+    if reason := disks.why_not_slow():
+        pytest.skip(reason)
+    disk.slow(runs)
 
 
 @pytest.mark.parametrize("how", ["plain", "nohup"])

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from scripts.tortures import disk, network
+from scripts.tortures import network
+from scripts.tortures.harness import disks
 from scripts.tortures.harness.workplace import Workplace
 
 from .conftest import ROOT, run
@@ -71,12 +72,13 @@ def test_gpu_runs_every_part_at_small_sizes(tmp_path: Path) -> None:
         ("peers", ("--only", "SIGKILL to . of 2 in backward")),
         ("planted", ("--only", "a careless program|a recipe with a tag")),
         ("signals", ("--trials", "0", "--only", "starting")),
+        ("size", ("--layers", "1", "--hidden", "64", "--lora-rank", "4", "--weights", "bf16")),
     ],
 )
 def test_torture(runs: Workplace, name: str, options: tuple[str, ...]) -> None:
     """On the base, rows and fork server of the other tests; `scripts/torture.py NAME` is this and a receipt, as that of
     `files` shows in test_files.py."""
-    needed = {"disk": disk.why_not, "network": network.why_not}
+    needed = {"disk": disks.why_not, "network": network.why_not}
     if name in needed and (reason := needed[name]()):
         pytest.skip(reason)
     torture = importlib.import_module(f"scripts.tortures.{name}")
