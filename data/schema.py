@@ -5,9 +5,10 @@ raw row → Conversation → TokenizedConversation → PackedRow
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
+if TYPE_CHECKING:  # imported where it is used: settings and the processes that encode do without
+    import numpy as np
 
 # The schemas of raw rows. A field stands in a row (`conversations`) or in each of its turns (`from`, `value`).
 
@@ -135,7 +136,7 @@ class TokenizedConversation:
     @property
     def labels(self) -> list[int]:
         """For each id, itself if it is trained, else `IGNORE_INDEX`."""
-        return labels_of(np.frombuffer(self.packed_ids, np.uint16), self.spans).tolist()
+        return labels_of(memoryview(self.packed_ids).cast("H"), self.spans).tolist()
 
     def __len__(self) -> int:
         return len(self.packed_ids) // 2
@@ -163,10 +164,12 @@ class PackedRow:
     @property
     def labels(self) -> list[int]:
         """For each id, itself if it is trained, else `IGNORE_INDEX`."""
-        return labels_of(np.array(self.ids), self.spans).tolist()
+        return labels_of(self.ids, self.spans).tolist()
 
 
-def labels_of(ids: np.ndarray, spans: Sequence[int]) -> np.ndarray:
+def labels_of(ids: "np.ndarray | Sequence[int]", spans: "np.ndarray | Sequence[int]") -> "np.ndarray":
     """[T] int64: each id if it is trained, else `IGNORE_INDEX`."""
+    import numpy as np
+
     trained = np.repeat(np.arange(len(spans)) % 2 == 1, spans)
-    return np.where(trained, ids.astype(np.int64), IGNORE_INDEX)
+    return np.where(trained, np.asarray(ids, np.int64), IGNORE_INDEX)

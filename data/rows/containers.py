@@ -10,19 +10,20 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
-import pyarrow as pa
-
 from configs.program.errors import UserError
 
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
 
+LARGE = 8 << 20
+"""Bytes of a table that is cut in two, and of a row that stays in the process that read it."""
+
 PEEK = 512
 """Bytes that tell what a file is; a tar archive says so after 257."""
 
 PACKED: dict[bytes, Callable[[str], Any]] = {
-    b"\x1f\x8b": lambda name: pa.input_stream(name, compression="gzip"),
-    b"\x28\xb5\x2f\xfd": lambda name: pa.input_stream(name, compression="zstd"),
+    b"\x1f\x8b": lambda name: _unpacked_by_arrow(name, "gzip"),
+    b"\x28\xb5\x2f\xfd": lambda name: _unpacked_by_arrow(name, "zstd"),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\0": lzma.LZMAFile,
 }
@@ -71,6 +72,12 @@ def opened(name: str) -> tuple[io.BufferedReader, str]:
     except BaseException:
         file.close()
         raise
+
+
+def _unpacked_by_arrow(name: str, compression: str) -> Any:
+    import pyarrow as pa
+
+    return pa.input_stream(name, compression=compression)
 
 
 def plain_name(name: str) -> PurePath:

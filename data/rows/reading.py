@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from lzma import LZMAError
-from typing import Any, ClassVar
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from configs.program.errors import UserError, one_line
-from data.rows.containers import BLOCK, opened
+from data.rows.containers import BLOCK, LARGE, opened
 from data.rows.json_rows import LONGEST_ROW, row_texts
-from data.rows.tables import arrow_tables, csv_texts, parquet_tables
+
+if TYPE_CHECKING:  # Arrow is imported where it is used: a process that encodes rows of JSON does without
+    import pyarrow as pa
 
 LONGEST_DETAIL = 500
 """Characters of what a reject says; what it quotes may be a whole book."""
@@ -102,11 +102,30 @@ class Chunk:
     unit: str
     numbers: list[int]
     """Line of each row, or its position in the list."""
-    content: list[str | bytes | None] | bytes
-    """For each row its JSON, None if that is longer than a row may be; or for all of them an Arrow stream."""
+    content: "list[str | bytes | None] | pa.Table | bytes"
+    """For each row its JSON, None if that is longer than a row may be; or for all of them an Arrow table, as a stream
+    if it was handed over."""
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is one row that is so large that it had better stay where it was read."""
+        if len(self) != 1 or isinstance(self.content, bytes):
+            return False
+        return (len(self.content[0] or ()) if isinstance(self.content, list) else self.content.nbytes) > LARGE
+
+    def handed_over(self) -> "Chunk":
+        """The chunk as another process gets it: of a table only the chunk's own rows."""
+        if isinstance(self.content, list | bytes):
+            return self
+        import pyarrow as pa
+
+        buffer = io.BytesIO()
+        with pa.ipc.new_stream(buffer, self.content.schema) as stream:
+            stream.write(self.content)
+        return replace(self, content=buffer.getvalue())
 
     def first(self, rows: int) -> "Chunk":
         """The chunk without what comes after its first rows."""
@@ -114,9 +133,14 @@ class Chunk:
 
     def rows(self) -> Iterator[RawRow | Reject]:
         """The rows, parsed; a line that is not JSON comes as a Reject."""
-        if isinstance(self.content, bytes):
-            with pa.ipc.open_stream(self.content) as stream:
-                table = stream.read_all()
+        if not isinstance(self.content, list):
+            table = self.content
+            if isinstance(table, bytes):
+                import pyarrow as pa
+
+                with pa.ipc.open_stream(table) as stream:
+                    table = stream.read_all()
+            table = table.slice(0, len(self.numbers))
             columns = {name: _values(table[number]) for number, name in enumerate(table.column_names)}
             for index, number in enumerate(self.numbers):
                 yield RawRow({name: values[index] for name, values in columns.items()}, self.file, self.unit, number)
@@ -145,7 +169,7 @@ class Unreadable:
     detail: str
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
+def _values(column: "pa.ChunkedArray") -> list[Any]:
     """A column's values; an `Unreadable` spoils its own row, and only if the column is needed."""
     try:
         return column.to_pylist()
@@ -153,7 +177,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         return [_value(scalar) for scalar in column]
 
 
-def _value(scalar: pa.Scalar) -> Any:
+def _value(scalar: "pa.Scalar") -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
@@ -194,6 +218,8 @@ def read_file(name: str) -> Iterator[Chunk]:
     """
     try:
         file, kind = opened(name)
+        if kind in ("Parquet", "Arrow", "CSV"):
+            from data.rows.tables import arrow_tables, csv_texts, parquet_tables
         with file:
             if kind == "Parquet":
                 yield from read_arrow(name, parquet_tables(name, file, Chunk.ROWS))
@@ -207,15 +233,23 @@ def read_file(name: str) -> Iterator[Chunk]:
         raise UserError(f"files={name}: it can't be read ({one_line(error)}); check that the file is whole") from error
 
 
-def read_arrow(name: str, tables: Iterable[pa.Table]) -> Iterator[Chunk]:
+def read_arrow(name: str, tables: "Iterable[pa.Table]") -> Iterator[Chunk]:
     """Rows that come as Arrow tables of at most `Chunk.ROWS` rows."""
     first = 0
     for table in tables:
-        buffer = io.BytesIO()
-        with pa.ipc.new_stream(buffer, table.schema) as stream:
-            stream.write(table)
-        yield Chunk(name, "row", list(range(first, first + table.num_rows)), buffer.getvalue())
-        first += table.num_rows
+        for part in _parts(table):
+            yield Chunk(name, "row", list(range(first, first + part.num_rows)), part)
+            first += part.num_rows
+
+
+def _parts(table: "pa.Table") -> "Iterator[pa.Table]":
+    """The table in parts of at most `LARGE` bytes, or of one row."""
+    if table.num_rows <= 1 or table.nbytes <= LARGE:
+        yield table
+        return
+    half = table.num_rows // 2
+    yield from _parts(table.slice(0, half))
+    yield from _parts(table.slice(half))
 
 
 def _chunks(name: str, unit: str, rows: Iterable[tuple[int, str | bytes | None]]) -> Iterator[Chunk]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from configs.program.errors import UserError, one_line
 from data.disk.formats.arrow_file import check_buffers
 from data.disk.formats.regular import UnreadableError, read_at_most
-from data.rows.containers import plain_name
+from data.rows.containers import LARGE, plain_name
 
 LONGEST_VALUE = 1 << 26
 """Characters of the longest line of a CSV file."""
@@ -52,8 +52,14 @@ def parquet_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
     import pyarrow.parquet as pq
 
     try:
-        for batch in pq.ParquetFile(_in_reach(name, file)).iter_batches(batch_size=rows):
+        batches = pq.ParquetFile(_in_reach(name, file)).iter_batches(batch_size=rows)
+        batch = next(batches, None)
+        while batch is not None:
+            following = next(batches, None)  # now: after the last one, the pages that were unpacked for it are gone
+            if batch.nbytes > LARGE:
+                pa.default_memory_pool().release_unused()
             yield _table(batch)
+            batch = following
     except UNREADABLE as error:
         raise UserError(f"files={name}: it can't be read as Parquet ({one_line(error)}); check the file") from error
 

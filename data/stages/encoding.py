@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
+from typing import TYPE_CHECKING
 
 from configs.program.errors import UserError
 from configs.program.launch import cores
@@ -18,20 +19,19 @@ from data.rows.columns import Names
 from data.rows.conversion import Converter
 from data.rows.reading import Chunk, RawRow, Reject
 from data.schema import Conversation, TokenizedConversation
-from data.stages.contamination import Evaluations
-from data.stages.duplicates import Likeness, likeness
 from data.stages.overlong import least_tokens, split_turns, truncate, within_reach
 from data.template import EOS_ID, ChatTokenizer
 from data.vocabulary import local_tokenizer
+
+if TYPE_CHECKING:  # imported where they are used: most runs do without, and each further process imports for itself
+    from data.stages.contamination import Evaluations
+    from data.stages.duplicates import Likeness
 
 AHEAD = 3
 """Chunks that are handed to each further process before it has encoded the first of them."""
 
 LONGEST_QUEUE = 16
 """Chunks for each further process that are under way or wait for an earlier one; bounds the memory."""
-
-LARGE_ROW = 8 << 20
-"""Bytes of a row that stays in the process that read it."""
 
 BYTES_PER_WORKER = 16 << 20
 """A further process is worth its second of starting for each so many bytes of rows."""
@@ -61,7 +61,7 @@ class EncodedChunk:
     """Line of each row, or its position in the list."""
     kept: list[tuple[int, list[TokenizedConversation]]] = field(default_factory=list)
     """Index of a row and what is kept of it: one conversation, or several if it was split."""
-    likenesses: list[Likeness] = field(default_factory=list)
+    likenesses: "list[Likeness]" = field(default_factory=list)
     """Side by side with `kept`; empty if duplicates are kept."""
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
     """Place of a row that can't be used, and why."""
@@ -78,7 +78,7 @@ class EncodedChunk:
 class Encoder:
     """Converts, checks and encodes the rows of chunks."""
 
-    def __init__(self, config: PrepareConfig, tokenizer: ChatTokenizer, evaluations: Evaluations | None):
+    def __init__(self, config: PrepareConfig, tokenizer: ChatTokenizer, evaluations: "Evaluations | None"):
         self.config, self.tokenizer, self.evaluations = config, tokenizer, evaluations
 
     def encode(self, chunk: Chunk, names: Names) -> EncodedChunk:
@@ -103,6 +103,8 @@ class Encoder:
                     if len(tokenized) > config.seq_len:
                         encoded.shortened[index] = Shortened.of(tokenized, parts)
                     if config.duplicates != "keep":
+                        from data.stages.duplicates import likeness
+
                         encoded.likenesses.append(likeness(outcome, near=config.duplicates == "drop_near"))
                     continue
                 outcome = self._too_long(row, f"{len(tokenized)} tokens")
@@ -145,7 +147,7 @@ class Encoder:
 class Pool:
     """Encodes chunks in this process and in further ones, with a bounded number of them under way."""
 
-    def __init__(self, config: PrepareConfig, evaluations: Evaluations | None, workers: int):
+    def __init__(self, config: PrepareConfig, evaluations: "Evaluations | None", workers: int):
         """`workers` is the number of processes, this one included.
 
         Raises:
@@ -181,11 +183,10 @@ class Pool:
         try:
             for chunk in chunks:
                 # A large row is encoded here, as handing it over would copy it twice.
-                large = isinstance(chunk.content, list) and len(chunk) == 1 and len(chunk.content[0] or ()) > LARGE_ROW
                 waiting = sum(isinstance(piece, Future) and not piece.done() for piece in under_way)
-                if waiting < AHEAD * self._others and not large:
+                if waiting < AHEAD * self._others and not chunk.is_large:
                     with without_interrupts():
-                        under_way.append(self._executor.submit(_encode, chunk, names))
+                        under_way.append(self._executor.submit(_encode, chunk.handed_over(), names))
                 else:
                     under_way.append(self.encoder.encode(chunk, names))
                 while under_way and (_is_there(under_way[0]) or len(under_way) > LONGEST_QUEUE * self._others):
@@ -212,7 +213,7 @@ def _result(piece: "Future[EncodedChunk] | EncodedChunk") -> EncodedChunk:
 
 
 @contextmanager
-def pool(config: PrepareConfig, evaluations: Evaluations | None, workers: int) -> Iterator[Pool]:
+def pool(config: PrepareConfig, evaluations: "Evaluations | None", workers: int) -> Iterator[Pool]:
     """A pool that is closed in the end."""
     opened = Pool(config, evaluations, workers)
     try:
@@ -244,7 +245,7 @@ def number_of_workers(asked: int, total_bytes: int) -> int:
 _encoder: Encoder
 
 
-def _start(config: PrepareConfig, tokenizer: str, evaluations: Evaluations | None) -> None:
+def _start(config: PrepareConfig, tokenizer: str, evaluations: "Evaluations | None") -> None:
     global _encoder  # noqa: PLW0603 - the state of a worker process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(config, ChatTokenizer.load(tokenizer), evaluations)

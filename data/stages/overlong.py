@@ -26,8 +26,8 @@ MARGIN = 4096
 
 
 def least_tokens(conversation: Conversation) -> int:
-    """A number of tokens that a conversation has at least, by its characters."""
-    return sum(-(-len(message.content) // LONGEST_PIECE) for message in conversation.messages)
+    """A number of tokens that a conversation has at least, by its characters between the outer white space."""
+    return sum(-(-len(message.content.strip()) // LONGEST_PIECE) for message in conversation.messages)
 
 
 def within_reach(conversation: Conversation, seq_len: int) -> Conversation:

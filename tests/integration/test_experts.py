@@ -42,7 +42,7 @@ def test_thirty_steps_follow_those_of_stock_peft(
     trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     table = PreparedDataset(quickstart.sample).train
-    schedule = Schedule(len(table), epochs=12, rows_per_step=1, seed=0)
+    schedule = Schedule(len(table), epochs=3, rows_per_step=1, seed=0)
     config = OptimConfig(lr=2e-3, warmup_fraction=0.1)
     expected = []
     for step in range(30):

@@ -87,7 +87,7 @@ def test_the_snippet_of_the_model_card_runs_without_our_code(merged: Path) -> No
 
 def test_the_card_names_data_and_recipe(merged: Path) -> None:
     card = (merged / "README.md").read_text()
-    for part in ("general.jsonl: 288 rows", "identity.jsonl: 12 rows", "LoRA rank 16, alpha 32", "12 epochs"):
+    for part in ("general.jsonl: 288 rows", "identity.jsonl: 12 rows", "LoRA rank 16, alpha 32", "3 epochs"):
         assert part in card
 
 

@@ -105,7 +105,7 @@ def test_a_plain_loop_gives_the_same_losses(quickstart: Quickstart, tmp_path: Pa
     train(1, "recipe=quickstart_base", *how, *where)
 
     table = PreparedDataset(quickstart.general).train
-    schedule = Schedule(len(table), epochs=6, rows_per_step=3, seed=0)
+    schedule = Schedule(len(table), epochs=3, rows_per_step=3, seed=0)
     config = OptimConfig(lr=lr, warmup_fraction=0.1)
     model = MixtralForCausalLM.from_pretrained(start, dtype=torch.float32, experts_implementation="eager")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
@@ -142,7 +142,7 @@ def test_a_step_with_a_value_that_is_not_finite_is_refused_everywhere(
 ) -> None:
     """A base with one embedding that is NaN: the steps that meet its token change nothing, the others train."""
     table = PreparedDataset(quickstart.sample).train
-    schedule = Schedule(len(table), epochs=12, rows_per_step=2, seed=0)
+    schedule = Schedule(len(table), epochs=3, rows_per_step=2, seed=0)
     taken = [
         {token for index in schedule.rows_of(step) if index is not None for token in table[index].ids}
         for step in range(6)

@@ -89,8 +89,8 @@ def test_the_run_directory_holds_what_the_contract_says(quickstart: Quickstart) 
         "memory_gib",
     }
     checkpoints = sorted((run_dir / "checkpoints").iterdir())
-    assert [path.name for path in checkpoints] == ["step-000114", "step-000228"]
-    assert last["step"] == 228
+    assert [path.name for path in checkpoints] == ["step-000036", "step-000071"]
+    assert last["step"] == 71
     halfway, end, result = (
         load_file(path / "adapter" / "adapter_model.safetensors") for path in (*checkpoints, run_dir)
     )

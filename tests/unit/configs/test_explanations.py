@@ -140,7 +140,7 @@ def test_help_tells_commands_groups_and_every_setting(run_program: Callable[...,
 
 def test_help_shows_the_values_as_they_would_be(run_program: Callable[..., Any]) -> None:
     shown = run_program("train", "recipe=quickstart", "optim.lr=1e-3", "--help").stdout
-    for line in ("  optim.lr=0.001", "  epochs=12", "  model.path=runs/quickstart-base/model", "  lora.start=null"):
+    for line in ("  optim.lr=0.001", "  epochs=3", "  model.path=runs/quickstart-base/model", "  lora.start=null"):
         assert f"\n{line}\n" in shown
     assert run_program("train", "--help", "epoch=1").exit_code == 2
 

@@ -448,8 +448,15 @@ def test_a_first_question_after_a_system_message_keeps_its_indentation(
     )
 
 
-@pytest.mark.parametrize(("module", "heavy"), [("data.prepare", ["torch"]), ("data.run", ["pyarrow", "jinja2"])])
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("data.prepare", ["torch"]),
+        ("data.run", ["pyarrow", "numpy", "jinja2"]),
+        ("data.stages.encoding", ["pyarrow", "numpy", "regex"]),
+    ],
+)
 def test_what_is_not_needed_is_not_imported(module: str, heavy: list[str]) -> None:
-    """Torch costs most of a second, and neither settings nor what is prepared already need any of it."""
+    """Torch costs most of a second; settings need none of it, and each process that encodes starts with imports."""
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0

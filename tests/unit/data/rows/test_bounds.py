@@ -1,7 +1,13 @@
 """A few compressed bytes may stand for any number: what one row may become is bounded, as is what Arrow believes."""
 
+import base64
 import gzip
+import json
+import os
+import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,3 +74,45 @@ def test_arrow_rows_whose_texts_lie_elsewhere_end_in_a_sentence(tmp_path: Path, 
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"^files={path}: it can't be read as Arrow"):
         list(read_file(str(path)))
+
+
+PEAK = """
+import sys
+import pyarrow.parquet
+from configs.program.errors import UserError
+from data.config import PrepareConfig
+from data.prepare import prepare
+from data.template import ChatTokenizer
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+
+ChatTokenizer.load()
+before = peak()
+try:
+    prepare(PrepareConfig(files=[sys.argv[1]], output="out", workers=1))
+except UserError as error:
+    print(peak() - before, error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_large_row_is_held_less_than_five_times(tmp_path: Path, project_root: Path, kind: str) -> None:
+    """So one of 70 MB takes 256 MiB beside it. Of a Parquet file pages were kept, and it was copied to be sent."""
+    text = base64.b64encode(random.Random(0).randbytes(18_000_000)).decode()  # which no page is smaller for
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps({"instruction": "a", "output": text}))
+    else:
+        pq.write_table(pa.table({"instruction": ["a"], "output": [text]}), path)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(project_root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    taken, _, told = done.stdout.partition(" ")
+    assert "too_long 1×" in told
+    assert 1 < int(taken) / len(text) < 4.8

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.config import PrepareConfig
@@ -202,6 +202,7 @@ TEXTS = st.lists(st.sampled_from(["a", " " * 40, "word ", "\n\n", "日本", "�
 
 
 @given(TEXTS, TEXTS)
+@example([" " * 40] * 30, ["a"])
 def test_a_conversation_has_at_least_the_least_tokens(question: list[str], answer: list[str]) -> None:
     conversation = Conversation((Message("user", "".join(question)), Message("assistant", "".join(answer) + ".")))
     assert 0 < least_tokens(conversation) <= len(TOKENIZER.encode(conversation))
