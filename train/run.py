@@ -100,10 +100,12 @@ def prepare(config: TrainConfig, guard: Guard, rank: int, count: int) -> tuple[P
     guard.start("looking for mistakes")
     check_device(config.hardware)
     config.batch(count)
-    dataset = PreparedDataset(config.dataset)
+    with guard.disk(Path(config.dataset)):
+        dataset = PreparedDataset(config.dataset)
     inputs = Inputs(config, dataset)
-    if rank == 0 or count == local_processes():  # on several machines it is process 0's that counts
-        check_run_there(config, inputs, dataset.directory)
+    if config.run_dir is not None and (rank == 0 or count == local_processes()):
+        with guard.disk(Path(config.run_dir)):  # on several machines it is process 0's that counts
+            check_run_there(config, inputs, dataset.directory)
     check_is_there(config.lora)
     if config.model.weights == nf4.FORM:
         nf4.check_available("model.weights=nf4")
@@ -114,6 +116,8 @@ def prepare(config: TrainConfig, guard: Guard, rank: int, count: int) -> tuple[P
     guard.start("hashing base and rows")
     with guard.disk(base_or_rows(config)):
         inputs.read()
+    with guard.disk(dataset.directory):
+        inputs.read_rows()
     return dataset, inputs, expected
 
 
@@ -131,7 +135,7 @@ def run_on(
     batch = config.batch(processes.count)
     if processes.is_main and len(dataset.train) < batch.rows:
         tell_few_rows(dataset, batch)
-    directory = RunDirectory(config, dataset.directory, processes)
+    directory = RunDirectory(config, dataset.directory, processes, guard.disk)
     rows = len(dataset.train)
     record = record_launch(directory, config, batch, inputs, processes, training_rows=rows, expected=expected)
     check_same_run(directory, record, inputs)
@@ -158,7 +162,8 @@ def run_on(
     resumed = restore(directory, checkpoint, engine, health, dataset.train.batch([None] * batch.micro_batch))
     history = History(resumed)
     if processes.is_main:
-        note_launch(directory.path, record.launch["started"], processes.count, history.resumed_after)
+        with engine.disk(directory.path):
+            note_launch(directory.path, record.launch["started"], processes.count, history.resumed_after)
     metrics = Metrics(
         directory.path,
         config.logging,
@@ -207,8 +212,11 @@ def load(config: TrainConfig, batch: BatchArithmetic, processes: Processes, guar
 
 
 def base_or_rows(config: TrainConfig) -> Path:
-    """What the start reads most of, to be named if its disk hangs."""
-    return Path(config.model.path or config.dataset)
+    """What the start reads most of, to be named if its disk hangs; once a hub's base has been fetched."""
+    base = config.model
+    if base.path is None:
+        return Path(config.dataset)
+    return local_directory(base.path, base.revision, f"model.path={base.path}")
 
 
 def tell_few_rows(dataset: PreparedDataset, batch: BatchArithmetic) -> None:

@@ -111,6 +111,10 @@ training() { # the training processes that are left, wherever their launchers ar
 
 code=0
 supervise stop all_finished env LAUNCH_FINISHED="$finished" "${command[@]}" || code=$?
+if [ "$code" -ne 76 ] && [ -n "$(training)" ]; then # `deepspeed` alone got SIGTERM, say, and dies of it
+    echo "$me: DeepSpeed's launcher ended before the processes that it started; launch the run again" >&2
+    code=76
+fi
 if [ "$code" -eq 76 ]; then
     # Processes whose launcher was killed save and leave by themselves, if the launcher is not `deepspeed` alone. The
     # same command must not come before they have left.

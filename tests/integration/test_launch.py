@@ -106,9 +106,16 @@ def test_ctrl_c_in_the_terminal_lets_the_processes_save_and_have_the_last_word(c
     assert all_gone(checkout)
 
 
-@pytest.mark.parametrize("which", ["deepspeed.launcher.launch", "bin/deepspeed"])
+@pytest.mark.parametrize(
+    ("which", "number"),
+    [
+        ("deepspeed.launcher.launch", signal.SIGKILL),
+        ("bin/deepspeed", signal.SIGKILL),
+        ("bin/deepspeed", signal.SIGTERM),
+    ],
+)
 def test_a_launcher_that_is_killed_is_no_success_and_the_processes_have_saved_before_the_script_says_so(
-    checkout: Path, which: str
+    checkout: Path, which: str, number: signal.Signals
 ) -> None:
     script = start(checkout)
     while len(list(checkout.glob("started-*"))) < 2:
@@ -117,7 +124,7 @@ def test_a_launcher_that_is_killed_is_no_success_and_the_processes_have_saved_be
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone meanwhile
             if (process / "cwd").readlink() == checkout and which in (process / "cmdline").read_text():
-                os.kill(int(process.name), signal.SIGKILL)
+                os.kill(int(process.name), number)
     assert script.wait(timeout=60) == 76
     assert {path.name for path in checkout.glob("saved-*")} == {"saved-0", "saved-1"}
     assert all_gone(checkout)

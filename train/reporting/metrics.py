@@ -81,7 +81,9 @@ class Metrics:
         self._lines: Lines | None = None
         self._wandb: Wandb | None = None
         if is_main:
-            self._lines = Lines(_opened(directory, resumed), directory / METRICS, watched)
+            with watched():
+                descriptor = _opened(directory, resumed)
+            self._lines = Lines(descriptor, directory / METRICS, watched)
             if config.wandb != "off":
                 self._wandb = Wandb(directory, config, settings, self._wandb_id)
                 self._wandb_id = self._wandb.id

@@ -91,8 +91,8 @@ class Inputs:
         return {name: file_hash(file) if file and file.is_file() else None for name, file in files.items()}
 
     def read(self) -> None:
-        """Reads what takes long: on every process what tells inputs apart, on the main one all of the base, and on one
-        of each machine all rows. Processes that wait for each other in a collective have only so much time.
+        """Reads what takes long: on every process what tells inputs apart, and on the main one all of the base.
+        Processes that wait for each other in a collective have only so much time.
 
         Raises:
             UserError: a file can't be read.
@@ -100,6 +100,9 @@ class Inputs:
         self.same_everywhere()
         if os.environ.get("RANK", "0") == "0" and self._config.task == "train":
             self.hashes()
+
+    def read_rows(self) -> None:
+        """The same for the rows, on one process of each machine."""
         if local_rank() == 0:
             _ = self.wrong_rows
 

@@ -51,7 +51,13 @@ T = TypeVar("T")
 class RunDirectory:
     """Where a run keeps what it leaves. Only the main process touches the disk."""
 
-    def __init__(self, config: TrainConfig, dataset: Path, processes: Processes):
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Path,
+        processes: Processes,
+        watched: Callable[[Path], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ):
         """Chooses the directory, and decides whether a run in it goes on, the same on every process; collective.
 
         Changes nothing yet.
@@ -60,6 +66,7 @@ class RunDirectory:
             config: of this launch.
             dataset: the directory of the prepared dataset.
             processes: of this launch.
+            watched: within it, the main process waits for the directory's disk; `nullcontext` is that without a guard.
 
         Raises:
             UserError: the directory can't be used, or something is in it that must not be replaced.
@@ -68,6 +75,7 @@ class RunDirectory:
         """Whether this process touches the disk."""
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = Path(agree(config.run_dir or f"runs/{config.name}-{stamp}"))  # clocks differ between processes
+        self._watched = watched
         self._unlock: weakref.finalize[Any, Any] | None = None
         self._was_there = False
         self.finished = False
@@ -85,12 +93,14 @@ class RunDirectory:
     def on_main(self, action: Callable[[], T]) -> T | None:
         """What an action returns, on the main process; the `UserError` that it raises, on every process; collective.
 
-        An `OSError` of the action becomes a `UserError` about the directory.
+        An `OSError` of the action becomes a `UserError` about the directory. The action itself is not collective, as
+        the guardian would take a wait for others for a disk that hangs.
         """
         result, problem = None, None
         if self.is_main:
             try:
-                result = action()
+                with self._watched(self.path):
+                    result = action()
             except UserError as error:
                 problem = str(error)
             except OSError as error:

@@ -241,6 +241,7 @@ def test_all_that_takes_long_is_read_at_once(
     inputs = Inputs(TrainConfig(model=ModelConfig(path=str(base))), dataset)
     monkeypatch.delenv("RANK", raising=False)
     inputs.read()
+    inputs.read_rows()
     for name in ("file_hash", "sha256", "StoredWeights"):
         monkeypatch.setattr(identity, name, lambda *_: pytest.fail("it is read again"))
     assert inputs.hashes()["base"]["files"]["model.safetensors"]

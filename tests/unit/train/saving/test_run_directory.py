@@ -1,5 +1,7 @@
 """What a run may replace, and who works in its directory. One process, which needs no launcher."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,13 @@ from data.prepared.dataset import PreparedDataset
 from tests.conftest import Outcome
 from tests.unit.train.saving.launches import checkpointed, directory, launch, old_run
 from train.config.model import ModelConfig
-from train.config.train import LoggingConfig
+from train.config.train import LoggingConfig, TrainConfig
 from train.engine.processes import Processes
 from train.report.recorded import note_launch
 from train.reporting.metrics import Metrics
 from train.run_files import ANSWERS, CONFIG
 from train.saving import checkpoint
+from train.saving.run_directory import RunDirectory
 
 
 def test_a_run_is_replaced_only_where_that_is_asked(
@@ -158,3 +161,21 @@ def test_a_run_that_saved_nothing_starts_again_and_says_so(
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert not directory(dataset, processes, tmp_path / "run").resumes
     assert "it starts from the beginning" in " ".join(capsys.readouterr().err.split())
+
+
+def test_whatever_touches_the_disk_is_watched_by_the_name_of_the_directory(
+    dataset: PreparedDataset, processes: Processes, tmp_path: Path
+) -> None:
+    """If the disk hangs, the guardian ends the run and names the path; see test_guard.py."""
+    watched: list[Path] = []
+
+    @contextlib.contextmanager
+    def disk(path: Path) -> Iterator[None]:
+        watched.append(path)
+        yield
+        watched.pop()
+
+    run_dir = tmp_path / "run"
+    used = RunDirectory(TrainConfig(run_dir=str(run_dir)), dataset.directory, processes, disk)
+    assert used.on_main(lambda: list(watched)) == [run_dir]
+    assert watched == []
