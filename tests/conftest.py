@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configs.program.console import quiet_libraries
 from tests.support.hub import Hub
 
 PROJECT_ROOT = Path(__file__).parents[1]
@@ -30,6 +31,7 @@ PROGRAMS = {"data": "data.run", "train": "train.program", "inference": "inferenc
 settings.register_profile("project", deadline=None, print_blob=True)
 settings.load_profile("project")
 
+quiet_libraries()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores, and so does what they start: more threads than cores wait for each other, busily.
     share = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))

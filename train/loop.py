@@ -73,6 +73,7 @@ def train(
             metrics.evaluated(number, loss)
 
     updated = engine.optimizer_steps > 0
+    due = False
     engine.train()
     engine.at("beginning", done)
     with metrics.progress(steps, done=done):
@@ -101,11 +102,12 @@ def train(
                 saver.wait()
                 raise UserError(health.gives_up)
             evaluate_if_due(number)
-            flags = engine.sum_over_processes(signals.asked_to_stop, saver.failed)
-            preempted, unsaved = (count > 0 for count in flags)
-            due = number == steps or (config.save_every and number % config.save_every == 0)
-            if preempted or due:
+            flags = engine.sum_over_processes(signals.asked_to_stop, saver.failed, saver.behind)
+            preempted, unsaved, behind = (count > 0 for count in flags)
+            due |= bool(config.save_every and number % config.save_every == 0)
+            if preempted or number == steps or (due and not behind):
                 saver.checkpoint(number)
+                due = False
             if preempted or unsaved:
                 saver.wait()
             if preempted:

@@ -9,8 +9,9 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -25,6 +26,9 @@ from inference.evaluation.scoring import log_likelihoods
 from inference.evaluation.sequences import Scored, key_of, units_of
 from inference.generate import Ending, context, generate_rows
 from inference.load import Loaded
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 RESAMPLES = 1000
 """Draws of the bootstrap for metrics that are no mean; a mean has a standard error of its own."""
@@ -153,11 +157,17 @@ def _alike(settings: Iterable[dict[str, Any]]) -> list[tuple[list[tuple[str, Any
     return list(groups.values())
 
 
-def check_names(names: list[str]) -> None:
-    """Raises `UserError` for a name that the harness doesn't know, before a model is loaded or asked."""
+@cache
+def _tasks() -> "TaskManager":
+    """The harness's tasks: it looks through some ten thousand files for them, so once."""
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager()
+    return TaskManager()
+
+
+def check_names(names: list[str]) -> None:
+    """Raises `UserError` for a name that the harness doesn't know, before a model is loaded or asked."""
+    known = _tasks()
     for name in names:
         if name not in known.task_index and not Path(name).is_file():
             alike = get_close_matches(name, [*SCORED, *known.all_tasks], n=1)
@@ -185,6 +195,7 @@ def score_others(
         results = simple_evaluate(
             model=model,
             tasks=names,
+            task_manager=_tasks(),
             limit=config.limit,
             bootstrap_iters=RESAMPLES,
             log_samples=False,

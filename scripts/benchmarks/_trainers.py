@@ -153,6 +153,7 @@ def ours(settings: Settings) -> None:
     if settings.device == "cuda":
         model.to("cuda")
     if settings.compiled:
+        del os.environ["TORCHDYNAMO_DISABLE"]  # by quiet_libraries
         for module in model.modules():
             if isinstance(module, MixtralRMSNorm | MixtralRotaryEmbedding):
                 module.compile(dynamic=False)

@@ -29,6 +29,8 @@ SIGMA = 1.0
 WORDS = 200_000
 POOL = 32 << 20
 """Bytes of text from which the rows are cut."""
+FEW = 10_000
+"""Rows below which both are fewer, in proportion: making them would take most of the time."""
 
 SAMPLING = 0.05
 """Seconds between two looks at the memory."""
@@ -110,7 +112,7 @@ def write(path: Path, rows: int) -> None:
 def synthetic(rows: int) -> Iterator[dict[str, Any]]:
     """Conversations of one to three turns, a third of the text in the prompts."""
     rng = np.random.default_rng(0)
-    pool = text(rng)
+    pool = text(rng, min(1.0, rows / FEW))
     sizes = rng.lognormal(np.log(MEAN_TEXT) - SIGMA**2 / 2, SIGMA, rows)
     turns = rng.choice([1, 1, 1, 2, 3], rows)
     for size, number in zip(sizes.tolist(), turns.tolist(), strict=True):
@@ -122,12 +124,13 @@ def synthetic(rows: int) -> Iterator[dict[str, Any]]:
         yield {"conversations": conversation, "source": "synthetic", "category": None, "system_prompt": None}
 
 
-def text(rng: np.random.Generator) -> str:
-    """Words of two to ten letters, common ones often."""
+def text(rng: np.random.Generator, share: float) -> str:
+    """Words of two to ten letters, common ones often: that share of `POOL`, of that share of `WORDS`."""
+    number, size = round(share * WORDS), round(share * POOL)
     letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
-    shapes = rng.integers(2, 11, WORDS)
+    shapes = rng.integers(2, 11, number)
     words = np.array(["".join(rng.choice(letters, n)) for n in shapes])
-    weights = 1 / np.arange(1, WORDS + 1)
-    drawn = words[rng.choice(WORDS, POOL // 7, p=weights / weights.sum())]
+    weights = 1 / np.arange(1, number + 1)
+    drawn = words[rng.choice(number, size // 7, p=weights / weights.sum())]
     ends = rng.choice([" ", " ", " ", " ", " ", " ", " ", ", ", ". ", "\n"], len(drawn))
-    return "".join(np.char.add(drawn, ends).tolist())[:POOL]
+    return "".join(np.char.add(drawn, ends).tolist())[:size]

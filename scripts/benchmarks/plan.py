@@ -45,8 +45,8 @@ MEMORY, SHORT, TIME = 0.10, 0.15, 0.20
 """What a plan may be off by: its peak in either direction, its peak below what was needed, a step's time."""
 MEASURED = ("flops", "bandwidth", "link", "overhead", "layer", "beside")
 """Of the machine, what the plan measured."""
-LARGE_TOKENS = 1024
-"""Tokens of a micro-batch at most with Mixtral's widths: on two cores more would take minutes a step."""
+LARGE_TOKENS = {"small": 16_384, "medium": 8192, "Mixtral's widths": 1024}
+"""Tokens of a step at most, a quarter of them in float32: on two cores more would take minutes a step."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,11 @@ def drawn(count: int, seed: int, *, nf4: bool) -> Iterator[Setting]:
             drawn=True,
         )
         large = setting.size == "Mixtral's widths"
-        tokens = setting.micro_batch * setting.row
         # Two processes of it, or one in float32, need more memory than a machine of 24 GB has.
-        if large and (setting.processes > 1 or form == "float32" or tokens > LARGE_TOKENS):
+        if large and (setting.processes > 1 or form == "float32"):
+            continue
+        tokens = setting.processes * setting.micro_batch * setting.row * (4 if form == "float32" else 1)
+        if tokens > LARGE_TOKENS.get(size, tokens):
             continue
         if setting not in seen:
             seen.add(setting)

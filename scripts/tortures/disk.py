@@ -1,4 +1,4 @@
-"""The disk gets full at ten offsets of a save, or turns read-only: the last checkpoint loads, and the run goes on.
+"""The disk gets full at ten offsets of a save, turns read-only, hangs, or is slow: the last checkpoint is whole.
 
 A small tmpfs is mounted as the run directory. Its size lets the first checkpoint through and ends within the second,
 and so within the first and within the result. The run must end with exit code 2 and say what to do, the last good
@@ -8,17 +8,20 @@ to.
 A disk that hangs is a file system on a loop device, frozen by `fsfreeze` while a run on two processes writes to it:
 both must end with exit code 76, within `failures.disk_timeout` but for the one that the kernel holds until the disk
 comes back, and the line must name process and path. Needs the right to mount.
+
+A disk that is slow is the same file system on a loop device, to which the kernel writes a tenth of the bytes a second
+that checkpoints come with. Training must be at its last step before the first of them is on the disk. Two must never be
+written at once, and the run must end as one on a fast disk, in every step; if it is asked to stop meanwhile, it must
+save and go on.
 """
 
 import argparse
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,18 +29,32 @@ from typing import Any
 from configs.program.errors import UserError
 from train.saving import checkpoint
 
+from .harness.disks import (
+    ENOUGH,
+    file_system,
+    freezing,
+    mount,
+    mounted,
+    slowed,
+    why_not,
+    why_not_freeze,
+    why_not_slow,
+)
 from .harness.launch import Launch
-from .harness.outcome import check_newest, first_difference, last_checkpoint, last_step
+from .harness.outcome import check_newest, first_difference, hidden, last_checkpoint, last_step, metrics
+from .harness.processes import kill
 from .harness.trials import attempts, common_arguments, report, require
-from .harness.workplace import Workplace, opened
+from .harness.workplace import STEPS, Workplace, opened
 
 PAGE = 4096
-ENOUGH = 64 << 20
-"""Bytes that all runs here fit into."""
 SETTINGS = {"keep_last": "1", "save_every": "6"}
 DISK_TIMEOUT = 5.0
 MARGIN = 15.0
 """Seconds on top, for a machine whose cores are busy."""
+SLOWNESS = 10
+"""How many times as many bytes come between two checkpoints as a slow disk takes meanwhile."""
+LATER = 1.0
+"""Seconds in which it takes a checkpoint once training is at its end, so that a trial does not last for minutes."""
 OTHERS = 3
 """Pages for the files beside the checkpoints, config.yaml and metrics.jsonl."""
 
@@ -74,31 +91,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 (f"frozen after checkpoint {number}", partial(frozen, workplace, after=6 * number))
                 for number in range(3)
             ]
-        figures = report("Disk full or read-only", attempts(options, trials), options.seed)
+        if reason := why_not_slow():
+            print(f"Without the trials of a slow disk: {reason}")
+        else:
+            trials += [
+                ("slow", partial(slow, workplace)),
+                ("slow, and the run is asked to stop", partial(slow, workplace, stops=True)),
+            ]
+        figures = report("Disk full, read-only, frozen or slow", attempts(options, trials), options.seed)
         figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
         workplace.keep = bool(figures["failed"])
     return figures
-
-
-def why_not() -> str | None:
-    """Why nothing can be mounted here, or None."""
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            with mounted(Path(directory), ENOUGH):
-                return None
-        except (OSError, subprocess.CalledProcessError):
-            return "a tmpfs can't be mounted here"
-
-
-@contextlib.contextmanager
-def mounted(directory: Path, size: int) -> Iterator[None]:
-    """Within it, a tmpfs of that many bytes is mounted there."""
-    directory.mkdir(exist_ok=True)
-    _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory))
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(directory)], check=True, capture_output=True)
 
 
 def pages(directory: Path) -> int:
@@ -117,7 +120,7 @@ def full(workplace: Workplace, whole: Path, wanted: float, *, first: int, **chan
         left, loads = last_checkpoint(run), first and check_newest(run)
         require(left == loads == first, f"the last checkpoint is that of step {left}, not {first}:\n{launch.said()}")
         stopped = last_step(run)
-        _mount("-o", f"remount,size={ENOUGH}", str(run))
+        mount("-o", f"remount,size={ENOUGH}", str(run))
         resumed = goes_on(workplace, run, whole, first, **changed)
     shutil.rmtree(run)
     return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
@@ -125,7 +128,7 @@ def full(workplace: Workplace, whole: Path, wanted: float, *, first: int, **chan
 
 def full_between_saves(workplace: Workplace) -> dict[str, Any]:
     """Only metrics.jsonl is written meanwhile: its lines wait, and the run goes on to its end."""
-    settings = SETTINGS | {"save_every": "0", "global_batch": "8"}
+    settings = SETTINGS | {"save_every": "0", "global_batch": "8", "max_steps": "12"}
     whole = workplace.reference(1, **settings)
     run = workplace.scratch / "disk"
     with mounted(run, ENOUGH):
@@ -155,11 +158,11 @@ def read_only_before(workplace: Workplace, whole: Path) -> dict[str, Any]:
     with mounted(run, ENOUGH):
         shutil.copytree(stopped, run, dirs_exist_ok=True)
         last = last_checkpoint(run)
-        _mount("-o", "remount,ro", str(run))
+        mount("-o", "remount,ro", str(run))
         sentence = refused(workplace.launch(run, 1, **SETTINGS))
         require("writable" in sentence, f"it does not say to make it writable: {sentence}")
         require(check_newest(run) == last, "the last checkpoint is another one")
-        _mount("-o", "remount,rw", str(run))
+        mount("-o", "remount,rw", str(run))
         resumed = goes_on(workplace, run, whole, last)
     shutil.rmtree(run)
     return {"stopped_after": last, "resumed_after": resumed, "said": _short(sentence, run)}
@@ -172,9 +175,9 @@ def read_only_during(workplace: Workplace, whole: Path) -> dict[str, Any]:
         launch = workplace.launch(run, 1, **SETTINGS)
         launch.until(lambda: last_checkpoint(run) == 6)
         folder = str(run / checkpoint.FOLDER)
-        _mount("--bind", folder, folder)
+        mount("--bind", folder, folder)
         try:
-            _mount("-o", "remount,bind,ro", folder)
+            mount("-o", "remount,bind,ro", folder)
             sentence = refused(launch)
             require("make it writable" in sentence, f"it does not say to make it writable: {sentence}")
             last, stopped = check_newest(run), last_step(run)
@@ -185,9 +188,9 @@ def read_only_during(workplace: Workplace, whole: Path) -> dict[str, Any]:
     return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
 
 
-def frozen(workplace: Workplace, *, after: int) -> dict[str, Any]:
+def frozen(workplace: Workplace, *, after: int, **changed: str) -> dict[str, Any]:
     """The disk of a run on two processes hangs once the checkpoint of step `after` is there, and comes back later."""
-    settings = SETTINGS | {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"}
+    settings = SETTINGS | {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"} | changed
     whole = workplace.reference(2, **settings)
     run = workplace.scratch / "disk"
     bound = DISK_TIMEOUT + MARGIN
@@ -215,57 +218,44 @@ def frozen(workplace: Workplace, *, after: int) -> dict[str, Any]:
     return {"stopped_after": stopped, "resumed_after": resumed, "other_ended_after_seconds": took}
 
 
-def why_not_freeze() -> str | None:
-    """Why no file system can be frozen here, or None."""
-    for program in ("mkfs.ext4", "fsfreeze"):
-        if not shutil.which(program):
-            return f"there is no {program}"
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            with file_system(Path(directory, "disk")), freezing(Path(directory, "disk"), at_most=10):
-                return None
-        except (OSError, subprocess.CalledProcessError):
-            return "no file system can be mounted from a file, or none can be frozen"
+def slow(workplace: Workplace, *, stops: bool = False) -> dict[str, Any]:
+    """A disk to which a run on two processes writes its checkpoints; if it `stops`, it is asked to within the first."""
+    whole = workplace.reference(2, **SETTINGS)
+    run = workplace.scratch / "disk"
+    size = pages(checkpoint.paths(whole)[0]) * PAGE
+    between = sum(line["seconds"] for line in metrics(whole) if "loss" in line and 6 < line["step"] <= 12)
+    first, at_once = checkpoint.path_of(run, 6), 0
+    with file_system(run), slowed(run) as limit:
+        limit(size / between / SLOWNESS)
+        launch = workplace.launch(run, 2, **SETTINGS)
+        launch.until(lambda: launch.has_begun)
+        step = launch.position(0) or (lambda: (0, ""))
 
+        def look() -> bool:
+            """Counts what is half-written; whether the first checkpoint is written, and training is after it."""
+            nonlocal at_once
+            at_once = max(at_once, sum(name.startswith(".step-") and name.endswith(".tmp") for name, _ in hidden(run)))
+            return step()[0] >= (7 if stops else STEPS) or first.exists()
 
-@contextlib.contextmanager
-def file_system(directory: Path) -> Iterator[None]:
-    """Within it, a file system of its own, in a file beside it, is mounted there."""
-    image = directory.with_suffix(".image")
-    directory.mkdir()
-    with image.open("wb") as file:
-        file.truncate(ENOUGH)
-    try:
-        subprocess.run(["mkfs.ext4", "-q", "-E", "root_owner", str(image)], check=True, capture_output=True)
-        _mount("-o", "loop", str(image), str(directory))
-        try:
-            shutil.rmtree(directory / "lost+found")
-            yield
-        finally:
-            subprocess.run(["umount", "-l", str(directory)], check=True, capture_output=True)
-    finally:
-        image.unlink()
-        directory.rmdir()
-
-
-@contextlib.contextmanager
-def freezing(directory: Path, *, at_most: float) -> Iterator[None]:
-    """Within it, the file system there is frozen; for so many seconds at most, whatever becomes of this process.
-
-    Whoever waits for a frozen file system can't be killed.
-    """
-    thaw = 'sleep "$1"; exec fsfreeze --unfreeze "$2"'
-    program = ["sh", "-c", thaw, "thaw", f"{at_most:.0f}", str(directory)]
-    nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    with subprocess.Popen(program, start_new_session=True, **nowhere) as later:  # type: ignore[call-overload]
-        try:
-            subprocess.run(["fsfreeze", "--freeze", str(directory)], check=True, capture_output=True)
-            try:
-                yield
-            finally:  # it may be thawed already
-                subprocess.run(["fsfreeze", "--unfreeze", str(directory)], check=False, capture_output=True)
-        finally:
-            os.killpg(later.pid, signal.SIGKILL)
+        launch.until(look)
+        reached = step()[0]
+        require(not first.exists(), f"step {reached} was under way when the first checkpoint was on the disk")
+        if stops:
+            for pid in launch.ranks().values():
+                kill(pid, signal.SIGTERM)
+        limit(size / LATER)
+        launch.until(lambda: look() and False)
+        codes = launch.wait()
+        require(codes == ([75, 75] if stops else [0, 0]), f"it ended with {codes}:\n{launch.said()}")
+        last = last_step(run)
+        require(at_once == 1, f"{at_once} checkpoints were written at once")
+        require(check_newest(run) == last, f"the last checkpoint is not that of step {last}")
+        took = max(line["checkpoint_seconds"] for line in metrics(run) if "checkpoint_seconds" in line)
+        if stops:
+            require(workplace.finish(run, 2, **SETTINGS).resumed_step == last, f"it did not go on after step {last}")
+        difference = first_difference(run, whole)
+        require(not difference, str(difference))
+    return {"stopped_after": last, "resumed_after": last if stops else 0, "longest_save_seconds": took}
 
 
 def refused(launch: Launch) -> str:
@@ -288,7 +278,3 @@ def goes_on(workplace: Workplace, run: Path, whole: Path, after: int, **changed:
 
 def _short(sentence: str, run: Path) -> str:
     return sentence.replace(str(run), "R").removeprefix("train: ")
-
-
-def _mount(*arguments: str) -> None:
-    subprocess.run(["mount", *arguments], check=True, capture_output=True)

@@ -25,9 +25,10 @@ from .harness.trials import attempts, common_arguments, generator, report, requi
 from .harness.workplace import Workplace, opened
 
 WANDB = {"logging.wandb": "offline"}
-LONG = {"max_steps": "4", "global_batch": "24", "save_every": "0", "eval_every": "2", "epochs": "20"} | WANDB
+"""For the runs that get signals; those to compare with take the same steps without."""
+LONG = {"max_steps": "4", "global_batch": "24", "save_every": "0", "eval_every": "2", "epochs": "20"}
 """Steps of a second or a few."""
-LONGER = {"max_steps": "3", "global_batch": "100", "save_every": "1", "eval_every": "0", "epochs": "20"} | WANDB
+LONGER = {"max_steps": "3", "global_batch": "100", "save_every": "1", "eval_every": "0", "epochs": "20"}
 """Steps that outlive a second signal and a short grace period."""
 PREEMPTED, TERMINATED = 75, 128 + signal.SIGTERM
 
@@ -136,7 +137,7 @@ def asked_once(
     processes = how["processes"]
     whole = workplace.reference(processes, **settings)
     fraction = random.random()
-    launch = workplace.launch(run, **how, **settings)
+    launch = workplace.launch(run, **how, **settings, **WANDB)
     require(launch.until(lambda: launch.has_begun and last_step(run) >= after), f"it ended early:\n{launch.said()}")
     launch.until(_after(fraction * 1.5))
     began = time.monotonic()
@@ -158,7 +159,7 @@ def asked_once(
     if not through_launcher:  # `deepspeed` prints one of its own
         require("Traceback" not in launch.said(), f"it prints a traceback:\n{launch.said()}")
     require(last_step(run) == stopped == check_newest(run), f"the checkpoint is that of step {stopped}")
-    resumed = workplace.finish(run, processes, **settings).resumed_step
+    resumed = workplace.finish(run, processes, **settings, **WANDB).resumed_step
     require(resumed == stopped, f"it went on after step {resumed}, not {stopped}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))
@@ -192,7 +193,7 @@ def wandb_alone(workplace: Workplace, run: Path, number: signal.Signals) -> dict
 def while_starting(workplace: Workplace, random: Random) -> dict[str, Any]:
     """A signal before there is anything to save: both leave at once."""
     run = workplace.scratch / "starting"
-    launch = workplace.launch(run, 2, **LONG)
+    launch = workplace.launch(run, 2, **LONG, **WANDB)
     launch.until(_after(random.uniform(0.5, 2.0)))
     began = time.monotonic()
     for pid in launch.ranks().values():
@@ -207,7 +208,7 @@ def while_starting(workplace: Workplace, random: Random) -> dict[str, Any]:
 def twice(workplace: Workplace, random: Random) -> dict[str, Any]:
     """A second signal within a long step: the process leaves at once, and the other because of it, with its code."""
     run, rank = workplace.scratch / "twice", random.randrange(2)
-    launch = workplace.launch(run, 2, **LONGER)
+    launch = workplace.launch(run, 2, **LONGER, **WANDB)
     launch.until(lambda: launch.has_begun and last_step(run) >= 1)
     launch.until(_after(0.3))
     pid = launch.ranks()[rank]
@@ -226,7 +227,7 @@ def twice(workplace: Workplace, random: Random) -> dict[str, Any]:
 def out_of_grace(workplace: Workplace) -> dict[str, Any]:
     """A step that takes longer than the grace period is given up."""
     run = workplace.scratch / "grace"
-    launch = workplace.launch(run, 2, failures__grace="1", **LONGER)
+    launch = workplace.launch(run, 2, failures__grace="1", **LONGER, **WANDB)
     launch.until(lambda: launch.has_begun and last_step(run) >= 1)
     launch.until(_after(0.3))
     began = time.monotonic()
@@ -243,7 +244,7 @@ def out_of_grace(workplace: Workplace) -> dict[str, Any]:
 def _goes_on(workplace: Workplace, run: Path) -> dict[str, Any]:
     """The run to its end, from the checkpoint before the step that was given up."""
     whole, last = workplace.reference(2, **LONGER), last_checkpoint(run)
-    resumed = workplace.finish(run, 2, **LONGER).resumed_step
+    resumed = workplace.finish(run, 2, **LONGER, **WANDB).resumed_step
     require(resumed == last, f"it went on after step {resumed}, not {last}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))

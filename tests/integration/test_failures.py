@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.tortures import disk, peers, planted, signals
+from scripts.tortures.harness import disks
 from scripts.tortures.harness.forked import ENVIRONMENT, ROOT
 from scripts.tortures.harness.garden import Garden
 from scripts.tortures.harness.outcome import check_newest, last_step
@@ -22,22 +23,22 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("way", "number"),
+    ("way", "number", "seed"),
     [
-        ("all", signal.SIGTERM),
-        ("one, under the launcher", signal.SIGINT),
-        ("the process group", signal.SIGINT),
-        ("the process group of one process", signal.SIGINT),
+        ("all", signal.SIGTERM, 98),
+        ("one, under the launcher", signal.SIGINT, 13),
+        ("the process group", signal.SIGINT, 27),
+        ("the process group of one process", signal.SIGINT, 12),
     ],
 )
-def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, number: signal.Signals) -> None:
+def test_a_signal_stops_all_after_the_same_step(runs: Workplace, way: str, number: signal.Signals, seed: int) -> None:
+    """The seeds give about a tenth of a second from the step before to the signal, and 0.3 to that of the other."""
     run = runs.scratch / f"asked {way}".replace(" ", "-").replace(",", "")
-    settings = signals.LONG | {"max_steps": "3"}
+    settings = signals.LONG | {"max_steps": "3", "global_batch": "12"}
     if way != "all":
         # DeepSpeed's launcher kills what has not saved after 30 seconds: steps that are short on a busy machine too.
-        settings |= {"max_steps": "24", "global_batch": "2", "eval_every": "12"}
-    random = generator(way, 1)  # gives less than half a second from the step before to the signal
-    signals.asked_once(runs, run, way, number, random, after=1, settings=settings)
+        settings |= {"max_steps": "12", "global_batch": "2", "eval_every": "6"}
+    signals.asked_once(runs, run, way, number, generator(way, seed), after=1, settings=settings)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
@@ -61,7 +62,7 @@ def test_a_run_that_is_killed_leaves_no_shared_memory(runs: Workplace) -> None:
 
 @pytest.fixture
 def mounts() -> None:
-    if reason := disk.why_not():
+    if reason := disks.why_not():
         pytest.skip(reason)
 
 
@@ -78,9 +79,15 @@ def test_a_disk_that_is_full_between_two_saves_ends_no_run(runs: Workplace) -> N
 
 
 def test_a_disk_that_hangs_ends_all_and_leaves_the_last_checkpoint(runs: Workplace) -> None:
-    if reason := disk.why_not_freeze():
+    if reason := disks.why_not_freeze():
         pytest.skip(reason)
-    disk.frozen(runs, after=6)
+    disk.frozen(runs, after=6, max_steps="12")
+
+
+def test_a_slow_disk_costs_nothing_but_later_checkpoints(runs: Workplace) -> None:
+    if reason := disks.why_not_slow():
+        pytest.skip(reason)
+    disk.slow(runs)
 
 
 @pytest.mark.parametrize("how", ["plain", "nohup"])

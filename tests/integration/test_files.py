@@ -19,7 +19,9 @@ def test_damaged_files_end_in_a_sentence(project_root: Path, tmp_path: Path) -> 
     options = ["--only", READERS, "--json", str(tmp_path / "figures.json"), "--scratch", str(tmp_path / "scratch")]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    record = json.loads((tmp_path / "figures.json").read_text())
+    assert record["torture"] == "files"
+    figures = record["figures"]
     assert figures["tries"] == TRIES
     assert figures["refused"] > TRIES / 3
     assert figures["harmless"] > 0

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from scripts.tortures import disk, network
+from scripts.tortures import network
+from scripts.tortures.harness import disks
 from scripts.tortures.harness.workplace import Workplace
 
 from .conftest import ROOT, run
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 def measured(tmp_path: Path, name: str, *options: str) -> dict[str, Any]:
     """The figures of `python scripts/benchmark.py NAME …`."""
     figures = tmp_path / "figures.json"
-    once = ("--steps", "1", "--warmup", "1", "--device", "cpu", "--json", str(figures))
+    once = ("--steps", "1", "--warmup", "1", "--device", "cpu", "--threads", "1", "--json", str(figures))
     run(sys.executable, "scripts/benchmark.py", name, *SAMPLE, *SMALL, *once, *options)
     return dict(json.loads(figures.read_text())["figures"])
 
@@ -53,6 +54,7 @@ def test_gpu_runs_every_part_at_small_sizes(tmp_path: Path) -> None:
     figures = json.loads(file.read_text())["figures"]
     assert "skipped" in figures["tests"]["said"]
     assert figures["ways"].keys() == {"64", "128"}
+    assert figures["block"]["median_ms"].keys() == {"ours", "frozen", "peft"}  # by `benchmark.py experts`
     assert figures["block"]["speedup_over_peft"] > 0
     for part in ("step", "zero3", "generate"):
         assert figures[part]["tokens_per_second"] > 0, figures[part]
@@ -70,11 +72,13 @@ def test_gpu_runs_every_part_at_small_sizes(tmp_path: Path) -> None:
         ("peers", ("--only", "SIGKILL to . of 2 in backward")),
         ("planted", ("--only", "a careless program|a recipe with a tag")),
         ("signals", ("--trials", "0", "--only", "starting")),
+        ("size", ("--layers", "1", "--hidden", "64", "--lora-rank", "4", "--weights", "bf16")),
     ],
 )
 def test_torture(runs: Workplace, name: str, options: tuple[str, ...]) -> None:
-    """On the base, rows and fork server of the other tests; `scripts/torture.py NAME` is this and a receipt."""
-    needed = {"disk": disk.why_not, "network": network.why_not}
+    """On the base, rows and fork server of the other tests; `scripts/torture.py NAME` is this and a receipt, as that of
+    `files` shows in test_files.py."""
+    needed = {"disk": disks.why_not, "network": network.why_not}
     if name in needed and (reason := needed[name]()):
         pytest.skip(reason)
     torture = importlib.import_module(f"scripts.tortures.{name}")
@@ -82,10 +86,3 @@ def test_torture(runs: Workplace, name: str, options: tuple[str, ...]) -> None:
     torture.arguments(parser)
     figures = torture.run(parser.parse_args([*options, "--forked", "--scratch", str(runs.scratch)]))
     assert figures["failed"] == []
-
-
-def test_torture_is_a_program_too(runs: Workplace, tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    only = ("--only", "a careless program: pickle", "--json", str(figures))
-    run(sys.executable, "scripts/torture.py", "planted", *only, "--scratch", str(runs.scratch))
-    assert [trial["failed"] for trial in json.loads(figures.read_text())["figures"]["trials"]] == [None]

@@ -92,21 +92,6 @@ def numbers(run_dir: Path) -> list[dict[str, float]]:
     return [{key: line[key] for key in kept if key in line} for line in losses]
 
 
-def test_the_per_node_form_gives_the_losses_of_two_processes_on_one_host(
-    hosts: tuple[Host, Host], on_one_host: Path
-) -> None:
-    first, second = hosts
-    before = files(second)
-    all_ended(start_both(hosts), hosts)
-    assert_same_run(first.checkout / "runs/over_two", on_one_host)
-    # Only process 0 writes.
-    assert files(second) == before
-    # It did go over the cable: a step gathers each shard for the forward and again for the backward.
-    base = (first.checkout / "base" / "model.safetensors").stat().st_size
-    for host in hosts:
-        assert host.received() > STEPS * base / 2
-
-
 @pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("pdsh", "ssh", "ssh-keygen", "/usr/sbin/sshd")),
     reason="pdsh, ssh and sshd are not all here",
@@ -122,7 +107,7 @@ def test_the_hostfile_form_gives_them_too(hosts: tuple[Host, Host], on_one_host:
     assert files(second) == before
 
 
-def test_a_signal_and_a_cable_that_comes_loose_end_both_hosts_and_the_same_commands_go_on(
+def test_the_per_node_form_gives_the_losses_of_one_host_through_a_signal_and_a_cable_that_comes_loose(
     hosts: tuple[Host, Host], on_one_host: Path
 ) -> None:
     first, second = hosts
@@ -149,7 +134,12 @@ def test_a_signal_and_a_cable_that_comes_loose_end_both_hosts_and_the_same_comma
     second.plug()
     all_ended(start_both(hosts), hosts)
     assert_same_run(first.checkout / "runs/over_two", on_one_host)
+    # Only process 0 writes.
     assert files(second) == before
+    # It did go over the cable: a step gathers each shard for the forward and again for the backward.
+    base = (first.checkout / "base" / "model.safetensors").stat().st_size
+    for host in hosts:
+        assert host.received() > STEPS * base / 2
 
 
 def wait_for_step(step: int, host: Host, processes: list[subprocess.Popen[str]]) -> None:

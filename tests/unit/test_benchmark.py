@@ -1,5 +1,5 @@
 """What scripts/benchmark.py counts as work that must be done, against what torch counts in our step; what it calls
-failed; and that each benchmark runs, at its smallest (those that train are in tests/integration)."""
+failed; and that each benchmark runs, at its smallest (those that train, and `experts`, in tests/integration)."""
 
 import argparse
 import json
@@ -148,12 +148,6 @@ def test_evaluate_measures_both_sides(tmp_path: Path) -> None:
         assert all(min(speeds) > 0 for speeds in task["questions_per_second"].values())
 
 
-def test_experts_measures_every_kind(tmp_path: Path) -> None:
-    sizes = ("--hidden", "64", "--intermediate", "64", "--tokens", "64", "--lora-rank", "2", "--device", "cpu")
-    figures = measured(tmp_path, "experts", *sizes, "--steps", "1", "--warmup", "0")
-    assert figures["median_ms"].keys() == {"ours", "frozen", "peft"}
-
-
 def test_data_measures_every_side(tmp_path: Path) -> None:
     figures = measured(tmp_path, "data", *SAMPLE, "--rows", "0", "--growth", "--workers", "1", "--repeats", "1")
     assert figures["distinct"]["seconds"].keys() == {"ours", "floor", "trl"}
@@ -176,8 +170,12 @@ def test_a_layer_moves_less_beside_its_products_than_was_asked_for(tmp_path: Pat
     assert 1 <= of_products * 1e12 / frozen <= 1.2  # the scores of attention, the router and the adapters on top
 
 
-def test_gpu_leaves_out_what_it_has_no_time_for(tmp_path: Path) -> None:
-    figures = measured(tmp_path, "gpu", "--device", "cpu", "--minutes", "0")
+def test_gpu_leaves_out_what_it_has_no_time_for(step) -> None:
+    from benchmarks import gpu
+
+    parser = argparse.ArgumentParser()
+    gpu.arguments(parser)
+    figures = gpu.run(parser.parse_args(["--device", "cpu", "--minutes", "0"]))
     for part in ("tests", "ways", "block", "step", "generate", "zero3"):
         assert figures[part]["left_out"].endswith("are left"), part
 

@@ -20,6 +20,8 @@ MARK = "lock"
 """The file by which torch knows that an operator is being compiled."""
 PATIENCE = 2.0
 """Seconds after which a start says what it waits for."""
+LEFT_TO_THE_KERNEL = 16 << 20
+"""Bytes from which on memory that is freed goes back to the kernel."""
 
 
 @contextlib.contextmanager
@@ -148,5 +150,5 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(mmap_threshold, 16 << 20)
+        mallopt(mmap_threshold, LEFT_TO_THE_KERNEL)
         mallopt(trim_threshold, (1 << 31) - 1)

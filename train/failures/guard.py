@@ -41,6 +41,7 @@ from train.failures.guardian.channel import (
     PAUSE,
     POSITION,
     START,
+    THREADS,
     Channel,
     beat_interval,
 )
@@ -209,16 +210,19 @@ class Guard:
     def disk(self, path: Path) -> Iterator[None]:
         """Within it, this thread waits for the disk that `path` is on, and for nothing else: no collective, no lock.
 
-        The main thread and one other may do so at once. A call that waits for a disk can't be given a timeout, so it is
-        the guardian that ends the run if the disk hangs.
+        At most `THREADS` may do so at once. A call that waits for a disk can't be given a timeout, so the guardian ends
+        the run if the disk hangs.
         """
         if self._page is None:
             yield
             return
-        at = POSITION.size + DISK.size * (threading.current_thread() is not threading.main_thread())
-        before = self._page[at : at + DISK.size]
-        name = os.fsencode(path)[-240:]
-        DISK.pack_into(self._page, at, threading.get_native_id(), time.monotonic(), name)
+        thread, name = threading.get_native_id(), os.fsencode(path)[-240:]
+        with self._lock:
+            slots = [POSITION.size + DISK.size * slot for slot in range(THREADS)]
+            waiting = [DISK.unpack_from(self._page, slot)[0] for slot in slots]
+            at = slots[waiting.index(thread if thread in waiting else 0)]
+            before = self._page[at : at + DISK.size]
+            DISK.pack_into(self._page, at, thread, time.monotonic(), name)
         try:
             yield
         finally:

@@ -19,10 +19,14 @@ WIDE = 4
 PINNED = 4 / 3
 """What pinned memory takes: a power of two for each tensor, on average a third more."""
 
-GAPS, GAPS_IN_HALF, GAPS_OF_RECOMPUTATION = 0.1, 1.2, 0.3
-"""What a CPU's allocator and oneDNN hold beyond the tensors, as shares of those that come and go: in float32, in
-bfloat16, and added if whole layers are computed again. Fitted to the peaks of nine runs of up to 4.8 GB; no arithmetic
-gives them."""
+GAPS, GAPS_IN_HALF, GAPS_OF_MATRICES = 1.8, 6.0, 9.0
+"""Holes in a CPU's heap: in float32 and in bfloat16, as multiples of what a layer's forward makes, and of the
+dequantised matrix if there is one. Experts get other numbers of rows in each step, so what comes seldom fits where
+something was. Fitted, with the next, to the peaks of 28 runs of 0.7 to 8.5 GB; no arithmetic gives them."""
+CODE_IN_HALF = 0.12e9
+"""Bytes of the code that oneDNN makes for bfloat16, other code for each number of rows."""
+LEFT_TO_THE_KERNEL = 16 << 20
+"""Bytes from which on what is freed leaves no hole (train/engine/cpu.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,8 @@ def memory(config: TrainConfig, sizes: Sizes, tokens: int, processes: int, machi
     of_batch = activations(sizes, tokens, config.activation_checkpointing, machine)
     layers = sizes.config.num_hidden_layers
     kept, gathered = layers * of_batch.kept, float(live.held) if live else 0.0
+    if not machine.on_cuda:
+        parts["gaps of the heap"] = _gaps(sizes, tokens, machine)
     phases = {
         "backward of the last layer": {
             "gathered": gathered,
@@ -188,17 +194,22 @@ def memory(config: TrainConfig, sizes: Sizes, tokens: int, processes: int, machi
         },
         "update": {"largest temporary": 2 * n * WIDE / shards},
     }
-    if not machine.on_cuda:
-        gaps = (GAPS_IN_HALF if b == 2 else GAPS) + GAPS_OF_RECOMPUTATION * (config.activation_checkpointing == "full")
-        for phase in phases.values():
-            lasting = phase.get("gathered", 0.0) + phase.get("activations kept", 0.0)
-            phase["gaps of the heap"] = gaps * (lasting + phase.get("largest temporary", 0.0))
     where = max(phases, key=lambda name: sum(phases[name].values()))
     always = sum(parts.values())
     parts |= phases[where]
     parts["runtime"] = machine.runtime
     of_phases = {name: always + machine.runtime + sum(phase.values()) for name, phase in phases.items()}
     return Memory({name: size for name, size in parts.items() if size}, where, host, of_phases)
+
+
+def _gaps(sizes: Sizes, tokens: int, machine: Machine) -> float:
+    """What a CPU process holds beside tensors because of them."""
+    made = activations(sizes, tokens, "none", machine).kept
+    if sizes.itemsize != 2:
+        return GAPS * made
+    matrix = 2 * sizes.config.intermediate_size * sizes.config.hidden_size * sizes.itemsize
+    in_heap = sizes.quantised and matrix < LEFT_TO_THE_KERNEL
+    return CODE_IN_HALF + GAPS_IN_HALF * made + (GAPS_OF_MATRICES * matrix if in_heap else 0.0)
 
 
 def _loading(config: TrainConfig, sizes: Sizes, of_node: float) -> float:

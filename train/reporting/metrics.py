@@ -10,7 +10,6 @@ import os
 import resource
 import shlex
 import statistics
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,14 +27,13 @@ from train.config.train import LoggingConfig
 from train.history import StepRecord, finite
 from train.model.routing import Routing
 from train.report.report import try_report
+from train.reporting.lines import Lines
 from train.reporting.trace import Trace
 from train.reporting.wandb_run import Wandb
 from train.run_files import METRICS, MetricsLine
 
 LONGEST_LINE = 1 << 24
 """Bytes of the longest line that is read; a longer one is not ours."""
-UNWRITTEN = 16 << 20
-"""The most bytes of lines that wait for the disk: those of some ten thousand steps."""
 
 SPEED_PERIOD = 3600.0
 """Seconds of steps that the time left is estimated by: rich's 30 hold no two steps of a large model."""
@@ -80,10 +78,10 @@ class Metrics:
         self._dataset = settings.get("dataset")
         resumed = resumed or {}
         self._wandb_id: str | None = resumed.get("wandb")
-        self._lines: _Lines | None = None
+        self._lines: Lines | None = None
         self._wandb: Wandb | None = None
         if is_main:
-            self._lines = _Lines(_opened(directory, resumed), directory / METRICS, watched)
+            self._lines = Lines(_opened(directory, resumed), directory / METRICS, watched)
             if config.wandb != "off":
                 self._wandb = Wandb(directory, config, settings, self._wandb_id)
                 self._wandb_id = self._wandb.id
@@ -206,8 +204,8 @@ class Metrics:
         if self._is_main:
             console.print(f"step {step}: evaluation loss {loss:.4f}")
             self._write({"step": step, "evaluation_loss": loss})
-            with self._watched():
-                try_report(self._directory, with_examples=False)  # the rows' text would need a tokenizer, and its time
+            if self._lines is not None:
+                self._lines.then(self._report)
 
     def saved(self, step: int, paused: float, took: float) -> None:
         """Records a checkpoint: the seconds for which training stood still, and until it was on the disk."""
@@ -230,6 +228,9 @@ class Metrics:
                 try_report(self._directory)
         if self._wandb is not None:
             self._wandb.close(within)
+
+    def _report(self) -> None:
+        try_report(self._directory, with_examples=False)  # the rows' text would need a tokenizer, and its time
 
     def _line(self, values: dict[str, Any]) -> None:
         if self._lines is not None:
@@ -257,54 +258,6 @@ class _Speed:
         if self._peak is not None:
             speed += f"  {self._flops / self._seconds / self._peak:.0%} of peak"
         return f"{speed}  epoch {record.epoch:.2f}  lr {record.learning_rate:.1e}  norm {record.gradient_norm:.2g}"
-
-
-class _Lines:
-    """Appends lines to a file. Those that can't be written wait until they can be, which is reported once."""
-
-    def __init__(
-        self, descriptor: int, path: Path, watched: Callable[[], contextlib.AbstractContextManager[None]]
-    ) -> None:
-        """`descriptor` is the open file, `path` its path; it is written to within `watched()`."""
-        self._file, self._path, self._watched = descriptor, path, watched
-        self._lock = threading.Lock()  # checkpoints are recorded by the thread that writes them
-        self._unwritten = b""
-        self._failing = False
-
-    def add(self, line: bytes) -> None:
-        """Appends a whole line."""
-        with self._lock:
-            if len(self._unwritten) + len(line) <= UNWRITTEN:
-                self._unwritten += line
-            self._flush()
-
-    def sync(self) -> None:
-        """Forces the lines to the disk."""
-        with self._lock:
-            self._flush(sync=True)
-
-    def close(self) -> None:
-        """Closes the file."""
-        with self._lock:
-            self._flush()
-            with contextlib.suppress(OSError):
-                os.close(self._file)
-
-    def _flush(self, *, sync: bool = False) -> None:
-        try:
-            with self._watched():
-                while self._unwritten:
-                    self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
-                if sync:
-                    os.fsync(self._file)
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                reason = error.strerror or one_line(error)
-                console.print(
-                    f"{self._path} can't be written ({reason}); its lines wait, and training goes on", soft_wrap=True
-                )
-            self._failing = True
 
 
 def memory_gib() -> float:

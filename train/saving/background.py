@@ -36,6 +36,11 @@ class Background:
             return self._changed.wait_for(lambda: not self._waiting, seconds)
 
     @property
+    def held(self) -> int:
+        """Bytes of the jobs that are not done."""
+        return self._bytes
+
+    @property
     def failed(self) -> bool:
         """Whether a job has failed and its error was not taken yet."""
         return self._error is not None
@@ -45,6 +50,10 @@ class Background:
         self.wait()
         error, self._error = self._error, None
         return error
+
+    def close(self) -> None:
+        """Ends the thread, when all jobs are done."""
+        self._jobs.put(None)
 
     def _work(self) -> None:
         while (item := self._jobs.get()) is not None:

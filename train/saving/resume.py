@@ -1,7 +1,8 @@
 """Where a run goes on: the newest whole checkpoint → engine, health, history."""
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from data.prepared.dataset import Batch
 from train.config.train import TrainConfig
 from train.engine.engine import Engine
 from train.engine.processes import agree, gathered
+from train.engine.state import Read
 from train.health import Health
 from train.saving import checkpoint, identity, run_directory
+from train.saving.background import Background
 from train.saving.checkpoint import Checkpoint, DamagedError
 from train.saving.identity import Inputs, Recorded
 from train.saving.receipt import Record
 from train.saving.run_directory import RunDirectory
+
+SIGN_OF_LIFE = 10.0
+"""Seconds after which processes that wait for the main one hear that it is at work."""
 
 
 def check_run_there(config: TrainConfig, inputs: Inputs, dataset: Path) -> None:
@@ -99,11 +105,23 @@ def find_checkpoint(
         UserError: there are checkpoints, and none can be used.
     """
 
-    def find() -> Checkpoint:
-        with watched():
-            return _newest_whole(directory, record, shapes)
+    if not directory.resumes:
+        return None
+    found: list[Checkpoint] = []
+    thread = Background(watched) if directory.is_main else None
+    if thread is not None:
+        thread.submit(lambda: found.append(_newest_whole(directory, record, shapes)))
+    while agree(thread is not None and not thread.wait(SIGN_OF_LIFE)):
+        pass  # so that none waits in one collective for as long as it takes to hash gigabytes
 
-    return directory.on_main(find) if directory.resumes else None
+    def newest() -> Checkpoint:
+        assert thread is not None, "only the main process has one"
+        thread.close()
+        if error := thread.take_error():
+            raise error
+        return found[0]
+
+    return directory.on_main(newest)
 
 
 def _newest_whole(directory: RunDirectory, record: Record, shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
@@ -148,13 +166,9 @@ def restore(
         return None
     trainer = agree(found.trainer if found is not None else None)
 
-    def read(name: str, kind: str) -> torch.Tensor:
-        assert found is not None, "only the main process reads"
-        with engine.disk(found.path):
-            return found.read(name, kind)
-
     try:
-        engine.restore(read, trainer["optimizer_steps"], blank)
+        with _reading(found, engine) as read:
+            engine.restore(read, trainer["optimizer_steps"], blank)
     except DamagedError as error:
         raise UserError(
             f"run_dir={directory.path}: a checkpoint that was whole a moment ago is damaged ({error}); give the same "
@@ -162,3 +176,20 @@ def restore(
         ) from error
     health.restore(trainer["health"])
     return dict(trainer["metrics"])
+
+
+@contextlib.contextmanager
+def _reading(found: Checkpoint | None, engine: Engine) -> Iterator[Read]:
+    """What reads a checkpoint's tensors, which the main process alone does; it shows how far it is."""
+    path = Path() if found is None else found.path
+    size = sum(len(checkpoint.STATE) * 4 * math.prod(shape) for shape in engine.shapes.values())
+    with progress(f"Reading {path.name}", size, shown=found is not None) as advance:
+
+        def read(name: str, kind: str) -> torch.Tensor:
+            assert found is not None, "only the main process reads"
+            with engine.disk(path):
+                tensor = found.read(name, kind)
+            advance(tensor.nbytes)
+            return tensor
+
+        yield read

@@ -64,7 +64,8 @@ class RunDirectory:
         Raises:
             UserError: the directory can't be used, or something is in it that must not be replaced.
         """
-        self._is_main = processes.is_main
+        self.is_main = processes.is_main
+        """Whether this process touches the disk."""
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.path = Path(agree(config.run_dir or f"runs/{config.name}-{stamp}"))  # clocks differ between processes
         self._unlock: weakref.finalize[Any, Any] | None = None
@@ -87,7 +88,7 @@ class RunDirectory:
         An `OSError` of the action becomes a `UserError` about the directory.
         """
         result, problem = None, None
-        if self._is_main:
+        if self.is_main:
             try:
                 result = action()
             except UserError as error:

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import math
 import time
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -16,14 +18,17 @@ from train.health import Health
 from train.history import History
 from train.reporting.metrics import Metrics
 from train.saving import checkpoint
-from train.saving.background import Background
-from train.saving.checkpoint import CheckpointWriter
+from train.saving.background import IN_FLIGHT, Background
+from train.saving.checkpoint import STATE, CheckpointWriter
 from train.saving.receipt import Record
 from train.saving.result import Result, result_name, show_movements
 from train.saving.run_directory import RunDirectory
 
 SIGN_OF_LIFE = 10.0
 """Seconds after which a process that waits for the disk reports that it lives."""
+PATIENCE = 30.0
+"""Seconds that a checkpoint may take to reach the disk before the next one waits for it. Until then they queue, so that
+a disk that keeps up has them after the steps that `save_every` names."""
 
 
 class Saver:
@@ -43,6 +48,8 @@ class Saver:
         self._history, self._metrics, self._health = history, metrics, health
         self._background = Background(partial(engine.disk, directory.path)) if engine.processes.is_main else None
         self._name, self._config_yaml = result_name(record.config), record.config_yaml
+        self._under_way: deque[float] = deque()
+        """When each checkpoint that is not on the disk yet was begun, by time.perf_counter."""
 
     def checkpoint(self, step: int) -> None:
         """Copies what checkpoints/step-… will hold; a thread writes it while training goes on; collective."""
@@ -50,6 +57,7 @@ class Saver:
         if self._background is None:
             self._gather_only(moments=True)
             return
+        self._under_way.append(began)
         path = checkpoint.path_of(self._directory.path, step)
         writer = CheckpointWriter(path, self._engine.shapes, self._background)
         result = Result(writer.directory / self._name, self._record.config, self._engine, self._background)
@@ -87,12 +95,23 @@ class Saver:
 
     def _report_times(self, step: int, began: float, paused: float) -> None:
         """Reports a checkpoint that is on the disk; `began` by time.perf_counter, `paused` in seconds."""
+        self._under_way.popleft()
         self._metrics.saved(step, paused, time.perf_counter() - began)
 
     @property
     def failed(self) -> bool:
         """Whether something could not be written; on the main process, else False."""
         return self._background is not None and self._background.failed
+
+    @property
+    def behind(self) -> bool:
+        """Whether the disk is behind: the next checkpoint would wait long for an earlier one, or training for the room
+        that its copy takes; on the main process, else False."""
+        if self._background is None or not self._under_way:
+            return False
+        size = sum(len(STATE) * 4 * math.prod(shape) for shape in self._engine.shapes.values())
+        waits = time.perf_counter() - self._under_way[0] > PATIENCE
+        return waits or self._background.held + size > IN_FLIGHT
 
     def wait(self) -> None:
         """Waits until all is on the disk; collective.

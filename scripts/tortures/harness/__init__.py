@@ -5,6 +5,7 @@
     forked.py     a program in a process that is forked from a server
     server.py     what that server has imported
     wire.py       two network namespaces as hosts, and a wire between them that can be bad
+    disks.py      disks that are small, frozen or slow
     processes.py  what the system tells of a launch's processes
     garden.py     copies in which code is planted, and whether any was executed
     outcome.py    what a run has left, and how that differs from another run

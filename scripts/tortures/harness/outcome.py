@@ -60,10 +60,14 @@ def last_checkpoint(run: Path) -> int:
     return max((checkpoint.step_of(path) or 0 for path in checkpoint.paths(run)), default=0)
 
 
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def record(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what a clock or the memory decides."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+    kept = [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics(run)]
     return [line for line in kept if line.keys() != {"step"}]
 
 

@@ -12,13 +12,10 @@ from configs.program.console import quiet_libraries
 
 quiet_libraries()
 
-import datasets  # noqa: F401
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import hydra._internal.core_plugins.basic_launcher  # noqa: F401
-import networkx  # noqa: F401
 import peft  # noqa: F401
 import setuptools  # noqa: F401
-import torch._inductor.compile_fx
 import torch.utils.cpp_extension  # noqa: F401
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping

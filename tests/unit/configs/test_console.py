@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.program.console import console
+from configs.program.console import console, quiet_libraries
 
 SAYING = """
 import os, sys
-from configs.program.console import console
+from configs.program.console import console, quiet_libraries
 for number in range(3):
     console.print(f"step {number} " + "." * 60_000, soft_wrap=True)
 os.write(1, b"went on")
@@ -73,3 +73,13 @@ while True:
             said += os.read(process.stderr.fileno(), 4096)
         process.kill()
     assert said.startswith(b"." * 70_000 + b"\nshown\n")
+
+
+def test_what_libraries_prepare_for_a_compiler_that_nobody_uses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it is then left out by all of them is in tests/integration/targets.py."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    quiet_libraries()
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "0"  # the user's
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    quiet_libraries()
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1"

@@ -10,10 +10,13 @@ POSITION = struct.Struct("<qqd32s")
 """What the training process writes into the shared page: step, moves within the step, since when it is there, phase."""
 
 DISK = struct.Struct("<qd240s")
-"""After that, for the main thread and for another: the thread while it waits for a disk (0 if it doesn't), since when,
-and the end of the path."""
+"""After that, for each of some threads: the thread while it waits for a disk (0 if it doesn't), since when, and the end
+of the path."""
 
-PAGE_BYTES = POSITION.size + 2 * DISK.size
+THREADS = 4
+"""That may wait for a disk at once: the main one, and those that write checkpoints and metrics.jsonl."""
+
+PAGE_BYTES = POSITION.size + THREADS * DISK.size
 
 START = -1
 """The step of a process that has not begun with its first one: it reads, hashes, downloads, compiles, joins."""

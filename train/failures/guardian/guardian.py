@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from train.failures.guardian.channel import DISK, PAUSE, POSITION, START, Channel, beat_interval
+from train.failures.guardian.channel import DISK, PAUSE, POSITION, START, THREADS, Channel, beat_interval
 
 KILL_AFTER = 5.0
 """Seconds that a training process has to leave after the verdict; then it is killed."""
@@ -140,7 +140,7 @@ class Guardian:
 
     def at_disk(self) -> list[tuple[int, float, str]]:
         """For each of the page's threads: its number (0 if it waits for no disk), since when, and for which path."""
-        found = [DISK.unpack_from(self.page, POSITION.size + slot * DISK.size) for slot in range(2)]
+        found = [DISK.unpack_from(self.page, POSITION.size + slot * DISK.size) for slot in range(THREADS)]
         return [(thread, since, path.rstrip(b"\0").decode(errors="replace")) for thread, since, path in found]
 
     def watch_disk(self) -> None:

@@ -14,11 +14,11 @@ from train.model.mixtral import DTYPES
 from train.planning.given.machine import GB, Machine
 
 MEMINFO = Path("/proc/meminfo")
-PROGRAM = 0.75 * GB
-"""Bytes of a CPU process that are no tensors: Python, torch, transformers, DeepSpeed. Measured as 0.72 GB."""
-SHARED_BUFFER = 33 * 2**20
+PROGRAM = 0.62 * GB
+"""Bytes of a CPU process that are no tensors: Python, torch, transformers, DeepSpeed. Fitted to 28 runs."""
+SHARED_BUFFER = 8 * 2**20
 """Bytes that are touched, of the buffer of 66 MiB that each CPU process of DeepSpeed has for its collectives and that
-all of them map. Measured as 20 to 70 MB."""
+all of them map. Fitted as well."""
 CUDA = 0.6 * GB
 """Bytes of a GPU that libraries are assumed to take for themselves once a process uses it, beside what torch gives to
 tensors."""

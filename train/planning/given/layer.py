@@ -22,6 +22,8 @@ from train.planning.given.sizes import Sizes
 TIMES, MOST, ENOUGH = 3, 12, 4.0
 """Forwards and backwards, the first of which is not counted: so many at least, so many at most, and no more once they
 have taken so many seconds."""
+CACHES = 1 << 28
+"""Bytes, more than caches hold."""
 LARGE = 10**8
 """Elements from which on drawing random numbers takes longer than it is worth."""
 
@@ -40,14 +42,15 @@ def seconds_of_layer(config: TrainConfig, sizes: Sizes, rows: Rows, device: torc
     module = MixtralWithLoss(_one_layer(config, sizes, device).train(), with_router_loss=config.router_aux_loss > 0)
     module.differentiates_input = True
     tokens = rows.length * config.micro_batch
-    ids = torch.randint(3, sizes.config.vocab_size, (1, tokens))
     positions = (torch.arange(tokens) % max(1, round(rows.conversation)))[None]
-    targets = torch.where(torch.rand(1, tokens) < rows.supervised, ids, IGNORE_INDEX)
-    batch = [tensor.to(device) for tensor in (ids, positions, targets, torch.ones_like(ids, dtype=torch.bool))]
-    watch = _Watch(module, device)
+    watch = _Watch(module, device, _others(sizes))
     took: list[dict[str, float]] = []
     began = time.perf_counter()
     while len(took) < TIMES or (len(took) < MOST and time.perf_counter() - began < ENOUGH):
+        # Another one each time, as in a run: experts get other numbers of rows, for which oneDNN makes code anew.
+        ids = torch.randint(3, sizes.config.vocab_size, (1, tokens))
+        targets = torch.where(torch.rand(1, tokens) < rows.supervised, ids, IGNORE_INDEX)
+        batch = [tensor.to(device) for tensor in (ids, positions, targets, torch.ones_like(ids, dtype=torch.bool))]
         watch.note("begins")
         cross_entropy, balance = module(*batch)
         (cross_entropy / tokens + config.router_aux_loss * balance).backward()
@@ -81,12 +84,24 @@ def _one_layer(config: TrainConfig, sizes: Sizes, device: torch.device) -> Mixtr
     return model
 
 
-class _Watch:
-    """Notes when a layer and the head begin and end."""
+def _others(sizes: Sizes) -> int:
+    """Bytes of the base that a run passes between two passes of the same layer, as far as caches can tell."""
+    of_layer = sum(tensor.bytes for unit in sizes.units if unit.layer == 0 for tensor in unit.tensors)
+    return min(CACHES, sizes.bytes - of_layer)
 
-    def __init__(self, module: MixtralWithLoss, device: torch.device):
+
+class _Watch:
+    """Notes when a layer and the head begin and end, and lets a layer find in the caches what a run would have left.
+
+    A run comes back to a layer after all others. One layer alone would find its weights in the caches each time.
+    """
+
+    def __init__(self, module: MixtralWithLoss, device: torch.device, others: int):
         self._device, self._at = device, dict[str, float]()
+        self._others, self._passing = torch.zeros(others, dtype=torch.uint8, device=device), 0.0
         layer: nn.Module = module.causal_lm.model.layers[0]
+        layer.register_forward_pre_hook(self._pass_others)
+        layer.register_full_backward_pre_hook(self._pass_others)
         for name, of in (("forward", layer), ("head", module.head)):
             of.register_forward_pre_hook(self._noting(f"{name} begins"))
             of.register_forward_hook(self._noting(f"{name} ends"))
@@ -96,14 +111,23 @@ class _Watch:
     def _noting(self, name: str) -> Callable[..., None]:
         return lambda *_: self.note(name)
 
-    def note(self, name: str) -> None:
-        """Notes the time, once the device has come so far."""
+    def _pass_others(self, *_: object) -> None:
+        began = self._now()
+        self._others += 1
+        self._passing += self._now() - began
+
+    def _now(self) -> float:
+        """The time, once the device has come so far."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        self._at[name] = time.perf_counter()
+        return time.perf_counter()
+
+    def note(self, name: str) -> None:
+        """Notes the time, once the device has come so far."""
+        self._at[name] = self._now()
 
     def taken(self) -> dict[str, float]:
-        """Seconds of each since the last forward began."""
-        at = self._at
+        """Seconds of each since the last call."""
+        at, passing, self._passing = self._at, self._passing, 0.0
         took = {name: at[f"{name} ends"] - at[f"{name} begins"] for name in ("forward", "backward", "head")}
-        return took | {"around": max(0.0, at["ends"] - at["begins"] - sum(took.values()))}
+        return took | {"around": max(0.0, at["ends"] - at["begins"] - passing - sum(took.values()))}

@@ -39,8 +39,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_byte_identical_with_one_and_with_more_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_rows(Path("a.jsonl"), 9000)
-    write_rows(Path("b.jsonl"), 1500)
+    write_rows(Path("a.jsonl"), 4000)
+    write_rows(Path("b.jsonl"), 800)
     (tmp_path / "eval.txt").write_text(" ".join(f"word{n}" for n in range(13)))
     for workers in (1, 2, 3):
         prepare(

@@ -360,6 +360,12 @@ def read(path):
     with guard.disk(path), open(path, "rb", buffering=0) as pipe:
         while pipe.read(1):
             pass
+
+def work(path):
+    with guard.disk(path):
+        while True:
+            time.sleep(0.01)
+            sum(range(10000))
 """
 """Reads a pipe, where one waits in the kernel as for a disk that hangs."""
 
@@ -369,8 +375,10 @@ def read(path):
     [
         "read({path!r})",
         "threading.Thread(target=read, args=({path!r},), daemon=True).start()",
+        "threading.Thread(target=work, args=('another',), daemon=True).start() or time.sleep(0.2) or "
+        "threading.Thread(target=read, args=({path!r},), daemon=True).start()",
     ],
-    ids=["the main thread", "the thread that saves"],
+    ids=["the main thread", "the thread that saves", "one beside it"],
 )
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_disk_that_hangs_ends_the_run_and_is_named(start: Start, tmp_path: Path, victim: int, thread: str) -> None:

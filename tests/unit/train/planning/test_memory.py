@@ -12,6 +12,7 @@ from train.config.engine import DeepSpeedConfig
 from train.config.lora import LoraConfig
 from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import TrainConfig
+from train.engine import cpu
 from train.model import mixtral
 from train.model.loss import MixtralWithLoss
 from train.planning import memory
@@ -76,7 +77,7 @@ def test_the_peak_is_what_the_tensors_of_a_step_take(
     checkpointing: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the optimizer, and without what a CPU's allocator takes beside tensors."""
-    for name in ("GAPS", "GAPS_IN_HALF", "GAPS_OF_RECOMPUTATION"):
+    for name in ("GAPS", "GAPS_IN_HALF", "CODE_IN_HALF"):
         monkeypatch.setattr(memory, name, 0.0)
     config = config_of(checkpointing, dtype)
     config.model.architecture.hidden_size, config.model.architecture.num_hidden_layers = 256, 2
@@ -93,3 +94,19 @@ def test_the_peak_is_what_the_tensors_of_a_step_take(
     assert planned.where == "head"  # its logits are the largest part of a model with so little else
     beside = sum(planned.parts.get(name, 0.0) for name in ("masters", "moments", "gradients", "runtime"))
     assert planned.peak - beside == pytest.approx(live.peak, rel=0.04)
+
+
+def test_the_plan_and_the_run_leave_the_same_tensors_to_the_kernel() -> None:
+    assert memory.LEFT_TO_THE_KERNEL == cpu.LEFT_TO_THE_KERNEL
+
+
+def test_a_matrix_that_leaves_holes_in_the_heap_is_one_that_the_kernel_does_not_take_back() -> None:
+    beside = []
+    for intermediate in (448, 32_768):
+        config = config_of("none", "bfloat16")
+        config.model.architecture.intermediate_size, config.model.weights = intermediate, "nf4"
+        nf4 = memory.memory(config, sizes_of(config), TOKENS, 1, found_here(config, 1)).parts
+        config.model.weights = "bf16"
+        bf16 = memory.memory(config, sizes_of(config), TOKENS, 1, found_here(config, 1)).parts
+        beside.append(nf4["gaps of the heap"] - bf16["gaps of the heap"])
+    assert beside == [pytest.approx(memory.GAPS_OF_MATRICES * 2 * 448 * 128 * 2), 0.0]

@@ -277,6 +277,7 @@ def test_lines_that_the_disk_has_no_room_for_come_later(
 ) -> None:
     metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
     metrics.stepped(record(1), None, [])
+    metrics.sync()
     with disk(20):
         for step in (2, 3):
             metrics.stepped(record(step), None, [])
@@ -286,8 +287,10 @@ def test_lines_that_the_disk_has_no_room_for_come_later(
         assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[1].startswith(b'{"step": 2')  # a part of it
     assert capsys.readouterr().err.count("metrics.jsonl can't be written (File too large)") == 1
     metrics.stepped(record(4), None, [])
+    metrics.sync()
     with disk(0):
         metrics.evaluated(4, 2.0)
+        metrics.sync()
     metrics.sync()  # and no checkpoint knows more than the lines
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 3, 3, 4, 4]
     assert capsys.readouterr().err.count("can't be written") == 1
@@ -298,11 +301,12 @@ def test_lines_that_the_disk_has_no_room_for_come_later(
 
 
 def test_only_so_many_lines_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Callable[[int], Any]) -> None:
-    monkeypatch.setattr("train.reporting.metrics.UNWRITTEN", 1000)
+    monkeypatch.setattr("train.reporting.lines.UNWRITTEN", 1000)
     metrics = Metrics(tmp_path, LoggingConfig(wandb="off", progress=False), {}, is_main=True)
     with disk(10):
         for step in range(100):
             metrics.stepped(record(step), None, [])
+        metrics.sync()
     metrics.close()
     assert 2 <= len(lines(tmp_path)) <= 5  # whole ones
 

@@ -1,7 +1,9 @@
 """From what a run goes on. One process, which needs no launcher."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from data.prepared.dataset import PreparedDataset
 from tests.unit.train.saving.launches import checkpointed, directory, launch, old_run
 from train.config.train import TrainConfig
 from train.engine.processes import Processes
-from train.saving import checkpoint, identity
+from train.engine.processes import agree as processes_agree
+from train.saving import checkpoint, identity, resume
 from train.saving.receipt import Record
 from train.saving.resume import find_checkpoint
 from train.saving.run_directory import RunDirectory
@@ -89,6 +92,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     told = " ".join(capsys.readouterr().err.split())
     assert "step-000008 is damaged (trainer.json is not as it was written); the one before is used" in told
     assert "step-000007 is damaged (master.safetensors is missing)" in told
+
+
+def test_nobody_waits_in_one_collective_while_a_checkpoint_is_hashed(
+    interrupted: Path, dataset: PreparedDataset, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk goes on when the processes have heard of each other three times."""
+    monkeypatch.setattr(resume, "SIGN_OF_LIFE", 0.01)
+    heard = threading.Semaphore(0)
+    waits = []
+
+    def agree(value: Any) -> Any:
+        heard.release()
+        return processes_agree(value)
+
+    @contextlib.contextmanager
+    def slowly() -> Iterator[None]:
+        waits.append([heard.acquire(timeout=20) for _ in range(3)])
+        yield
+
+    monkeypatch.setattr(resume, "agree", agree)
+    run = launch(dataset, processes, interrupted)
+    with pytest.raises(UserError, match=r"step-000007: master\.safetensors is missing"):
+        find_checkpoint(*run, {"w": (1,)}, slowly)
+    assert waits == [[True] * 3]
 
 
 EARLY = {

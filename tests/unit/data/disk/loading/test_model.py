@@ -94,3 +94,16 @@ def test_a_terminal_sees_how_fast_a_base_is_read_and_a_log_how_much_it_is(monkey
         assert said in shown.getvalue()
     with progress.progress("Reading the base", 93_400_000_000, shown=False):
         assert shown.getvalue().count("Reading the base") == 1
+
+
+def test_a_log_hears_now_and_then_how_far_a_read_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, seconds = StringIO(), iter([0.0, 59.0, 61.0, 70.0, 122.0])
+    monkeypatch.setattr(progress, "console", Console(file=shown, force_terminal=False, width=100))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    with progress.progress("Reading the base", 93_400_000_000, shown=True) as advance:
+        for _ in range(3):
+            advance(10_000_000_000)
+        monkeypatch.setattr(progress.time, "monotonic", lambda: 200.0)
+        advance(10_000_000_000)
+    of = [f"Reading the base: {done} of 93.4 GB" for done in ("20.0", "40.0")]
+    assert shown.getvalue().splitlines() == ["Reading the base: 93.4 GB", *of]
