@@ -113,7 +113,8 @@ def silence(workplace: Workplace, seed: int, seconds: float) -> dict[str, Any]:
             return _borne(launch, whole, between)
         took = _ends(launch, PEER_TIMEOUT, max(seconds, PEER_TIMEOUT + MARGIN))
         for rank in range(2):
-            told = rf"train: process {rank} has not been heard of for {PEER_TIMEOUT:g} s .* was last in step \d+ \("
+            # Where it was is as old as its last beat: a process may have come from its start into a step since.
+            told = rf"train: process {rank} has not been heard of for {PEER_TIMEOUT:g} s .* in (step \d+|its start) \("
             require(re.search(told, launch.said()), f"it does not say that process {rank} is lost:\n{launch.said()}")
         between.quality = Quality()
         resumed = _goes_on(workplace, run, whole, 2, namespaces=between.names, **SETTINGS)

@@ -1,5 +1,5 @@
 """One of two processes is killed or stopped, in every phase of a run: the other ends in time, and says where it was.
-So do the others of four, on two machines as they take it, one of each machine.
+So do the others of four, on two machines as they take it, one of each machine, with and without `deepspeed.node_copy`.
 
 Phase and step are read from the page that each process shares with its guardian. With `failures.peer_timeout` of 5
 seconds, a process whose peer is killed must end at once, and one whose peer is stopped after those; with exit code 76
@@ -42,24 +42,32 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with opened(options) as workplace:
         random = generator("peers", options.seed)
         trials = []
-        for hosts in (1, 2):
+        for hosts, copies in ((1, ""), (2, "false"), (2, "true")):
             for number in range(options.rounds * len(PHASES) * len(SIGNALS)):
                 way, phase = SIGNALS[number % 2], PHASES[number // 2 % len(PHASES)]
                 rank, after = random.randrange(2 * hosts), random.randint(1, 6)
-                run_dir = workplace.scratch / f"peers-{hosts}-{number}"
-                trial = partial(lost, workplace, run_dir, way, rank, phase, after, hosts)
-                trials.append((f"{way.name} to {rank} of {2 * hosts} in {phase}", trial))
+                run_dir = workplace.scratch / f"peers-{hosts}{copies}-{number}"
+                trial = partial(lost, workplace, run_dir, way, rank, phase, after, hosts, copies)
+                name = f"{way.name} to {rank} of {2 * hosts} in {phase}" + f", node copy {copies}" * bool(copies)
+                trials.append((name, trial))
         figures = report("Processes that are killed or stopped", attempts(options, trials), options.seed)
         workplace.keep = bool(figures["failed"])
     return figures
 
 
 def lost(
-    workplace: Workplace, run: Path, way: signal.Signals, rank: int, phase: str, after: int, hosts: int = 1
+    workplace: Workplace,
+    run: Path,
+    way: signal.Signals,
+    rank: int,
+    phase: str,
+    after: int,
+    hosts: int = 1,
+    copies: str = "",
 ) -> dict[str, Any]:
     """One launch of two processes a host that loses one in a phase, after some steps, and one that finishes the run."""
     count = 2 * hosts
-    settings = SETTINGS | {"global_batch": f"{count}"}
+    settings = SETTINGS | {"global_batch": f"{count}"} | ({"deepspeed.node_copy": copies} if copies else {})
     whole = workplace.reference(count, nodes=hosts, **settings)
     launch = workplace.launch(run, count, nodes=hosts, **settings)
     require(launch.until(lambda: launch.has_begun), f"it ended early:\n{launch.said()}")
