@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from train.config.engine import DeepSpeedConfig
 from train.config.train import TrainConfig
 from train.planning.given.machine import Machine
 from train.planning.given.rows import Rows
@@ -49,7 +50,7 @@ def alternatives(config: TrainConfig, sizes: Sizes, rows: Rows, machine: Machine
             for name, value in way.items():
                 setattr(other.deepspeed, name, value)
             if divides(other, machine.processes):
-                found.append(Alternative(_said(other, way), plan_of(other, of_form, rows, machine)))
+                found.append(Alternative(_said(other, way, config.deepspeed), plan_of(other, of_form, rows, machine)))
     return found
 
 
@@ -81,16 +82,18 @@ def _ways(machine: Machine) -> Iterator[dict[str, Any]]:
         yield plain | ahead | {"stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"}
 
 
-def _said(config: TrainConfig, way: dict[str, Any]) -> tuple[str, ...]:
+def _said(config: TrainConfig, way: dict[str, Any], before: DeepSpeedConfig) -> tuple[str, ...]:
+    """What gives that way. What a recipe says outlives the choice of a group, so whatever differs from it is said."""
     offloads = way["offload_optimizer"] == "cpu"
     group = {0: "none", 2: "zero2", 3: "zero3_offload" if offloads else "zero3"}[way["stage"]]
     said = [f"deepspeed={group}"]
-    if offloads and way["stage"] == 2:
-        said.append("deepspeed.offload_optimizer=cpu")
+    for name in ("offload_param", "offload_optimizer"):
+        if way[name] != getattr(before, name) or (way[name] == "cpu" and way["stage"] == 2):
+            said.append(f"deepspeed.{name}={way[name]}")
     thresholds = ("persistence_threshold", "max_live_parameters")
     said += [f"deepspeed.{name}={way[name]}" for name in thresholds if name in way]
-    if way["node_copy"]:
-        said.append("deepspeed.node_copy=true")
+    if way["node_copy"] or before.node_copy:
+        said.append(f"deepspeed.node_copy={str(way['node_copy']).lower()}")
     weights = f"model.weights={config.model.weights}"
     batch = [f"micro_batch={config.micro_batch}", f"activation_checkpointing={config.activation_checkpointing}"]
     return (*said, weights, *batch)

@@ -79,7 +79,11 @@ def _run(plan: Plan) -> Iterator[str]:
 
 def _alternatives(found: list[Alternative]) -> Iterator[Table | str]:
     best = ranked(found)
-    table = Table("alternatives that fit, the cheapest and so the fastest first", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "alternatives that fit, the cheapest first; within 2 %, the one with most memory to spare",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for name in ("GB", "tokens/s", "hours", "$"):
         table.add_column(name, justify="right")
     for each in best[:SHOWN]:

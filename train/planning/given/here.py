@@ -70,7 +70,7 @@ def found_here(config: TrainConfig, processes: int) -> Machine:
         processes=processes,
         nodes=max(1, processes // here),
         memory=free(on_cuda, here),
-        host_memory=float("inf"),
+        host_memory=free(on_cuda=False, processes_here=1),
         runtime=CUDA if on_cuda else PROGRAM + (SHARED_BUFFER * here if here > 1 else 0),
         flops=1.0,
         bandwidth=1.0,

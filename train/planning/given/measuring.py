@@ -60,6 +60,7 @@ def measured_here(config: TrainConfig, sizes: Sizes, rows: Rows, seconds: float 
         disk=_disk(config) or config.cluster.disk * 1e9,
         price=config.cluster.price,
         memory=config.cluster.memory * 1e9 or machine.memory,
+        host_memory=config.cluster.host_memory * 1e9 or machine.host_memory,
         overhead=_launches(device),
         is_measured=True,
         layer=_layer(config, sizes, rows, device, machine.memory),

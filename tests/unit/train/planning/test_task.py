@@ -42,6 +42,20 @@ def test_the_best_settings_can_be_pasted_and_plan_to_fit(run_program: Callable[.
     assert json.loads((tmp_path / "plan.json").read_text())["fits"]
 
 
+def test_the_best_settings_undo_what_the_recipe_offloads(run_program: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = ("recipe=openhermes_mixtral_8x7b_8x24gb", "task=plan", "cluster=h100_8")
+    best = run_program("train", *recipe, "best=true").stdout.split()
+    assert "deepspeed.offload_param=none" in best
+    peaks = []
+    for number, settings in enumerate(((), best)):
+        outcome = run_program("train", *recipe, f"plan.json={number}.json", *settings)
+        assert outcome.exit_code == 0
+        plan = json.loads((tmp_path / f"{number}.json").read_text())
+        cheapest = next(each for each in plan["alternatives"] if each["settings"] == plan["by_money"][0])
+        peaks.append((plan if settings else cheapest)["memory"]["peak"])
+    assert peaks[0] == peaks[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
