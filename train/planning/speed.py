@@ -206,7 +206,8 @@ def _gathers(
     received = found.forward + found.backward
     inside = received * (batch.processes - 1) / batch.processes / machine.link if linked else 0.0
     apart = machine.nodes > 1 and not config.deepspeed.node_copy
-    outside = received * (machine.nodes - 1) / machine.nodes / machine.network if apart else 0.0
+    # NCCL's rings bring each process all parts but its own, so all but one of them into each node.
+    outside = received * (batch.processes - 1) / batch.processes / machine.network if apart else 0.0
     by_host = received / batch.processes / machine.host_link if offloaded else 0.0
     took = max(inside, outside, by_host)
     if not machine.on_cuda:

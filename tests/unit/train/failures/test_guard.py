@@ -614,3 +614,21 @@ def test_one_process_of_each_launcher_speaks_also_if_all_are_lost(lost: list[int
     }
     hub = types.SimpleNamespace(members=members)
     assert Hub.speakers(hub, [members[rank] for rank in lost]) == speaking  # type: ignore[arg-type]
+
+
+def test_the_line_names_the_machine_of_the_process_that_was_lost() -> None:
+    """Real launches of the tests and tortures have all their processes on machines of one name."""
+    members = {rank: Member(rank, 0, f"host{rank}", "launcher", None, None, heard=10.0) for rank in range(3)}
+    members[2].heard, members[2].step, members[2].phase = 0.0, 7, "backward"
+    said: list[str] = []
+
+    def conclude(lost: list[Member], verdict: str, code: int | None = None) -> None:
+        said.append(verdict)
+
+    hub = types.SimpleNamespace(now=10.0, members=members, peer_timeout=5.0, interval=1.0, conclude=conclude)
+    Hub.find_silence(hub)  # type: ignore[arg-type]
+    state = {"silent": 0.0, "standing": 0.0, "step": 3, "moves": 1, "phase": "forward", "disk": ""}
+    Hub.hear(hub, members[1], state | {"died": True})  # type: ignore[arg-type]
+    assert "process 2 has" in said[0]
+    assert said[0].endswith("was last in step 7 (backward) on host2")
+    assert said[1].startswith("process 1 died in step 3 (forward) on host1; ")
