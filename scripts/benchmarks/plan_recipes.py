@@ -15,12 +15,12 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RECIPE = "openhermes_mixtral_8x7b"
 PLANS = {
-    "8 × H100": (RECIPE, "h100_8"),
-    "2 × 8 × H100": (RECIPE, "h100_2x8"),
-    "one 48 GB": (f"{RECIPE}_one_gpu", "l40s_1"),
-    "8 × 24 GB": (f"{RECIPE}_8x24gb", "rtx4090_8"),
+    "8 × H100": (f"recipe={RECIPE}", "cluster=h100_8"),
+    "2 × 8 × H100": (f"recipe={RECIPE}", "cluster=h100_2x8", "deepspeed.node_copy=true"),
+    "one 48 GB": (f"recipe={RECIPE}_one_gpu", "cluster=l40s_1"),
+    "8 × 24 GB": (f"recipe={RECIPE}_8x24gb", "cluster=rtx4090_8"),
 }
-"""What is planned: its name in the picture, the recipe, the cluster."""
+"""What is planned: its name in the picture, and the settings."""
 GB = 1e9
 
 
@@ -33,14 +33,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Plans, prints, draws."""
     plans = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, (recipe, cluster) in PLANS.items():
+        for name, said in PLANS.items():
             told = Path(scratch) / "plan.json"
-            settings = [f"recipe={recipe}", "task=plan", f"cluster={cluster}", f"plan.json={told}"]
+            settings = [*said, "task=plan", f"plan.json={told}"]
             command = [sys.executable, "-m", "train", *settings]
             environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
             subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
             plans[name] = json.loads(told.read_text())
-            print("\n".join([f"recipe={recipe} cluster={cluster}", *page(plans[name]), ""]))
+            print("\n".join([" ".join(said), *page(plans[name]), ""]))
     if options.picture:
         draw(plans, options.picture)
     kept = ("rows", "batch", "fits", "memory", "step", "run")

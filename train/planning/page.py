@@ -80,7 +80,7 @@ def _run(plan: Plan) -> Iterator[str]:
 def _alternatives(found: list[Alternative]) -> Iterator[Table | str]:
     best = ranked(found)
     table = Table(
-        "alternatives that fit, the cheapest first; within 2 %, the one with most memory to spare",
+        "what fits, the cheapest first; within 2 %, what leaves most memory",
         box=None,
         padding=(0, 2, 0, 0),
     )
