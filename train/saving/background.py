@@ -9,6 +9,9 @@ IN_FLIGHT = 4 << 30
 """The most bytes that wait to be written. The adapters of the full recipe with their optimizer state take 3 GB, so
 training goes on as soon as they are copied; a whole model's 560 GB pass through in parts."""
 
+SIGN_OF_LIFE = 10.0
+"""Seconds after which processes that wait for the main one's disk hear that it is at work."""
+
 
 class Background:
     """Runs jobs one after the other. After one has failed, the others are skipped until the error is taken."""

@@ -15,7 +15,7 @@ written into a hidden sibling, forced to the disk, and takes its name last.
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -84,6 +84,11 @@ class Sealed(TypedDict):
 
     digest: str
     files: dict[str, Written]
+
+
+def state_bytes(shapes: Mapping[str, Shape]) -> int:
+    """What `STATE` takes of trained parameters of these full shapes."""
+    return sum(len(STATE) * 4 * math.prod(shape) for shape in shapes.values())
 
 
 class CheckpointWriter:

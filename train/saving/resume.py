@@ -1,7 +1,6 @@
 """Where a run goes on: the newest whole checkpoint → engine, health, history."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,11 @@ from train.engine.processes import agree, gathered
 from train.engine.state import Read
 from train.health import Health
 from train.saving import checkpoint, identity, run_directory
-from train.saving.background import Background
+from train.saving.background import SIGN_OF_LIFE, Background
 from train.saving.checkpoint import Checkpoint, DamagedError
 from train.saving.identity import Inputs, Recorded
 from train.saving.receipt import Record
 from train.saving.run_directory import RunDirectory
-
-SIGN_OF_LIFE = 10.0
-"""Seconds after which processes that wait for the main one hear that it is at work."""
 
 
 def check_run_there(config: TrainConfig, inputs: Inputs, dataset: Path) -> None:
@@ -182,7 +178,7 @@ def restore(
 def _reading(found: Checkpoint | None, engine: Engine) -> Iterator[Read]:
     """What reads a checkpoint's tensors, which the main process alone does; it shows how far it is."""
     path = Path() if found is None else found.path
-    size = sum(len(checkpoint.STATE) * 4 * math.prod(shape) for shape in engine.shapes.values())
+    size = checkpoint.state_bytes(engine.shapes)
     with progress(f"Reading {path.name}", size, shown=found is not None) as advance:
 
         def read(name: str, kind: str) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import math
 import time
 from collections import deque
 from functools import partial
@@ -18,14 +17,12 @@ from train.health import Health
 from train.history import History
 from train.reporting.metrics import Metrics
 from train.saving import checkpoint
-from train.saving.background import IN_FLIGHT, Background
-from train.saving.checkpoint import STATE, CheckpointWriter
+from train.saving.background import IN_FLIGHT, SIGN_OF_LIFE, Background
+from train.saving.checkpoint import CheckpointWriter
 from train.saving.receipt import Record
 from train.saving.result import Result, result_name, show_movements
 from train.saving.run_directory import RunDirectory
 
-SIGN_OF_LIFE = 10.0
-"""Seconds after which a process that waits for the disk reports that it lives."""
 PATIENCE = 30.0
 """Seconds that a checkpoint may take to reach the disk before the next one waits for it. Until then they queue, so that
 a disk that keeps up has them after the steps that `save_every` names."""
@@ -109,9 +106,8 @@ class Saver:
         that its copy takes; on the main process, else False."""
         if self._background is None or not self._under_way:
             return False
-        size = sum(len(STATE) * 4 * math.prod(shape) for shape in self._engine.shapes.values())
         waits = time.perf_counter() - self._under_way[0] > PATIENCE
-        return waits or self._background.held + size > IN_FLIGHT
+        return waits or self._background.held + checkpoint.state_bytes(self._engine.shapes) > IN_FLIGHT
 
     def wait(self) -> None:
         """Waits until all is on the disk; collective.
