@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import torch
 
 from configs.program.errors import UserError
+from data.disk.formats.arrow_file import as_array
 from data.disk.formats.regular import UnreadableError
 from data.prepared.layout import SPLITS, damage, open_split, read_manifest
 from data.schema import IGNORE_INDEX, PackedRow, labels_of
@@ -89,7 +90,7 @@ class PackedTable:
 
     def lengths(self) -> np.ndarray:
         """[rows] int64: the tokens of each row."""
-        return pc.list_value_length(self._table["ids"]).to_numpy().astype(np.int64)
+        return as_array(pc.list_value_length(self._table["ids"])).astype(np.int64)
 
     def batch(self, indices: list[int | None]) -> Batch:
         """The rows at these indices; None stands for a row without tokens."""

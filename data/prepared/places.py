@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from configs.program.errors import UserError
-from data.disk.formats.arrow_file import open_table
+from data.disk.formats.arrow_file import as_array, open_table
 
 PLACES = "places.arrow"
 SCHEMA = pa.schema([("number", pa.int64())])
@@ -107,7 +107,7 @@ class Places:
             runs = [
                 (int(first), str(file), str(unit)) for first, file, unit in json.loads(table.schema.metadata[b"runs"])
             ]
-            numbers = table["number"].combine_chunks().to_numpy(zero_copy_only=False)
+            numbers = as_array(table["number"])
             if numbers.dtype != np.int64 or len(numbers) != rows or (rows and (not runs or runs[0][0] != 0)):
                 raise ValueError
             if any(later[0] <= earlier[0] for earlier, later in pairwise(runs)):

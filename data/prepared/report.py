@@ -13,6 +13,7 @@ from configs.program.errors import UserError
 from configs.program.page.page import render
 from data.config import PrepareConfig
 from data.disk.files import replace_file
+from data.disk.formats.arrow_file import as_array
 from data.prepared.layout import SPLITS
 from data.prepared.selection import ShownRow, selected
 from data.prepared.whole import Rejected, open_checked, rejects
@@ -107,10 +108,10 @@ def _histograms(tables: dict[str, pa.Table], seq_len: int) -> tuple[Histogram, H
     """Tokens and turns of each conversation, tokens of each row; both splits, a batch in memory at a time."""
     of_lengths, of_turns, of_used = (np.zeros(seq_len + 1, np.int64) for _ in range(3))
     for batch in (batch for table in tables.values() for batch in table.to_batches()):
-        ids, lengths = batch["ids"].flatten().to_numpy(), batch["lengths"].flatten().to_numpy()
+        ids, lengths = as_array(batch["ids"].flatten()), as_array(batch["lengths"].flatten())
         starts = np.cumsum(lengths) - lengths
         turns = np.add.reduceat(ids == BOS, starts, dtype=np.int64)
-        used = np.diff(batch["ids"].offsets.to_numpy())
+        used = np.diff(as_array(batch["ids"].offsets))
         of_lengths += np.bincount(lengths, minlength=seq_len + 1)
         of_turns += np.bincount(turns, minlength=seq_len + 1)
         of_used += np.bincount(used, minlength=seq_len + 1)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from configs.program.errors import UserError
 from data.config import PrepareConfig
+from data.disk.formats.arrow_file import as_array
 from data.prepared.places import Place, Places
 from data.prepared.whole import Rejected, rejects
 from data.schema import PackedRow, TokenizedConversation
@@ -103,8 +104,8 @@ def _rows_with(table: pa.Table, rows: range) -> list[int]:
     found: list[int] = []
     first = 0
     for batch in table.select(["rows"]).to_batches():
-        ends = batch["rows"].offsets.to_numpy()[1:]
-        values = batch["rows"].values.to_numpy()
+        ends = as_array(batch["rows"].offsets)[1:]
+        values = as_array(batch["rows"].values)
         hits = np.flatnonzero((values >= rows.start) & (values < rows.stop))
         found += (first + np.unique(np.searchsorted(ends, hits, side="right"))).tolist()
         first += batch.num_rows

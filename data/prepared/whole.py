@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from configs.program.errors import UserError
 from data.disk.files import sha256
+from data.disk.formats.arrow_file import as_array
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError
 from data.prepared.layout import REJECTS, SPLITS, open_split, read_whole, rows_of
@@ -77,7 +78,7 @@ def check_rows(table: pa.Table, seq_len: int, rows_in: int) -> None:
     if highest is not None and highest >= VOCABULARY:
         raise UnreadableError(f"a token has the id {highest}, and there are {VOCABULARY:,}")
     for name, least in (("spans", 0), ("lengths", 1)):
-        values = pc.list_flatten(table[name]).to_numpy().astype(np.int64)
+        values = as_array(pc.list_flatten(table[name])).astype(np.int64)
         if values.size and values.min() < least:
             raise UnreadableError(f"one of its {name} is {values.min()}")
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
@@ -86,11 +87,11 @@ def check_rows(table: pa.Table, seq_len: int, rows_in: int) -> None:
             raise UnreadableError(f"the {name} of a row don't add up to its tokens")
     if (_counts(table, "spans") % 2).any() or not np.array_equal(_counts(table, "lengths"), _counts(table, "rows")):
         raise UnreadableError("a row has half a turn, or a conversation that comes from nowhere")
-    turns = pc.list_flatten(table["spans"]).to_numpy().astype(np.int64).reshape(-1, 2).sum(axis=1)
-    ends = np.cumsum(pc.list_flatten(table["lengths"]).to_numpy().astype(np.int64))
+    turns = as_array(pc.list_flatten(table["spans"])).astype(np.int64).reshape(-1, 2).sum(axis=1)
+    ends = np.cumsum(as_array(pc.list_flatten(table["lengths"])).astype(np.int64))
     if not np.isin(ends, np.cumsum(turns)).all():
         raise UnreadableError("a conversation ends within a turn")
-    origins = pc.list_flatten(table["rows"]).to_numpy()
+    origins = as_array(pc.list_flatten(table["rows"]))
     if origins.size and (origins.min() < 0 or origins.max() >= rows_in):
         raise UnreadableError(f"a conversation comes from a row beyond the {rows_in:,} that there were")
 
@@ -99,7 +100,7 @@ def _counts(table: pa.Table, name: str) -> np.ndarray:
     """[rows] int64: how many values each row has in a column."""
     import pyarrow.compute as pc
 
-    return pc.list_value_length(table[name]).to_numpy().astype(np.int64)
+    return as_array(pc.list_value_length(table[name])).astype(np.int64)
 
 
 class Rejected(TypedDict):

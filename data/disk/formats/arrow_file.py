@@ -7,6 +7,7 @@ Arrow believes what a file says: a list that begins behind the end of its number
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from configs.program.errors import one_line
@@ -36,6 +37,14 @@ def open_table(path: Path, schema: pa.Schema) -> pa.Table:
         if chunk.null_count or (pa.types.is_list(chunk.type) and chunk.flatten().null_count):
             raise UnreadableError("it holds nulls")
     return table
+
+
+def as_array(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """[values], read-only: numbers, none of which is null; without a copy if they are in one piece.
+
+    Arrow's own `to_numpy` imports pandas first, which takes a quarter of a second and 40 MB of each process.
+    """
+    return np.from_dlpack(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
 
 
 def check_buffers(table: pa.Table) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from data.disk.formats.arrow_file import check_buffers, open_table
+from data.disk.formats.arrow_file import as_array, check_buffers, open_table
 from data.disk.formats.regular import UnreadableError
 
 SCHEMA = pa.schema([("ids", pa.list_(pa.uint16())), ("names", pa.list_(pa.int64()))])
@@ -84,3 +84,16 @@ def test_texts_that_are_not_utf8_are_no_damage_of_the_file() -> None:
     buffers = [None, pa.py_buffer(struct.pack("<3i", 0, 2, 1000)), texts.buffers()[2]]
     with pytest.raises(pa.ArrowInvalid):
         check_buffers(pa.table({"texts": pa.Array.from_buffers(pa.string(), 2, buffers)}))
+
+
+@pytest.mark.parametrize("kind", [pa.uint16(), pa.int32(), pa.int64()])
+def test_numbers_of_several_pieces_none_and_a_slice(kind: pa.DataType) -> None:
+    pieces = pa.chunked_array([[1, 2], [], [3]], type=kind)
+    for values, expected in (
+        (pieces, [1, 2, 3]),
+        (pieces.slice(1), [2, 3]),
+        (pieces.chunk(0)[1:], [2]),
+        (pieces[:0], []),
+    ):
+        assert as_array(values).tolist() == expected
+        assert as_array(values).dtype == kind.to_pandas_dtype()
