@@ -48,6 +48,8 @@ from .harness.workplace import Workplace, opened
 PEER_TIMEOUT = 5.0
 PROCESSES = 2
 STEPS = 2
+LIVE = "1000"
+"""Parameters that stay gathered when their layer is through: by default a third of this base."""
 LONGEST, MARGIN = 1500.0, 30.0
 """Seconds that a launch may take, and that its end may take then."""
 FILLED = 1 << 20
@@ -110,6 +112,7 @@ def resumed(workplace: Workplace, options: argparse.Namespace) -> dict[str, Any]
     settings = {
         "model.path": str(base),
         "model.weights": options.weights,
+        "deepspeed.max_live_parameters": LIVE,
         "lora.rank": str(options.lora_rank),
         "lora.export_per_expert": "false",
         "failures.peer_timeout": f"{PEER_TIMEOUT:g}",
