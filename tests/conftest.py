@@ -17,9 +17,11 @@ from hypothesis import settings
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from xdist.remote import Producer
 
 from configs.program.console import quiet_libraries
 from tests.support.hub import Hub
+from tests.support.in_turn import InTurn, arrange
 
 PROJECT_ROOT = Path(__file__).parents[1]
 SHARED = PROJECT_ROOT.parent / "shared"
@@ -39,9 +41,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> InTurn:
+    """Instead of any that `--dist` names."""
+    config.option.loadscopereorder = False
+    return InTurn(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts first what mostly waits for processes that it has started: the other workers compute meanwhile."""
-    items.sort(key=lambda item: not item.path.is_relative_to(PROJECT_ROOT / "tests/unit/train/failures"))
+    """Brings the tests into the order of `InTurn`."""
+    arrange(items)
 
 
 def golden(name: str) -> list[Any]:

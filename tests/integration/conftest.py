@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 from scripts.tortures.harness.forked import fork
 from scripts.tortures.harness.launch import Launch
@@ -23,37 +21,6 @@ from scripts.tortures.harness.workplace import Workplace
 from train.engine.processes import free_port
 
 ROOT = Path(__file__).parents[2]
-
-
-TOGETHER = ("test_inference.py", "test_resume.py", "test_targets.py", "test_two_hosts.py")
-"""Files whose tests share what one worker makes."""
-
-
-class InTurn(LoadScopeScheduling):
-    """Gives each worker of pytest-xdist the next test when it is through with its own, or the next file of `TOGETHER`.
-
-    One worker begins with a test that needs the quickstart, and so makes it; what needs none comes before the others.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        path, _, test = nodeid.partition("::")
-        return path if path.endswith(TOGETHER) else test
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> InTurn:
-    """Instead of any that `--dist` names."""
-    config.option.loadscopereorder = False
-    return InTurn(config, log)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Brings the tests into the order of `InTurn`; whole files come before single tests, which end the sooner."""
-    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
-    needs = {item: "quickstart" in getattr(item, "fixturenames", ()) for item in ours}
-    together = {item: item.path.name in TOGETHER for item in ours}
-    first = next((item for item in ours if needs[item] and not together[item]), None)
-    items.sort(key=lambda item: (item is not first, needs.get(item, False), not together.get(item, False)))
 
 
 def run(*command: str, expect: int = 0, timeout: float = 500) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ import runpy
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 from .wire import enter
 
@@ -29,12 +30,13 @@ def fork(
 ) -> BaseProcess:
     """Starts `python -m MODULE ARGUMENTS` in the checkout, and in a network namespace; what it prints is appended to
     the two files."""
-    # The server starts with the first process: it imports this checkout, wherever it is started.
-    os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "scripts")]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["scripts.tortures.harness.server"])
     made = context.Process(target=_run, args=(module, arguments, environment, str(output), str(errors), namespace))
-    made.start()
+    # The server starts with the first process: it imports this checkout, wherever it is started.
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    with patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=path):
+        made.start()
     return made
 
 

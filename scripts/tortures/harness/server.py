@@ -12,12 +12,15 @@ from configs.program.console import quiet_libraries
 
 quiet_libraries()
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import hydra._internal.core_plugins.basic_launcher  # noqa: F401
+import deepspeed
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.runtime.superoffload.superoffload_stage3
+import deepspeed.runtime.zero.muon.muon_optimizer
 import peft  # noqa: F401
 import setuptools  # noqa: F401
 import torch.utils.cpp_extension  # noqa: F401
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+from hydra.core.plugins import Plugins
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import inference.generate
@@ -28,6 +31,10 @@ from data.template import ChatTokenizer
 from . import forked  # noqa: F401
 
 ChatTokenizer.load()
-get_checkpoint_conversion_mapping("mixtral")  # transformers makes those of all models at the first call, and keeps them
+# What is made at the first call, and then kept: transformers' mappings of all models, Hydra's plugins, and which of
+# DeepSpeed's operators can be compiled, which it asks a compiler.
+get_checkpoint_conversion_mapping("mixtral")
+Plugins.instance()
+assert deepspeed.ops.__compatible_ops__
 gc.collect()
 gc.freeze()
