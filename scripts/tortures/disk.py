@@ -248,21 +248,21 @@ def silent(workplace: Workplace, phase: str, processes: int) -> dict[str, Any]:
     disk, last = workplace.scratch / "disk", last_checkpoint(stopped)
     of_rows = phase == "reading rows"
     with file_system(disk):
-        on_it = Path(shutil.copytree(rows if of_rows else stopped, disk / "on-it"))
-        run = workplace.copy(stopped, "beside-disk") if of_rows else on_it
-        settings |= {"dataset": str(on_it if of_rows else rows)}
+        shutil.copytree(rows if of_rows else stopped, disk, dirs_exist_ok=True)
+        run = workplace.copy(stopped, "beside-disk") if of_rows else disk
+        settings |= {"dataset": str(disk if of_rows else rows)}
         launch = workplace.launch(run, processes, **settings)
         launch.until(lambda: launch.position(0) is not None)
         read = launch.position(0)
         while launch.running and read and read()[1] not in SILENT[phase]:
             time.sleep(0.0005)
-        with silenced(on_it / "train" if of_rows else on_it):
+        with silenced(disk / "train" if of_rows else disk):
             took = _until(lambda: not launch.ranks())
             codes = launch.wait()
         require(took < BOUND, f"it was not over after {took:.1f} s:\n{launch.said()}")
         require(codes == [76] * processes, f"it ended with {codes}:\n{launch.said()}")
         launch.wait_for_none_left(MARGIN)
-        waited = rf"train: process \d has waited for a disk for {DISK_TIMEOUT:g} s \({re.escape(str(on_it))}.*"
+        waited = rf"train: process \d has waited for a disk for {DISK_TIMEOUT:g} s \({re.escape(str(disk))}.*"
         told = re.findall(rf"{waited} was last in (?:its start|step \d+) \({phase}\)", launch.said())
         require(len(told) == 1, f"it does not say so once:\n{launch.said()}")
         require(last_checkpoint(run) == check_newest(run) == last, "the last checkpoint is another one")
