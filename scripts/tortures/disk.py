@@ -6,10 +6,9 @@ checkpoint must be whole, and once there is space the same command must go on an
 to.
 
 A disk that hangs is a file system on a loop device. While a run on one or two processes writes to it, it is frozen by
-`fsfreeze`; while one looks for its checkpoint, reads that or the rows of a step, the kernel holds back all that the
-device gives. All processes must end with exit code 76, within `failures.disk_timeout` but for one that the kernel holds
-until the disk comes back, the line must name process and path within that time, and the same command must go on
-exactly. Needs the right to mount.
+`fsfreeze`; while one looks for its checkpoint, or reads that or its rows, the kernel holds back all that the device
+gives. All must end with exit code 76, within `failures.disk_timeout` but for one that the kernel holds until the disk
+comes back; a line must name process and path in that time, and the same command must go on. Needs the right to mount.
 
 A disk that is slow is the same file system on a loop device, to which the kernel writes a tenth of the bytes a second
 that checkpoints come with. Training must be at its last step before the first of them is on the disk. Two must never be
@@ -60,13 +59,16 @@ MARGIN = 15.0
 """Seconds on top, for a machine whose cores are busy."""
 BOUND = DISK_TIMEOUT + MARGIN
 HANGING = {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"}
-SILENT = {
+READING_ROWS = "hashing base and rows"
+SILENT: dict[str, set[str]] = {
     "finding the checkpoint": {"loading the base"},
     "resuming": {"restoring the checkpoint", "resuming"},
-    "reading rows": {"loading the base"},
+    READING_ROWS: set(),
 }
-"""Phases in which a disk is found to give nothing, each with those in which it begins to give nothing: what is read in
-the phase was not read since, or would be in memory."""
+"""Phases in which a disk is found to give nothing, each with those in which that begins: what was read since would be in
+memory. For rows it is before the launch: once all have been read, training finds them in memory."""
+MIDDLE = (1 << 17, 1 << 19)
+"""Begin and size of the bytes of rows that the kernel has to forget: what opening the file reads lies around them."""
 ROWS = 8000
 SLOWNESS = 10
 """How many times as many bytes come between two checkpoints as a slow disk takes meanwhile."""
@@ -240,23 +242,26 @@ def frozen(workplace: Workplace, *, after: int, processes: int = 2, **changed: s
 
 
 def silent(workplace: Workplace, phase: str, processes: int) -> dict[str, Any]:
-    """A run that was stopped goes on, and its disk, or that of its rows, gives nothing from a phase on."""
+    """A run that was stopped goes on, and its disk, or that of its rows, gives nothing when it is in a phase."""
     rows = many_rows(workplace)
     settings = SETTINGS | HANGING
     whole = workplace.reference(processes, **settings, dataset=str(rows))
     stopped = workplace.interrupted(f"stopped-for-silence-{processes}", 8, processes, **settings, dataset=str(rows))
-    disk, last = workplace.scratch / "disk", last_checkpoint(stopped)
-    of_rows = phase == "reading rows"
+    disk, last, of_rows = workplace.scratch / "disk", last_checkpoint(stopped), phase == READING_ROWS
     with file_system(disk):
         shutil.copytree(rows if of_rows else stopped, disk, dirs_exist_ok=True)
-        run = workplace.copy(stopped, "beside-disk") if of_rows else disk
+        subprocess.run(["sync", "--file-system", str(disk)], check=True)
+        run = workplace.copy(stopped, f"beside-disk-{processes}") if of_rows else disk
         settings |= {"dataset": str(disk if of_rows else rows)}
-        launch = workplace.launch(run, processes, **settings)
-        launch.until(lambda: launch.position(0) is not None)
-        read = launch.position(0)
-        while launch.running and read and read()[1] not in SILENT[phase]:
-            time.sleep(0.0005)
-        with silenced(disk / "train" if of_rows else disk):
+        with contextlib.ExitStack() as silence:
+            if of_rows:
+                silence.enter_context(silenced(disk / "train", *MIDDLE))
+            launch = workplace.launch(run, processes, **settings)
+            if not of_rows:
+                launch.until(lambda: launch.position(0) is not None)
+                read = launch.position(0) or (lambda: (0, ""))
+                launch.until(lambda: read()[1] in SILENT[phase])
+                silence.enter_context(silenced(disk))
             took = _until(lambda: not launch.ranks())
             codes = launch.wait()
         require(took < BOUND, f"it was not over after {took:.1f} s:\n{launch.said()}")
@@ -273,7 +278,7 @@ def silent(workplace: Workplace, phase: str, processes: int) -> dict[str, Any]:
 
 
 def many_rows(workplace: Workplace) -> Path:
-    """A dataset of so many rows that the processes have not mapped those of the next step by chance."""
+    """A dataset whose rows take more than what is read to open it."""
     rows = workplace.scratch / "many-rows"
     if not rows.exists():
         words = random.Random("rows")

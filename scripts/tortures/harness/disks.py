@@ -119,8 +119,9 @@ def why_not_silence() -> str | None:
 
 
 @contextlib.contextmanager
-def silenced(directory: Path) -> Iterator[None]:
-    """Within it, the device of the file system there gives nothing, and the kernel has forgotten what its files hold.
+def silenced(directory: Path, begin: int = 0, size: int = 0) -> Iterator[None]:
+    """Within it, the device of the file system there gives nothing, and the kernel has forgotten what its files hold,
+    from the byte `begin` on, to the end or for so many.
 
     But for pages that a process has mapped and read: those stay. Who waits for others can be killed.
     """
@@ -131,7 +132,7 @@ def silenced(directory: Path) -> Iterator[None]:
         with slowed(directory, GIVING) as limit:
             limit(1)
             for file in files:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_DONTNEED)
             yield
     finally:
         for file in files:

@@ -172,11 +172,15 @@ class Guardian:
                 self.work, self.worked = done, self.now
 
     def hear_trainer(self) -> None:
-        """Takes what the training process says."""
+        """Hears the training process, or that it has ended."""
         lines = self.trainer.receive()
         if lines is None:
             self.trainer_gone()
-            return
+        else:
+            self.take(lines)
+
+    def take(self, lines: list[dict[str, Any]]) -> None:
+        """Takes what the training process says."""
         self.trainer_heard = self.now
         for line in lines:
             self.leaving |= "leaving" in line
