@@ -65,10 +65,10 @@ SILENT: dict[str, set[str]] = {
     "resuming": {"restoring the checkpoint", "resuming"},
     READING_ROWS: set(),
 }
-"""Phases in which a disk is found to give nothing, each with those in which that begins: what was read since would be in
-memory. For rows it is before the launch: once all have been read, training finds them in memory."""
+"""Phases for which a disk gives nothing, each with those in which that begins: what was read since would be in memory.
+For rows it is before the launch: once all have been read, training finds them in memory."""
 MIDDLE = (1 << 17, 1 << 19)
-"""Begin and size of the bytes of rows that the kernel has to forget: what opening the file reads lies around them."""
+"""Begin and size of the bytes of rows that the kernel has to forget."""
 ROWS = 8000
 SLOWNESS = 10
 """How many times as many bytes come between two checkpoints as a slow disk takes meanwhile."""
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             print(f"Without the trials of a disk that gives nothing: {reason}")
         else:
             trials += [
-                (f"silent in {phase}, {count} process{'es' * (count - 1)}", partial(silent, workplace, phase, count))
+                (f"silent for {phase}, {count} process{'es' * (count - 1)}", partial(silent, workplace, phase, count))
                 for phase in SILENT
                 for count in (1, 2)
             ]
@@ -268,13 +268,14 @@ def silent(workplace: Workplace, phase: str, processes: int) -> dict[str, Any]:
         require(codes == [76] * processes, f"it ended with {codes}:\n{launch.said()}")
         launch.wait_for_none_left(MARGIN)
         waited = rf"train: process \d has waited for a disk for {DISK_TIMEOUT:g} s \({re.escape(str(disk))}.*"
-        told = re.findall(rf"{waited} was last in (?:its start|step \d+) \({phase}\)", launch.said())
-        require(len(told) == 1, f"it does not say so once:\n{launch.said()}")
+        told = re.findall(rf"{waited} was last in its start \((.*?)\)", launch.said())
+        expected = {"looking for mistakes", READING_ROWS} if of_rows else SILENT.keys() - {READING_ROWS}
+        require(len(told) == 1 and told[0] in expected, f"it does not say so once:\n{launch.said()}")
         require(last_checkpoint(run) == check_newest(run) == last, "the last checkpoint is another one")
         resumed = goes_on(workplace, run, whole, last, processes, **settings)
     if of_rows:
         shutil.rmtree(run)
-    return {"stopped_after": last, "resumed_after": resumed, "over_after_seconds": took}
+    return {"stopped_after": last, "resumed_after": resumed, "over_after_seconds": took, "phase": told[0]}
 
 
 def many_rows(workplace: Workplace) -> Path:
