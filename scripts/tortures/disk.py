@@ -68,7 +68,7 @@ SILENT: dict[str, set[str]] = {
 """Phases for which a disk gives nothing, each with those in which that begins: what was read since would be in memory.
 For rows it is before the launch: once all have been read, training finds them in memory."""
 MIDDLE = (1 << 17, 1 << 19)
-"""Begin and size of the bytes of rows that the kernel has to forget."""
+"""Begin and size of the bytes that the kernel has to forget of `ROWS` rows."""
 ROWS = 8000
 SLOWNESS = 10
 """How many times as many bytes come between two checkpoints as a slow disk takes meanwhile."""
@@ -273,8 +273,6 @@ def silent(workplace: Workplace, phase: str, processes: int) -> dict[str, Any]:
         require(len(told) == 1 and told[0] in expected, f"it does not say so once:\n{launch.said()}")
         require(last_checkpoint(run) == check_newest(run) == last, "the last checkpoint is another one")
         resumed = goes_on(workplace, run, whole, last, processes, **settings)
-    if of_rows:
-        shutil.rmtree(run)
     return {"stopped_after": last, "resumed_after": resumed, "over_after_seconds": took, "phase": told[0]}
 
 
