@@ -80,6 +80,8 @@ def run(config: TrainConfig) -> None:
         signals.tell(guard.leaving)
         meeting = Meeting(rank, seconds=config.failures.start_timeout)  # kept: process 0's is where torch's join
         meeting.join(guard)
+    else:
+        guard.join(None)
     with reporting_errors(guard, config, rank):
         dataset, inputs, expected = prepare(config, guard, rank, count)
         guard.start("joining the others")

@@ -85,8 +85,9 @@ class PackedTable:
         return int(self._table.num_rows)
 
     def __getitem__(self, index: int) -> PackedRow:
-        row = self._table.slice(index, 1).to_pylist()[0]
-        return PackedRow(**row)
+        # Copied by Arrow, which waits for the disk without Python's lock.
+        row = self._table.slice(index, 1).take([0])
+        return PackedRow(**row.to_pylist()[0])
 
     def lengths(self) -> np.ndarray:
         """[rows] int64: the tokens of each row."""

@@ -107,10 +107,11 @@ stop() { # one training process is enough: they agree among themselves
 training="-u -[m] train .*$(printf %s "$run_dir" | sed 's/[][\.*^$+?(){}|]/\\&/g')( |\$)"
 # A node whose network is gone says nothing, and ssh would wait for it for ever.
 export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=15 -oServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
-# What `deepspeed` starts is a pdsh of ours, which notes that it has come to its end.
+# What `deepspeed` starts is a pdsh of ours, which notes that it has come to its end, whatever that is.
 beside="$(mktemp -d)"
 trap 'rm -rf "$beside"' EXIT
-printf '#!/usr/bin/env bash\n%q "$@" || exit\ntouch %q\n' "$(command -v pdsh)" "$beside/ended" >"$beside/pdsh"
+printf '#!/usr/bin/env bash\ncode=0\n%q "$@" || code=$?\ntouch %q\nexit "$code"\n' \
+    "$(command -v pdsh)" "$beside/ended" >"$beside/pdsh"
 chmod +x "$beside/pdsh"
 
 has_ended() {
@@ -121,4 +122,12 @@ has_ended() {
 
 code=0
 supervise stop has_ended env PATH="$beside:$PATH" "${command[@]}" || code=$?
+case "$code" in
+129 | 130 | 143) # from the nodes, where a second signal ended the run; or `deepspeed` alone got one, and died of it
+    if ! has_ended; then
+        echo "$me: DeepSpeed's launcher ended before the processes that it started; launch the run again" >&2
+        code=76
+    fi
+    ;;
+esac
 exit "$code"

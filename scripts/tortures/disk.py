@@ -5,9 +5,10 @@ and so within the first and within the result. The run must end with exit code 2
 checkpoint must be whole, and once there is space the same command must go on and end as the run that nothing happened
 to.
 
-A disk that hangs is a file system on a loop device, frozen by `fsfreeze` while a run on two processes writes to it:
-both must end with exit code 76, within `failures.disk_timeout` but for the one that the kernel holds until the disk
-comes back, and the line must name process and path. Needs the right to mount.
+A disk that hangs is a file system on a loop device. While a run on one or two processes writes to it, it is frozen by
+`fsfreeze`; while one looks for its checkpoint, or reads that or its rows, the kernel holds back all that the device
+gives. All must end with exit code 76, within `failures.disk_timeout` but for one that the kernel holds until the disk
+comes back; a line must name process and path in that time, and the same command must go on. Needs the right to mount.
 
 A disk that is slow is the same file system on a loop device, to which the kernel writes a tenth of the bytes a second
 that checkpoints come with. Training must be at its last step before the first of them is on the disk. Two must never be
@@ -17,6 +18,9 @@ save and go on.
 
 import argparse
 import contextlib
+import json
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,9 +39,11 @@ from .harness.disks import (
     freezing,
     mount,
     mounted,
+    silenced,
     slowed,
     why_not,
     why_not_freeze,
+    why_not_silence,
     why_not_slow,
 )
 from .harness.launch import Launch
@@ -51,6 +57,19 @@ SETTINGS = {"keep_last": "1", "save_every": "6"}
 DISK_TIMEOUT = 5.0
 MARGIN = 15.0
 """Seconds on top, for a machine whose cores are busy."""
+BOUND = DISK_TIMEOUT + MARGIN
+HANGING = {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"}
+READING_ROWS = "hashing base and rows"
+SILENT: dict[str, set[str]] = {
+    "finding the checkpoint": {"loading the base"},
+    "resuming": {"restoring the checkpoint", "resuming"},
+    READING_ROWS: set(),
+}
+"""Phases for which a disk gives nothing, each with those in which that begins: what was read since would be in memory.
+For rows it is before the launch: once all have been read, training finds them in memory."""
+MIDDLE = (1 << 17, 1 << 19)
+"""Begin and size of the bytes that the kernel has to forget of `ROWS` rows."""
+ROWS = 8000
 SLOWNESS = 10
 """How many times as many bytes come between two checkpoints as a slow disk takes meanwhile."""
 LATER = 1.0
@@ -91,6 +110,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 (f"frozen after checkpoint {number}", partial(frozen, workplace, after=6 * number))
                 for number in range(3)
             ]
+            trials += [("frozen after checkpoint 1, one process", partial(frozen, workplace, after=6, processes=1))]
+        if reason := why_not_silence():
+            print(f"Without the trials of a disk that gives nothing: {reason}")
+        else:
+            trials += [
+                (f"silent for {phase}, {count} process{'es' * (count - 1)}", partial(silent, workplace, phase, count))
+                for phase in SILENT
+                for count in (1, 2)
+            ]
         if reason := why_not_slow():
             print(f"Without the trials of a slow disk: {reason}")
         else:
@@ -98,7 +126,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 ("slow", partial(slow, workplace)),
                 ("slow, and the run is asked to stop", partial(slow, workplace, stops=True)),
             ]
-        figures = report("Disk full, read-only, frozen or slow", attempts(options, trials), options.seed)
+        figures = report("Disk full, read-only, hanging or slow", attempts(options, trials), options.seed)
         figures |= {"checkpoint_bytes": size * PAGE, "result_bytes": result * PAGE}
         workplace.keep = bool(figures["failed"])
     return figures
@@ -188,34 +216,85 @@ def read_only_during(workplace: Workplace, whole: Path) -> dict[str, Any]:
     return {"stopped_after": stopped, "resumed_after": resumed, "said": _short(sentence, run)}
 
 
-def frozen(workplace: Workplace, *, after: int, **changed: str) -> dict[str, Any]:
-    """The disk of a run on two processes hangs once the checkpoint of step `after` is there, and comes back later."""
-    settings = SETTINGS | {"failures.disk_timeout": f"{DISK_TIMEOUT:g}"} | changed
-    whole = workplace.reference(2, **settings)
+def frozen(workplace: Workplace, *, after: int, processes: int = 2, **changed: str) -> dict[str, Any]:
+    """The disk of a run hangs once the checkpoint of step `after` is there, and comes back later."""
+    settings = SETTINGS | HANGING | changed
+    whole = workplace.reference(processes, **settings)
     run = workplace.scratch / "disk"
-    bound = DISK_TIMEOUT + MARGIN
+    told = f"train: process 0 has waited for a disk for {DISK_TIMEOUT:g} s ({run}"
     with file_system(run):
-        launch = workplace.launch(run, 2, **settings)
+        launch = workplace.launch(run, processes, **settings)
         launch.until(lambda: launch.has_begun and last_checkpoint(run) >= after)
-        with freezing(run, at_most=2 * bound):
-            began = time.monotonic()
-            while 1 in launch.ranks() and time.monotonic() - began < bound:
-                time.sleep(0.05)
-            took = time.monotonic() - began
+        with freezing(run, at_most=2 * BOUND):
+            took = _until(lambda: told in launch.said() and not launch.ranks().keys() - {0})
         codes = launch.wait()
-        require(took < bound, f"process 1 lived for {took:.1f} s:\n{launch.said()}")
-        require(codes == [76, 76], f"it ended with {codes}:\n{launch.said()}")
-        told = f"train: process 0 has waited for a disk for {DISK_TIMEOUT:g} s ({run}"
-        require(told in launch.said(), f"it does not say so:\n{launch.said()}")
+        require(took < BOUND, f"it was not over after {took:.1f} s:\n{launch.said()}")
+        require(codes == [76] * processes, f"it ended with {codes}:\n{launch.said()}")
         launch.wait_for_none_left(MARGIN)
         last = last_checkpoint(run)
         require(last >= after and (not last or check_newest(run) == last), "the last checkpoint is another one")
         stopped = last_step(run)
-        resumed = workplace.finish(run, 2, **settings).resumed_step
+        resumed = workplace.finish(run, processes, **settings).resumed_step
         require(resumed == last, f"it went on after step {resumed}, not {last}")
         difference = first_difference(run, whole)
         require(not difference, str(difference))
-    return {"stopped_after": stopped, "resumed_after": resumed, "other_ended_after_seconds": took}
+    return {"stopped_after": stopped, "resumed_after": resumed, "over_after_seconds": took}
+
+
+def silent(workplace: Workplace, phase: str, processes: int) -> dict[str, Any]:
+    """A run that was stopped goes on, and its disk, or that of its rows, gives nothing when it is in a phase."""
+    rows = many_rows(workplace)
+    settings = SETTINGS | HANGING
+    whole = workplace.reference(processes, **settings, dataset=str(rows))
+    stopped = workplace.interrupted(f"stopped-for-silence-{processes}", 8, processes, **settings, dataset=str(rows))
+    disk, last, of_rows = workplace.scratch / "disk", last_checkpoint(stopped), phase == READING_ROWS
+    with file_system(disk):
+        shutil.copytree(rows if of_rows else stopped, disk, dirs_exist_ok=True)
+        subprocess.run(["sync", "--file-system", str(disk)], check=True)
+        run = workplace.copy(stopped, f"beside-disk-{processes}") if of_rows else disk
+        settings |= {"dataset": str(disk if of_rows else rows)}
+        with contextlib.ExitStack() as silence:
+            if of_rows:
+                silence.enter_context(silenced(disk / "train", *MIDDLE))
+            launch = workplace.launch(run, processes, **settings)
+            if not of_rows:
+                launch.until(lambda: launch.position(0) is not None)
+                read = launch.position(0) or (lambda: (0, ""))
+                launch.until(lambda: read()[1] in SILENT[phase])
+                silence.enter_context(silenced(disk))
+            took = _until(lambda: not launch.ranks())
+            codes = launch.wait()
+        require(took < BOUND, f"it was not over after {took:.1f} s:\n{launch.said()}")
+        require(codes == [76] * processes, f"it ended with {codes}:\n{launch.said()}")
+        launch.wait_for_none_left(MARGIN)
+        waited = rf"train: process \d has waited for a disk for {DISK_TIMEOUT:g} s \({re.escape(str(disk))}.*"
+        told = re.findall(rf"{waited} was last in its start \((.*?)\)", launch.said())
+        expected = {"looking for mistakes", READING_ROWS} if of_rows else SILENT.keys() - {READING_ROWS}
+        require(len(told) == 1 and told[0] in expected, f"it does not say so once:\n{launch.said()}")
+        require(last_checkpoint(run) == check_newest(run) == last, "the last checkpoint is another one")
+        resumed = goes_on(workplace, run, whole, last, processes, **settings)
+    return {"stopped_after": last, "resumed_after": resumed, "over_after_seconds": took, "phase": told[0]}
+
+
+def many_rows(workplace: Workplace) -> Path:
+    """A dataset whose rows take more than what is read to open it."""
+    rows = workplace.scratch / "many-rows"
+    if not rows.exists():
+        words = random.Random("rows")
+        messages = [[" ".join(str(words.randrange(10)) for _ in range(24)) for _ in range(2)] for _ in range(ROWS)]
+        lines = [json.dumps({"instruction": asked, "output": answer}) for asked, answer in messages]
+        file = workplace.scratch / "many-rows.jsonl"
+        file.write_text("\n".join(lines) + "\n")
+        workplace.prepare_rows(f"files=[{file}]", rows)
+    return rows
+
+
+def _until(condition: Callable[[], bool]) -> float:
+    """The seconds until a condition holds, and `BOUND` at most."""
+    began = time.monotonic()
+    while not condition() and time.monotonic() - began < BOUND:
+        time.sleep(0.05)
+    return time.monotonic() - began
 
 
 def slow(workplace: Workplace, *, stops: bool = False) -> dict[str, Any]:
@@ -267,9 +346,9 @@ def refused(launch: Launch) -> str:
     return sentences[0]
 
 
-def goes_on(workplace: Workplace, run: Path, whole: Path, after: int, **changed: str) -> int:
+def goes_on(workplace: Workplace, run: Path, whole: Path, after: int, processes: int = 1, **changed: str) -> int:
     """The same command again, to the end; the step after which it resumed."""
-    launch = workplace.finish(run, 1, **SETTINGS | changed)
+    launch = workplace.finish(run, processes, **SETTINGS | changed)
     require(launch.resumed_step == after, f"it went on after step {launch.resumed_step}, not {after}")
     difference = first_difference(run, whole)
     require(not difference, str(difference))

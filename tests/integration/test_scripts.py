@@ -68,6 +68,7 @@ def test_gpu_runs_every_part_at_small_sizes(tmp_path: Path) -> None:
         ("damage", ("--flips", "2", "--only", "newest two|^all$")),
         ("disk", ("--offsets", "0", "--only", "result")),
         ("kill", ("--points", "4", "--processes", "1")),
+        ("long", ("--steps", "20", "--every", "10", "--windows", "4", "--growth", "9")),
         ("network", ("--only", "silence of 5")),
         ("peers", ("--only", "SIGKILL to . of 2 in backward")),
         ("planted", ("--only", "a careless program|a recipe with a tag")),

@@ -272,6 +272,25 @@ def test_an_answer_of_0_is_not_believed_if_the_processes_have_not_said_so(stand_
     assert script == "per_node.sh" or "pkill -TERM" in notes(stand_ins, "ssh")[-1]
 
 
+@pytest.mark.parametrize(
+    ("how", "expect"), [("kill -TERM $$", 76), ("kill -HUP $$", 76), ("pdsh", 143), ("exit 1", 1)], ids=str
+)
+def test_hostfile_tells_a_signal_to_deepspeed_alone_from_the_processes_own_answer(
+    stand_ins: Path, how: str, expect: int
+) -> None:
+    """Both are 128 and a number; only in the first case do processes still run."""
+    (stand_ins / "nodes").write_text("node-0 slots=8\n")
+    for name, script in {
+        "ssh": 'echo "$@" >>"$NOTES/ssh"',
+        "pdsh": "exit 143",
+        "deepspeed": f"{how}; exit",
+    }.items():
+        (stand_ins / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    done = launch(stand_ins, "hostfile.sh", "nodes", "run_dir=r", expect=expect)
+    assert ("DeepSpeed's launcher ended before the processes that it started" in done.stderr) == (expect == 76)
+    assert ("pkill -TERM" in notes(stand_ins, "ssh")[-1]) == (expect == 76)
+
+
 def test_hostfile_does_not_take_an_unreachable_node_for_one_where_nothing_runs(stand_ins: Path) -> None:
     (stand_ins / "nodes").write_text("node-0 slots=8\n")
     for name, script in {

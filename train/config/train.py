@@ -58,8 +58,8 @@ class FailureConfig:
     """Seconds after which the run ends if all processes live and none gets on. Until the first step, whoever reads or
     writes gets on: a base may take as long to load or download as it needs."""
     disk_timeout: float = 1800.0
-    """Seconds after which a run of several processes ends if a disk is waited for and nothing was read or written. Each
-    file that is saved has to reach the disk within this time."""
+    """Seconds after which the run ends if a disk is waited for and nothing was read or written. Each file that is saved
+    has to reach the disk within this time."""
     refused_in_a_row: int = 10
     """The run stops after so many updates in a row whose loss or gradient was not finite."""
     spike: float = 3.0

@@ -11,7 +11,8 @@ A collective waits for its peers, for ever or until a timeout that names nobody.
 
 The first failure is the verdict for all: a process died; it left with an error (`leaving`); nothing was heard of it for
 `peer_timeout` (it is stopped, or its machine or the network is gone); no process made progress for `stall_timeout`
-(until the first step, none read or wrote anything); or a disk gave one of them nothing for `disk_timeout`.
+(until the first step, none read or wrote anything); or a disk gave one of them nothing for `disk_timeout`. Of these the
+last two can also end a run of one process, for which nobody waits: who stops it may let it go on.
 The processes then print one line for each launcher and end, with `EXIT_PEER_LOST` or, if a process left by itself, with
 its exit code, so that whoever launches again knows whether that helps. A process that does not end by itself is killed,
 even if it is stopped. A guardian that dies ends the run too, because nobody would notice the next failure.
@@ -40,6 +41,7 @@ from train.failures.guardian.channel import (
     PAGE_BYTES,
     PAUSE,
     POSITION,
+    REMEDY,
     START,
     THREADS,
     Channel,
@@ -48,8 +50,6 @@ from train.failures.guardian.channel import (
 
 EXIT_PEER_LOST = 76
 """The exit code of a process that ends because another one was lost: launch the run again."""
-
-REMEDY = "launch it again with the same run_dir: it goes on from its last checkpoint"
 
 _SPARED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 """Signals that launchers and terminals send to whole process groups. A guardian outlives them, to see what its process
@@ -69,7 +69,7 @@ Address = tuple[int, str]
 
 
 class Guard:
-    """This process's part in the guard. In a run of one process there is no other to watch, and it does nothing."""
+    """This process's part in the guard."""
 
     def __init__(
         self,
@@ -131,19 +131,18 @@ class Guard:
         """Starts the guardian and waits until those of all processes have found each other; collective.
 
         Args:
-            address: what `listen` returned on process 0.
+            address: what `listen` returned on process 0; None in a run of one process, which waits for nobody.
             host: process 0's address; by default the launcher's MASTER_ADDR.
             within: the most seconds that this process waits; by default as long as the guardians do.
 
         Raises:
             UserError: process 0's guardian can't be reached.
         """
-        if self._count == 1:
-            return
-        assert address is not None
-        port, token = address
+        port, token = address or (0, "")
         if self._listener is not None:
             connection = self._listener
+        elif self._count == 1:
+            connection = socket.socket()
         else:
             host = host or os.environ["MASTER_ADDR"]
             try:
@@ -186,7 +185,8 @@ class Guard:
         )
         self.guardian = guardian  # whoever sees it may send
         threading.Thread(target=self._watch, args=(guardian,), name="guard", daemon=True).start()
-        self._ready.wait(within)
+        if self._count > 1:
+            self._ready.wait(within)
 
     def refuse(self, address: Address | None, reason: str, code: int, *, within: float) -> None:
         """`join` for a process that has an end of its own already: the others learn of it when they come."""
@@ -229,12 +229,15 @@ class Guard:
             self._page[at : at + DISK.size] = before
 
     def leaving(self, reason: str, code: int, *, after: float = 0.0) -> None:
-        """Tells the others that this process ends by itself, and why; they end with the same exit code.
+        """Tells the others that this process ends by itself, and why; they end with the same exit code. Without others,
+        the guard has ended.
 
         It waits `after` seconds before that: if all processes meet the same error, they all call this within the wait,
         and none ends because of another.
         """
-        if self.guardian is not None:
+        if self._count == 1:
+            self.done()
+        elif self.guardian is not None:
             self._leaving = True
             self._channel.send(leaving=True)  # before the wait: another's verdict may come within it
             time.sleep(after)
@@ -256,7 +259,7 @@ class Guard:
         it returns a verdict (already printed, by one process for each launcher), the caller has `guardian.KILL_AFTER`
         seconds to end with `exit_code`. A death is known at once, a network that is gone after `peer_timeout`.
         """
-        if self.guardian is None:
+        if self.guardian is None or self._count == 1:
             return None
         with self._lock:
             self._asked = True
@@ -305,6 +308,7 @@ class Guard:
             ends = not self._asked and not self._leaving
         if speaks and not self._leaving:
             say("train", self._verdict)
+            self._channel.send(told=True)
         self._judged.set()
         self._ready.set()  # nobody is to be waited for
         if ends:

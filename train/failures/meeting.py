@@ -12,7 +12,8 @@ from torch._C._distributed_c10d import TCPStore
 from configs.program.entry import EXIT_USER_ERROR
 from configs.program.errors import UserError, say
 from configs.program.launch import local_rank
-from train.failures.guard import EXIT_PEER_LOST, REMEDY, Address, Guard
+from train.failures.guard import EXIT_PEER_LOST, Address, Guard
+from train.failures.guardian.channel import REMEDY
 
 NOTE = "guard"
 TELL_WITHIN = 300.0

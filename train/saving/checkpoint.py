@@ -23,14 +23,13 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import torch
 import xxhash
 from msgspec import Meta
-from safetensors import SafetensorError, safe_open
 
 from configs.program.errors import one_line
 from data.disk.files import discard, file_hash, publish, remove, sync
 from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json, shaped
 from data.disk.formats.regular import UnreadableError, read_regular
-from data.disk.tensor_file import TensorFile, read_header
+from data.disk.tensor_file import StoredTensor, TensorFile, read_header
 from train.history import History
 from train.saving.background import Background
 from train.saving.identity import Recorded
@@ -41,6 +40,9 @@ FORMAT = 1
 """The version of trainer.json; a file with another number was written by another version of this program."""
 STATE = ("master", "exp_avg", "exp_avg_sq")
 """What is stored of every trained parameter, in float32: its value and Adam's two moments, by torch's names."""
+
+BLOCK = 16 << 20
+"""Bytes that are read at once, so that a slow disk is seen to give something."""
 
 Shape = tuple[int, ...]
 Count = Annotated[int, Meta(ge=0)]
@@ -157,6 +159,7 @@ class Checkpoint:
             DamagedError: one of the two is missing, can't be read, or is not as it was written.
         """
         self.path = path
+        self._stored: dict[str, dict[str, StoredTensor]] = {}
         self._files = _unsealed(path / MANIFEST)
         self._check(TRAINER)
         try:
@@ -196,10 +199,7 @@ class Checkpoint:
             file = f"{kind}.safetensors"
             if file not in self._files:
                 raise DamagedError(f"{file} is missing")
-            try:
-                stored = {tensor.name: (tensor.dtype, tensor.shape) for tensor in read_header(self.path / file)}
-            except UnreadableError as error:
-                raise DamagedError(f"{file} can't be read: {error}") from error
+            stored = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors(kind).items()}
             for name, shape in shapes.items():
                 if name not in stored:
                     raise DamagedError(f"{file} lacks the tensor {name}")
@@ -227,11 +227,31 @@ class Checkpoint:
         Raises:
             DamagedError: it can't be read any more.
         """
+        stored = self._tensors(kind)[name]
+        tensor = torch.empty(stored.shape, dtype=torch.float32)
+        rest = tensor.flatten().view(torch.uint8).numpy().data
         try:
-            with safe_open(self.path / f"{kind}.safetensors", "pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise DamagedError(f"{kind}.safetensors can't be read: {one_line(error)}") from error
+            # Not mapped: who waits for a page of a disk that hangs may hold Python's lock, and do so later than here.
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(stored.begin)
+                while rest:
+                    read = file.readinto(rest[:BLOCK])
+                    if not read:
+                        raise DamagedError(f"{stored.file.name} is cut short")
+                    rest = rest[read:]
+        except OSError as error:
+            raise DamagedError(f"{stored.file.name} can't be read: {one_line(error)}") from error
+        return tensor
+
+    def _tensors(self, kind: str) -> dict[str, StoredTensor]:
+        """Where the tensors of a file lie, by name."""
+        if kind not in self._stored:
+            file = self.path / f"{kind}.safetensors"
+            try:
+                self._stored[kind] = {tensor.name: tensor for tensor in read_header(file)}
+            except UnreadableError as error:
+                raise DamagedError(f"{file.name} can't be read: {error}") from error
+        return self._stored[kind]
 
 
 def paths(run: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Disks that are small, frozen or slow: file systems in memory or in a file, and what the kernel can do to them.
+"""Disks that are small, hang or are slow: file systems in memory or in a file, and what the kernel can do to them.
 
 All of it needs the right to mount.
 """
@@ -15,7 +15,8 @@ from pathlib import Path
 ENOUGH = 64 << 20
 """Bytes that all runs here fit into."""
 THROTTLE = Path("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device")
-"""Where the kernel is told how many bytes a second a device may take (cgroup v1)."""
+GIVING = THROTTLE.with_name("blkio.throttle.read_bps_device")
+"""Where the kernel is told how many bytes a second a device may take, and give (cgroup v1)."""
 
 
 def why_not() -> str | None:
@@ -105,13 +106,47 @@ def why_not_slow() -> str | None:
             return f"{THROTTLE} can't be written ({error.strerror})"
 
 
+def why_not_silence() -> str | None:
+    """Why no file system can be kept from giving anything here, or None."""
+    if reason := why_not_freeze():
+        return reason
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            with file_system(Path(directory, "disk")), silenced(Path(directory, "disk")):
+                return None
+        except OSError as error:
+            return f"{GIVING} can't be written ({error.strerror})"
+
+
 @contextlib.contextmanager
-def slowed(directory: Path) -> Iterator[Callable[[float], None]]:
-    """Within it, what it gives says how many bytes a second the device of the file system there takes at most."""
+def silenced(directory: Path, begin: int = 0, size: int = 0) -> Iterator[None]:
+    """Within it, the device of the file system there gives nothing, and the kernel has forgotten what its files hold,
+    from the byte `begin` on, to the end or for so many.
+
+    But for pages that a process has mapped and read: those stay. Who waits for others can be killed.
+    """
+    files = [path.open("rb") for path in directory.rglob("*") if path.is_file()]
+    try:
+        for file in files:
+            os.fsync(file.fileno())  # what is not on the disk can't be forgotten
+        with slowed(directory, GIVING) as limit:
+            limit(1)
+            for file in files:
+                os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_DONTNEED)
+            yield
+    finally:
+        for file in files:
+            file.close()
+
+
+@contextlib.contextmanager
+def slowed(directory: Path, throttle: Path = THROTTLE) -> Iterator[Callable[[float], None]]:
+    """Within it, what it gives says how many bytes a second the device of the file system there takes at most; or, with
+    `GIVING`, gives."""
     device = directory.stat().st_dev
 
     def limit(rate: float) -> None:
-        THROTTLE.write_text(f"{os.major(device)}:{os.minor(device)} {rate:.0f}")
+        throttle.write_text(f"{os.major(device)}:{os.minor(device)} {rate:.0f}")
 
     try:
         yield limit

@@ -100,9 +100,11 @@ class Workplace:
             )
             _typed(sys.executable, "-c", program, str(self.base))
         if not self.rows.exists():
-            _typed(
-                sys.executable, "-m", "data", "data=sample", "seq_len=128", "eval_fraction=0.02", f"output={self.rows}"
-            )
+            self.prepare_rows("data=sample", self.rows)
+
+    def prepare_rows(self, source: str, output: Path) -> None:
+        """Prepares a dataset of a source, a setting of `python -m data`."""
+        _typed(sys.executable, "-m", "data", source, "seq_len=128", "eval_fraction=0.02", f"output={output}")
 
     def settings(self, run: Path, **changed: str) -> Settings:
         """The settings of a launch in the directory `run`; a point in a name is written as two underscores."""

@@ -23,8 +23,10 @@ def main() -> NoReturn:
         sys.exit()
     page = mmap.mmap(page_fd, PAGE_BYTES, access=mmap.ACCESS_READ)
     role: Callable[..., Guardian] = Hub if lines[0]["rank"] == 0 else Spoke
-    guardian = role(lines[0], trainer, page, socket.socket(fileno=socket_fd))
+    setup, *more = lines
+    guardian = role(setup, trainer, page, socket.socket(fileno=socket_fd))
     try:
+        guardian.take(more)
         guardian.run()
     finally:
         guardian.forget()

@@ -29,6 +29,8 @@ PAUSE = 5
 
 LONGEST_LINE = 1 << 16
 
+REMEDY = "launch it again with the same run_dir: it goes on from its last checkpoint"
+
 
 def beat_interval(peer_timeout: float) -> float:
     """Seconds between two signs of life."""

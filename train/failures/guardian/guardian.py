@@ -21,11 +21,12 @@ import os
 import select
 import selectors
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from train.failures.guardian.channel import DISK, PAUSE, POSITION, START, THREADS, Channel, beat_interval
+from train.failures.guardian.channel import DISK, PAUSE, POSITION, REMEDY, START, THREADS, Channel, beat_interval
 
 KILL_AFTER = 5.0
 """Seconds that a training process has to leave after the verdict; then it is killed."""
@@ -57,6 +58,13 @@ def progress(pid: int, thread: int) -> list[int]:
         grown += (int(after_name[field]) for field in (9, 11, 12))  # majflt, utime and stime of proc(5)
         grown += (int(line.split()[1]) for line in (task / "io").read_text().splitlines()[:2])
     return grown
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal or a debugger."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
 
 
 def bytes_moved(pid: int) -> int:
@@ -91,7 +99,7 @@ class Guardian:
         """`bytes_moved` of the process when it last did more than wait, in its start."""
         self.selector = selectors.DefaultSelector()
         self.selector.register(trainer.reading, selectors.EVENT_READ, self.hear_trainer)
-        self.now = self.trainer_heard = self.worked = time.monotonic()
+        self.now = self.trainer_heard = self.worked = self.forgave = time.monotonic()
 
     def run(self) -> NoReturn:
         """Watches until the run ends."""
@@ -115,7 +123,7 @@ class Guardian:
 
     def forgive(self, now: float) -> None:
         """Restarts every wait."""
-        self.trainer_heard = now
+        self.trainer_heard = self.forgave = now
         self.disk_waits.clear()
 
     def tick(self) -> None:
@@ -131,7 +139,7 @@ class Guardian:
         step, moves, since, phase = POSITION.unpack_from(self.page)
         return {
             "silent": self.now - self.trainer_heard,
-            "standing": self.now - (max(since, self.worked) if step == START else since),
+            "standing": self.now - max(since, self.forgave, self.worked if step == START else 0.0),
             "step": step,
             "moves": moves,
             "phase": phase.rstrip(b"\0").decode(errors="replace"),
@@ -164,11 +172,15 @@ class Guardian:
                 self.work, self.worked = done, self.now
 
     def hear_trainer(self) -> None:
-        """Takes what the training process says."""
+        """Hears the training process, or that it has ended."""
         lines = self.trainer.receive()
         if lines is None:
             self.trainer_gone()
-            return
+        else:
+            self.take(lines)
+
+    def take(self, lines: list[dict[str, Any]]) -> None:
+        """Takes what the training process says."""
         self.trainer_heard = self.now
         for line in lines:
             self.leaving |= "leaving" in line
@@ -197,15 +209,21 @@ class Guardian:
     def end_trainer(self, verdict: str, code: int | None, speaks: bool) -> None:
         """Gives the training process the verdict and time to leave, and kills it if it does not.
 
-        A process that leaves for a reason of its own has longer.
+        A process that leaves for a reason of its own has longer. One that can't even say the verdict, because it waits
+        for a disk with Python's lock held, say, has it said here.
         """
         self.trainer.send(verdict=verdict, code=code, speaks=speaks)
-        since, own = time.monotonic(), max(self.peer_timeout, LEAVE_WITHIN)
+        since, own, told = time.monotonic(), max(self.peer_timeout, LEAVE_WITHIN), False
         while self.trainer_lives() and time.monotonic() - since < (own if self.leaving else KILL_AFTER):
             time.sleep(0.02)
             if select.select([self.trainer.reading], [], [], 0)[0]:  # it may have met its error just now
-                self.leaving |= any("leaving" in line for line in self.trainer.receive() or [])
+                lines = self.trainer.receive() or []
+                self.leaving |= any("leaving" in line for line in lines)
+                told |= any("told" in line for line in lines)
         if self.trainer_lives():
+            if speaks and not told and not self.leaving:
+                with contextlib.suppress(OSError):
+                    print(f"train: {verdict}" + f"; {REMEDY}" * (code is None), file=sys.stderr, flush=True)
             with contextlib.suppress(ProcessLookupError):
                 if self.pidfd is not None:
                     signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)

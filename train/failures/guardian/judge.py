@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from train.failures.guardian.channel import PAUSE, START, Channel
-from train.failures.guardian.guardian import Guardian, duration, position
+from train.failures.guardian.guardian import Guardian, duration, is_stopped, position
 
 STRANGER_TIMEOUT = 10.0
 """Seconds after which a connection that has not introduced itself is dropped."""
@@ -75,6 +75,9 @@ class Hub(Guardian):
         self.started = self.now
         self.own = self.member(setup, None, None)
         self.members = {0: self.own}
+        if self.ready:  # it is a run of one process
+            listener.close()
+            return
         listener.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ, self.accept)
 
@@ -175,6 +178,8 @@ class Hub(Guardian):
                 self.linger()
 
     def tick(self) -> None:
+        if self.count == 1 and is_stopped(self.setup["pid"]):
+            self.forgive(self.now)
         self.report()
         for stranger, since in list(self.strangers.items()):
             if self.now - since > STRANGER_TIMEOUT:
@@ -192,6 +197,8 @@ class Hub(Guardian):
 
     def find_silence(self) -> None:
         """Looks for a process that gives no sign of life, or whose guardian gives none."""
+        if self.count == 1:  # nobody waits for it
+            return
         watched = [member for member in self.members.values() if not member.done]
         ages = {member.rank: self.now - member.heard + member.silent for member in watched}
         if max(ages.values(), default=0.0) <= self.peer_timeout:
@@ -217,7 +224,7 @@ class Hub(Guardian):
         ranks = sorted(member.rank for member in behind)
         who = f"{ranks_in_words(ranks)} come least far and {'is' if len(ranks) == 1 else 'are'}"
         if len(ranks) == self.count:
-            who = "every process is"
+            who = "every process is" if self.count > 1 else "process 0 is"
         self.conclude([], f"nothing has moved for {duration(self.stall_timeout)}: {who} in {behind[0].position}")
 
     def speakers(self, lost: list[Member]) -> set[int]:

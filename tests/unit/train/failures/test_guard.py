@@ -33,7 +33,8 @@ from train.failures.guard import Guard
 rank, count, options = json.loads(sys.argv[1])
 guard = Guard(rank, count, **options)
 print(json.dumps(guard.listen()), flush=True)
-guard.join(tuple(json.loads(sys.stdin.readline())))
+address = json.loads(sys.stdin.readline())
+guard.join(address and tuple(address))
 print(guard.guardian.pid, flush=True)
 moving = False
 
@@ -126,8 +127,9 @@ class Run:
         meetings = [trainer.answer() for trainer in self.trainers]
         for trainer in self.trainers[:-1]:
             trainer.tell(json.dumps(meetings[0]))
-        port, token = meetings[0]  # type: ignore[misc]
-        before_last((port, token))
+        if meetings[0] is not None:  # else there is one alone
+            port, token = meetings[0]  # type: ignore[misc]
+            before_last((port, token))
         self.trainers[-1].tell(json.dumps(meetings[0]))
         for trainer in self.trainers:
             pid = trainer.answer()
@@ -221,7 +223,7 @@ def test_pauses_shorter_than_the_bound_are_forgiven(start: Start) -> None:
 
 def test_a_machine_that_was_held_up_blames_nobody(start: Start) -> None:
     """As a suspended virtual machine: all processes and guardians stand still for longer than the bound."""
-    run = start(2, peer_timeout=5)
+    run = start(2, peer_timeout=5, stall_timeout=5)
     everything = [pid for trainer in run.trainers for pid in (trainer.process.pid, trainer.guardian)]
     for pid in everything:
         os.kill(pid, signal.SIGSTOP)
@@ -432,6 +434,20 @@ def test_a_disk_that_is_slow_ends_nothing(start: Start, tmp_path: Path) -> None:
         assert run.ends() == [(0, ""), (0, "")]
 
 
+def test_who_cannot_say_it_has_it_said(start: Start, tmp_path: Path) -> None:
+    """Process 0 speaks for its launcher, and waits for a disk with Python's lock held."""
+    run = start(2, disk_timeout=3)
+    run.trainers[0].do("globals().update(libc=__import__('ctypes').PyDLL(None))")
+    run.trainers[0].do(f"guard.at(7, 'saving') or globals().update(held=guard.disk({str(tmp_path)!r}))")
+    run.trainers[0].tell("held.__enter__() or libc.pause()")
+    ends = run.ends()
+    assert [code for code, _ in ends] == [KILLED, EXIT_PEER_LOST]
+    where = f"it was last in step 7 (saving) on {os.uname().nodename}"
+    said = f"train: process 0 has waited for a disk for 3 s ({tmp_path}); {where}; launch it again"
+    assert ends[0][1].startswith(said)
+    assert [stderr.count("\n") for _, stderr in ends] == [1, 0]
+
+
 def test_a_disk_that_hangs_while_nothing_else_can_run_is_named_too(start: Start, tmp_path: Path) -> None:
     """A page of a mapped file is waited for with Python's lock held: the process looks like a stopped one."""
     run = start(2, peer_timeout=3)
@@ -574,14 +590,46 @@ def test_a_port_that_cannot_be_reached_is_named() -> None:
         Guard(1, 2).join((port, "token"), "127.0.0.1")
 
 
-def test_one_process_needs_no_guard() -> None:
-    guard = Guard(0, 1)
-    guard.join(guard.listen())
-    guard.at(1, "forward")
-    assert guard.verdict_within(60) is None
-    guard.leaving("why not", 1)
-    guard.done()
-    assert guard.guardian is None
+@pytest.mark.parametrize("end", ["done()", "leaving('why not', 1, after=60)"])
+def test_one_process_alone_waits_for_nobody(start: Start, end: str) -> None:
+    run = start(1)
+    assert run.trainers[0].do("guard.verdict_within(60)") is None
+    run.trainers[0].do(f"guard.{end}")
+    assert run.trainers[0].do("guard.guardian") is None
+    run.trainers[0].tell("guard.done() or leave()")
+    assert run.ends() == [(0, "")]
+
+
+def test_one_process_alone_is_ended_by_a_disk_that_hangs(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    os.mkfifo(path)
+    run = start(1, disk_timeout=3)
+    run.trainers[0].do(f"guard.at(7, 'saving') or exec({READS!r}, globals())")
+    run.trainers[0].tell(f"read({str(path)!r})")
+    ((code, said),) = run.ends()
+    where = f"it was last in step 7 (saving) on {os.uname().nodename}"
+    assert code == EXIT_PEER_LOST
+    assert said.startswith(f"train: process 0 has waited for a disk for 3 s ({path}); {where}; launch it again")
+
+
+def test_one_process_alone_may_be_stopped_and_let_go_on_but_not_stall(start: Start, tmp_path: Path) -> None:
+    run = start(1, peer_timeout=2, stall_timeout=4, disk_timeout=4)
+    run.trainers[0].do(f"guard.at(7, 'forward') or globals().update(held=guard.disk({str(tmp_path)!r}))")
+    run.trainers[0].do("held.__enter__()")
+    run.trainers[0].kill(signal.SIGSTOP)
+    time.sleep(6)
+    run.trainers[0].kill(signal.SIGCONT)
+    run.trainers[0].do("held.__exit__(None, None, None)")
+    ((code, said),) = run.ends()
+    assert code == EXIT_PEER_LOST
+    where = f"process 0 is in step 7 (forward) on {os.uname().nodename}"
+    assert said.startswith(f"train: nothing has moved for 4 s: {where}; launch it again")
+
+
+def test_one_process_alone_that_is_killed_leaves_no_guardian(start: Start) -> None:
+    run = start(1)
+    run.trainers[0].kill(signal.SIGKILL)
+    assert run.ends() == [(KILLED, "")]
 
 
 def test_a_full_socket_takes_whole_lines_or_none() -> None:
@@ -625,7 +673,7 @@ def test_the_line_names_the_machine_of_the_process_that_was_lost() -> None:
     def conclude(lost: list[Member], verdict: str, code: int | None = None) -> None:
         said.append(verdict)
 
-    hub = types.SimpleNamespace(now=10.0, members=members, peer_timeout=5.0, interval=1.0, conclude=conclude)
+    hub = types.SimpleNamespace(now=10.0, count=3, members=members, peer_timeout=5.0, interval=1.0, conclude=conclude)
     Hub.find_silence(hub)  # type: ignore[arg-type]
     state = {"silent": 0.0, "standing": 0.0, "step": 3, "moves": 1, "phase": "forward", "disk": ""}
     Hub.hear(hub, members[1], state | {"died": True})  # type: ignore[arg-type]

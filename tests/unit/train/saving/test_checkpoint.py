@@ -1,6 +1,7 @@
 """One checkpoint on disk: complete or invisible, and whatever is not as it was written is noticed."""
 
 import json
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -52,6 +53,13 @@ def test_what_is_read_is_what_was_written(whole: Path) -> None:
     for name, of_parameter in state().items():
         assert all(torch.equal(found.read(name, kind), of_parameter[kind]) for kind in STATE)
     assert set(load_file(whole / "master.safetensors")) == set(SHAPES)  # as the library reads it
+    name = max(SHAPES, key=lambda name: math.prod(SHAPES[name]))
+    read, path = found.read(name, "master"), whole / "master.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(read, state()[name]["master"])  # read then, and not when it is needed
+    path.write_bytes(b"")
+    with pytest.raises(DamagedError, match=r"master\.safetensors is cut short"):
+        found.read(name, "master")
 
 
 def test_it_is_no_larger_than_what_it_holds(tmp_path: Path) -> None:
