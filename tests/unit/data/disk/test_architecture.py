@@ -224,7 +224,7 @@ def test_a_pipe_beside_the_weights_is_waited_for_by_nobody(base: Path) -> None:
     load(base)
     (base / "config.json").unlink()
     os.mkfifo(base / "config.json")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         load(base)
 
 

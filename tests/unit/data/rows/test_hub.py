@@ -501,7 +501,7 @@ def test_what_fits_no_directory_is_refused(refused: Callable[..., str], tmp_path
     (tmp_path / "rows" / "train.jsonl").write_bytes(lines("rows"))
     assert refused("dataset=rows", "revision=main").startswith("data: revision=main: ")
     assert "give files=[rows/train.jsonl]" in refused("dataset=rows/train.jsonl")
-    assert "there is no such directory, and it is no name on a hub" in refused("dataset=no/such/directory")
+    assert "there is no such directory, and it is not a name on a hub" in refused("dataset=no/such/directory")
 
 
 # Evaluation data and tokenizers
