@@ -11,7 +11,6 @@ from data.vocabulary import EMBEDDED
 
 AUTO = "auto"
 """The schema is found by looking at the rows."""
-SCHEMAS = tuple(ROW_FIELDS)
 SHAPELESS = ("task", "output", "workers", "rows", "conversations", "where", "train_rows")
 """Settings that do not change what a prepared dataset holds."""
 
@@ -29,24 +28,24 @@ class PrepareConfig:
     match, in the order of their names. Relative paths start at the working directory."""
     schema: str = AUTO
     """`instruction` (instruction, input, output), `sharegpt` (conversations: from, value), `messages` (messages: role,
-    content), or `auto`: the one that the first rows of a source speak for, also by other usual names such as prompt
-    and completion. The summary says what was found."""
+    content), or `auto`: the one that the first rows of a source fit, also by other usual names such as prompt and
+    completion. The summary says what was found."""
     limits: dict[str, int] = field(default_factory=dict)
-    """Rows to read of a source, from its beginning: `limits={rows.jsonl: 1000}`. A source is called as in `files` or
-    `dataset`; what is said of a pattern goes for each of its files, unless the file is named too."""
+    """Rows to read of a source, from its beginning: `limits={rows.jsonl: 1000}`. A source is named as in `files` or
+    `dataset`; a pattern's limit holds for each of its files, unless the file is named too."""
     weights: dict[str, float] = field(default_factory=dict)
-    """How often an epoch trains on each conversation of a source: 2 is twice, 0.5 a seeded half of them. Called as in
+    """How often an epoch trains on each conversation of a source: 2 is twice, 0.5 a seeded half of them. Named as in
     `limits`. What is held out is held out once."""
     columns: dict[str, str] = field(default_factory=dict)
-    """For a field of the schema, of a row or of a turn, that has another name in the rows, that name:
-    `columns={output: answer}`. What is read as one field is not read as another too."""
+    """Names that fields of the schema have in the rows, if they differ: `columns={output: answer}`, for fields of a row
+    and of a turn. What is read as one field is not read as another too."""
     roles: dict[str, str] = field(default_factory=dict)
-    """As whom speakers speak who aren't called by a usual name: `roles={customer: user, agent: assistant}`. Known are
-    system, user and assistant, their usual names such as human, gpt, chatgpt and model, in capitals or not."""
+    """The roles of speakers who don't have a usual name: `roles={customer: user, agent: assistant}`. Known are system,
+    user and assistant, and usual names such as human, gpt, chatgpt and model, in capitals or not."""
     repair: list[str] = field(default_factory=list)
-    """What may be done to turns that are out of order; without, such rows are rejected. `drop_last_user` drops what the
-    user says after the last reply, `drop_leading_assistant` a greeting before the first question, and `merge_same_role`
-    joins messages of one role in a row by a blank line. The manifest counts the rows by repair."""
+    """What may be done to turns that are out of order; by default such rows are rejected. `drop_last_user` drops what
+    the user says after the last reply, `drop_leading_assistant` a greeting before the first question, and
+    `merge_same_role` joins messages of one role in a row by a blank line. The manifest counts the rows by repair."""
     dataset: str | None = None
     """A dataset of a hub, such as `teknium/openhermes`, or a directory that is laid out as one, if `files` is empty.
     Parquet, Arrow, JSON, JSON Lines, CSV and TSV are read."""
@@ -66,7 +65,7 @@ class PrepareConfig:
     """What to do with a conversation that is longer than a row: `drop` rejects it; `truncate` drops its last turns and
     cuts the end of the last reply that is left; `split_turns` makes several conversations of its turns."""
     packing: bool = True
-    """Several conversations in a row, by best fit. Without, each has a row of its own, and training batches rows of
+    """Several conversations in a row, by best fit. With `false` each has a row of its own, and training batches rows of
     like length and pads them to the longest."""
     eval_fraction: float = 0.02
     """Share of the rows held out for evaluation, at least one if it is above 0."""
@@ -80,10 +79,10 @@ class PrepareConfig:
     max_reject_fraction: float = 0.1
     """Rejecting more than this share of the rows as unusable stops the run."""
     duplicates: str = "keep"
-    """What to do with a conversation that was there before: `keep`, `drop` if it is the same to the letter, or
-    `drop_near`, which drops also what is alike."""
+    """What to do with a conversation that was there before: `keep`, `drop` if it is exactly the same, or `drop_near`,
+    which also drops what is nearly the same."""
     near_threshold: float = 0.8
-    """From which estimated Jaccard similarity of their five-word sequences two conversations are alike."""
+    """Conversations are nearly the same if their five-word sequences have this estimated Jaccard similarity or more."""
     contamination: list[str] = field(default_factory=list)
     """Evaluation data to keep out of training: a row that shares thirteen words in a row with it is rejected, or as
     much in scripts without spaces. Files as `files` takes them, any JSON, or text; or tasks of the Open LLM
@@ -94,7 +93,7 @@ class PrepareConfig:
     rows: int = 3
     """Rows that `task=preview` prints, the first ones, and `task=report` shows, from all over the training split."""
     conversations: int = 0
-    """So many conversations are shown instead of whole rows; 0 for whole rows."""
+    """Shows this many conversations instead of whole rows; 0 for whole rows."""
     where: str | None = None
     """The row to show, by file and by line or item, as rejects.jsonl counts them: `where=rows.jsonl:17`."""
     train_rows: list[int] = field(default_factory=list)
@@ -103,7 +102,7 @@ class PrepareConfig:
     def check(self) -> None:
         """Raises `UserError` for values that can't be used, alone or together."""
         choice("task", self.task, "prepare", "preview", "report")
-        choice("schema", self.schema, AUTO, *SCHEMAS)
+        choice("schema", self.schema, AUTO, *ROW_FIELDS)
         choice("overlong", self.overlong, "drop", "truncate", "split_turns")
         choice("markers", self.markers, "reject", "keep")
         choice("unread", self.unread, "tell", "reject")
@@ -119,7 +118,7 @@ class PrepareConfig:
         wanted = "it is a similarity; give a number above 0, at most 1"
         between("near_threshold", self.near_threshold, ABOVE_0, 1, wanted)
         between("workers", self.workers, 0, 1024, "it is a number of processes; give 1 or more, or 0 for one a core")
-        between("conversations", self.conversations, 0, math.inf, "there can't be fewer than none; 0 is for whole rows")
+        between("conversations", self.conversations, 0, math.inf, "it can't be negative; give 0 for whole rows")
         if self.where is not None and self.train_rows:
             raise UserError(f"where={self.where}: train_rows are named too; keep one of the two")
         between("rows", self.rows, 1, math.inf, "there is nothing to show; give at least 1")
@@ -131,7 +130,7 @@ class PrepareConfig:
             )
         if self.files and self.dataset:
             raise UserError(f"dataset={self.dataset}: files are named too; keep one of the two")
-        schemas = SCHEMAS if self.schema == AUTO else (self.schema,)
+        schemas = tuple(ROW_FIELDS) if self.schema == AUTO else (self.schema,)
         known = dict.fromkeys(field for schema in schemas for field in fields_of(schema))
         for name in self.columns:
             if name not in known:
@@ -144,4 +143,4 @@ class PrepareConfig:
             for name, value in of_source.items():
                 least, most = (1, math.inf) if setting == "limits" else (0, 1000)
                 if not least <= value <= most:
-                    raise UserError(f"{setting}.{name}={value}: it can't be; give a number from {least} up")
+                    raise UserError(f"{setting}.{name}={value}: it is out of bounds; give a number from {least} up")

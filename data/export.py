@@ -86,7 +86,7 @@ def save(vocabulary: dict[str, int], directory: Path, base: Path | None) -> None
     See `ChatTokenizer.save`.
     """
     (directory / SENTENCEPIECE).write_bytes(sentencepiece_model(base))
-    # Not by the library's own `save`, whose error is no OSError if the disk is full.
+    # Not by the library's own `save`, whose error is not an OSError if the disk is full.
     (directory / "tokenizer.json").write_text(_stock(tuple(vocabulary.items())), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

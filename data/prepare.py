@@ -67,7 +67,8 @@ def prepare(config: PrepareConfig) -> None:
         dataset = temporary / "dataset"
         dataset.mkdir()
         with (dataset / REJECTS).open("w", encoding="utf-8") as rejects:
-            intake = take_in(sources, encoders, Intake(config, store, rejects))
+            intake = Intake(config, store, rejects)
+            take_in(sources, encoders, intake)
         refuse_too_many(intake, config.max_reject_fraction, dataset / REJECTS, output)
         refuse_unseen(intake, config.columns)
         index = store.index()
@@ -129,7 +130,7 @@ def is_prepared(output: Path, wanted: dict[str, Any]) -> bool:
 # Stages
 
 
-def take_in(sources: list[Source], encoders: Pool, intake: Intake) -> Intake:
+def take_in(sources: list[Source], encoders: Pool, intake: Intake) -> None:
     """Encodes every row of every source into the intake's store, or writes why not to its rejects."""
     with _progress() as progress:
         task = progress.add_task("Encoding conversations", total=None)
@@ -137,7 +138,6 @@ def take_in(sources: list[Source], encoders: Pool, intake: Intake) -> Intake:
             for rows in intake.read(source, encoders, is_last=number == len(sources)):
                 progress.update(task, completed=rows)
     assert intake.rows == intake.kept + sum(intake.rejected.values())
-    return intake
 
 
 def refuse_too_many(intake: Intake, allowed: float, rejects: Path, output: Path) -> None:
@@ -171,11 +171,11 @@ def refuse_unseen(intake: Intake, columns: dict[str, str]) -> None:
         if name in intake.unseen:
             others = sorted({other for source in intake.inputs for other in source["unread_fields"]})
             there = f" (not read are {', '.join(others[:SOME])})" if others else ""
-            raise UserError(f"columns.{field}={name}: no row has such a field{there}; correct the name, or take it off")
+            raise UserError(f"columns.{field}={name}: no row has such a field{there}; correct the name, or drop it")
 
 
 def choose(index: Index, repeats: dict[int, int], intake: Intake, config: PrepareConfig) -> dict[str, list[int]]:
-    """The conversations of each split, by their positions in `index`; what is trained on more than once, so often."""
+    """The conversations of each split, by their positions in `index`, as often as they are trained on."""
     held_out = choose_eval(np.unique(index.rows).tolist(), repeats, config.eval_fraction, config.seed)
     conversations = list(enumerate(index.rows.tolist()))
     return {
@@ -238,11 +238,11 @@ def summarize(manifest: dict[str, Any], output: Path) -> None:
     if repaired := manifest.get("repaired"):
         console.print(f"Repaired rows: {', '.join(f'{name} {n:,}' for name, n in repaired.items())}")
     if repeated := manifest.get("repeated"):
-        told = f"{repeated:,} of the kept rows repeat a conversation, which duplicates=drop leaves out"
+        repeating = f"{repeated:,} of the kept rows repeat a conversation, which duplicates=drop leaves out"
         sides = "; equal ones are all trained on or all held out" if manifest["eval"]["conversations"] else ""
-        console.print(told + sides, soft_wrap=True)
-    if told := unread_line(manifest["inputs"]):
-        console.print(told, soft_wrap=True)
+        console.print(repeating + sides, soft_wrap=True)
+    if unread := unread_line(manifest["inputs"]):
+        console.print(unread, soft_wrap=True)
     if (shortened := manifest["shortened"])["rows"]:
         console.print(
             f"{shortened['rows']:,} of the kept rows were longer than a row may be and lost "
@@ -261,15 +261,15 @@ def named(source: dict[str, Any]) -> str:
 
 def unread_line(inputs: list[dict[str, Any]]) -> str:
     """Which fields of which source were not read, and in how many rows; empty if there are none."""
-    told = []
+    sources = []
     for source in inputs:
         fields = [f"{field} {rows:,}×" for field, rows in source["unread_fields"].items()]
         if source["harmless_fields"]:
             fields.append(f"describing the rows {', '.join(source['harmless_fields'])}")
         if fields:
-            told.append(f"{named(source)}: {', '.join(fields)}")
-    more = f"; {len(told) - SOME} more sources in {MANIFEST}" if len(told) > SOME else ""
-    return f"Fields that were not read: {'; '.join(told[:SOME])}{more}" if told else ""
+            sources.append(f"{named(source)}: {', '.join(fields)}")
+    more = f"; {len(sources) - SOME} more sources in {MANIFEST}" if len(sources) > SOME else ""
+    return f"Fields that were not read: {'; '.join(sources[:SOME])}{more}" if sources else ""
 
 
 class RowsPerSecond(ProgressColumn):

@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def run(config: PrepareConfig) -> None:
-    """Does the task. Its module, which needs Arrow, is imported after the checks, so that mistakes are told at once."""
+    """Does the task. Its module, which needs Arrow, is imported after the checks, so that mistakes show at once."""
     config.check()
     module, function = FUNCTIONS[config.task]
     getattr(import_module(module), function)(config)

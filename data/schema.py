@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # imported where it is used: settings and the processes that 
 # The schemas of raw rows. A field stands in a row (`conversations`) or in each of its turns (`from`, `value`).
 
 KEY_FIELDS = {"messages": "messages", "sharegpt": "conversations", "instruction": "instruction"}
-"""Each schema and the field that speaks for it, in the order in which they are looked for."""
+"""Each schema and the field by which it is known, in the order in which they are looked for."""
 
 SYSTEMS = ("system_prompt", "system")
 """Fields beside the turns that hold a system message, the first that has one."""

@@ -122,7 +122,7 @@ class ChatTokenizer:
     def spell(self, ids: list[int]) -> str:
         """The text of ids, control tokens and surrounding space included: of `encode`'s ids what `render` gives.
 
-        Bytes that are no UTF-8, as those of a character that was cut, become U+FFFD.
+        Bytes that are not UTF-8, such as those of a character that was cut, become U+FFFD.
         """
         text = b""
         for index, token in enumerate(ids):

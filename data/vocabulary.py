@@ -126,9 +126,9 @@ def _read_sentencepiece(path: Path, named: str) -> dict[str, int]:
     try:
         model.ParseFromString(content)
     except Exception as error:  # protobuf's DecodeError lives in a different place in each of its implementations
-        raise UserError(f"{named}: its {path.name} is no SentencePiece model; {REMEDY}") from error
+        raise UserError(f"{named}: its {path.name} is not a SentencePiece model; {REMEDY}") from error
     if not all(isinstance(piece.piece, str) for piece in model.pieces):  # what is not UTF-8 comes as bytes
-        raise UserError(f"{named}: its {path.name} holds a piece that is no text; {REMEDY}")
+        raise UserError(f"{named}: its {path.name} holds a piece that is not text; {REMEDY}")
     return {piece.piece: index for index, piece in enumerate(model.pieces)}
 
 

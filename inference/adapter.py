@@ -27,6 +27,7 @@ from data.disk.adapter_directory import (
     TrainedOn,
     read_shapes,
     separate_experts,
+    trained_in,
 )
 from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
@@ -112,8 +113,7 @@ class Adapter:
     @property
     def trained_in(self) -> str:
         """The form in which training held the base, `bf16` or `nf4`."""
-        base: TrainedOn = self.receipt.get("base", {})
-        return base.get("weights", "bf16")
+        return trained_in(self.receipt.get("base", {}))
 
     def check_base(self, weights: StoredWeights) -> None:
         """Raises `UserError` if the receipt says that the adapter was trained on other weights."""
@@ -123,7 +123,7 @@ class Adapter:
                 f"{weights.named}: its fingerprint is {weights.fingerprint[:16]}…, and base.fingerprint in the "
                 f"adapter's {RECEIPT} is {trained_on[:16]}…: the adapter was trained on other weights, or on the same "
                 f"in another dtype or layout (the experts in one tensor, or apart); give those, or check_base=false to "
-                f"use these all the same"
+                f"use these anyway"
             )
 
     def check_numbers(self) -> None:
@@ -131,8 +131,8 @@ class Adapter:
         for key in sorted(self.keys):
             if not is_finite(self.tensor(key)):
                 raise UserError(
-                    f"adapter={self.directory}: its tensor {key} holds numbers that are not finite, as of a training "
-                    f"that diverged; give an earlier checkpoint, or train again"
+                    f"adapter={self.directory}: its tensor {key} holds numbers that are not finite, as after a "
+                    f"training that diverged; give an earlier checkpoint, or train again"
                 )
 
     def check_foldable(self) -> None:
@@ -241,5 +241,5 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise UserError(f"adapter={directory}: it is a whole model; give it as base={directory}, without an adapter")
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
-            raise UserError(f"adapter={directory}: it is no adapter directory, {name} is missing; {remedy}{of_hub}")
+            raise UserError(f"adapter={directory}: it is not an adapter directory, {name} is missing; {remedy}{of_hub}")
     return adapter_directory.read_settings(directory, f"adapter={directory}")

@@ -197,17 +197,17 @@ class InferenceConfig:
         if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(
                 f"temperature={self.temperature}: it can't be negative, or smaller than {SMALLEST_TEMPERATURE}; give 0 "
-                f"for greedy, or such as 0.7"
+                f"for greedy, or for example 0.7"
             )
         between("top_p", self.top_p, ABOVE_0, 1, "it is a probability; give a number above 0, at most 1")
-        between("top_k", self.top_k, 0, math.inf, "it can't be negative; give 0 for all tokens, or such as 50")
+        between("top_k", self.top_k, 0, math.inf, "it can't be negative; give 0 for all tokens, or for example 50")
         share("min_p", self.min_p)
         positive("repetition_penalty", self.repetition_penalty, "1.1")
         for name, value, everything in (("top_p", self.top_p, 1), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0)):
             if self.temperature == 0 and value != everything:
                 raise UserError(
-                    f"{name}={value}: temperature=0 takes the likeliest token whatever it is; give such as "
-                    f"temperature=0.7 with it, or leave it out"
+                    f"{name}={value}: temperature=0 takes the likeliest token whatever it is; give for "
+                    f"example temperature=0.7 with it, or leave it out"
                 )
         between("seed", self.seed, 0, 2**32 - 1, f"it must be from 0 to {2**32 - 1}; give for example 0")
         for text in self.stop:
@@ -220,6 +220,6 @@ class InferenceConfig:
 
 
 def check_utf8(name: str, text: str) -> None:
-    """Raises `UserError` if a text that the shell handed over holds bytes that are no UTF-8."""
+    """Raises `UserError` if a text that the shell handed over holds bytes that are not UTF-8."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name}={text!r}: it is not UTF-8 text; check the terminal's encoding")

@@ -1,7 +1,7 @@
 """A base in four bits and an adapter beside it: rounding to four bits would lose what the adapter adds.
 
 Attention and experts hold NF4, and add the adapter's products in every forward. What the base keeps in 16 bits takes
-its part of the adapter in, as ever.
+its part of the adapter in, as in 16 bits.
 """
 
 from collections.abc import Iterator
@@ -84,20 +84,20 @@ class AdaptedExperts(MixtralExperts):
         return product if added is None else product + added(x)
 
 
-def layout(model: MixtralForCausalLM, room: list[int], *, in_turn: bool) -> dict[str, int] | None:
+def layout(model: MixtralForCausalLM, allowed: list[int], *, in_turn: bool) -> dict[str, int] | None:
     """Which GPU holds which part of a model, by the parts' names; None if they have no room for it.
 
     Layers stay whole, so that only the residual stream goes from one GPU to the next.
 
     Args:
         model: in four bits, on the meta device.
-        room: bytes of each GPU that weights may take.
+        allowed: bytes of each GPU that weights may take.
         in_turn: whether one GPU after the other is filled; else each has as much as the others.
     """
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    memory, whole = dict(enumerate(room)), ["MixtralDecoderLayer"]
+    memory, whole = dict(enumerate(allowed)), ["MixtralDecoderLayer"]
     if not in_turn:
         memory = get_balanced_memory(model, dict(memory), no_split_module_classes=whole)
     found: dict[str, int] = infer_auto_device_map(model, memory, no_split_module_classes=whole)

@@ -120,7 +120,7 @@ def find_base(config: InferenceConfig) -> Base:
     """The base that the configuration names, or else the adapter.
 
     Raises:
-        UserError: nothing names one, it is no Mixtral, or a quantised one.
+        UserError: nothing names one, it is not a Mixtral, or a quantised one.
     """
     adapter = adapter_directory(config)
     settings = {} if adapter is None else read_settings(adapter)
@@ -141,7 +141,7 @@ def find_base(config: InferenceConfig) -> Base:
 
 def find_named(source: str, adapter: Path) -> str:
     """The directory that an adapter calls by this name, as it was called when it was trained: from here, by the path in
-    its receipt, or from a directory above it. What is no directory is a hub id."""
+    its receipt, or from a directory above it. What is not a directory is a hub id."""
     path = member(json_if_readable(adapter / RECEIPT, sizes.RECORD), "base").get("path")
     noted = [Path(path)] if isinstance(path, str) and public(path) == source else []
     above = (parent / source for parent in adapter.resolve().parents)
@@ -197,12 +197,12 @@ def _in_four_bits(device_map: str, base: Base, dtype: torch.dtype) -> dict[str, 
     if device_map.startswith("cuda:"):
         return {"": device_map}
     choice("device_map", device_map, "auto", "balanced", "sequential", "cuda:0")
-    room = [int(0.8 * free) for free in _free_bytes()]
-    devices = four_bits.layout(_on_meta(base, dtype, nf4.FORM), room, in_turn=device_map == "sequential")
+    allowed = [int(0.8 * free) for free in _free_bytes()]
+    devices = four_bits.layout(_on_meta(base, dtype, nf4.FORM), allowed, in_turn=device_map == "sequential")
     if devices is None:
         raise UserError(
             f"weights=nf4: the base takes {_bytes(base, dtype, nf4.FORM) / 1e9:.0f} GB in whole layers, and the "
-            f"{len(room)} GPUs here have room for {sum(room) / 1e9:.0f}; free some memory, or use more GPUs"
+            f"{len(allowed)} GPUs here have room for {sum(allowed) / 1e9:.0f}; free some memory, or use more GPUs"
         )
     return devices
 
@@ -253,7 +253,7 @@ def choose_dtype(asked: str, on_cuda: bool) -> torch.dtype:
 
 @torch.no_grad()
 def fold(model: MixtralForCausalLM, adapter: Adapter, but: Collection[str] = ()) -> MixtralForCausalLM:
-    """Adds the adapter to the model's own weights, block by block, `but` to these matrices.
+    """Adds the adapter to the model's own weights, block by block, except to the matrices `but`.
 
     Raises:
         UserError: the adapter can't be added to single parameters, or to one that is shared or was left on disk, or
@@ -284,7 +284,7 @@ def fold(model: MixtralForCausalLM, adapter: Adapter, but: Collection[str] = ())
         left -= changed.keys()
         if not is_finite(parameter.data):
             raise UserError(
-                f"adapter={adapter.directory}: what it makes of {name} is not finite in {parameter.dtype}, as of a "
+                f"adapter={adapter.directory}: what it makes of {name} is not finite in {parameter.dtype}, as after a "
                 f"training that diverged; give an earlier checkpoint, or train again"
             )
     assert not left, left

@@ -62,7 +62,7 @@ class Replacement:
 
 
 def peft_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What PEFT is told of an adapter's settings: those that decide what it adds."""
+    """What PEFT is given of an adapter's settings: those that decide what it adds."""
     return {name: value for name, value in settings.items() if name in UNDERSTOOD and value is not None}
 
 

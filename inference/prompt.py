@@ -21,7 +21,7 @@ def ask(config: InferenceConfig) -> Conversation:
     """The conversation of `system` and of `prompt`, `prompt_file` or stdin.
 
     Raises:
-        UserError: there is nothing to answer, or it is no text, or it holds markers that `markers` rejects.
+        UserError: there is nothing to answer, or it is not text, or it holds markers that `markers` rejects.
     """
     name, text = "prompt", config.prompt
     try:

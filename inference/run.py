@@ -23,12 +23,12 @@ FUNCTIONS = {
 
 def main() -> None:
     """The program."""
-    # To Hydra, `data` is the group of files by which `python -m data` is set.
+    # To Hydra, `data` is the group of files with settings of `python -m data`.
     entry.run("inference", "inference", InferenceConfig, run, texts=("prompt", "system", "data"))
 
 
 def run(config: InferenceConfig) -> None:
-    """Does the task. Its module, which needs torch, is imported after the checks, so that mistakes are told at once."""
+    """Does the task. Its module, which needs torch, is imported after the checks, so that mistakes show at once."""
     config.check()
     arguments: list[object] = [config]
     if config.task == "generate":

@@ -1,6 +1,6 @@
 """The command line that scripts/benchmark.py and scripts/torture.py share: NAME [--json FILE], and what FILE holds.
 
-Each name is a module of a folder beside this file: `arguments(parser)`, and `run(options)`, which prints its tables and
+Each name is a module in a folder beside this file: `arguments(parser)`, and `run(options)`, which prints its tables and
 returns its figures, fit for JSON.
 """
 
@@ -28,7 +28,7 @@ def main(kind: str, folder: str, description: str, packages: tuple[str, ...]) ->
     quiet_libraries()
     parser = argparse.ArgumentParser(description=description)
     choices = parser.add_subparsers(dest="chosen", required=True, metavar="NAME")
-    names = sorted(path.stem for path in (Path(__file__).parent / folder).glob("[a-z]*.py"))
+    names = sorted(path.stem for path in (Path(__file__).parent / folder).glob("*.py") if path.stem != "__init__")
     wanted = [name for name in names if name in sys.argv[1:2]] or names  # the others' libraries take seconds to import
     modules = {name: importlib.import_module(f"{folder}.{name}") for name in wanted}
     for name, module in modules.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes training runs end badly, and looks whether they go on exactly: python scripts/torture.py NAME [--json FILE]
+"""Makes training runs end badly, and checks whether they go on exactly: python scripts/torture.py NAME [--json FILE]
 
 `python scripts/torture.py --help` lists what can be done to them. The exit code is 1 if something did not go as it
 has to; the output then says what repeats it, and the directories stay.

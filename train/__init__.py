@@ -1,6 +1,6 @@
 """A prepared dataset and a base → an adapter, or a whole model, trained through DeepSpeed.
 
-    program.py      the way in: mistakes in settings are told before torch is imported
+    program.py      the entry point: mistakes in settings are reported before torch is imported
     run.py          one launch: settings → objects, each named once, in order → `train()`
     loop.py         `train()`, `step()` and `evaluate()`
     plan.py         dry_run: what a run would be, found out without weights
@@ -18,7 +18,7 @@
     planning/       task=plan: what fits, how long it takes and what it costs, and which settings are best
     report/         what a run was and what became of it, on one page
     reporting/      what a run reports: progress bar, metrics.jsonl, wandb
-    saving/         what a run leaves, and from where it goes on
+    saving/         what a run leaves, and how it is resumed
 
 May import data and configs.program; never inference. No code may stand in this file: the guardian's start imports it.
 """

@@ -13,7 +13,7 @@ from configs.program.explanations.environment import needed
 def exit_with(program: Callable[[], None]) -> NoReturn:
     """Runs the program and ends the process, with the exit code that Python would end with.
 
-    Python's own end takes torch and DeepSpeed apart while threads of theirs still run, which now and then aborted a
+    Python's own shutdown takes torch and DeepSpeed apart while their threads still run. Now and then that aborted a
     process that had done its work and saved, or made an error look like a lost process.
     """
     code: int = 1
@@ -21,7 +21,7 @@ def exit_with(program: Callable[[], None]) -> NoReturn:
         try:
             program()
             code = 0
-            if finished := os.environ.get("LAUNCH_FINISHED"):  # scripts/launch: a launcher may lie about it
+            if finished := os.environ.get("LAUNCH_FINISHED"):  # scripts/launch: a launcher's own code may be wrong
                 Path(finished, os.environ.get("RANK", "0")).touch()
         except SystemExit as stop:
             if isinstance(stop.code, str):

@@ -28,8 +28,8 @@ class Health:
             self.refused += 1
             if self.refused >= self._config.refused_in_a_row:
                 self.gives_up = (
-                    f"failures.refused_in_a_row={self._config.refused_in_a_row}: so many updates in a row were "
-                    f"refused, up to step {record.step}, because loss or gradient were not finite (loss {record.loss}, "
+                    f"failures.refused_in_a_row={self._config.refused_in_a_row}: that many updates in a row were "
+                    f"skipped, up to step {record.step}, because loss or gradient were not finite (loss {record.loss}, "
                     f"gradient norm {record.gradient_norm}); lower optim.lr, or look at the rows in metrics.jsonl"
                 )
             return "refused"

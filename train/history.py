@@ -22,7 +22,7 @@ class StepRecord:
     tokens: int
     supervised_tokens: int
     seconds: float
-    """From reading the rows to the update; of evaluations and checkpoints it holds nothing."""
+    """From reading the rows to the update, without evaluations and checkpoints."""
     epoch: float = math.nan
     """Epochs done after this step; NaN in checkpoints that were made before it was noted."""
     flops: float = 0.0

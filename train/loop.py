@@ -125,7 +125,7 @@ def watched_step(
     *,
     first: bool,
 ) -> StepResult:
-    """`step`; in every `logging.routing_every`-th, what the routers do is noted; collective.
+    """`step`, with what the routers do noted in every `logging.routing_every`-th; collective.
 
     Before the `first` update it is watched in any case, for the gradients, and noted unless `logging.routing_every=0`.
 
@@ -155,8 +155,8 @@ def step(engine: Engine, micro_batches: list[Batch], number: int, lr: float, con
 
         Σ cross-entropy / (supervised tokens)  +  c · Σ tokens_m · balance_m / (tokens),
 
-    so it does not depend on how the rows are divided into micro-batches' owners: each m contributes what its tokens
-    weigh, even if a micro-batch holds few of them or none.
+    so it does not depend on how the rows are divided into micro-batches and among processes: each micro-batch m counts
+    by its tokens, even if it holds few of them or none.
 
     Random numbers (dropout) follow from the seed, the step and the micro-batch alone: a resumed run draws the same
     numbers as one that was never interrupted, on any number of processes.

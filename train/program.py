@@ -1,4 +1,5 @@
-"""The way in of `python -m train`: what settings tell alone is told before torch is imported, which takes seconds."""
+"""The entry point of `python -m train`. Settings that are wrong are refused before torch is imported, which takes
+seconds."""
 
 import contextlib
 
@@ -18,7 +19,7 @@ def main() -> None:
             from train.engine.processes import check_launch
             from train.failures.meeting import tell_mistake
 
-            with contextlib.suppress(UserError):  # of the launch itself, by which nobody can be found
+            with contextlib.suppress(UserError):  # the launcher's variables are wrong: nobody can be reached
                 tell_mistake(str(stop.__context__), *check_launch())
         raise
 

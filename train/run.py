@@ -60,7 +60,7 @@ from train.saving.starting_point import check_is_there, other_form, start_from
 def run(config: TrainConfig) -> None:
     """Trains, plans, measures the routers (`task=profile`), reports on a run, or with `dry_run` says what it would be.
 
-    The settings are checked.
+    The settings have been checked.
     """
     if config.dry_run:
         show_plan(config)
@@ -74,11 +74,11 @@ def run(config: TrainConfig) -> None:
     signals = Signals(config.failures.grace)
     rank, count = check_launch()
     bounds = ("peer_timeout", "start_timeout", "stall_timeout", "disk_timeout")
-    forgets = str(shared_memory()) if count > 1 else None  # by one that is killed before it could do so itself
+    forgets = str(shared_memory()) if count > 1 else None  # left behind by a process that is killed early
     guard = Guard(rank, count, forgets=forgets, **{name: getattr(config.failures, name) for name in bounds})
     if count > 1:
         signals.tell(guard.leaving)
-        meeting = Meeting(rank, seconds=config.failures.start_timeout)  # kept: process 0's is where torch's join
+        meeting = Meeting(rank, seconds=config.failures.start_timeout)  # kept: torch joins by process 0's
         meeting.join(guard)
     else:
         guard.join(None)
@@ -132,7 +132,7 @@ def run_on(
     signals: Signals,
     expected: Expected,
 ) -> bool:
-    """Does the task on the processes of the launch; whether it was pre-empted."""
+    """Does the task on the processes of the launch; returns whether it was pre-empted."""
     check_same(inputs.same_everywhere() | node_sizes(config))
     batch = config.batch(processes.count)
     if processes.is_main and len(dataset.train) < batch.rows:
@@ -208,7 +208,7 @@ def run_on(
 def load(config: TrainConfig, batch: BatchArithmetic, processes: Processes, guard: Guard) -> MixtralForCausalLM:
     """The base with what trains; each process reads its part, at its own pace."""
     guard.start("loading the base")
-    allocate = allocator_for(config, batch, processes.device)  # collective, so it is no wait for a disk
+    allocate = allocator_for(config, batch, processes.device)  # collective, so not within `guard.disk`
     with guard.disk(base_or_rows(config)):
         return build(config, allocate, device=processes.device, is_main=processes.is_main)
 
@@ -229,10 +229,10 @@ def tell_few_rows(dataset: PreparedDataset, batch: BatchArithmetic) -> None:
 
 
 def fetch_base(config: TrainConfig) -> None:
-    """Downloads a hub's base, and pins its revision to the commit; before processes wait for each other with a bound.
+    """Downloads a hub's base, and pins its revision to the commit; before processes wait for each other.
 
     Raises:
-        UserError: the hub doesn't give it, or its config.json says that it can't be trained here, or not so.
+        UserError: the hub doesn't give it, or its config.json says that it can't be trained here with these settings.
     """
     base = config.model
     if base.path is not None:

@@ -62,7 +62,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def read_launches(directory: Path) -> list[dict[str, Any]]:
-    """When the run was begun or gone on with, and after which step."""
+    """When the run was begun or resumed, and after which step."""
     return [dict(line) for line in _lines(directory / LAUNCHES, Launch)]
 
 

@@ -34,7 +34,7 @@ ENTRY = re.compile(
 
 
 class Readable(NamedTuple):
-    """A command line that Hydra can read, and what Hydra has no way to be told."""
+    """A command line that Hydra can read, and what can't be said in its grammar."""
 
     arguments: list[str]
     entries: dict[str, dict[str, str]]

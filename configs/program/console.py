@@ -98,11 +98,11 @@ console = Console(file=cast(IO[str], Stderr()), markup=False, highlight=False, e
 
 
 def quiet_libraries() -> None:
-    """Has libraries say and prepare nothing that concerns nobody here; to be called before they are imported.
+    """Keeps libraries from printing and preparing what nobody here needs; to be called before they are imported.
 
     transformers and PEFT import bitsandbytes wherever it is installed, and it warns about a kernel that nothing here
     uses. DeepSpeed and bitsandbytes hand functions that nothing here calls to `torch.compile`, and only to prepare for
-    them torch would import its whole compiler, in each process. A value that is there already holds.
+    them torch would import its whole compiler, in each process. A value that is there already stays.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -1,4 +1,4 @@
-"""The way in, shared by `python -m data`, `python -m train` and `python -m inference`.
+"""The entry point shared by `python -m data`, `python -m train` and `python -m inference`.
 
 Hydra composes YAML and command line onto the program's dataclass, which holds every default, and the program's own
 `main` receives that dataclass. A mistake of the user's ends in one sentence on stderr and exit code 2; any other
@@ -62,7 +62,7 @@ def run(
     All other texts are read as `configs/program/arguments.py` says.
 
     Exits 2 with one sentence if Hydra, OmegaConf or `main` (by `UserError`) refuse the input. Never returns an
-    error: what is not the user's to mend propagates.
+    error: what the user can't mend propagates.
     """
     sys.excepthook = _traceback
     threading.excepthook = _traceback_of_thread
@@ -146,12 +146,12 @@ def _traceback(kind: type[BaseException], error: BaseException, trace: Traceback
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
-def _traceback_of_thread(told: threading.ExceptHookArgs) -> None:
+def _traceback_of_thread(args: threading.ExceptHookArgs) -> None:
     """The same for an error that ends a thread."""
-    if told.exc_type is not SystemExit:
-        assert told.exc_value is not None
-        print(f"Exception in thread {told.thread.name if told.thread else 'unknown'}:", file=sys.stderr)
-        _traceback(told.exc_type, told.exc_value, told.exc_traceback)
+    if args.exc_type is not SystemExit:
+        assert args.exc_value is not None
+        print(f"Exception in thread {args.thread.name if args.thread else 'unknown'}:", file=sys.stderr)
+        _traceback(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def _nested(named: tuple[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one error type that is the user's to mend, and how errors are told."""
+"""The one error type that is the user's to mend, and how errors are written."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ class VerificationError(RuntimeError):
 
 
 def one_line(error: Exception, line: int = 0) -> str:
-    """One line of a library's error, the first unless told, to stand in a sentence; its type if it is empty."""
+    """One line of a library's error, the first unless given, to stand in a sentence; its type if it is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[line].strip().rstrip(".")
 

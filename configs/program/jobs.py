@@ -22,7 +22,7 @@ from configs.program.errors import UserError
 Config = TypeVar("Config")
 
 FLAGS = ("config_path", "config_name", "config_dir")
-"""Those of Hydra's that a job takes over."""
+"""Those of Hydra's flags that a job takes over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a figure was made by and on: commit, versions, machine, command; recorded beside figures."""
+"""How and on what a figure was made: commit, versions, machine, command; recorded beside figures."""
 
 import importlib.metadata
 import os

@@ -7,7 +7,7 @@
     mixtral_files.py      Mixtral's names in files ↔ transformers' parameters, in both directions
     nf4.py                a Mixtral's weights in four bits, as training and inference hold them in memory
     adapter_directory.py  the contract train → inference: file names, PEFT's settings and its layout of expert factors
-    plain_text.py         JSON and text that tell a story, read as far as they can be
+    plain_text.py         JSON and text that only describe, read as far as they can be
     hub.py                a hub's repository at a commit, its files in the cache
     hub_refusals.py       what a hub refuses, in one sentence
 

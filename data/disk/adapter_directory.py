@@ -17,7 +17,7 @@ Letters in names of tensors: E experts, r rank, I inputs, O outputs.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, TypedDict
 
@@ -27,6 +27,7 @@ from configs.program.errors import UserError
 from data.disk.formats import sizes
 from data.disk.formats.json_text import read_json
 from data.disk.formats.regular import UnreadableError
+from data.disk.nf4 import UNQUANTISED
 from data.disk.tensor_file import StoredTensor, read_header
 
 CONFIG = "adapter_config.json"
@@ -106,17 +107,22 @@ class TrainedOn(TypedDict, total=False):
 
     fingerprint: str | None
     weights: str
-    """The form in which they were held, `bf16` or `nf4`; not there in receipts of before there were two."""
+    """The form in which they were held, `bf16` or `nf4`; absent from receipts that are older than the choice."""
 
 
 class Receipt(TypedDict, total=False):
-    """What is relied on in a receipt.json; the rest tells a story, and is taken over as far as it can be read."""
+    """What is relied on in a receipt.json; the rest only describes, and is taken over as far as it can be read."""
 
     base: TrainedOn
 
 
 ABSOLUTE = re.compile(r"(?<![\w.:/~<])/(?:[^/\s,\]]+/)*([^/\s,\]]+)")
 """An absolute path in a text; its last part."""
+
+
+def trained_in(base: Mapping[str, Any]) -> str:
+    """The form in which training held the base, by `base` of a receipt."""
+    return str(base.get("weights", UNQUANTISED))
 
 
 def join_experts(A_ErI: torch.Tensor, B_EOr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +150,7 @@ def read_shapes(directory: Path, named: str) -> dict[str, StoredTensor]:
     """What the weights of an adapter directory hold, by their keys; errors begin with `named`.
 
     Raises:
-        UserError: they can't be read, or are no floating-point numbers.
+        UserError: they can't be read, or are not floating-point numbers.
     """
     remedy = "give the adapter as it was written"
     try:
@@ -158,7 +164,7 @@ def read_shapes(directory: Path, named: str) -> dict[str, StoredTensor]:
 
 
 def public(value: Any) -> Any:
-    """The same without absolute paths, which tell of a machine and its users: of each, only the last part is left.
+    """The same without absolute paths, which reveal a machine and its users: of each, only the last part is left.
 
     In what is handed on, a base's directory is called as it was given if that was relative, and else by its own name.
     """

@@ -169,7 +169,7 @@ def read_settings(directory: Path, named: str) -> dict[str, Any]:
         shaped(settings, Described)
         _check_sizes(shaped(settings, Architecture))
     except UnreadableError as error:
-        raise UserError(f"{named}: its {CONFIG} says what no Mixtral is ({error}); {REMEDY}") from error
+        raise UserError(f"{named}: its {CONFIG} doesn't describe a Mixtral ({error}); {REMEDY}") from error
     return settings
 
 
@@ -180,13 +180,13 @@ def _check_sizes(sizes: Architecture) -> None:
     width = sizes.get("head_dim") or hidden // heads
     experts, chosen = sizes.get("num_local_experts", 8), sizes.get("num_experts_per_tok", 2)
     if sizes.get("head_dim") is None and hidden % heads:
-        raise UnreadableError(f"hidden_size: {hidden} is no multiple of the {heads} num_attention_heads")
+        raise UnreadableError(f"hidden_size: {hidden} is not a multiple of the {heads} num_attention_heads")
     if heads % groups:
-        raise UnreadableError(f"num_attention_heads: {heads} is no multiple of the {groups} num_key_value_heads")
+        raise UnreadableError(f"num_attention_heads: {heads} is not a multiple of the {groups} num_key_value_heads")
     if width % 2:
-        raise UnreadableError(f"head_dim: {width} is odd, and positions turn pairs of numbers")
+        raise UnreadableError(f"head_dim: {width} is odd, and rotary positions turn pairs of numbers")
     if chosen > experts:
-        raise UnreadableError(f"num_experts_per_tok: {chosen} can't be chosen of {experts} num_local_experts")
+        raise UnreadableError(f"num_experts_per_tok: {chosen} can't be chosen from {experts} num_local_experts")
 
 
 def check_kind(settings: dict[str, Any], named: str) -> None:

@@ -30,7 +30,7 @@ BLOCK_BYTES = 16 << 20
 def file_hash(path: Path, advance: Callable[[int], None] = lambda size: None) -> str:
     """The 128-bit XXH3 of a file's bytes: as fast as they can be read. It shows damage and change, not forgery.
 
-    `advance` is told how many bytes were read, each time.
+    `advance` is called after each read with the number of bytes.
     """
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
@@ -142,7 +142,7 @@ def discard(path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Lets two directories change places: at no moment is there none."""
+    """Exchanges two directories in one step, so that there is one at every moment."""
     at_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
@@ -162,16 +162,16 @@ def _exchange(new: Path, old: Path) -> None:
 # For one process at a time
 
 
-def lock(descriptor: int) -> bool:
-    """Takes the lock on an open file or directory, without waiting; False if another process holds it.
+def lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Takes the lock on an open file or directory; False if another process holds it, for which it may `wait` instead.
 
-    It goes when the descriptor is closed, at the latest with the process.
+    It goes when the last descriptor of the opened file is closed, at the latest with its processes.
 
     Raises:
         OSError: the file system has no locks.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True
@@ -193,7 +193,7 @@ def open_alone(path: Path, *, setting: str) -> int:
         raise UserError(f"{setting}: {path} can't be written ({error.strerror}); name one that can be") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{setting}: {path} is no regular file; remove it, or name another")
+        raise UserError(f"{setting}: {path} is not a regular file; remove it, or name another")
     with contextlib.suppress(OSError):  # a file system without locks
         if not lock(descriptor):
             os.close(descriptor)
@@ -210,7 +210,7 @@ def append(descriptor: int, content: bytes) -> None:
 
 
 def _locked(directory: Path) -> int | None:
-    """A descriptor of the directory with the lock on it; None if there is no having it, or no directory any more."""
+    """A descriptor of the directory with the lock on it; None if it can't be had, or there is no directory any more."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
     except FileNotFoundError:
@@ -244,7 +244,7 @@ class Occupied:
 
 
 def occupied(output: Path, needed: Iterable[Path], *, deep: bool = False) -> Occupied:
-    """Asks what a path holds before a directory is written there; what to say of it is the caller's.
+    """Looks what a path holds before a directory is written there; the caller words the refusal.
 
     Args:
         output: the directory to be; true of what is returned if something is there.

@@ -136,7 +136,7 @@ def find(kind: str, name: str, revision: str | None, named: str) -> Repository:
 
     if not NAME.fullmatch(name):
         raise UserError(
-            f"{named}: there is no such directory, and it is no name on a hub, such as user/name; check the path"
+            f"{named}: there is no such directory, and it is not a name on a hub, such as user/name; check the path"
         )
     if revision is not None and COMMIT.fullmatch(revision):
         return Repository(name=name, kind=kind, commit=revision, named=named)
@@ -152,7 +152,7 @@ def find(kind: str, name: str, revision: str | None, named: str) -> Repository:
         if not COMMIT.fullmatch(last):  # a damaged cache, whose text would be taken for a folder's name
             raise error
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _note(f"{name} can't be asked about; its {asked.commit} is {last}, as when it last could")
+            _note(f"it gives no answer about {name}; {asked.commit} stands for {last}, as in its last answer")
         return Repository(name=name, kind=kind, commit=last, named=named)
     commit = str(info.sha)
     with contextlib.suppress(OSError):  # a cache that can't be written can still be read
@@ -238,7 +238,7 @@ def _asking(call: Callable[[], Result], repository: Repository, *, by_client: tu
         tried += 1
         try:
             with _quietly():
-                get_session().timeout = httpx2.Timeout(SECONDS)  # by itself the client waits for ever in places
+                get_session().timeout = httpx2.Timeout(SECONDS)  # left alone, some calls of the client wait for ever
                 return call()
         except (OSError, ValueError, RuntimeError, httpx2.HTTPError, httpx2.InvalidURL) as error:
             wait = _wait(error, tried, by_client)
@@ -248,7 +248,7 @@ def _asking(call: Callable[[], Result], repository: Repository, *, by_client: tu
 
 
 def _wait(error: Exception, tried: int, by_client: tuple[int, ...] | None) -> float | None:
-    """Seconds until it is worth to try again; None if it isn't, or if the client tried often enough by itself."""
+    """Seconds until it is worth trying again; None if it isn't, or if the client tried often enough by itself."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

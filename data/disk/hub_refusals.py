@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 from configs.program.errors import UserError, one_line
 
 LONGEST_WAIT = 120
-"""Seconds of the longest wait that a hub may ask for by `Retry-After`; a longer one is told instead."""
+"""Seconds of the longest wait that a hub may ask for by `Retry-After`; a longer one is reported instead."""
 
 MOST_NAMED = 5
 """Commits that a refusal names."""
 
 TRANSIENT = (408, 429, 500, 502, 503, 504)
-"""Answers that may be others a moment later."""
+"""Statuses that may be different a moment later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def _answered(error: Any, repository: Commit) -> tuple[type[UserError], str]:
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
         page = f"{constants.ENDPOINT}/{'datasets/' if repository.kind == 'dataset' else ''}{repository.name}"
-        what = f"the hub gives it only to whom access was granted ({status}); ask for it at {page}, and {log_in}"
+        what = f"the hub gives it only to those who were granted access ({status}); ask for it at {page}, and {log_in}"
     elif isinstance(error, RepositoryNotFoundError):
         what = f"the hub has no such {repository.kind}, or it is private ({status}); check the name, or {log_in}"
     elif isinstance(error, RevisionNotFoundError):
@@ -87,7 +87,7 @@ def _answered(error: Any, repository: Commit) -> tuple[type[UserError], str]:
 
 
 def _not_answered(error: Exception, repository: Commit) -> tuple[type[UserError], str]:
-    """What to say if there was no whole answer, or no question."""
+    """What to say if there was no whole answer, or nothing could be asked."""
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, OfflineModeIsEnabled

@@ -77,7 +77,7 @@ class Piece:
 def pieces(weights: StoredWeights, architecture: MixtralConfig, *, others: bool = False) -> list[Piece]:
     """All pieces, in the order of the files and of the bytes in them.
 
-    `others` says that tensors which are none of a Mixtral's may be there too; they are left out.
+    With `others`, tensors that are not a Mixtral's may be there too; they are left out.
 
     Raises:
         UserError: a tensor is quantised, missing, there twice, or not of this architecture.
@@ -99,7 +99,7 @@ def pieces(weights: StoredWeights, architecture: MixtralConfig, *, others: bool 
     for tensor in stored:
         shape = shapes.get(original_name(tensor.name))
         if shape is None:
-            raise UserError(f"{named}: its tensor {tensor.name} is none of a Mixtral's; {REMEDY}")
+            raise UserError(f"{named}: its tensor {tensor.name} is not one of a Mixtral's; {REMEDY}")
         if shape != tensor.shape:
             raise UserError(f"{named}: its tensor {tensor.name} is missing or of another size; {REMEDY}")
         for piece in _pieces_of(tensor):
@@ -114,7 +114,7 @@ def pieces(weights: StoredWeights, architecture: MixtralConfig, *, others: bool 
 def check_shapes(weights: StoredWeights, architecture: MixtralConfig) -> None:
     """Raises `UserError` unless each tensor of this architecture is in the files; others may be there too.
 
-    transformers would make room for what is missing first, however much a config.json asks for.
+    transformers would allocate what is missing first, however much a config.json asks for.
     """
     held = {original_name(tensor.name): tensor for tensor in weights.tensors.values()}
     for whole, (shape, parts) in _tensors(architecture).items():
@@ -205,7 +205,7 @@ def load_mixtral(directory: Path, architecture: MixtralConfig, named: str, **how
     """
     from transformers.utils import logging
 
-    # transformers would follow an index out of the directory, make room for whatever is missing, and load an adapter
+    # transformers would follow an index out of the directory, allocate whatever is missing, and load an adapter
     # that it finds there.
     check_shapes(StoredWeights(directory, named), architecture)
     if (directory / ADAPTER).exists():

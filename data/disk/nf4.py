@@ -14,7 +14,9 @@ import torch
 from configs.program.errors import UserError, one_line
 
 FORM = "nf4"
-"""What settings and receipts call it; `bf16` are weights as they come."""
+"""What settings and receipts call it."""
+UNQUANTISED = "bf16"
+"""What they call weights that are held as they come; records from before there was a choice don't say it."""
 BLOCK = 64
 """Weights that share a scale."""
 BYTES = torch.uint8
@@ -39,12 +41,12 @@ def check_kernels(setting: str, device: torch.device) -> None:
 
 
 def is_quantised(tensor: torch.Tensor) -> bool:
-    """Whether a weight is held so; no other weight is of bytes."""
+    """Whether a weight is held in four bits; no other weight is stored as bytes."""
     return tensor.dtype == BYTES
 
 
 def size(weights: int) -> int:
-    """Bytes of so many weights, a multiple of 64."""
+    """Bytes of that many weights, a multiple of 64."""
     return weights // 2 + weights // BLOCK * SCALE.itemsize
 
 
@@ -52,10 +54,10 @@ def quantised(matrix: torch.Tensor) -> torch.Tensor:
     """The bytes of a floating-point tensor, uint8 [size]; blocks follow each other along its last dimension.
 
     Raises:
-        ValueError: its weights are no multiple of 64.
+        ValueError: the number of its weights is not a multiple of 64.
     """
     if matrix.numel() % BLOCK:
-        raise ValueError(f"{list(matrix.shape)} are no whole blocks of {BLOCK}")
+        raise ValueError(f"{list(matrix.shape)} are not whole blocks of {BLOCK}")
     if matrix.is_meta:
         return matrix.new_empty(size(matrix.numel()), dtype=BYTES)
     import bitsandbytes  # noqa: F401 - its operators are torch's then

@@ -1,6 +1,6 @@
 """Text files that others wrote, beside a base or an adapter: read within bounds and as plain values, or not at all.
 
-They tell a story and decide no number, so what is odd in them is left out and never ends a program.
+They describe and decide no number, so what is odd in them is left out and never ends a program.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def json_if_readable(path: Path, largest: int, sha256: str | None = None) -> dic
 
 
 def read_bytes(path: Path, largest: int) -> bytes | None:
-    """The content of a regular file of at most that size, which is no link out of its directory; else None."""
+    """The content of a regular file of at most that size, and not a link out of its directory; else None."""
     content = read_start(path, largest + 1)
     return content if content is not None and len(content) <= largest else None
 

@@ -94,7 +94,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     dtype and shape, a file that is cut short or goes on.
 
     Raises:
-        UnreadableError: it is no safetensors file, or damaged.
+        UnreadableError: it is not a safetensors file, or damaged.
     """
     with open_regular(file, linked=True) as stream:
         try:

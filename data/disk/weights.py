@@ -70,7 +70,7 @@ class StoredWeights:
 
         The same for a model whose tensors were only distributed to other files. It reads a few kilobytes of each
         tensor, so that 93 GB don't take minutes. That is enough to tell a model from any other training of it, in
-        which every tensor differs everywhere; it is no proof against a forger.
+        which every tensor differs everywhere; it doesn't stop a forger.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
@@ -90,7 +90,7 @@ class StoredWeights:
     def contents(self, advance: Callable[[int], None] = lambda size: None) -> dict[str, str]:
         """The hash of every file by its name: of all its bytes, unlike the fingerprint.
 
-        `advance` is told how many bytes were read, each time, by any of the threads that read.
+        `advance` is called after each read with the number of bytes, by any of the threads that read.
         """
         with ThreadPoolExecutor(READERS) as threads:
             hashes = threads.map(partial(file_hash, advance=advance), self.files)

@@ -19,7 +19,7 @@ PAD_ID = 0
 """The id in unused slots (`<unk>`). Nothing attends to it from a conversation, and it is never trained."""
 
 PAD_MULTIPLE = 16
-"""What the width of a padded batch is a multiple of: kernels are built for such."""
+"""What the width of a padded batch is a multiple of: kernels are built for such widths."""
 
 PAD_RUN = 256
 """Unused slots whose positions count up before they start again. Attention takes each run for a conversation: one for
@@ -135,7 +135,7 @@ class PreparedDataset:
         """
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        # Until the manifest is the one of the rows: a new dataset may take the place of the old at any time.
+        # Until the manifest is that of the rows: a new dataset may replace the old one at any time.
         while True:
             wrong = damage(self.directory, self.manifest)
             try:
@@ -178,8 +178,8 @@ class Schedule:
     """Rows of one optimizer step, over all processes (the global batch)."""
     seed: int
     lengths: np.ndarray | None = None
-    """[rows] tokens of each row, where rows of like length are to come together; the order depends on `rows_per_step`
-    then.
+    """[rows] tokens of each row, if rows of like length are to come together; the order then depends on
+    `rows_per_step`.
 
     shuffled  5 1 8 2 | 7 4 6 3      two steps of four rows
     sorted    1 2 3 4 | 5 6 7 8      by length, among the rows of GROUPED_STEPS steps
@@ -193,7 +193,7 @@ class Schedule:
         return -(-self.rows * self.epochs // self.rows_per_step)
 
     def epochs_after(self, steps: int) -> float:
-        """How often the rows have been seen after so many steps."""
+        """How often the rows have been seen after that many steps."""
         return min(steps * self.rows_per_step / self.rows, float(self.epochs))
 
     def rows_of(self, step: int) -> list[int | None]:

@@ -101,7 +101,7 @@ class Split(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json of today's layout; what an older one may hold is nobody's to read."""
+    """manifest.json of today's layout; nothing else is read of an older one."""
 
     kind: str
     layout: int
@@ -166,7 +166,7 @@ def open_split(directory: Path, split: str) -> pa.Table:
 
 
 def _is_named(source: Input) -> bool:
-    """Whether it is told what was read: a file and its hash, or a dataset and its commit or the hashes of its files."""
+    """Whether it says what was read: a file and its hash, or a dataset and its commit or the hashes of its files."""
     if "file" in source:
         return "sha256" in source
     if "commit" in source:
@@ -179,11 +179,11 @@ def damage(directory: Path, manifest: dict[str, Any]) -> str | None:
     if manifest.get("layout") != LAYOUT:
         return "another version of this program made it, whose layout or chat template is not today's"
     try:
-        told = shaped(manifest, Manifest)
-        for number, source in enumerate(told["inputs"]):
+        known = shaped(manifest, Manifest)
+        for number, source in enumerate(known["inputs"]):
             if not _is_named(source):
                 raise UnreadableError(f"inputs[{number}]: what was read is not named, or has no hash")
-        files = told["files"]
+        files = known["files"]
         if odd := files.keys() ^ {REJECTS, PLACES, *map(rows_of, SPLITS)}:
             raise UnreadableError(f"files: {min(odd)[:LONGEST_QUOTE]} is missing or unknown")
     except UnreadableError as error:

@@ -1,4 +1,4 @@
-"""Where each row stood that went into a prepared dataset: its file, and its line or its place in a list."""
+"""Where each row stood that went into a prepared dataset: its file, and its line or its index in a list."""
 
 import json
 from array import array
@@ -61,7 +61,7 @@ class Places:
 
     def rows_at(self, where: str, setting: str) -> range:
         """The rows at `FILE:NUMBER`, several if they stand in one line; a name without its folders is enough for a file
-        if no other is called so.
+        if no other has that name.
 
         Raises:
             UserError: there is none; the text begins with `setting`.
@@ -71,11 +71,11 @@ class Places:
             run for run in self._runs if run[1].endswith(f"/{name}")
         ]
         if not name or not number.isdecimal() or len(number) > LONGEST_NUMBER:
-            raise UserError(f"{setting}={where}: it is no place; give FILE:NUMBER, for example {self.of(0)}")
+            raise UserError(f"{setting}={where}: it doesn't name a row; give FILE:NUMBER, for example {self.of(0)}")
         if len(runs) != 1:
             files = ", ".join(list(dict.fromkeys(file for _, file, _ in runs or self._runs))[:5])
             raise UserError(
-                f"{setting}={where}: {'several files are' if runs else 'no file was'} called so; give {files}"
+                f"{setting}={where}: {'several files have' if runs else 'no file has'} that name; give {files}"
             )
         first, file, unit = runs[0]
         after = [start for start, _, _ in self._runs if start > first]
@@ -83,7 +83,7 @@ class Places:
         found, end = np.searchsorted(numbers, int(number), "left"), np.searchsorted(numbers, int(number), "right")
         if found == end:
             raise UserError(
-                f"{setting}={where}: no row stands there; {file} has them from {unit} {numbers[0]} to {numbers[-1]}"
+                f"{setting}={where}: no row is there; {file} has them from {unit} {numbers[0]} to {numbers[-1]}"
             )
         return range(first + int(found), first + int(end))
 
@@ -97,7 +97,7 @@ class Places:
 
     @classmethod
     def read(cls, directory: Path, rows: int) -> "Places":
-        """Those of a dataset into which so many rows went, memory-mapped.
+        """Those of a dataset into which that many rows went, memory-mapped.
 
         Raises:
             UserError: the file is damaged.

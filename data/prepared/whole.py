@@ -1,7 +1,7 @@
 """Whether the rows of a prepared dataset are those that were written: by their hash, and by what they hold.
 
-A hash tells damage and change. Whoever made a dataset by other means may have given it the hash of rows that can't be:
-those would be read outside of the file, or trained on as something else. So both are compared, before a row is read.
+A hash shows damage and change. But a dataset that was made by other means may have the hash of rows that can't be: they
+would be read outside of the file, or trained on as something else. So both are checked, before a row is read.
 """
 
 from collections.abc import Iterator

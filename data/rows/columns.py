@@ -131,7 +131,7 @@ def look(rows: Sequence[Any], columns: dict[str, str]) -> Names | None:
 
 
 def names_of(row: Any, columns: dict[str, str], fields: set[str] | None = None) -> Names | None:
-    """The names that a row's fields speak for, None if they fit no schema; one whose field `columns` names comes first.
+    """The names that a row's fields point to, None if they fit no schema; one whose field `columns` names comes first.
 
     `fields` are those of the rows around it.
     """
@@ -147,7 +147,7 @@ def names_of(row: Any, columns: dict[str, str], fields: set[str] | None = None) 
 
 
 def _named_key(row: dict[str, Any], columns: dict[str, str]) -> tuple[str, str] | None:
-    """A schema, and the name of the field that speaks for it."""
+    """A schema, and the name of the field that points to it."""
     for schema in sorted(KEY_FIELDS, key=lambda schema: KEY_FIELDS[schema] not in columns):
         name = _named(ROW_FIELDS[schema], columns).get(KEY_FIELDS[schema])
         if name is not None and row.get(name) is not None:
@@ -170,7 +170,7 @@ def _usual_key(row: dict[str, Any], columns: dict[str, str]) -> tuple[str, str] 
 
 
 def _of_turns(name: str, turns: Any, columns: dict[str, str]) -> Names:
-    """A schema of turns for a list of that name: the one that `columns`, the turns or the list's name speak for."""
+    """A schema of turns for a list of that name: the one that `columns`, the turns or the list's name point to."""
     by_given = [schema for schema in ("messages", "sharegpt") if not columns.keys().isdisjoint(_own(schema))]
     by_turns = [schema for schema in ("messages", "sharegpt") if TURN_FIELDS[schema][0] in _first_turn(turns)]
     by_name = [schema for schema, key in KEY_FIELDS.items() if key == name]
@@ -248,7 +248,7 @@ def _first(names: Iterable[str], there: Container[str]) -> str | None:
 
 
 def no_row(row: dict[str, Any]) -> str:
-    """Why a row is no conversation, if it is a part of one, or more than one."""
+    """Why a row is not a conversation, if it is a part of one, or more than one."""
     if is_turn(row):
         return "it is a single message; put those that belong together into one row, as a list of messages"
     texts = [name for name, value in row.items() if name not in HARMLESS and says_something(value)]
@@ -267,7 +267,7 @@ def fields_there(row: dict[str, Any], names: Names) -> str:
 
 
 def proposed(row: dict[str, Any], names: Names, missing: str) -> dict[str, str]:
-    """What `columns` could say of a row that lacks a field; empty if nothing in it comes into question."""
+    """What `columns` could say of a row that lacks a field; empty if nothing in it is a candidate."""
     if no_row(row):
         return {}
     there = [name for name, value in row.items() if says_something(value) and name not in HARMLESS]

@@ -1,6 +1,6 @@
 """A file's first bytes → its content unpacked and what that is, or a sentence about what can't be taken.
 
-Names lie: a download loses or keeps an ending that isn't so. What the bytes say comes first.
+Names mislead: a download loses the right ending or keeps a wrong one. What the bytes say comes first.
 """
 
 import bz2
@@ -109,5 +109,5 @@ def _refused(beginning: bytes) -> str:
         return f"a tar archive; {UNPACK}"
     lowered = beginning.lstrip()[:64].lower()
     return next(
-        (told for magic, told in REFUSED.items() if beginning.startswith(magic) or lowered.startswith(magic)), ""
+        (refused for magic, refused in REFUSED.items() if beginning.startswith(magic) or lowered.startswith(magic)), ""
     )

@@ -68,9 +68,9 @@ class Converter:
         reply_needed: bool = True,
         refuse_unread: bool = False,
     ):
-        """`roles` says as whom further speakers speak, and `repair` what may be done to turns out of order.
+        """`roles` gives the roles of further speakers, and `repair` says what may be done to turns out of order.
 
-        Without `reply_needed` a row may be a prompt, and what it says about training has no say. With `refuse_unread` a
+        Without `reply_needed` a row may be a prompt, and what it says about training is ignored. With `refuse_unread` a
         row is rejected if it has a field that is not read and does more than describe it.
         """
         self.unread: Counter[str] = Counter()
@@ -93,7 +93,7 @@ class Converter:
         self._replies = [names.row[field] for field in REPLIES if field in names.row]
         self._of_turn = (TURN_FIELDS[names.schema] or TURN_FIELDS["messages"])[:2]
         self._speaker, self._text_of_turn = (names.turn.get(field, "") for field in self._of_turn)
-        self._convert = SCHEMAS[names.schema]
+        self._convert = CONVERSIONS[names.schema]
         self._not_read: set[str] = set()  # of the row at hand
 
     def convert(self, row: RawRow) -> Conversation | Reject:
@@ -272,8 +272,8 @@ class Converter:
         turn = turns[index]
         speaker = turn.get(self._speaker)
         if speaker is None:
-            told = fields_there(turn, self._names)
-            what = f"{field}[{index}] has no field {self._names.called(self._of_turn[0])}{told}"
+            listed = fields_there(turn, self._names)
+            what = f"{field}[{index}] has no field {self._names.called(self._of_turn[0])}{listed}"
             if self._speaker in turn:
                 what = f"{field}[{index}].{self._speaker} is null"
             raise UnusableError("missing_field", what)
@@ -289,7 +289,7 @@ class Converter:
         free = iter([role for role in ("user", "assistant") if role not in known])
         strangers = {name: next(free, "assistant") for name in names if name not in self._roles.keys() | TOOLS}
         raise UnusableError(
-            "unknown_role", f"{field}[{index}] is said by {speaker!r}, whom no role is known for", roles=strangers
+            "unknown_role", f"{field}[{index}] is said by {speaker!r}, for whom no role is known", roles=strangers
         )
 
     def _refuse_silence(self, turn: dict[str, Any], where: str) -> None:
@@ -320,7 +320,7 @@ class Converter:
 
     def _beside(self, turn: dict[str, Any], role: Role, where: str) -> bool:
         """Whether a turn's own flags keep it from being trained; counts what else stands in it and is not read."""
-        told: dict[str, bool] = {}
+        flags: dict[str, bool] = {}
         for name, content in turn.items():
             if name in self._said or content is None:
                 continue
@@ -328,12 +328,12 @@ class Converter:
                 if says_something(content):
                     self._not_read.add(f"{where.rpartition('[')[0]}[].{name}")
             elif self._reply_needed and (name != PARTS or content):
-                told[name] = trained(content, role, f"{where}.{name}")
-        if role != "assistant" or not told:
+                flags[name] = trained(content, role, f"{where}.{name}")
+        if role != "assistant" or not flags:
             return False
-        if len(set(told.values())) > 1:
-            raise UnusableError("unsupported_weight", f"{where}: {' and '.join(told)} contradict each other")
-        return False in told.values()
+        if len(set(flags.values())) > 1:
+            raise UnusableError("unsupported_weight", f"{where}: {' and '.join(flags)} contradict each other")
+        return False in flags.values()
 
     def _missing(self, value: dict[str, Any], field: str) -> UnusableError:
         """What to say of a row that lacks a field, or has null in it."""
@@ -352,9 +352,9 @@ class Converter:
         return UnusableError("missing_field", detail, columns=proposed(value, names, field))
 
 
-SCHEMAS: dict[str, Callable[[Converter, dict[str, Any]], list[Said]]] = {
+CONVERSIONS: dict[str, Callable[[Converter, dict[str, Any]], list[Said]]] = {
     "instruction": Converter._from_instruction,
     "sharegpt": Converter._from_turns,
     "messages": Converter._from_turns,
 }
-"""The schemas by the names that the setting `schema` takes."""
+"""The method for each schema, by the names that the setting `schema` takes."""

@@ -5,8 +5,7 @@
     {…}{…}   {…},⏎{…},⏎       objects end to end, over several lines, or with commas between them: as an array
     {"data": [{…}, {…}]}      an array below one of a few usual names, the only list there
 
-Which of them it is, the first block tells. Nothing else is held in memory than a block, or as much as the longest row
-takes.
+The first block tells which of them it is. Memory holds no more than a block, or as much as the longest row takes.
 """
 
 import codecs
@@ -25,7 +24,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
 
 LONGEST_ROW = 1 << 26
-"""Bytes of the longest line, and characters of the longest item of an array: what is longer is no row, but something
+"""Bytes of the longest line, and characters of the longest item of an array: what is longer is not a row, but something
 that never closes."""
 
 WRAPPERS = ("data", "instances", "rows", "examples", "records", "samples", "items", "train")
@@ -47,7 +46,7 @@ def row_texts(name: str, file: io.BufferedReader, *, known_lines: bool) -> tuple
     """The rows' unit, `line` or `row`, and their texts; `known_lines` says that the file's name promises lines.
 
     Raises:
-        UserError: it is no JSON, or what its beginning promises doesn't hold.
+        UserError: it is not JSON, or what its beginning promises doesn't hold.
     """
     beginning, line = _after_blanks(file)
     beginning += file.read(max(0, BLOCK - len(beginning)))
@@ -64,7 +63,7 @@ def row_texts(name: str, file: io.BufferedReader, *, known_lines: bool) -> tuple
 
 
 def _after_blanks(file: io.BufferedReader) -> tuple[bytes, int]:
-    """The first bytes that are no blanks, and the number of the line in which they stand."""
+    """The first bytes that are not blank, and the number of the line in which they stand."""
     line = 1
     while block := file.read(BLOCK):
         text = block.lstrip(BYTE_ORDER_MARK + BLANK)
@@ -283,17 +282,17 @@ class JsonRows:
                     why = f"is longer than {LONGEST_ROW >> 20} MiB, or has no end, or is not JSON"
                     raise UserError(f"files={self._name}: item {self._item} {why}; {GIVE}") from error
             else:
-                # What closes itself is whole. Of a number what follows says so: it may go on, as 0 does in 0.5.
+                # What closes itself is whole. A number is whole if something follows: it may go on, as 0 does in 0.5.
                 if self._at_end or self._text[self._offset] in CLOSED or self._text[end : end + 1] in AFTER_ITEM:
                     start, self._offset = self._offset, end
                     return self._text[start:end]
                 if len(self._text) - self._offset > LONGEST_ROW:
                     raise self._broken("no comma follows")
-            # Each time as much again, so that a long item is parsed in vain a few times and no more.
+            # Twice as much each time, so that a long item is parsed in vain a few times and no more.
             self._grow(self._file.read(max(BLOCK, len(self._text) - self._offset)))
 
     def _next_character(self) -> str:
-        """The next character that is no space, not consumed; empty at the end of the file."""
+        """The next character that is not a space, not consumed; empty at the end of the file."""
         while True:
             self._offset = _spaces(self._text, self._offset)
             if self._offset < len(self._text) or self._at_end:

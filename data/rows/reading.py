@@ -77,16 +77,16 @@ class Reject:
 
     def record(self) -> dict[str, Any]:
         """The line of `rejects.jsonl`."""
-        record = {"file": self.file, self.unit: self.number, "reason": self.reason, "detail": self.told}
+        record = {"file": self.file, self.unit: self.number, "reason": self.reason, "detail": self.sentence}
         if self.settings:
             record["settings"] = " ".join(as_arguments(self.settings))
         return record if self.kept is None else {**record, "kept": self.kept}
 
     def __str__(self) -> str:
-        return f"{self.file}, {self.unit} {self.number}: {self.told}"
+        return f"{self.file}, {self.unit} {self.number}: {self.sentence}"
 
     @property
-    def told(self) -> str:
+    def sentence(self) -> str:
         """The sentence, cut if it is too long to be read."""
         return self.detail if len(self.detail) <= LONGEST_DETAIL else f"{self.detail[:LONGEST_DETAIL]}…"
 

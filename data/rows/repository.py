@@ -1,8 +1,8 @@
 """A dataset's repository, on a hub or in a directory: which of its files are the rows of a config and split.
 
 Which they are is decided as the library `datasets` does, by its own patterns: by `configs` in the head of README.md,
-else by the words train, test and validation in the names of folders or files, else all files are the split train. What
-is decided on are the names alone, so that no pattern of a repository reaches anything but its own files.
+else by the words train, test and validation in the names of folders or files, else all files are the split train. Only
+names decide, so that no pattern of a repository reaches anything but its own files.
 """
 
 import contextlib
@@ -348,7 +348,7 @@ def _splits(rows: list[str], config: Config, named: str) -> dict[str, list[str]]
         except (EmptyDatasetError, ValueError) as error:
             where = f"folder {config.folder}" if config.folder else "files"
             raise UserError(
-                f"{named}: the names of its {where} tell no splits; name the files with rows, as files=[…]"
+                f"{named}: the names of its {where} show no splits; name the files with rows, as files=[…]"
             ) from error
         splits: dict[str, list[str]] = {}
         for split, of_split in patterns.items():

@@ -44,9 +44,9 @@ class Source:
         """
         if self.repository is None:
             return self
-        told = self.description
-        files = fetched(self.repository, _wanted(self.name, told["config"], told["split"]), told["revision"])
-        return replace(self, files=tuple(files), description={**told, "files": [{"file": file.name} for file in files]})
+        own = self.description
+        files = fetched(self.repository, _wanted(self.name, own["config"], own["split"]), own["revision"])
+        return replace(self, files=tuple(files), description={**own, "files": [{"file": file.name} for file in files]})
 
     def chunks(self) -> Iterator[Chunk]:
         """Its rows in their order, in pieces that another process can parse.
@@ -100,12 +100,12 @@ def find_sources(config: PrepareConfig) -> list[Source]:
 
 
 def _refuse_strangers(config: PrepareConfig, known: set[str]) -> None:
-    """Raises `UserError` if `limits` or `weights` name what is no source."""
+    """Raises `UserError` if `limits` or `weights` name what is not a source."""
     named = config.files or [str(config.dataset)]
     for setting, of_source in (("limits", config.limits), ("weights", config.weights)):
         for name in of_source:
             if name not in known:
-                raise UserError(f"{setting}.{name}: no source is called so; it is one of {', '.join(named)}")
+                raise UserError(f"{setting}.{name}: no source has that name; it is one of {', '.join(named)}")
 
 
 def _dataset(config: PrepareConfig, name: str) -> Source:

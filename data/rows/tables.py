@@ -44,7 +44,7 @@ def csv_texts(name: str, file: BinaryIO) -> Iterator[tuple[int, str]]:
 
 
 def parquet_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
-    """Tables of at most so many rows. Parquet is read from its end, so what is packed is unpacked into memory first.
+    """Tables of at most that many rows. Parquet is read from its end, so what is packed is unpacked into memory first.
 
     Raises:
         UserError: it is not Parquet.
@@ -65,7 +65,7 @@ def parquet_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
 
 
 def arrow_tables(name: str, file: BinaryIO, rows: int) -> Iterator[pa.Table]:
-    """Tables of at most so many rows, of an Arrow file or stream, as the library `datasets` writes them.
+    """Tables of at most that many rows, of an Arrow file or stream, as the library `datasets` writes them.
 
     Raises:
         UserError: it is neither.
@@ -97,7 +97,7 @@ def _in_reach(name: str, file: BinaryIO) -> pa.NativeFile:
 
 def _table(batch: pa.RecordBatch) -> pa.Table:
     table = pa.Table.from_batches([batch])
-    _ = table.column_names  # one that is no text is refused here
+    _ = table.column_names  # one that is not text is refused here
     return table
 
 

@@ -13,7 +13,7 @@ ENDS_OF_MARKERS = ("INST]", "SYS>>")
 
 
 INDEX = re.compile(r"\[\d+\]")
-"""The place in a list, as it stands in the name of a field."""
+"""The index in a list, as it stands in the name of a field."""
 
 
 class UnusableError(Exception):
@@ -118,11 +118,22 @@ ROLES: dict[str, Role] = {
         ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot", "claude"), "assistant"
     ),
 }
-"""Who speaks, in lower case, and as whom."""
+"""The role of each speaker, in lower case."""
 
 TOOLS = {
-    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_result", "observation", "ipython"),
-    *("function", "function_call", "function_response", "function-call", "function-response"),
+    "tool",
+    "tools",
+    "tool_call",
+    "tool_calls",
+    "tool_response",
+    "tool_result",
+    "function",
+    "function_call",
+    "function-call",
+    "function_response",
+    "function-response",
+    "ipython",
+    "observation",
 }
 """Speakers, in lower case, for whom the LLaMA-2 template has no place."""
 
@@ -146,7 +157,7 @@ def is_transcript(value: Any) -> bool:
 
 
 def turns_of(text: str) -> list[tuple[str, str]] | None:
-    """Who says what in a transcript; what stands before the first turn is the system's. None if it is no transcript.
+    """Who says what in a transcript; what stands before the first turn is the system's. None if it is not a transcript.
 
     An empty turn at the end, which waits for somebody to speak, is left out.
     """

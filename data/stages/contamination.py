@@ -66,8 +66,8 @@ INVERSE = pow(FACTOR, -1, 1 << 64)
 class Evaluations:
     """All thirteen-word sequences of the evaluation data, as sorted hashes.
 
-    64 bits each: among ten million sequences here and a billion in the rows, an accidental match is a matter of one in
-    two thousand.
+    64 bits each: among ten million sequences here and a billion in the rows, the chance of an accidental match is one
+    in two thousand.
     """
 
     grams: np.ndarray
@@ -128,7 +128,7 @@ def describe_evaluations(names: list[str]) -> list[dict[str, Any]]:
             descriptions.append({"task": name, "dataset": dataset, "commit": _hub_of(name, None).commit})
         elif not glob.has_magic(name) and not Path(name).exists():
             raise UserError(
-                f"contamination={name}: there is no such file, relative to {Path.cwd()}, and no such task; it is a "
+                f"contamination={name}: there is no such file, relative to {Path.cwd()}, and no such task; name a "
                 f"file, or one of {', '.join(HUB_TASKS)}"
             )
         else:
@@ -144,12 +144,12 @@ def load_evaluations(descriptions: list[dict[str, Any]]) -> Evaluations | None:
         UserError: one can't be read or had, or nothing in it is thirteen words long.
     """
     grams = []
-    for told in descriptions:
-        texts = _texts_of_task(told["task"], told["commit"]) if "task" in told else _texts_of_file(told["file"])
+    for known in descriptions:
+        texts = _texts_of_task(known["task"], known["commit"]) if "task" in known else _texts_of_file(known["file"])
         grams.append(_grams_of(texts))
         if not len(grams[-1]):
             raise UserError(
-                f"contamination={told.get('task') or told['file']}: nothing in it is {GRAM} words long, so nothing "
+                f"contamination={known.get('task') or known['file']}: nothing in it is {GRAM} words long, so nothing "
                 f"would be found; name a file with whole questions, or one of {', '.join(HUB_TASKS)}"
             )
     return Evaluations(np.unique(np.concatenate(grams))) if grams else None
@@ -209,7 +209,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def _hub_of(name: str, commit: str | None) -> hub.Repository:
-    """Where the hub keeps a task, at this commit or else at the one of now."""
+    """Where the hub keeps a task, at this commit or else at the current one."""
     return hub.find("dataset", HUB_TASKS[name].dataset, commit, f"contamination={name}")
 
 

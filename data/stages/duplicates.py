@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported where it is used: it takes half a second, and most
     from datasketch import MinHash
 
 PERMUTATIONS = 128
-"""Values of a signature: the similarity that it tells is off by 0.04 or so (one standard deviation at 0.8)."""
+"""Values of a signature: the similarity that it estimates is off by 0.04 or so (one standard deviation at 0.8)."""
 
 LOOSENESS = 0.85
 """The threshold of the index as a share of the one that counts: at 0.8 it finds all but two in a thousand."""

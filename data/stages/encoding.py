@@ -34,7 +34,7 @@ LONGEST_QUEUE = 16
 """Chunks for each further process that are under way or wait for an earlier one; bounds the memory."""
 
 BYTES_PER_WORKER = 16 << 20
-"""A further process is worth its second of starting for each so many bytes of rows."""
+"""Bytes of rows for which a further process is worth the second that it takes to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +64,13 @@ class EncodedChunk:
     likenesses: "list[Likeness]" = field(default_factory=list)
     """Side by side with `kept`; empty if duplicates are kept."""
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
-    """Place of a row that can't be used, and why."""
+    """Index of a row that can't be used, and why."""
     shortened: dict[int, Shortened] = field(default_factory=dict)
-    """Places of kept rows that lost something."""
+    """Indices of kept rows that lost something."""
     unread: Counter[str] = field(default_factory=Counter)
     """Fields that are not read, and in how many rows."""
     repaired: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    """Places of rows whose turns were put in order, and by which repairs."""
+    """Indices of rows whose turns were put in order, and by which repairs."""
     seen: set[str] = field(default_factory=set)
     """Those names in `columns` that a row has."""
 

@@ -20,8 +20,8 @@ class HubTask:
 
 
 ENOUGH = 400
-"""Questions of a task below which nothing may be said beside what was published: its standard error is above 2.4 points
-then."""
+"""With fewer questions of a task, its score is not compared with what was published: the standard error is above 2.4
+points then."""
 
 HUB_TASKS = {
     "arc": HubTask("ARC", "allenai/ai2_arc", "ARC-Challenge", "test", ("question",)),

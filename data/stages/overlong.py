@@ -19,7 +19,7 @@ from data.schema import Conversation, TokenizedConversation
 from data.template import ChatTokenizer
 
 LONGEST_PIECE = 16
-"""Characters of the vocabulary's longest piece, a run of spaces: so many at most become one token."""
+"""Characters of the vocabulary's longest piece, a run of spaces: no more become one token."""
 
 MARGIN = 4096
 """Characters that a text keeps beyond those that can fit, in which a word ends."""

@@ -15,7 +15,7 @@ from data.stages.store import Index
 
 
 def repetitions(index: Index) -> dict[int, int]:
-    """For each row with a conversation that an earlier row has too, the first row that it is bound to by such."""
+    """For each row with a conversation that an earlier row has too, the first row that it has to stay with."""
     _, firsts, kinds = np.unique(index.hashes, return_index=True, return_inverse=True)
     earlier = index.rows[firsts[kinds]]
     again = np.flatnonzero(earlier != index.rows)

@@ -91,7 +91,7 @@ def keep_rejects(rejects: Path, output: Path) -> str:
     """Keeps the rejects of a run that stops, beside its output; returns the end of the sentence that says where."""
     kept = _kept_rejects(output)
     with contextlib.suppress(OSError):
-        if not kept.exists() or _is_ours(kept):  # no other file goes for it
+        if not kept.exists() or _is_ours(kept):  # nobody else's file is replaced
             shutil.copyfile(rejects, kept)
             return f"; {kept} lists them"
     return ""

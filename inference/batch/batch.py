@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.program.console import console
 from configs.program.errors import UserError
+from data.disk.nf4 import UNQUANTISED
 from inference.batch.journal import finish, identity, open_journal
 from inference.batch.rows import Prompt, read_prompts, read_rows
 from inference.config import InferenceConfig
@@ -35,7 +36,7 @@ def batch(config: InferenceConfig) -> dict[str, int]:
     if output.exists() and not config.overwrite:
         raise UserError(f"output={output}: it is there already; name another file, or give overwrite=true")
     if output.resolve() == source.resolve() or output.is_dir():
-        raise UserError(f"output={output}: that is no file to write answers to; name another")
+        raise UserError(f"output={output}: it is not a file that answers can be written to; name another")
     with open_journal(output.with_name(f"{output.name}.part"), identity(config, source)) as journal:
         loaded = load(config)
         prompts, errors = read_prompts(rows, loaded.tokenizer, config, context(loaded))
@@ -71,7 +72,7 @@ def plan(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
 
 
 def why_padded(loaded: Loaded, config: InferenceConfig) -> str | None:
-    """What transformers' continuous batching can't do of what is asked, or None."""
+    """Why transformers' continuous batching can't do what is asked, or None."""
     if is_spread(loaded.model):
         return "the model is spread over several devices, which transformers' continuous batching doesn't know"
     # It would leave the penalty out with a warning, and says of min_p that it may not work.
@@ -112,7 +113,7 @@ def answer_continuously(
         max_requests_per_batch=together,
         seed=config.seed,
         # None leaves it to transformers; experts in four bits go one after another, which no graph can hold.
-        use_cuda_graph=None if config.weights == "bf16" else False,
+        use_cuda_graph=None if config.weights == UNQUANTISED else False,
     )
     generation = sampling(config, config.max_new_tokens)
     with loaded.model.continuous_batching_context_manager(

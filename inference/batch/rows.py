@@ -38,7 +38,7 @@ def read_rows(source: Path, config: InferenceConfig) -> list[RawRow | Reject]:
         UserError: the file is none of these, or holds no row that could be answered.
     """
     if not source.is_file():
-        raise UserError(f"input={source}: it is no file; give JSON Lines, a JSON array or Parquet")
+        raise UserError(f"input={source}: it is not a file; give JSON Lines, a JSON array or Parquet")
     try:
         rows = [row for chunk in read_file(str(source)) for row in chunk.rows()]
     except UserError as error:  # data calls the setting by another name
@@ -103,7 +103,7 @@ def _read(row: RawRow | Reject, config: InferenceConfig) -> tuple[Any, Conversat
     if not isinstance(outcome, Conversation):
         return identity, (outcome.reason, outcome.detail)
     if is_blank(outcome.messages[-1].content):
-        return identity, ("empty_field", "there is nothing to answer: of the prompt nothing can be seen")
+        return identity, ("empty_field", "there is nothing to answer: nothing in the prompt is visible")
     if config.system and outcome.system is None:
         outcome = Conversation((Message("system", config.system), *outcome.messages))
     return identity, outcome

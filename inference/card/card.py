@@ -64,7 +64,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _base_of(source: str | None, revision: str | None, adapter: Path) -> tuple[Path | None, list[str]]:
-    """The directory with the base's own card; None if it is not to be had, with a line that says so."""
+    """The directory with the base's own card; None if it can't be had, with a line that says so."""
     if source is None:
         return None, []
     found = find_named(source, adapter)

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from data.card import CARD, HUB_ID, PROMPT_FORMAT, Story, composed, describe_base, licence_section
+from data.disk.nf4 import UNQUANTISED
 from inference.card.scores import Measured, describe_scores, on_the_hub
 
 SNIPPET = """\
@@ -67,7 +68,7 @@ def write_card(
 
 
 def _form(adapter: dict[str, Any]) -> str:
-    if (form := adapter.get("trained_on_base_in", "bf16")) == "bf16":
+    if (form := adapter.get("trained_on_base_in", UNQUANTISED)) == UNQUANTISED:
         return ""
     return f"\nThe adapter was trained on this base quantised to {form}, and is merged into its 16 bits here.\n"
 

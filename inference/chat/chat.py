@@ -1,7 +1,7 @@
 """Lines in, answers out: typed in a terminal, or from a pipe.
 
-Answers alone go to stdout. What else there is to say goes to stderr, so that `… | python -m inference task=chat | …`
-hands on answers and nothing else.
+Answers go to stdout and everything else to stderr, so that `… | python -m inference task=chat | …` hands on answers
+alone.
 """
 
 import sys
@@ -20,7 +20,7 @@ from inference.load import load
 def chat(config: InferenceConfig) -> None:
     """Answers what is typed, or each line of a pipe, until it ends.
 
-    A mistake that is typed is told, and changes nothing. One in a pipe ends the program, since what follows it was
+    A mistake that is typed is reported, and changes nothing. One in a pipe ends the program, since what follows it was
     written for a conversation that has not been held.
 
     Raises:
@@ -54,7 +54,7 @@ def _converse(commands: Commands, config: InferenceConfig) -> None:
 def piped_lines() -> Iterator[str]:
     """Lines of stdin in UTF-8, without their ends and without a byte order mark before the first.
 
-    Bytes that are no UTF-8 become lone surrogates, which are refused with the message that they stand in.
+    Bytes that are not UTF-8 become lone surrogates, which are refused with the message that they stand in.
     """
     for number, line in enumerate(sys.stdin.buffer):
         text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")

@@ -27,7 +27,7 @@ from inference.generate import context
 from inference.prompt import check, is_blank
 
 HELP = """\
-/retry          answers the last message anew
+/retry          answers the last message again
 /undo           takes the last message and its answer back
 /reset          forgets the conversation; the system message stays
 /system TEXT    starts a new conversation with this system message; without TEXT, with none
@@ -125,8 +125,8 @@ class Commands:
             speed = "stopped" if last.tokens is None else f"{last.tokens} tokens, {last.tokens / seconds:.1f} tokens/s"
             first = "" if last.first is None else f"the first words after {last.first - last.started:.2f} s, "
             tell(f"The last answer: {speed}; {first}all after {seconds:.2f} s; the prompt had {last.prompt} tokens.")
-        room = context(talk.loaded)
-        tell(f"The conversation: {_turns(talk.turns)}, {talk.tokens():,} tokens; the context has room for {room:,}.")
+        longest = context(talk.loaded)
+        tell(f"The conversation: {_turns(talk.turns)}, {talk.tokens():,} tokens; the context has room for {longest:,}.")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -167,12 +167,12 @@ def changed(config: InferenceConfig, text: str) -> InferenceConfig:
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         if name not in SETTABLE or not equals:
-            raise UserError(f"/set {argument}: it changes {', '.join(SETTABLE)}; give such as /set temperature=0.7")
+            raise UserError(f"/set {argument}: it changes {', '.join(SETTABLE)}, as in /set temperature=0.7")
     try:
         overrides = OverridesParser.create().parse_overrides(readable(arguments, InferenceConfig).arguments)
         for override in overrides:
             if override.is_sweep_override():
-                raise UserError(f"/set {override.input_line}: it takes one value; give such as /set temperature=0.7")
+                raise UserError(f"/set {override.input_line}: it takes one value, as in /set temperature=0.7")
             if override.key_or_group == "stop" and not isinstance(override.value(), list):
                 raise UserError(f"/set {override.input_line}: it takes a list; write /set stop=[END]")
         values = {override.key_or_group: override.value() for override in overrides}
@@ -189,7 +189,7 @@ def last_conversation(name: str, config: InferenceConfig) -> Conversation:
     """The last row of a file that `python -m data` reads.
 
     Raises:
-        UserError: there is none, or it is no conversation.
+        UserError: there is none, or it is not a conversation.
     """
     path = Path(name).expanduser()
     if not path.is_file():
@@ -205,7 +205,7 @@ def last_conversation(name: str, config: InferenceConfig) -> Conversation:
     if isinstance(row, RawRow):
         names = names_of(row.value, {})
         if names is None:
-            raise UserError(f"/load {name}: {where} is no conversation; give a file that /save has written")
+            raise UserError(f"/load {name}: {where} is not a conversation; give a file that /save has written")
         row = Converter(names, keep_markers=config.markers == "keep", reply_needed=False).convert(row)
     if not isinstance(row, Conversation):
         assert isinstance(row, Reject)

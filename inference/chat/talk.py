@@ -109,7 +109,7 @@ class Talk:
         return len(self.loaded.tokenizer.encode(Conversation((*head, *self.answered))).ids) if self.answered else 0
 
     def _seen(self, turns: list[Message]) -> Conversation:
-        """What the context has room for, beside an answer; if it is less than before, it is said."""
+        """What the context has room for, beside an answer; if it is less than before, a line says so."""
         window = context(self.loaded)
         limit = window - min(self.config.max_new_tokens, window // 2)
         conversation, dropped = fit(self.loaded.tokenizer, self.system, turns, limit)
@@ -154,7 +154,7 @@ class Talk:
 
 
 def tell(sentence: str) -> None:
-    """Says something about the conversation that is no part of it."""
+    """Says something about the conversation that is not part of it."""
     console.print(sentence, style="dim", soft_wrap=not console.is_terminal)
 
 

@@ -82,12 +82,12 @@ def plan_of(questions: list[Question], tokenizer: ChatTokenizer, config: Inferen
 
 
 def _prompts(
-    questions: list[Question], tokenizer: ChatTokenizer, config: InferenceConfig, room: int
+    questions: list[Question], tokenizer: ChatTokenizer, config: InferenceConfig, most: int
 ) -> list["array[int]"]:
-    """The ids that each answer starts from, at most `room` of them."""
-    if questions and room < 1:
+    """The ids that each answer starts from, at most `most` of them."""
+    if questions and most < 1:
         raise UserError(
-            f"tasks=gsm8k: an answer may take {GSM8K_TOKENS} tokens, and the model's context is {room + GSM8K_TOKENS}; "
+            f"tasks=gsm8k: an answer may take {GSM8K_TOKENS} tokens, and the model's context is {most + GSM8K_TOKENS}; "
             f"leave it out"
         )
     prompts = []
@@ -95,7 +95,7 @@ def _prompts(
         bos = before_context(config, question.task)
         ids = context_ids(question.prompt, tokenizer, bos=bos, chat=config.chat)
         has_bos = ids[0] == BOS
-        prompts.append(ids if len(ids) <= room else ids[:has_bos] + ids[len(ids) - room + has_bos :])
+        prompts.append(ids if len(ids) <= most else ids[:has_bos] + ids[len(ids) - most + has_bos :])
     return prompts
 
 
@@ -104,7 +104,7 @@ def answer_all(
 ) -> list[Answered]:
     """The answers to all questions, in their order; those in the journal are not asked again.
 
-    `advance` is told of questions as they are answered.
+    `advance` is called with the number of questions that were answered.
     """
     answers: dict[int, Answered] = {}
     for number, likelihoods in _choices(loaded, plan, journal, advance):

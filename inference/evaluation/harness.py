@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 RESAMPLES = 1000
-"""Draws of the bootstrap for metrics that are no mean; a mean has a standard error of its own."""
+"""Draws of the bootstrap for metrics that are not a mean; a mean has a standard error of its own."""
 
 Begin = Callable[[int], Callable[[int], None]]
-"""Told of how many requests there are; what it returns is told of them as they are answered."""
+"""Called with the number of requests; what it returns, with the number of those that were answered."""
 
 
 class HarnessModel(TemplateLM):
@@ -132,8 +132,8 @@ class HarnessModel(TemplateLM):
             temperature=settings.get("temperature", 1.0) if sampled else 0.0,
             repetition_penalty=1.0,
         )
-        room = context(self._loaded) - asked.max_new_tokens
-        ids = [self.tok_encode(prompt)[-room:] for prompt in prompts]
+        most = context(self._loaded) - asked.max_new_tokens
+        ids = [self.tok_encode(prompt)[-most:] for prompt in prompts]
         order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
         ending = Ending(self._loaded.tokenizer, asked)
         texts: dict[int, str] = {}

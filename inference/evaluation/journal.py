@@ -47,7 +47,7 @@ class Journal:
         return unit in self._answers
 
     def answers(self, unit: str, shape: type[Answer], number: int) -> list[Answer]:
-        """The answers of a unit: so many, each of this shape.
+        """The answers of a unit: that many, each of this shape.
 
         Raises:
             UserError: they are others, so the file is damaged.

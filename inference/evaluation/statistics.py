@@ -76,7 +76,7 @@ def paired(before: Groups, after: Groups) -> Paired:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """The p-values as they are when so many are looked at together (Holm 1979), in the same order."""
+    """The p-values as they are when that many are looked at together (Holm 1979), in the same order."""
     adjusted = [0.0] * len(values)
     highest = 0.0
     order = sorted(range(len(values)), key=lambda index: (math.isnan(values[index]), values[index]))

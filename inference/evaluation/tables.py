@@ -64,7 +64,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
     lines = []
     few = [TASKS[name].title for name, scores in result["tasks"].items() if scores["questions"] < ENOUGH]
     if few:
-        lines.append(f"Fewer than {ENOUGH} questions of {', '.join(few)}: nothing may be said beside the card.")
+        lines.append(f"Fewer than {ENOUGH} questions of {', '.join(few)}: too few to be compared with the card.")
     for number, (whose, source) in enumerate(sources_of(result)):
         lines.append(f"{f'[{number}]' if number else 'Published:'} {whose} ({source}).")
     return lines

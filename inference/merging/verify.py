@@ -68,8 +68,8 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
         update = adapter.updates.get(name)
         if update is not None and not after.isfinite().all():
             raise UserError(
-                f"adapter={adapter.directory}: what it makes of {name} is not finite, as of a training that diverged; "
-                f"give an earlier checkpoint, or train again"
+                f"adapter={adapter.directory}: what it makes of {name} is not finite, as after a training that "
+                f"diverged; give an earlier checkpoint, or train again"
             )
         adds = isinstance(update, LowRank) and adapter.changes(name)
         replacement = None if update is None else adapter.stored(name)
@@ -93,7 +93,7 @@ def compare_tensors(directory: Path, parts: list[Piece], adapter: Adapter) -> di
 
 def _differs(name: str, merged: torch.Tensor, wanted: torch.Tensor, whose: str) -> str:
     """Says where a merged tensor is another than it has to be, the first number that differs."""
-    indices = (merged != wanted).nonzero()  # none if they differ in the sign of a zero, or are no numbers
+    indices = (merged != wanted).nonzero()  # none if they differ in the sign of a zero
     index = tuple(indices[0].tolist()) if len(indices) else (0,) * merged.dim()
     numbers = f"at {list(index)} it is {merged[index].item()} after merging, and {wanted[index].item()} {whose}"
     return f"{name}: {numbers}; {REMEDY}"

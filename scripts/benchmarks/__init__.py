@@ -11,8 +11,8 @@ tables and returns its figures, fit for JSON.
     evaluate.py                scoring the card's tasks
     plan.py, plan_recipes.py   task=plan against the run that it planned; the recipes' pages and their picture
     traffic.py, gpu.py         what a layer moves through a GPU's memory; one GPU, found out in minutes
-    _tracing.py, _gpu.py       the tracer; the parts of gpu.py that run in processes of their own
-    _trainers.py, _peak.py     the processes that take steps in turn; the machine's own matrix product
+
+    harness/                   what they measure with: processes that take turns, the machine's peak, a tracer
 
 May import everything, and the peers that it measures against.
 """

@@ -46,7 +46,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=50_000, help="by repeating them; 0 for the distinct ones alone (%(default)s)"
     )
-    parser.add_argument("--growth", type=int, nargs="*", default=[10_000, 50_000, 200_000], help="ours alone, so many")
+    parser.add_argument(
+        "--growth", type=int, nargs="*", default=[10_000, 50_000, 200_000], help="ours alone, this many"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of ours and of TRL's")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts")
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
@@ -136,7 +138,7 @@ def compare(
 
 
 def grow(directory: Path, conversations: list[Conversation], rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Ours alone on so many rows."""
+    """Ours alone on that many rows."""
     write(directory, conversations, rows)
     runs = [measure("ours", directory, options.workers) for _ in range(options.repeats)]
     return {"rows": rows, "tokens": runs[0]["tokens"], "seconds": [run["seconds"] for run in runs]}

@@ -118,7 +118,7 @@ def _contenders(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(contenders: dict[str, Any], questions: list[Any], requests: list[Any], rounds: int) -> dict[str, Any]:
-    from benchmarks._trainers import Memory
+    from benchmarks.harness.trainers import Memory
 
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     memory: dict[str, list[float]] = {name: [] for name in contenders}

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from benchmarks._peak import peak_flops, wait
+from benchmarks.harness.peak import peak_flops, wait
 from train.config.lora import EXPERT_TARGETS
 from train.engine.cpu import keep_freed_memory
 from train.lora import factors, split_experts

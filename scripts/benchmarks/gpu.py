@@ -1,7 +1,7 @@
 """One GPU, found out in minutes: do the tests pass on it, how fast is a step of Mixtral's own size, what fits.
 
 Weights are random and made on the device; neither a network nor a download is needed. What it will do is printed first.
-What finds no time or no memory is left out, and said. With --device cpu the same code runs at small sizes.
+What there is no time or memory for is left out, with a line. With --device cpu the same code runs at small sizes.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SMALL = {
     "num_local_experts": 4,
 }
 SHARDED_LAYERS = 8
-"""Layers of the step under ZeRO-3, which on one GPU gathers what is there already: a few tell as much as all."""
+"""Layers of the step under ZeRO-3, which on one GPU gathers what is there already: a few show as much as all."""
 RATES = {"H100": (600, 2.4), "H200": (600, 3.6), "A100": (230, 1.5)}
 """TFLOP/s and TB/s for the arithmetic, by a GPU's name: what products and memory are known to reach. Others are taken
 for an H100."""
@@ -275,7 +275,7 @@ def of_child(part: dict[str, Any], seconds: float) -> dict[str, Any]:
     name = "step" if part["name"] == "zero3" else part["name"]
     end = time.monotonic() + seconds
     while True:
-        command = [sys.executable, "-P", "-m", "benchmarks._gpu", name, json.dumps(settings)]
+        command = [sys.executable, "-P", "-m", "benchmarks.harness.gpu_parts", name, json.dumps(settings)]
         on_cpu = {"DS_ACCELERATOR": "cpu"} if settings["device"] == "cpu" else {}
         done = finished(command, max(1.0, end - time.monotonic()), **on_cpu)
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

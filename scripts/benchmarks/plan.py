@@ -71,17 +71,17 @@ class Setting:
         layout = f"{self.processes} × {self.micro_batch} × {self.row:,}"
         return f"{self.size}, {form}, {zero}, {layout}, {self.checkpointing}, rank {self.rank}"
 
-    def command(self, place: "Place") -> list[str]:
-        """What the program is told, beside its task."""
+    def command(self, stock: "Stock") -> list[str]:
+        """The arguments of the program, beside its task."""
         group = {0: "none", 2: "zero2", 3: "zero3"}[self.stage] + "_offload" * self.offload
         return [
             f"deepspeed={group}",
-            f"model.path={place.base(self.size)}",
+            f"model.path={stock.base(self.size)}",
             f"model.dtype={self.dtype}",
             f"model.weights={self.weights}",
             f"lora.rank={self.rank}",
             f"lora.alpha={2 * self.rank}",
-            f"dataset={place.dataset(self.row)}",
+            f"dataset={stock.dataset(self.row)}",
             f"micro_batch={self.micro_batch}",
             f"global_batch={self.micro_batch * self.processes}",
             f"activation_checkpointing={self.checkpointing}",
@@ -101,7 +101,7 @@ LISTED = (
 
 
 def drawn(count: int, seed: int, *, nf4: bool) -> Iterator[Setting]:
-    """So many settings by a seed, none of them twice."""
+    """That many settings by a seed, none of them twice."""
     dice, seen = random.Random(seed), set(LISTED)
     while count:
         size = dice.choice(tuple(SIZES))
@@ -134,7 +134,7 @@ def drawn(count: int, seed: int, *, nf4: bool) -> Iterator[Setting]:
 
 
 @dataclass
-class Place:
+class Stock:
     """Where bases and datasets are made, each once."""
 
     directory: Path
@@ -151,7 +151,7 @@ class Place:
         return path
 
     def dataset(self, row: int) -> Path:
-        """The files in rows of so many tokens."""
+        """The files in rows of that many tokens."""
         path = self.directory / f"rows-{row}"
         if path not in self._made:
             settings = [f"files=[{','.join(self.files)}]", f"seq_len={row}", f"output={path}"]
@@ -216,7 +216,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=5, help="steps of a run, the first of which is not timed (5)")
     parser.add_argument("--directory", type=Path, help="where bases, datasets and figures are kept, to go on from them")
-    parser.add_argument("--minutes", type=float, help="begin no setting after so many; the same command goes on")
+    parser.add_argument("--minutes", type=float, help="begin no setting after this many; the same command goes on")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -238,12 +238,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         kept = _Kept(directory, options)
         settings = [*LISTED, *drawn(options.draw, kept.seed, nf4=has_nf4)]
         settings = [setting for setting in settings if setting.size in options.sizes]
-        place, until = Place(directory, options.data), time.monotonic() + 60 * (options.minutes or math.inf)
+        stock, until = Stock(directory, options.data), time.monotonic() + 60 * (options.minutes or math.inf)
         for number, setting in enumerate(settings):
             if str(setting) not in kept.rows:
                 if time.monotonic() > until:
                     break
-                kept.add(str(setting), _compare(setting, place, options.steps, number))
+                kept.add(str(setting), _compare(setting, stock, options.steps, number))
             console.print(f"{number + 1} of {len(settings)}: {setting}: {_said(kept.rows[str(setting)])}")
         rows = [kept.rows[str(setting)] for setting in settings if str(setting) in kept.rows]
         seed = kept.seed
@@ -271,13 +271,13 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def _compare(setting: Setting, place: Place, steps: int, number: int) -> dict[str, Any]:
+def _compare(setting: Setting, stock: Stock, steps: int, number: int) -> dict[str, Any]:
     """A setting planned and run."""
-    command, told = setting.command(place), place.directory / f"plan-{number}.json"
+    command, written = setting.command(stock), stock.directory / f"plan-{number}.json"
     began = time.monotonic()
-    _train([*command, "task=plan", f"plan.json={told}"], setting.processes)
-    planning, plan = time.monotonic() - began, json.loads(told.read_text())
-    directory = place.directory / f"run-{number}"
+    _train([*command, "task=plan", f"plan.json={written}"], setting.processes)
+    planning, plan = time.monotonic() - began, json.loads(written.read_text())
+    directory = stock.directory / f"run-{number}"
     shutil.rmtree(directory, ignore_errors=True)  # a launch that was interrupted
     quiet = ["logging.wandb=off", "logging.progress=false", "plan.check=false", "logging.routing_every=0"]
     _train([*command, *quiet, f"max_steps={steps}", f"run_dir={directory}"], setting.processes)

@@ -34,12 +34,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     plans = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, said in PLANS.items():
-            told = Path(scratch) / "plan.json"
-            settings = [*said, "task=plan", f"plan.json={told}"]
+            written = Path(scratch) / "plan.json"
+            settings = [*said, "task=plan", f"plan.json={written}"]
             command = [sys.executable, "-m", "train", *settings]
             environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
             subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-            plans[name] = json.loads(told.read_text())
+            plans[name] = json.loads(written.read_text())
             print("\n".join([" ".join(said), *page(plans[name]), ""]))
     if options.picture:
         draw(plans, options.picture)
@@ -56,7 +56,7 @@ def page(plan: dict[str, Any]) -> list[str]:
         f"peak: {memory['where']}",
         f"{step['seconds']:.3g} s a step, {step['tokens_per_second']:,.0f} tokens/s, bound by {step['bound']}",
         f"{whole['steps']:,} steps, {whole['epoch_hours']:.3g} hours an epoch, {whole['hours']:.3g} hours in all",
-        f"${whole['dollars']:,.0f} at ${machine['price']:g} for a GPU and hour",
+        f"${whole['dollars']:,.0f} at ${machine['price']:g} per GPU-hour",
     ]
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import step as step_benchmark
-from benchmarks._trainers import Settings
+from benchmarks.harness.trainers import Settings
 from data.prepared.dataset import PreparedDataset
 from train.config.engine import DeepSpeedConfig, HardwareConfig
 from train.config.lora import LoraConfig

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks._peak import peak_flops
-from benchmarks._trainers import Settings
+from benchmarks.harness.peak import peak_flops
+from benchmarks.harness.trainers import Settings
+from benchmarks.harness.turns import Trainer
 from configs.program.errors import UserError
 from data.prepared.dataset import PreparedDataset
 from data.schema import IGNORE_INDEX
@@ -250,45 +251,6 @@ def _first_loss(name: str, settings: Settings) -> float:
     loss = trainer.step()["loss"]
     trainer.end()
     return loss
-
-
-class Trainer:
-    """A process of `_trainers`."""
-
-    def __init__(self, name: str, settings: Settings):
-        command = [sys.executable, "-P", "-m", "benchmarks._trainers", name, json.dumps(asdict(settings))]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-        environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        if settings.device == "cpu":
-            environment["DS_ACCELERATOR"] = "cpu"
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise RuntimeError(f"a trainer ended:\n{self._errors.read()[-4000:]}")
-        return json.loads(line)
-
-    def step(self) -> dict[str, float]:
-        """One step: seconds, loss, tokens, supervised tokens."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def end(self) -> dict[str, float]:
-        """Ends the process; its peak memory above the model in MiB, and of ours what noting the routers takes."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        answer = self._answer()
-        self._process.wait(60)
-        return answer
 
 
 def _print(figures: dict[str, Any]) -> None:

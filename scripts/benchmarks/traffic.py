@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._tracing import Sum, Trace
+from benchmarks.harness.tracing import Sum, Trace
 from train.config.lora import LoraConfig
 from train.config.model import ArchitectureConfig, ModelConfig
 from train.config.train import TrainConfig

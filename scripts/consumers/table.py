@@ -88,8 +88,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch)
         merge = [sys.executable, "-m", "inference", "task=merge", f"adapter={options.adapter}", f"base={base}"]
-        told = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-        if code := subprocess.run([*merge, f"output={top}/merged"], check=False, **told).returncode:
+        surroundings = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+        if code := subprocess.run([*merge, f"output={top}/merged"], check=False, **surroundings).returncode:
             raise UserError(f"adapter={options.adapter}: merging it ended with {code}; see above")
         reference.make(base, options.adapter, top / "merged", top / "reference")
         per_expert = options.adapter / "per_expert"

@@ -25,8 +25,8 @@ def compare(job: comparing.Job) -> None:
     job.near("log-likelihoods of replies", theirs, ours)
 
     job.same("first id of plain text is `<s>`", [(model.tok_encode(PLAIN)[0], BOS)], needed=False)
-    told = HFLM(pretrained=job.model, dtype="float32", device="cpu", add_bos_token=True)
-    job.same("the same with add_bos_token=True", [(told.tok_encode(PLAIN)[0], BOS)])
+    with_bos = HFLM(pretrained=job.model, dtype="float32", device="cpu", add_bos_token=True)
+    job.same("the same with add_bos_token=True", [(with_bos.tok_encode(PLAIN)[0], BOS)])
 
 
 if __name__ == "__main__":

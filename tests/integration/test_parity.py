@@ -160,7 +160,7 @@ def test_a_step_with_a_value_that_is_not_finite_is_refused_everywhere(
     where = (f"model.path={poisoned}", f"dataset={quickstart.sample}", f"run_dir={tmp_path}/run")
     said = train(processes, "recipe=quickstart", "max_steps=6", "global_batch=2", *where, *overrides)
     assert [step["applied"] for step in steps(tmp_path / "run")] == [True, True, True, False, True, True]
-    assert "step 4: loss or gradient not finite, the update was refused" in said
+    assert "step 4: loss or gradient not finite, the update was skipped" in said
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values())
 

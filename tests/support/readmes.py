@@ -210,7 +210,7 @@ def problem(command: str, root: Path) -> str | None:
 
 def problem_of_subcommand(script: Path, words: list[str]) -> str | None:
     """The same for `python scripts/benchmark.py step`: the names are those of the modules in benchmarks/."""
-    known = {path.stem for path in script.parent.glob(f"{script.stem}s/[a-z]*.py")}
+    known = {path.stem for path in script.parent.glob(f"{script.stem}s/*.py")} - {"__init__"}
     name = words[0] if words else "--help"
     return None if name in known or name.startswith("-") else f"{script.name} has no subcommand {name}"
 

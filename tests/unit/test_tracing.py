@@ -15,9 +15,9 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 @pytest.fixture
 def tracing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from benchmarks import _tracing
+    from benchmarks.harness import tracing
 
-    yield _tracing
+    yield tracing
     for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
         del sys.modules[name]
 

@@ -11,7 +11,7 @@ from train.config.cluster import ClusterConfig
 
 FOLDER = Path(__file__).parents[2] / "configs" / "cluster"
 PART = re.compile(r"\bMIG\b")
-"""Of a name of a part of a GPU, of which no data sheet speaks."""
+"""In the name of a part of a GPU, which no data sheet describes."""
 
 
 def cluster_of(name: str) -> ClusterConfig | None:
@@ -24,12 +24,12 @@ def cluster_of(name: str) -> ClusterConfig | None:
 
 @functools.cache
 def clusters() -> dict[str, ClusterConfig]:
-    """All of them, by the name of the choice."""
+    """All clusters, by the name of the choice."""
     return {path.stem: ClusterConfig(**_settings(path)) for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Those of a file, over those of the files that it begins with."""
+    """The settings of a file, over those of the files in its defaults list."""
     own = yaml.safe_load(path.read_text(encoding="utf-8"))
     settings: dict[str, Any] = {}
     for name in own.pop("defaults", []):

@@ -43,7 +43,7 @@ class ClusterConfig:
     disk: float = 2.0
     """GB/s at which a node reads the base."""
     price: float = 0.0
-    """US dollars for a GPU and hour."""
+    """US dollars per GPU-hour."""
     product_share: float = 0.6
     """The share of the peak that matrix products are assumed to reach."""
     memory_share: float = 0.7
@@ -65,7 +65,7 @@ class ClusterConfig:
             for name in ("memory", "peak", "peak_float32", "bandwidth", "host_memory"):
                 if not given[name]:
                     raise UserError(
-                        f"cluster.gpu={self.gpu}: cluster.{name} is not said; give it, or choose a cluster of the "
+                        f"cluster.gpu={self.gpu}: cluster.{name} is missing; give it, or choose a cluster of the "
                         f"catalogue, such as cluster=h100_8"
                     )
             if self.gpus > 1 and not self.link:
@@ -74,7 +74,7 @@ class ClusterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    """What becomes of a plan."""
+    """What a plan assumes, and where it is written."""
 
     check: bool = True
     """Before a real run loads anything, whether its planned peak is compared with the memory that is free."""

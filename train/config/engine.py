@@ -49,8 +49,8 @@ class DeepSpeedConfig:
     bucket_size: int = 50_000_000
     """Elements that are reduced or gathered at once: more speeds up the network and costs memory."""
     prefetch_bucket_size: int = 0
-    """Elements that are gathered ahead of their use at once (stage 3): no more parameters are begun beyond so many. 0
-    takes `bucket_size`."""
+    """Elements that are gathered ahead of their use at once (stage 3): beyond that many, no further parameter is begun.
+    0 takes `bucket_size`."""
     persistence_threshold: int = 10_000
     """Parameters with fewer elements than this stay whole on every process (stage 3)."""
     max_live_parameters: int = 1_000_000_000

@@ -45,7 +45,7 @@ class ArchitectureConfig:
         ):
             if getattr(self, name) % getattr(self, divisor):
                 raise UserError(
-                    f"model.architecture.{name}={getattr(self, name)}: it is no multiple of {divisor} "
+                    f"model.architecture.{name}={getattr(self, name)}: it is not a multiple of {divisor} "
                     f"{getattr(self, divisor)}; change one of the two"
                 )
         if self.num_experts_per_tok > self.num_local_experts:

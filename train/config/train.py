@@ -11,7 +11,7 @@ from train.config.lora import LoraConfig
 from train.config.model import ModelConfig
 
 GREATEST_SEED = 2**64 - 1
-"""That torch's random numbers can start from."""
+"""The largest seed that torch takes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,22 +50,22 @@ class FailureConfig:
     grace: float = 120.0
     """Seconds from SIGTERM or SIGINT until a process leaves even if the step and its checkpoint are not done."""
     peer_timeout: float = 120.0
-    """Seconds without a sign of life after which a process is given up, and the run ends everywhere. A process gives
-    none while foreign code holds Python's lock, so leave it room."""
+    """Seconds without a sign of life after which a process counts as lost, and the run ends everywhere. A process gives
+    none while C code holds Python's global lock, so don't set it too low."""
     start_timeout: float = 1800.0
     """Seconds that the processes of a launch wait for each other when they start, before they read anything."""
     stall_timeout: float = 3600.0
-    """Seconds after which the run ends if all processes live and none gets on. Until the first step, whoever reads or
-    writes gets on: a base may take as long to load or download as it needs."""
+    """Seconds after which the run ends if all processes are alive and none makes progress. Until the first step,
+    reading and writing count as progress: a base may take as long to load or download as it needs."""
     disk_timeout: float = 1800.0
     """Seconds after which the run ends if a disk is waited for and nothing was read or written. Each file that is saved
     has to reach the disk within this time."""
     refused_in_a_row: int = 10
-    """The run stops after so many updates in a row whose loss or gradient was not finite."""
+    """The run stops after this many updates in a row whose loss or gradient was not finite."""
     spike: float = 3.0
-    """A loss of this many times the mean of the `spike_window` before is logged with its rows; 0 for never."""
+    """A loss of this many times the mean over the `spike_window` before it is logged with its rows; 0 for never."""
     spike_window: int = 50
-    """Steps whose mean loss a spike is measured by."""
+    """Steps whose mean loss a spike is compared with."""
 
     def check(self) -> None:
         for name in ("grace", "peer_timeout", "start_timeout", "stall_timeout", "disk_timeout"):
@@ -142,7 +142,7 @@ class TrainConfig:
     best: bool = False
     """For `plan`: prints the settings of the best alternative, to be pasted, and nothing else."""
     answers: bool = True
-    """For `report`: asks base and tuned model the prompts, and shows their answers beside each other."""
+    """For `report`: puts the prompts to base and tuned model, and shows their answers side by side."""
     prompts: str | None = None
     """For `report`: a file of prompts as `python -m inference task=batch` takes it; unset, ten of the project's."""
     answer_tokens: int = 200
@@ -160,14 +160,14 @@ class TrainConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """What it runs on."""
     failures: FailureConfig = field(default_factory=FailureConfig)
-    """What it bears."""
+    """Which failures it survives."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The machine that `task=plan` plans for."""
     plan: PlanConfig = field(default_factory=PlanConfig)
-    """What becomes of a plan."""
+    """What a plan assumes, and where it is written."""
 
     def __post_init__(self) -> None:
-        # It was true or false once, and OmegaConf makes strings of those.
+        # It used to be true or false, which OmegaConf turns into strings.
         once, given = {"true": "full", "false": "none"}, self.activation_checkpointing
         self.activation_checkpointing = once.get(str(given).lower(), given)
 
@@ -180,7 +180,7 @@ class TrainConfig:
             positive(name, getattr(self, name), f"{name}=1")
         for name in ("max_steps", "eval_every", "save_every", "router_aux_loss", "seed"):
             not_negative(name, getattr(self, name))
-        wanted = f"torch knows none above {GREATEST_SEED}; give a whole number from 0 to that"
+        wanted = f"torch takes none above {GREATEST_SEED}; give a whole number from 0 to that"
         between("seed", self.seed, 0, GREATEST_SEED, wanted)
         sections = (self.model, self.lora, self.optim, self.deepspeed, self.logging, self.hardware, self.failures)
         for section in sections:
@@ -194,13 +194,13 @@ class TrainConfig:
             )
         if self.model.weights != "bf16" and self.lora.method == "none" and self.task == "train":
             raise UserError(
-                f"model.weights={self.model.weights}: what is held so can't train, and lora=none trains everything; "
-                f"use lora=experts, or model.weights=bf16"
+                f"model.weights={self.model.weights}: weights in four bits can't train, and lora=none trains "
+                f"everything; use lora=experts, or model.weights=bf16"
             )
         positive("answer_tokens", self.answer_tokens, "answer_tokens=200")
         if self.task == "report":
             if self.run_dir is None:
-                raise UserError("run_dir: it is not said which run to report on; give run_dir=runs/…")
+                raise UserError("run_dir: no run is named to report on; give run_dir=runs/…")
             return
         if self.lora.method == "lora" and self.model.path is None and not self.dry_run and self.task != "plan":
             raise UserError(
@@ -217,7 +217,7 @@ class TrainConfig:
         if self.global_batch % at_once:
             nearest = max(1, round(self.global_batch / at_once)) * at_once
             raise UserError(
-                f"global_batch={self.global_batch}: it is no multiple of micro_batch {self.micro_batch} × {processes} "
-                f"processes; give for example global_batch={nearest}"
+                f"global_batch={self.global_batch}: it is not a multiple of micro_batch {self.micro_batch} × "
+                f"{processes} processes; give for example global_batch={nearest}"
             )
         return BatchArithmetic(self.micro_batch, self.global_batch // at_once, processes)

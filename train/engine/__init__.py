@@ -3,7 +3,7 @@
     processes.py  joins the processes; seeds, collectives, and what all must have been given alike
     cpu.py        what CPU processes need: DeepSpeed's compiled operator, shared memory, malloc
     zero.py       DeepSpeed's configuration, and whole parameters
-    shards.py     where the parameters of a base go that is read from its files
+    shards.py     allocates what each process holds of a base that is read from its files
     optimizer.py  AdamW over what trains
     state.py      float32 masters and Adam's moments of what trains, whole and by name, whatever the ZeRO stage
     engine.py     forward, backward, step, and sums over the processes

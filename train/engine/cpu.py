@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 import xxhash
 
 from configs.program.errors import UserError, say
+from data.disk import files
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 MARK = "lock"
@@ -26,7 +26,7 @@ LEFT_TO_THE_KERNEL = 16 << 20
 
 @contextlib.contextmanager
 def alone() -> Iterator[int]:
-    """Within it no other process compiles operators for this environment on this machine; gives the lock's descriptor.
+    """Within it, no other process compiles operators for this environment on this machine; gives the lock's descriptor.
 
     torch waits without limit for the end of a build that another process has marked, and a process that is killed
     leaves its mark. So there is a folder of our own, and a lock on it that ends with the process that holds it: a mark
@@ -52,7 +52,7 @@ def alone() -> Iterator[int]:
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             with _said(f"another process compiles DeepSpeed's operator in {operators}; this one waits for it"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                files.lock(lock, wait=True)
             for mark in operators.glob(f"*/{MARK}"):
                 mark.unlink()
         with _variables({VARIABLE: str(operators), "PATH": first}):
@@ -71,7 +71,7 @@ def compile_apart(operator: str, code: str, lock: int) -> None:
     if Path(os.environ[VARIABLE], operator, f"{operator}.so").exists():
         return
     with _said(
-        "DeepSpeed's operator is compiled, once for this environment and machine, which takes a minute or more; that "
+        "DeepSpeed's operator is compiled, once for this environment and machine, which takes a minute or more; it "
         "goes on if this is stopped"
     ):
         subprocess.run(
@@ -109,7 +109,7 @@ def _said(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _variables(changed: dict[str, str]) -> Iterator[None]:
-    """Within it environment variables have these values."""
+    """Within it, environment variables have these values."""
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:

@@ -24,7 +24,7 @@ class Update:
     """What became of an optimizer step."""
 
     gradient_norm: float
-    """The 2-norm over all trained parameters, before clipping. NaN if the update was skipped and it can't be told:
+    """The 2-norm over all trained parameters, before clipping. NaN if the update was skipped and it isn't known:
     DeepSpeed then says only that a gradient was not finite, not whether one was NaN."""
     applied: bool
     """False if the step was skipped because of a value that is not finite."""
@@ -39,7 +39,7 @@ class ForwardEngine:
     batch: BatchArithmetic
     processes: Processes
     guard: Guard | None = None
-    """Learns where this process is."""
+    """Notes where this process is, to be reported if it is lost."""
     _step: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class ForwardEngine:
         """Each value summed over the processes, in float64; collective."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
-        summed: list[float] = total.tolist()  # in one piece: the host waits for each that it takes from a GPU
+        summed: list[float] = total.tolist()  # in one transfer: the host waits for each
         return summed
 
     def any_process(self, flag: bool) -> bool:
@@ -214,7 +214,7 @@ class Engine(ForwardEngine):
         Args:
             read: the state of a parameter by its name and what it is; called on the main process alone, which has the
                 files.
-            steps: `optimizer_steps` of then.
+            steps: `optimizer_steps` at that time.
             blank: a micro-batch without tokens.
         """
         self.at("restoring the checkpoint")

@@ -14,7 +14,7 @@ from train.lora.attach import trainable
 
 
 class SkippableAdamW(torch.optim.AdamW):
-    """AdamW that can skip a step, which DeepSpeed takes in any case in float32 without ZeRO."""
+    """AdamW that can skip a step: in float32 without ZeRO, DeepSpeed takes every one, whatever the gradients are."""
 
     _skips = False
 

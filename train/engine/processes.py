@@ -20,10 +20,10 @@ from train.config.train import TrainConfig
 from train.engine.cpu import alone, compile_apart, forget_shared_memory, keep_freed_memory
 
 LONGEST_WAIT = datetime.timedelta(days=20)
-"""How long a collective waits: as good as for ever (torch counts it in milliseconds), because it is the guard that ends
-a run whose processes don't get on."""
+"""How long a collective waits: practically for ever (torch counts it in milliseconds), because it is the guard that
+ends a run whose processes make no progress."""
 OPERATOR = "deepspeed_shm_comm"
-"""DeepSpeed's collective over the memory that CPU processes of a machine share, by the name that it compiles it as."""
+"""The name of DeepSpeed's compiled collective over the memory that CPU processes of a machine share."""
 
 
 @dataclass(frozen=True, slots=True)

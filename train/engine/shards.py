@@ -11,14 +11,14 @@ from train.engine.zero import deepspeed_config
 
 
 def allocator_for(config: TrainConfig, batch: BatchArithmetic, device: torch.device) -> Allocate:
-    """Room for the base of a run, on this process."""
+    """What allocates the base of a run on this process."""
     if config.deepspeed.stage == 3 and config.model.path is not None:
         return _partition(config, batch)
     return whole_on(device)
 
 
 def _partition(config: TrainConfig, batch: BatchArithmetic) -> Allocate:
-    """Room for this process's partition of each parameter, and of a node's copy, if the run has any.
+    """What allocates this process's partition of each parameter and, if the run has one, of the node's copy.
 
     `deepspeed.zero.Init` would make each parameter whole first, and send it from process 0 to the others.
     """
@@ -27,7 +27,7 @@ def _partition(config: TrainConfig, batch: BatchArithmetic) -> Allocate:
     # The module is what tells it to change torch's linear layers, as it does for a model that is made within it.
     init = Init(module=nn.Module(), config_dict_or_path=deepspeed_config(config, batch))
 
-    def room(numbers: int, dtype: torch.dtype, device: torch.device | str) -> Any:
+    def buffer(numbers: int, dtype: torch.dtype, device: torch.device | str) -> Any:
         tensor: Any = torch.zeros(numbers, dtype=dtype, device=device)  # zeros: the last process's padding stays
         if init.pin_memory and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()
@@ -42,11 +42,11 @@ def _partition(config: TrainConfig, batch: BatchArithmetic) -> Allocate:
         sharded.ds_numel_aligned = init._aligned_size(sharded)
         numbers = sharded.ds_numel_aligned // init._partition_world_size(sharded)
         device = init.local_device if sharded.ds_persist else init.remote_device
-        sharded.ds_tensor = room(numbers, sharded.dtype, device)
+        sharded.ds_tensor = buffer(numbers, sharded.dtype, device)
         held = [(numbers * init._partition_rank(sharded), sharded.ds_tensor)]
         if init.zero_param_process_group is not None:
             numbers = sharded.ds_numel_aligned // init.num_ranks_in_param_group
-            sharded.ds_secondary_tensor = room(numbers, sharded.dtype, init.remote_device)
+            sharded.ds_secondary_tensor = buffer(numbers, sharded.dtype, init.remote_device)
             held.append((numbers * init.rank_in_group, sharded.ds_secondary_tensor))
         free_param(sharded)
         # The padding is in no file.

@@ -51,7 +51,7 @@ class TrainedState:
         self._groups: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
 
     def start(self) -> None:
-        """Undoes what DeepSpeed did to the optimizer when it got it. To be called then, before anything else."""
+        """Undoes what DeepSpeed did to the optimizer when it got it; to be called right after that."""
         if self._stage > 0:
             return
         # Stage 0 took a step to allocate the moments. It counted, and would spoil the bias correction of the real ones.

@@ -102,5 +102,5 @@ def read_load(path: Path) -> list[list[int]]:
         if len({len(of_layer) for of_layer in tokens}) > 1:
             raise UnreadableError("its layers have different numbers of experts")
     except UnreadableError as error:
-        raise UserError(f"lora.load={path}: that is no measured load ({error}); {remedy}") from error
+        raise UserError(f"lora.load={path}: it is not a measured load ({error}); {remedy}") from error
     return tokens

@@ -33,7 +33,7 @@ def operator(
     Args:
         schema: its arguments and results.
         shapes: gives the results on the meta device.
-        on_cuda: stands in for plain torch on CUDA; the function of the same name in `kernels.py` unless told.
+        on_cuda: stands in for plain torch on CUDA; the function of the same name in `kernels.py` unless given.
     """
 
     def define(plain: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

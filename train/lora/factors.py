@@ -31,7 +31,7 @@ class Adapter:
 
     @property
     def rows(self) -> tuple[slice, ...]:
-        """Those of each expert in A and B, none for one without an adapter."""
+        """The rows of each expert in A and B; none for one without an adapter."""
         return _rows(self.ranks)
 
     def shares(self, device: torch.device) -> torch.Tensor:

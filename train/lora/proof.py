@@ -9,8 +9,8 @@ from torch import nn
 from train.lora.factors import Adapter, adapters
 
 FEWEST = 2
-"""Tokens that prove something. If activations are computed again for the backward, a single one that stands between
-two experts may fall to the other: the expert that was noted then has no gradient, and nothing is wrong."""
+"""The fewest tokens that prove something. If activations are computed again for the backward, a single one that stands
+between two experts may fall to the other: the expert that was noted then has no gradient, and nothing is wrong."""
 
 
 class ExpertNotLearningError(RuntimeError):

@@ -83,7 +83,7 @@ def _from_flat(flat: Sequence[Any]) -> list[Tensors]:
 
 
 def _shapes(experts: MixtralExperts) -> dict[str, torch.Size]:
-    """[out, in] of each projection; a quantised weight does not tell."""
+    """[out, in] of each projection, which the shape of a quantised weight doesn't show."""
     hidden, intermediate = experts.hidden_dim, experts.intermediate_dim
     sizes = ((2 * intermediate, hidden), (hidden, intermediate))
     return dict(zip(EXPERT_TARGETS, map(torch.Size, sizes), strict=True))
@@ -115,7 +115,7 @@ class Results(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Once they are computed."""
+        """The tensors, once they are computed."""
         return self.y.tensor, None if self.low is None else self.low.tensor
 
 

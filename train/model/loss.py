@@ -17,7 +17,7 @@ from train.model.routing import Routing
 
 @dataclass(frozen=True, slots=True)
 class Extents:
-    """What is where in a micro-batch. Found in the tensors that the host has, no GPU is asked and waited for."""
+    """What is where in a micro-batch. Found in tensors on the host, so that no GPU has to be waited for."""
 
     conversations: Conversations
     supervised_N: torch.Tensor

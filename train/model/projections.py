@@ -38,7 +38,7 @@ def replace(model: MixtralForCausalLM) -> None:
 
 
 class Attention(MixtralAttention):
-    """transformers' attention, of which the projections and the rotary embedding are computed as told above.
+    """transformers' attention, with projections and rotary embedding computed as described above.
 
     Its own modules are not called: under ZeRO-3 it is one unit, whose weights are gathered together.
     """
@@ -118,7 +118,7 @@ class _Lows(NamedTuple):
         return all_A[0] if len(all_A) == 1 else torch.cat(all_A)
 
     def parts(self, tensors: Sequence[Tensors]) -> list[slice]:
-        """Of each in what they share."""
+        """The part of each in what they share."""
         ends = list(itertools.accumulate(len(tensors[member].A) for member in self.members))
         return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 

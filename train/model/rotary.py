@@ -1,7 +1,7 @@
 """Rotary embedding of queries and keys, in one pass forward and one backward on CUDA; it keeps nothing of a layer.
 
 In plain torch, as transformers has it, each of them is read and written five times: two products, a negation, the
-halves put together, a sum. Here their halves are turned in place of that. The backward is the same turn the other way.
+halves put together, a sum. Here their halves are turned in one pass. The backward is the same turn the other way.
 
 Shapes: N heads of the queries, K heads of the keys, D width of a head.
 """

@@ -26,7 +26,7 @@ class Work:
     per_supervised_token: float
 
     def flops(self, tokens: float, pairs: float, supervised_tokens: float) -> float:
-        """Of so many."""
+        """Those of that many tokens."""
         return self.per_token * tokens + self.per_pair * pairs + self.per_supervised_token * supervised_tokens
 
 
@@ -51,7 +51,7 @@ def of_frozen(sizes: Mapping[str, Any]) -> Work:
 def of_training(sizes: Mapping[str, Any], trained: Mapping[str, tuple[int, ...]]) -> Work:
     """`of_frozen`, with what trains: adapters, forward and backward, and the gradients of trained weights.
 
-    Each expert counts as chosen alike often, which matters if their ranks differ. The backward is counted down to the
+    All experts count as chosen equally often, which matters if their ranks differ. The backward is counted down to the
     first layer, even if nothing in the first layers trains.
 
     Args:

@@ -10,6 +10,6 @@
     task.py          task=plan
     check.py         the check before a real run that it will find its memory
 
-What is arithmetic, what is assumed and what was measured is said beside each figure. May import train.config,
+The page says which figures are arithmetic, which are assumed and which were measured. May import train.config,
 train.lora, train.model, data.disk and configs.program.
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from data.disk import nf4
 from train.config.engine import DeepSpeedConfig
 from train.config.train import TrainConfig
 from train.planning.given.machine import Machine
@@ -23,12 +24,12 @@ ROOM_FOR_TWO = 4_000_000_000
 """Elements of two layers' experts of a Mixtral-8x7B."""
 
 ALIKE = 0.02
-"""By what share the costs of settings may differ that count as equal."""
+"""The share by which costs may differ and still count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A plan, and what must be said to get it."""
+    """A plan, and the settings that lead to it."""
 
     settings: tuple[str, ...]
     """As they stand on a command line."""
@@ -40,7 +41,7 @@ def alternatives(config: TrainConfig, sizes: Sizes, rows: Rows, machine: Machine
     forms = {config.model.weights: sizes}
     if config.lora.method == "lora" and (machine.on_cuda or find_spec("bitsandbytes")):
         other = copy.deepcopy(config)
-        other.model.weights = "nf4" if config.model.weights == "bf16" else "bf16"
+        other.model.weights = nf4.FORM if config.model.weights == nf4.UNQUANTISED else nf4.UNQUANTISED
         forms[other.model.weights] = sizes_of(other)
     found = []
     for weights, of_form in forms.items():
@@ -83,7 +84,7 @@ def _ways(machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def _said(config: TrainConfig, way: dict[str, Any], before: DeepSpeedConfig) -> tuple[str, ...]:
-    """What gives that way. What a recipe says outlives the choice of a group, so whatever differs from it is said."""
+    """The settings that lead to it. Those of a recipe outlive the choice of a group, so whatever differs is named."""
     offloads = way["offload_optimizer"] == "cpu"
     group = {0: "none", 2: "zero2", 3: "zero3_offload" if offloads else "zero3"}[way["stage"]]
     said = [f"deepspeed={group}"]

@@ -19,7 +19,7 @@ from train.planning.speed import speed
 Expected = dict[str, float | str]
 """By the names of metrics.jsonl: a figure, or why there is none."""
 UNKNOWN = "not planned: its rates aren't known (task=plan measures them)"
-"""Of a machine that the catalogue doesn't have."""
+"""Said of a machine that is not in the catalogue."""
 
 
 def check_room(config: TrainConfig, rows: Rows, processes: int) -> Expected:
@@ -50,7 +50,7 @@ def check_room(config: TrainConfig, rows: Rows, processes: int) -> Expected:
         raise UserError(
             f"micro_batch={config.micro_batch}: by the plan each process needs {planned.peak / GB:.1f} GB at its peak "
             f"({planned.where}), and {machine.memory / GB:.1f} GB of {what} are free for it; task=plan shows what "
-            f"would fit, and plan.check=false tries all the same"
+            f"would fit, and plan.check=false tries it anyway"
         )
     tensors = planned.peak - machine.runtime * machine.on_cuda
     expected: Expected = {"memory_gib": tensors / 2**30, "seconds": UNKNOWN, "tokens_per_second": UNKNOWN}

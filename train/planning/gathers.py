@@ -25,7 +25,7 @@ class Gathers:
     backward: int
     """Bytes that are gathered in the backward, recomputed layers' as well."""
     largest: int
-    """Bytes of the module that has most: before it is computed with, at least these must have come."""
+    """Bytes of the largest module: at least these must have come before it is computed with."""
 
 
 def persists(tensor: Tensor, config: DeepSpeedConfig) -> bool:
@@ -47,9 +47,9 @@ def gathers(sizes: Sizes, config: DeepSpeedConfig, checkpointing: str) -> Gather
     for index, (number, is_backward) in enumerate(way):
         wanted = [] if number in live else [(number, is_backward)]
         ahead = max(ahead, index + 1)
-        room = config.max_live_parameters - elements_live - sum(elements[number] for number, _ in wanted)
+        allowed = config.max_live_parameters - elements_live - sum(elements[number] for number, _ in wanted)
         begun = 0
-        while ahead < len(way) and begun < min(prefetch, room):
+        while ahead < len(way) and begun < min(prefetch, allowed):
             following, _ = way[ahead]
             if following not in live and following != number:
                 wanted.append(way[ahead])
@@ -72,7 +72,7 @@ def gathers(sizes: Sizes, config: DeepSpeedConfig, checkpointing: str) -> Gather
 
 
 def _next_uses(sizes: Sizes, way: list[tuple[int, bool]]) -> tuple[list[int | None], list[int]]:
-    """For each place of the way, where its unit is passed again, and the elements that were passed before it."""
+    """For each index of the way, the index at which its unit is passed again, and the elements passed before it."""
     passed = [0]
     for number, _ in way:
         passed.append(passed[-1] + sum(tensor.elements for tensor in sizes.units[number].tensors))

@@ -21,8 +21,8 @@ PINNED = 4 / 3
 
 GAPS, GAPS_IN_HALF, GAPS_OF_MATRICES = 1.8, 6.0, 9.0
 """Holes in a CPU's heap: in float32 and in bfloat16, as multiples of what a layer's forward makes, and of the
-dequantised matrix if there is one. Experts get other numbers of rows in each step, so what comes seldom fits where
-something was. Fitted, with the next, to the peaks of 28 runs of 0.7 to 8.5 GB; no arithmetic gives them."""
+dequantised matrix if there is one. Experts get other numbers of rows in each step, so a new tensor seldom fits where
+an old one was. Fitted, with the next, to the peaks of 28 runs of 0.7 to 8.5 GB; no arithmetic gives them."""
 CODE_IN_HALF = 0.12e9
 """Bytes of the code that oneDNN makes for bfloat16, other code for each number of rows."""
 LEFT_TO_THE_KERNEL = 16 << 20

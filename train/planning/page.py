@@ -72,7 +72,7 @@ def _step(plan: Plan) -> Table:
 def _run(plan: Plan) -> Iterator[str]:
     price = plan.machine.price
     if plan.steps:
-        cost = f", ${plan.dollars:,.0f} at ${price:g} for a GPU and hour" if price else ""
+        cost = f", ${plan.dollars:,.0f} at ${price:g} per GPU-hour" if price else ""
         yield f"{plan.steps:,} steps, {plan.epoch_hours:.3g} hours an epoch, {plan.hours:.3g} hours in all{cost}."
     yield f"Loading takes about {plan.loading:.0f} s, a checkpoint {plan.checkpoint:.1f} s beside training."
 

@@ -109,7 +109,7 @@ def plan_of(config: TrainConfig, sizes: Sizes, rows: Rows, machine: Machine) -> 
 
 def _refused(config: TrainConfig, found: Memory, sizes: Sizes, machine: Machine) -> str | None:
     if config.deepspeed.node_copy and machine.nodes == 1:
-        return "a copy for each node is of use on several nodes alone"
+        return "a copy for each node helps on several nodes alone"
     what = "a GPU" if machine.on_cuda else "a process"
     base = found.parts.get("base", 0.0)
     if base > machine.memory:
@@ -122,7 +122,7 @@ def _refused(config: TrainConfig, found: Memory, sizes: Sizes, machine: Machine)
 
 
 def divides(config: TrainConfig, processes: int) -> bool:
-    """Whether the global batch can be divided among so many processes."""
+    """Whether the global batch can be divided among that many processes."""
     try:
         config.batch(processes)
     except UserError:

@@ -179,7 +179,7 @@ def _factors(sizes: Sizes, tokens: int, machine: Machine) -> float:
 
 
 def _passed(sizes: Sizes, tokens: int, passes: int, times: int) -> float:
-    """Bytes of what is no product: of the stream, and of the experts' activation `times` over."""
+    """Bytes moved beside products: of the stream, and of the experts' activation `times` over."""
     config, P = sizes.config, tokens * sizes.config.num_experts_per_tok
     of_experts = times * P * (config.intermediate_size + config.hidden_size)
     return (passes * tokens * config.hidden_size + of_experts) * sizes.itemsize

@@ -58,12 +58,12 @@ class Recorded:
     lines: list[dict[str, Any]]
     """The lines of metrics.jsonl, in order; those that can't be read are left out."""
     launches: list[dict[str, Any]] = field(default_factory=list)
-    """When the run was begun or gone on with, and after which step."""
+    """When the run was begun or resumed, and after which step."""
     damaged: list[str] = field(default_factory=list)
     """What is there and was left out, and why, a line each."""
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """The steps and the values of a quantity; a value that is no number is NaN."""
+        """The steps and the values of a quantity; a value that is not a number is NaN."""
         return [(float(line["step"]), number(line[name])) for line in self.lines if name in line]
 
     @property
@@ -124,7 +124,7 @@ def part(path: Path, shape: type[Any], damaged: list[str]) -> Any:
 
 
 def note_launch(directory: Path, started: str, processes: int, resumed_after: int) -> None:
-    """Adds a line to `launches.jsonl`; a disk that takes none is no reason to end the run."""
+    """Adds a line to `launches.jsonl`; a disk that takes none doesn't end the run."""
     line = {"started": started, "processes": processes, "resumed_after_step": resumed_after}
     try:
         # Not through a link to elsewhere, nor into a pipe, at which it would wait for a reader.

@@ -80,7 +80,7 @@ def try_report(directory: Path, *, with_examples: bool = True) -> None:
     try:
         write_report(directory, with_examples=with_examples)
     except Exception as error:  # of any kind: the run is worth more than its report
-        if not isinstance(error.__cause__, OSError):  # what the disk lacks, metrics.jsonl's own line says
+        if not isinstance(error.__cause__, OSError):  # a full disk is reported by metrics.jsonl's own line
             console.print(f"{REPORT} can't be written ({one_line(error)}); training goes on", soft_wrap=True)
 
 
@@ -224,7 +224,7 @@ def _entropy(run: Recorded, names: list[str], *, even: float) -> list[tuple[str,
 
 
 def _spread(count: int, most: int) -> list[float]:
-    """At most so many of the positions of a list, evenly apart, first and last among them."""
+    """At most that many of the positions of a list, evenly apart, first and last among them."""
     chosen = min(count, most)
     return [index * (count - 1) / max(1, chosen - 1) for index in range(chosen)]
 

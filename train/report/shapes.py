@@ -34,7 +34,7 @@ class Pair(TypedDict):
 
 
 class Metric(TypedDict):
-    """A metric of one of lm-eval's tasks; None for what is no number."""
+    """A metric of one of lm-eval's tasks; None for what is not a number."""
 
     value: float | None
     standard_error: float | None

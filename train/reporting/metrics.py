@@ -36,7 +36,7 @@ LONGEST_LINE = 1 << 24
 """Bytes of the longest line that is read; a longer one is not ours."""
 
 SPEED_PERIOD = 3600.0
-"""Seconds of steps that the time left is estimated by: rich's 30 hold no two steps of a large model."""
+"""Seconds of steps from which the time left is estimated: rich's own 30 hold not even two steps of a large model."""
 SMOOTHING = 0.9
 """What a step's tokens and seconds weigh one step later in the speed on the screen."""
 
@@ -130,7 +130,7 @@ class Metrics:
         self._made.append(record)
         if wrong is not None:
             sentences = {
-                "refused": "loss or gradient not finite, the update was refused",
+                "refused": "loss or gradient not finite, the update was skipped",
                 "spike": f"loss {record.loss:.3f} is far above the steps before",
             }
             text = f"step {record.step}: {sentences[wrong]}; {self._look_at(rows)}"
@@ -273,7 +273,7 @@ def _opened(directory: Path, resumed: dict[str, Any]) -> int:
     """The descriptor of metrics.jsonl, open to append to what the checkpoint knows of."""
     path = directory / METRICS
     if path.exists() and not path.is_file():
-        raise UserError(f"run_dir={directory}: its {METRICS} is no regular file; remove it")
+        raise UserError(f"run_dir={directory}: its {METRICS} is not a regular file; remove it")
     try:
         _keep_lines(path, resumed.get("step", -1), resumed.get("evaluations", {}))
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)

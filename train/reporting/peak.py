@@ -1,4 +1,4 @@
-"""What GPUs can do at most, by their data sheets: a step's speed is told as a share of it."""
+"""What GPUs can do at most, by their data sheets: a step's speed is reported as a share of it."""
 
 import torch
 
@@ -6,7 +6,7 @@ from train.config.catalogue import cluster_of
 
 
 def peak_flops(device: torch.device, dtype: str, count: int) -> float | None:
-    """Of so many such devices, for a model of that dtype; None if it is not known: CPUs, other GPUs, float32."""
+    """Of that many such devices, for a model of that dtype; None if it is not known: CPUs, other GPUs, float32."""
     if device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return None
     peak = peak_of(torch.cuda.get_device_name(device))

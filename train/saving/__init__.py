@@ -1,4 +1,4 @@
-"""What a run leaves, and from where it goes on.
+"""What a run leaves, and how it is resumed.
 
     run_directory.py   whether a directory can be used; locked, and created
     identity.py        whether it is the same run: settings, dataset and base, by hash

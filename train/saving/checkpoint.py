@@ -49,7 +49,7 @@ Count = Annotated[int, Meta(ge=0)]
 
 
 class State(TypedDict):
-    """The state of `History` and `Metrics`; the former says from where the run can go on."""
+    """The state of `History` and `Metrics`; the former says after which step the run goes on."""
 
     step: Count
     last: dict[str, float | str | bool] | None
@@ -188,7 +188,7 @@ class Checkpoint:
     def check(self, shapes: dict[str, Shape], advance: Callable[[int], None] = lambda size: None) -> None:
         """Compares every file with the manifest, and the tensors with the parameters that train.
 
-        `advance` is told how many bytes were read, each time.
+        `advance` is called after each read with the number of bytes.
 
         Raises:
             DamagedError: a file or tensor is missing, unknown, changed, or of another shape; it names the first.
@@ -206,7 +206,7 @@ class Checkpoint:
                 if stored[name] != ("F32", shape):
                     raise DamagedError(f"{file} has the tensor {name} as {stored[name]}, not F32 {list(shape)}")
             if unknown := stored.keys() - shapes.keys():
-                raise DamagedError(f"{file} has a tensor {min(unknown)} that nothing here is called")
+                raise DamagedError(f"{file} has an unknown tensor {min(unknown)}")
 
     def _check(self, name: str, advance: Callable[[int], None] = lambda size: None) -> None:
         written = self._files.get(name)

@@ -15,6 +15,7 @@ from data.disk.adapter_directory import WEIGHTS
 from data.disk.architecture import CONFIG
 from data.disk.files import file_hash, sha256
 from data.disk.loading.progress import progress
+from data.disk.nf4 import UNQUANTISED
 from data.disk.weights import StoredWeights, local_directory
 from data.prepared.dataset import PreparedDataset
 from data.prepared.layout import MANIFEST
@@ -238,7 +239,7 @@ def check(stored: Recorded, config: TrainConfig, hashes: dict[str, Any], *, fini
         start = f"lora.start={finished}/adapter" if config.lora.method == "lora" else f"model.path={finished}/model"
         return f"that run is finished; to train its result further, give {start} and a new run_dir, {remedy}"
 
-    before = {"model.weights": "bf16"} | dict(_leaves(stored["settings"]))  # older runs knew no other form
+    before = {"model.weights": UNQUANTISED} | dict(_leaves(stored["settings"]))
     now = dict(_leaves(stored_settings(config)))
     for name, value in now.items():
         if name in before and before[name] != value and not _is_among(name, FREE) and not _is_among(name, despite):

@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest whole checkpoint → engine, health, history."""
+"""Resuming a run: the newest whole checkpoint → engine, health, history."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ from train.saving.run_directory import RunDirectory
 
 
 def check_run_there(config: TrainConfig, inputs: Inputs, dataset: Path) -> None:
-    """The same comparison with the run that is there, without the base's weights, before processes meet.
+    """Compares the launch with the run that is there, without the base's weights, before processes meet.
 
     Args:
         config: of this launch.
@@ -42,7 +42,7 @@ def check_run_there(config: TrainConfig, inputs: Inputs, dataset: Path) -> None:
     if config.run_dir is None:
         return
     path = Path(config.run_dir)
-    with contextlib.suppress(OSError):  # told with a reason when it is used
+    with contextlib.suppress(OSError):  # reported with its reason when it is used
         if problem := run_directory.problem(path, config, dataset):
             raise UserError(f"run_dir={path}: {problem}")
         finished, resumes = run_directory.state(path, config)

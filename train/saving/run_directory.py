@@ -41,7 +41,7 @@ from train.saving import checkpoint
 RESULTS = {"adapter", "model", RECEIPT, EXPERT_LOAD, EXPERT_LOAD_PICTURE}
 """What only a run that came to its end has written."""
 REPORTS = {METRICS, LAUNCHES, REPORT, ANSWERS, TRACE, "wandb", EVALUATION}
-"""What tells of the run; answers and evaluation come later, from commands of their own."""
+"""What describes the run; answers and evaluation come later, from commands of their own."""
 RUN_ENTRIES = {CONFIG, checkpoint.FOLDER} | REPORTS | RESULTS
 """All that a run directory holds; a directory with anything else in it is not replaced."""
 
@@ -182,7 +182,7 @@ def problem(path: Path, config: TrainConfig, dataset: Path) -> str | None:
     if goes_on and (RECEIPT in entries or checkpoint.paths(path)):
         # Nothing is replaced, whatever else the user keeps there.
         odd = next((name for name in (RECEIPT, METRICS) if name in entries and not (path / name).is_file()), None)
-        return f"its {odd} is no regular file; take it away, or name another directory" if odd else None
+        return f"its {odd} is not a regular file; take it away, or name another directory" if odd else None
     if foreign := entries - RUN_ENTRIES:
         return f"{min(foreign)} is there, which no run writes; name another directory"
     if config.overwrite or (goes_on and not RESULTS & entries) or not entries:

@@ -102,8 +102,8 @@ class Saver:
 
     @property
     def behind(self) -> bool:
-        """Whether the disk is behind: the next checkpoint would wait long for an earlier one, or training for the room
-        that its copy takes; on the main process, else False."""
+        """Whether the disk is behind: the next checkpoint would wait long for an earlier one, or training for memory
+        for its copy; on the main process, else False."""
         if self._background is None or not self._under_way:
             return False
         waits = time.perf_counter() - self._under_way[0] > PATIENCE

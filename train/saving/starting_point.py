@@ -7,7 +7,7 @@ from transformers import MixtralForCausalLM
 
 from configs.program.console import console
 from configs.program.errors import UserError, one_line
-from data.disk.adapter_directory import RECEIPT, WEIGHTS
+from data.disk.adapter_directory import RECEIPT, WEIGHTS, trained_in
 from data.disk.formats import sizes
 from data.disk.plain_text import json_if_readable, member
 from train.config.lora import LoraConfig
@@ -23,7 +23,8 @@ def check_is_there(config: LoraConfig) -> None:
     """Raises `UserError` if `lora.start` names no adapter; whether its shape fits is known with the model."""
     if config.start is not None and config.method == "lora" and not (Path(config.start) / WEIGHTS).is_file():
         raise UserError(
-            f"lora.start={config.start}: it is no adapter directory, {WEIGHTS} is missing; name one that training wrote"
+            f"lora.start={config.start}: it is not an adapter directory, {WEIGHTS} is missing; name one that "
+            f"training wrote"
         )
 
 
@@ -32,7 +33,7 @@ def other_form(config: TrainConfig) -> str | None:
     if config.lora.start is None or config.lora.method == "none":
         return None
     base = member(json_if_readable(Path(config.lora.start) / RECEIPT, sizes.RECORD), "base")
-    before, now = base.get("weights", "bf16"), config.model.weights
+    before, now = trained_in(base), config.model.weights
     return None if before == now else f"lora.start={config.lora.start}: trained on a base in {before}, goes on in {now}"
 
 

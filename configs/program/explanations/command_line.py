@@ -30,7 +30,7 @@ def flags(program: Program, arguments: list[str]) -> argparse.Namespace:
     """What Hydra reads in the command line.
 
     Raises:
-        UserError: an option that there is not, or one that no program takes.
+        UserError: an option that doesn't exist, or one that no program takes.
     """
     if of_launcher := next((argument for argument in arguments if argument.startswith("--local_rank")), None):
         raise UserError(f"{of_launcher}: the launcher added it; launch with `deepspeed --no_local_rank --module …`")
@@ -61,7 +61,7 @@ def flags(program: Program, arguments: list[str]) -> argparse.Namespace:
 
 
 def _as_setting(option: str, arguments: list[str], program: Program) -> str:
-    """The sentence for an option that there is not."""
+    """The sentence for an option that doesn't exist."""
     name, equals, value = option.partition("=")
     if not equals:
         following = arguments[arguments.index(option) + 1 :][:1]
@@ -75,7 +75,7 @@ def _as_setting(option: str, arguments: list[str], program: Program) -> str:
 
 
 def check(program: Program, asked: argparse.Namespace) -> None:
-    """Raises `UserError` for settings, groups and files that there are not, and for what is typed in a wrong way."""
+    """Raises `UserError` for settings, groups and files that don't exist, and for what is typed in a wrong way."""
     directories = [Path(given) for given in (asked.config_dir, asked.config_path) if given is not None]
     directories += [] if asked.config_path is not None else [program.configs]
     if (name := asked.config_name) is not None and not any((path / f"{name}.yaml").is_file() for path in directories):
@@ -132,7 +132,7 @@ def _others_group(name: str, program: Program) -> str | None:
 
 
 def _without_value(argument: str, own: dict[str, bool], directories: list[Path]) -> str:
-    """The sentence for a word that is no setting; it may be a choice."""
+    """The sentence for a word that is not a setting; it may be a choice."""
     for group in own:
         if argument in recipes.choices(group, directories):
             return f"{argument}: it is a choice of {group}; write {group}={argument}"

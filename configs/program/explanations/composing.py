@@ -66,7 +66,7 @@ def _interpolation(text: str) -> str | None:
         name = variable.group(1)
         return f"{field}: the variable {name} is not set; set it, or write ${{oc.env:{name},VALUE}} to do without"
     if key := re.search(r"Interpolation key '(.*?)' not found", text):
-        return f"{field}: there is no setting {key.group(1)}, which ${{{key.group(1)}}} names; name one that there is"
+        return f"{field}: there is no setting {key.group(1)}, which ${{{key.group(1)}}} names; name an existing one"
     return None
 
 

@@ -41,18 +41,18 @@ def _group(name: str, defaults: Any, config_dir: Path) -> str:
 
 
 def _settings(schema: type, composed: DictConfig, width: int, prefix: str = "") -> Iterator[str]:
-    told = docstrings(schema)
+    described = docstrings(schema)
     for field in fields(schema):
         value = composed._get_node(field.name)
         name = f"{prefix}{field.name}"
         if is_dataclass(field.type):
             assert isinstance(field.type, type)
-            yield f"  {name}: {told[field.name]}"
+            yield f"  {name}: {described[field.name]}"
             yield ""
             yield from _settings(field.type, composed[field.name], width, f"{name}.")
             continue
         yield f"  {name}={_shown(value)}"
-        yield from textwrap.wrap(told[field.name], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        yield from textwrap.wrap(described[field.name], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
         yield ""
 
 

@@ -137,11 +137,11 @@ CALLED: dict[str, dict[str, str]] = {
     },
 }
 """For each program, what others call a setting (TRL, transformers, DeepSpeed, vLLM and their like) → our name, or what
-there is to say in its place."""
+to say instead."""
 
 
 def unknown(name: str, program: Program) -> str:
-    """The sentence for a name that is no setting of the program."""
+    """The sentence for a name that is not a setting of the program."""
     meant = _meant(name, CALLED.get(program.name, {}), program.settings())
     return f"{name}: there is no such setting; {meant}`python -m {program.name} --help` lists them all"
 

@@ -64,7 +64,7 @@ def _check_file(path: Path, group: str, groups: dict[str, bool]) -> list[Choice]
     try:
         node = yaml.compose(text)
     except yaml.YAMLError:
-        return []  # told with line and reason when it is composed
+        return []  # reported with line and reason when it is composed
     has_package = any(PACKAGE.match(line) for line in _first_comments(text))
     if node is None and not has_package:
         raise UserError(f"{path}: it holds no settings; write them as name: value, or leave it out")

@@ -25,7 +25,7 @@ def open_table(path: Path, schema: pa.Schema) -> pa.Table:
         with pa.memory_map(str(path)) as file:
             stored = pa.ipc.open_file(file)
             if not stored.schema.equals(schema):
-                raise UnreadableError("its columns are other ones")
+                raise UnreadableError("it has other columns")
             before = pa.total_allocated_bytes()
             table = stored.read_all()
             if pa.total_allocated_bytes() > before:

@@ -21,7 +21,7 @@ DEEPEST = 40
 """Levels of nesting that are read; our own files have six."""
 
 HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
-"""How JSON may spell half of a surrogate pair, which is no text if the other half is missing."""
+"""How JSON may spell half of a surrogate pair, which is not text if the other half is missing."""
 
 MOST_DIGITS = 300
 """Digits of a whole number; with a few more, it would be larger than any float."""
@@ -31,7 +31,7 @@ LONGEST_QUOTE = 100
 
 TOO_MANY_DIGITS = b"0" * (MOST_DIGITS + 1)
 DIGITS_AS_ZEROS = bytes(ord("0") if chr(byte).isdecimal() else byte for byte in range(256))
-"""By these a text without any such number is known at once: to ask for each of a vocabulary's ids takes a while."""
+"""Show at once that a text has no such number: looking at each of a vocabulary's ids takes a while."""
 
 CONTAINERS = {dict, list}
 """What JSON nests."""
@@ -43,7 +43,7 @@ def read_json(path: Path, shape: type[Shape], setting: str, remedy: str, *, larg
     """The values of a JSON file, as they stand there.
 
     Args:
-        path: of a regular file, which is no link out of its directory.
+        path: of a regular file, not of a link out of its directory.
         shape: what they have to be.
         setting: how the error begins, such as `base=models/mixtral`.
         remedy: how it ends.
@@ -62,8 +62,8 @@ def parse_json(content: bytes, shape: type[Shape]) -> Shape:
     """The values of JSON in UTF-8.
 
     Raises:
-        UnreadableError: it is no JSON, nested too deeply, names a field twice, holds a number that no float comes near,
-            or is not of this shape.
+        UnreadableError: it is not JSON, nested too deeply, names a field twice, holds a number that no float comes
+            near, or is not of this shape.
     """
     try:
         value = json.loads(
@@ -82,7 +82,7 @@ def parse_json(content: bytes, shape: type[Shape]) -> Shape:
     except UnicodeDecodeError as error:
         raise UnreadableError("it is not UTF-8 text") from error
     except UnicodeEncodeError as error:
-        raise UnreadableError("it holds half of a surrogate pair, which is no text") from error
+        raise UnreadableError("it holds half of a surrogate pair, which is not text") from error
     except UnreadableError:
         raise
     except ValueError as error:
@@ -126,7 +126,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise UnreadableError(f"it holds {name}, which is no number of JSON's")
+    raise UnreadableError(f"it holds {name}, which is not a number in JSON")
 
 
 def _finite(text: str) -> float:

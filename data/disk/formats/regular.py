@@ -85,7 +85,7 @@ def size_of(bytes_: int) -> str:
 
 def _refuse_special(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise UnreadableError("it is no regular file")
+        raise UnreadableError("it is not a regular file")
 
 
 def _refuse_elsewhere(path: Path) -> None:

@@ -13,9 +13,9 @@ class TooLongError(Exception):
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Within it, the process may compute for so many seconds: of its processors, so that a busy machine is no fault.
+    """Within it, the process may compute for that many seconds of processor time, however busy the machine is.
 
-    Python tells its own loops, and the matching of regular expressions, of signals; they come to the main thread alone,
+    Its signal interrupts Python's own loops and the matching of regular expressions; it comes to the main thread alone,
     so another thread has no limit.
 
     Raises:

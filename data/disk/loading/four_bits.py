@@ -16,8 +16,8 @@ AT_ONCE = 1 << 20
 class Slice:
     """Bytes of a quantised parameter from `start` on, to be filled into `out`.
 
-    A parameter is one matrix after another, each its packed weights and then its scales. A byte of either takes the
-    block of weights that it is of; so a process that holds the scales of a matrix alone reads all of its weights.
+    A parameter is one matrix after another, each its packed weights and then its scales. A byte of either needs the
+    block of weights that it comes from; so a process that holds the scales of a matrix alone reads all of its weights.
     """
 
     parameters: Parameters

@@ -20,13 +20,12 @@ from data.disk.weights import StoredWeights
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Allocate = Callable[[str, torch.Tensor], tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]]
-"""Makes room for a parameter, of which it is given the name and one on the meta device: the new parameter, and which
-numbers of it this process holds. Each is the offset of the first in the flattened parameter, and a flat tensor to read
-them into."""
+"""Allocates a parameter, given its name and one on the meta device. Returns the new parameter, and its ranges that this
+process holds: of each, its offset in the flattened parameter, and a flat tensor to read it into."""
 
 
 def whole_on(device: torch.device) -> Allocate:
-    """Room for all of each parameter on a device."""
+    """Allocates each parameter whole on a device."""
 
     def allocate(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -36,7 +35,7 @@ def whole_on(device: torch.device) -> Allocate:
 
 
 def spread_over(devices: Mapping[str, int | str]) -> Allocate:
-    """Room for all of each parameter on the device of the part of the model that it belongs to, by the part's name."""
+    """Allocates each parameter whole on the device of the part of the model that it is in, by the part's name."""
 
     def allocate(name: str, parameter: torch.Tensor) -> tuple[nn.Parameter, list[tuple[int, torch.Tensor]]]:
         (device,) = (device for part, device in devices.items() if f"{name}.".startswith(f"{part}."))
@@ -54,21 +53,21 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     attention: str = "sdpa",
-    weights_in: str = "bf16",
+    weights_in: str = nf4.UNQUANTISED,
     shows_progress: bool = False,
 ) -> MixtralForCausalLM:
     """The model of a directory; errors begin with `named`.
 
-    Beside what `allocate` makes room for, no more is held than a block of `data.disk.loading.parameters`, or what
+    Beside what `allocate` allocates, no more is held than a block of `data.disk.loading.parameters`, or what
     `data.disk.loading.four_bits` quantises at a time.
 
     Args:
         directory: of the safetensors.
         architecture: what its config.json says.
         named: how errors call it.
-        allocate: makes room for each parameter.
+        allocate: allocates each parameter.
         dtype: of the parameters, whatever that of the files is.
-        device: of what is no parameter; weights are quantised there, too.
+        device: of what is not a parameter; weights are quantised there, too.
         attention: transformers' name of it.
         weights_in: `bf16` leaves them in `dtype`; `nf4` has those of attention and experts in four bits, and frozen.
         shows_progress: whether a bar is shown meanwhile, if stderr is a terminal.

@@ -10,17 +10,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from configs.program.console import console
 
 WORTH_A_LINE = 1_000_000_000
-"""Bytes of a read that a log tells of; terminals show its progress."""
+"""Bytes from which on a log mentions a read; terminals show its progress."""
 EVERY = 60.0
-"""Seconds between the lines of a log that tell how far a read is."""
+"""Seconds between the lines of a log that say how far a read is."""
 
 
 @contextmanager
 def progress(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar for that many bytes: what it yields is told, by any thread, of those that were read.
+    """A progress bar for that many bytes; what it yields is called after each read, by any thread, with the bytes read.
 
-    If stderr is no terminal, a line says how many they are, if they take a while, and one a minute how many of them
-    were read.
+    If stderr is not a terminal and there is much to read, a line says how much, and one a minute how much was read.
     """
     if not (shown and console.is_terminal):
         yield _lines(what, total) if shown and total >= WORTH_A_LINE else lambda size: None
@@ -43,17 +42,17 @@ def progress(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], 
 
 
 def _lines(what: str, total: int) -> Callable[[int], None]:
-    """Prints a line now, and later ones as it is told of bytes."""
+    """Prints a line now; what it returns prints later ones."""
     console.print(f"{what}: {total / 1e9:.1f} GB", soft_wrap=True)
-    lock, done, told = threading.Lock(), 0, time.monotonic()
+    lock, done, printed = threading.Lock(), 0, time.monotonic()
 
     def advance(size: int) -> None:
-        nonlocal done, told
+        nonlocal done, printed
         with lock:
             done += size
-            if time.monotonic() - told < EVERY:
+            if time.monotonic() - printed < EVERY:
                 return
-            told = time.monotonic()
+            printed = time.monotonic()
         console.print(f"{what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", soft_wrap=True)
 
     return advance

@@ -84,7 +84,7 @@ def test_a_second_start_downloads_nothing(hub: Hub, versions: list[dict[str, byt
     [
         ({"cut": {"config.json": 1000}}, "the transfer was cut off again and again"),
         ({"answers": [503] * 100}, "the hub answered 503"),
-        ({"gated": True}, "only to whom access was granted"),
+        ({"gated": True}, "only to those who were granted access"),
     ],
 )
 def test_a_base_that_can_t_be_had_is_told(

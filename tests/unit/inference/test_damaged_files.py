@@ -59,8 +59,8 @@ def test_names_and_patterns_are_bounded_in_number_and_in_time(
 
 
 RECEIPTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pipe": (os.mkfifo, "no regular file"),
-    "endless": (lambda path: path.symlink_to("/dev/zero"), "no regular file|out of its directory"),
+    "pipe": (os.mkfifo, "not a regular file"),
+    "endless": (lambda path: path.symlink_to("/dev/zero"), "not a regular file|out of its directory"),
     "deep": (lambda path: path.write_text("[" * 100_000), "nested more than"),
     "list": (lambda path: path.write_text("[]"), "expected object, got array"),
     "base": (lambda path: path.write_text('{"base": [1]}'), "base: expected object"),
@@ -119,7 +119,7 @@ def test_what_decides_nothing_is_not_told_to_peft(asked: InferenceConfig) -> Non
 def test_a_pipe_in_the_place_of_a_journal_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "answers.jsonl.part")
     with (
-        pytest.raises(UserError, match="no regular file"),
+        pytest.raises(UserError, match="not a regular file"),
         open_journal(tmp_path / "answers.jsonl.part", {"input": "x"}),
     ):
         pass

@@ -208,8 +208,8 @@ def read(
     for key, tensor in stored.items():
         if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             raise UserError(
-                f"{named}: its tensor {key} holds numbers that are not finite, as of a training that diverged; give an "
-                f"earlier checkpoint"
+                f"{named}: its tensor {key} holds numbers that are not finite, as after a training that diverged; give "
+                f"an earlier checkpoint"
             )
     if per_expert.names_experts(stored):
         found = per_expert.read(named, stored, wanted, adapters, lora)

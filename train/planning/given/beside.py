@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data.disk.nf4 import UNQUANTISED
 from data.prepared.dataset import Batch
 from train.config.lora import LoraConfig
 from train.config.model import VOCABULARY, ArchitectureConfig
@@ -110,7 +111,7 @@ def narrow_config(run: TrainConfig, stage: int, sizes: Sizes, layers: int, proce
     """Of the run, but narrow. As many of a layer's tensors stay whole on every process as in the run, or fewer if the
     narrow ones are of the same size."""
     config, architecture = copy.deepcopy(run), sizes.config
-    config.model.path, config.model.weights = None, "bf16"
+    config.model.path, config.model.weights = None, UNQUANTISED
     config.model.architecture = ArchitectureConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,

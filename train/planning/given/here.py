@@ -15,10 +15,10 @@ from train.planning.given.machine import GB, Machine
 
 MEMINFO = Path("/proc/meminfo")
 PROGRAM = 0.55 * GB
-"""Bytes of a CPU process that are no tensors: Python, torch, transformers, DeepSpeed. Fitted to 28 runs, less
+"""Bytes of a CPU process that are not tensors: Python, torch, transformers, DeepSpeed. Fitted to 28 runs, less
 the 0.07 GB of torch's compiler, which these still imported."""
 SHARED_BUFFER = 8 * 2**20
-"""Bytes that are touched, of the buffer of 66 MiB that each CPU process of DeepSpeed has for its collectives and that
+"""Bytes that are touched of the buffer of 66 MiB that each CPU process of DeepSpeed has for its collectives, and that
 all of them map. Fitted as well."""
 CUDA = 0.6 * GB
 """Bytes of a GPU that libraries are assumed to take for themselves once a process uses it, beside what torch gives to

@@ -20,8 +20,8 @@ from train.planning.given.rows import Rows
 from train.planning.given.sizes import Sizes
 
 TIMES, MOST, ENOUGH = 3, 12, 4.0
-"""Forwards and backwards, the first of which is not counted: so many at least, so many at most, and no more once they
-have taken so many seconds."""
+"""Forwards and backwards, the first of which is not counted: the fewest, the most, and the seconds after which no more
+are begun."""
 CACHES = 1 << 28
 """Bytes, more than caches hold."""
 LARGE = 10**8

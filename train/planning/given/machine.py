@@ -41,7 +41,7 @@ class Machine:
     is_measured: bool
     layer: Mapping[str, float] = field(default_factory=dict)
     """Seconds of one layer's `forward` and `backward`, of the `head` and of what is `around` them, measured for the
-    run's own micro-batch of so many `tokens`; empty if they weren't."""
+    run's own micro-batch of that many `tokens`; empty if they weren't."""
     beside: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By ZeRO stage, seconds that a step takes however little it computes: see `given.beside`; empty if they weren't
     measured."""

@@ -122,7 +122,9 @@ def planned_base(config: ModelConfig) -> MixtralForCausalLM:
     except UserError:
         raise
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"model.path={config.path}: it is no Mixtral's directory; name one with config.json") from error
+        raise UserError(
+            f"model.path={config.path}: it is not a Mixtral's directory; name one with config.json"
+        ) from error
 
 
 def planned_model(config: TrainConfig) -> tuple[MixtralForCausalLM, int]:

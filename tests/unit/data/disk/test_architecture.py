@@ -178,9 +178,9 @@ UNFIT = {
     "no width": ({"hidden_size": 0}, "hidden_size: expected int >= 1"),
     "fraction": ({"num_local_experts": 4.5}, "num_local_experts: expected int, got float"),
     "truth": ({"num_key_value_heads": True}, "num_key_value_heads: expected int"),
-    "chosen": ({"num_experts_per_tok": 5}, "5 can't be chosen of 4 num_local_experts"),
-    "heads": ({"num_attention_heads": 5}, "32 is no multiple of the 5 num_attention_heads"),
-    "groups": ({"num_key_value_heads": 3}, "4 is no multiple of the 3 num_key_value_heads"),
+    "chosen": ({"num_experts_per_tok": 5}, "5 can't be chosen from 4 num_local_experts"),
+    "heads": ({"num_attention_heads": 5}, "32 is not a multiple of the 5 num_attention_heads"),
+    "groups": ({"num_key_value_heads": 3}, "4 is not a multiple of the 3 num_key_value_heads"),
     "odd": ({"head_dim": 7}, "head_dim: 7 is odd"),
     "labels": ({"label2id": {"x": "y"}}, "label2id"),
     "rope": ({"rope_parameters": 5}, "rope_parameters: expected"),
@@ -199,13 +199,13 @@ def test_sizes_are_bounded_and_fit_each_other(base: Path, case: str) -> None:
     say(base, **settings)
     with pytest.raises(UserError) as refused:
         read_architecture(str(base), None, "base")
-    assert str(refused.value).startswith("base: its config.json says what no Mixtral is (")
+    assert str(refused.value).startswith("base: its config.json doesn't describe a Mixtral (")
     assert told in str(refused.value)
 
 
 @pytest.mark.parametrize("settings", [{"num_hidden_layers": 900}, {"num_local_experts": 512}, {"vocab_size": 1 << 23}])
 def test_a_base_that_asks_for_more_than_its_files_hold_gets_no_memory(base: Path, settings: dict[str, Any]) -> None:
-    """transformers would make room for all of it first."""
+    """transformers would allocate all of it first."""
     say(base, **settings)
     with pytest.raises(UserError, match=f"^base={base}: its tensor .* (is missing|asks for)"):
         load(base)
@@ -224,7 +224,7 @@ def test_a_pipe_beside_the_weights_is_waited_for_by_nobody(base: Path) -> None:
     load(base)
     (base / "config.json").unlink()
     os.mkfifo(base / "config.json")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         load(base)
 
 

@@ -59,12 +59,12 @@ IN_ONE = "model.layers.1.mlp.experts.down_proj"
         (W1, torch.tensor(1.0), f"{W1} is missing or of another size"),
         (W1, None, f"{W1} is missing or of another size"),
         (W1, torch.zeros(24, 16).to(torch.float8_e4m3fn), f"{W1} is stored as F8_E4M3"),
-        (W1.replace("2.w1", "3.w1"), torch.zeros(24, 16), r"experts\.3\.w1\.weight is none of a Mixtral's"),
-        (W1.replace("layers.1", "layers.2"), torch.zeros(24, 16), r"layers\.2\..* is none of a Mixtral's"),
+        (W1.replace("2.w1", "3.w1"), torch.zeros(24, 16), r"experts\.3\.w1\.weight is not one of a Mixtral's"),
+        (W1.replace("layers.1", "layers.2"), torch.zeros(24, 16), r"layers\.2\..* is not one of a Mixtral's"),
         (IN_ONE, torch.zeros(3, 16, 24), r"experts\.\d\.w2\.weight is there twice"),
         (IN_ONE, torch.zeros(3, 24), f"{IN_ONE} is missing or of another size"),
         (IN_ONE, torch.zeros(0, 16, 24), f"{IN_ONE} is missing or of another size"),
-        (IN_ONE.replace("layers.1", "layers.2"), torch.zeros(3, 24), r"layers\.2\..* is none of a Mixtral's"),
+        (IN_ONE.replace("layers.1", "layers.2"), torch.zeros(3, 24), r"layers\.2\..* is not one of a Mixtral's"),
     ],
 )
 def test_what_is_no_mixtral_of_these_sizes_is_refused_by_name(

@@ -58,7 +58,7 @@ def test_a_part_of_whole_blocks_is_quantised_as_within_the_whole() -> None:
 
 
 def test_what_is_no_whole_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="no whole blocks of 64"):
+    with pytest.raises(ValueError, match="not whole blocks of 64"):
         nf4.quantised(torch.zeros(3, 5))
 
 

@@ -133,10 +133,10 @@ def test_preview_names_file_and_line_as_rejects_do(run_program: Callable[..., An
 def test_where_that_names_nothing(run_program: Callable[..., Any], prepared: Path) -> None:
     for where, told in (
         ("rows.json:60", "was rejected (unknown_role): conversations[0] is said by 'tool'"),
-        ("rows.json:62", "no row stands there; rows.json has them from row 0 to 61"),
-        ("other.json:1", "no file was called so; give rows.json"),
-        (f"rows.json:{'9' * 300}", "it is no place; give FILE:NUMBER"),
-        ("rows.json", "it is no place; give FILE:NUMBER, for example rows.json:0"),
+        ("rows.json:62", "no row is there; rows.json has them from row 0 to 61"),
+        ("other.json:1", "no file has that name; give rows.json"),
+        (f"rows.json:{'9' * 300}", "it doesn't name a row; give FILE:NUMBER"),
+        ("rows.json", "it doesn't name a row; give FILE:NUMBER, for example rows.json:0"),
     ):
         outcome = run_program("data", "task=preview", "output=out", f"where={where}")
         assert outcome.exit_code == 2

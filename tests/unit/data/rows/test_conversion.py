@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from data.config import SCHEMAS as SETTINGS
 from data.rows.columns import names_of
-from data.rows.conversion import SCHEMAS, to_conversation
+from data.rows.conversion import CONVERSIONS, to_conversation
 from data.rows.reading import RawRow, Reject
-from data.schema import Conversation, Message
+from data.schema import ROW_FIELDS, Conversation, Message
 
 HUMAN = {"from": "human", "value": "Hi"}
 GPT = {"from": "gpt", "value": " Hello. "}
@@ -166,7 +165,7 @@ def test_the_same_conversation_in_three_schemas_is_one_conversation() -> None:
 
 
 def test_every_schema_can_be_asked_for() -> None:
-    assert set(SETTINGS) == set(SCHEMAS)
+    assert set(ROW_FIELDS) == set(CONVERSIONS)
 
 
 def test_columns_of_turns_are_renamed() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from data.prepared.dataset import PreparedDataset
 from data.rows.columns import names_of
-from data.rows.conversion import SCHEMAS, to_conversation
+from data.rows.conversion import CONVERSIONS, to_conversation
 from data.rows.reading import RawRow, Reject
 from data.schema import Conversation, Message
 from data.template import ChatTokenizer
@@ -127,7 +127,7 @@ def test_flags_that_contradict_each_other_and_parts_of_replies_are_rejected(sche
 def test_a_row_that_leaves_nothing_to_train_is_rejected(schema: str) -> None:
     row = turns(schema, ("user", "Hi", {}), ("assistant", "Hello.", {"weight": 0}))
     assert reject(row, schema)[0] == "nothing_trained"
-    # A prompt to answer is no example: what it says of training has no say.
+    # A prompt to answer is no example: what it says of training is ignored.
     assert [m.masked for m in messages(row, schema, reply_needed=False)] == [False, False]
     assert len(messages(asked(schema, {"weight": 0.5}), schema, reply_needed=False)) == 4
 
@@ -199,7 +199,7 @@ def test_a_history_that_is_none_is_rejected(history: Any, reason: str, told: str
 
 
 @pytest.mark.parametrize("field", ["system", "system_prompt"])
-@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("schema", CONVERSIONS)
 def test_a_system_message_beside_the_turns_is_rendered(schema: str, field: str) -> None:
     plain = (
         {"instruction": "Hi", "output": "Hello."}
@@ -310,7 +310,7 @@ def test_a_column_that_no_row_has_is_refused(prepare: Callable[..., Any], tmp_pa
     outcome, _ = prepare(rows, "columns={input: contxt}")
     assert outcome.exit_code == 2
     assert outcome.stderr.splitlines()[-1] == (
-        "data: columns.input=contxt: no row has such a field (not read are context); correct the name, or take it off"
+        "data: columns.input=contxt: no row has such a field (not read are context); correct the name, or drop it"
     )
     assert not (tmp_path / "out").exists()
     rows[1] = {"instruction": "x", "output": "y", "contxt": "z"}

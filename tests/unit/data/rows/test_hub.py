@@ -142,7 +142,9 @@ def test_a_branch_that_can_t_be_asked_for_is_what_it_was_last(
     monkeypatch.setattr(OFFLINE, True)
     outcome = data("dataset=user/rows", "seed=1")
     assert outcome.exit_code == 0
-    assert f"hub: user/rows can't be asked about; its main is {FIRST}, as when it last could\n" in outcome.stderr
+    assert (
+        f"hub: it gives no answer about user/rows; main stands for {FIRST}, as in its last answer\n" in outcome.stderr
+    )
     (told,) = json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]
     assert (words(tmp_path / "out"), told["commit"]) == ({"old"}, FIRST)
 
@@ -254,7 +256,7 @@ def test_gated_and_missing_say_so(
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: token)
     hub.add("datasets/user/gated", {"README.md": b"# Gated", "train.jsonl": lines("gated")}, gated=True)
     said = refused("dataset=user/gated")
-    assert f"only to whom access was granted ({403 if token else 401})" in said
+    assert f"only to those who were granted access ({403 if token else 401})" in said
     assert f"{hub.endpoint}/datasets/user/gated" in said
     said = refused("dataset=user/missing")
     assert f"the hub has no such dataset, or it is private ({404 if token else 401})" in said
@@ -499,7 +501,7 @@ def test_what_fits_no_directory_is_refused(refused: Callable[..., str], tmp_path
     (tmp_path / "rows" / "train.jsonl").write_bytes(lines("rows"))
     assert refused("dataset=rows", "revision=main").startswith("data: revision=main: ")
     assert "give files=[rows/train.jsonl]" in refused("dataset=rows/train.jsonl")
-    assert "there is no such directory, and it is no name on a hub" in refused("dataset=no/such/directory")
+    assert "there is no such directory, and it is not a name on a hub" in refused("dataset=no/such/directory")
 
 
 # Evaluation data and tokenizers

@@ -165,7 +165,7 @@ def test_roles_by_a_map(prepare: Prepare) -> None:
     rows = [row("Customer", "agent", "Customer", "agent"), row("bot", "customer", "agent", "customer", "AGENT")]
     outcome, _ = prepare(rows)
     assert outcome.exit_code == 2
-    assert "said by 'Customer', whom no role is known for" in outcome.stderr
+    assert "said by 'Customer', for whom no role is known" in outcome.stderr
     proposed = "roles={customer: user, agent: assistant}"
     assert f"give '{proposed}', or mend" in outcome.stderr
     outcome, manifest = prepare(rows, "roles={customer: user, agent: assistant, bot: system}")
@@ -277,4 +277,4 @@ def test_limits_and_weights_take_any_name(run_program: Callable[..., Any], tmp_p
     assert rows("files=[*.jsonl]", "limits={*.jsonl: 2, two words.jsonl: 1}") == [2, 2, 1]
     assert rows("files=[*.jsonl]", "limits={two words.jsonl: 1}") == [4, 4, 1]
     refused = run_program("data", "files=[*.jsonl]", "output=out", "limits={three.jsonl: 1}")
-    assert "limits.three.jsonl: no source is called so; it is one of *.jsonl" in refused.stderr
+    assert "limits.three.jsonl: no source has that name; it is one of *.jsonl" in refused.stderr

@@ -197,7 +197,7 @@ def test_evaluation_data_that_cannot_be_read(run_program: Callable[..., Any], tm
     for name, told in (
         ("pointer.json", "git lfs pull"),
         ("pointer.txt", "git lfs pull"),
-        ("mmul", f"no such task; it is a file, or one of {', '.join(HUB_TASKS)}"),
+        ("mmul", f"no such task; name a file, or one of {', '.join(HUB_TASKS)}"),
         ("broken.jsonl", "line 2"),
         ("broken.csv", "CSV"),
         ("broken.txt", "can't be read"),

@@ -106,7 +106,7 @@ def test_rows_that_are_all_too_long_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file_is_not_read() -> None:
-    with pytest.raises(UserError, match="input=/dev/zero: it is no file"):
+    with pytest.raises(UserError, match="input=/dev/zero: it is not a file"):
         prompts_of(Path("/dev/zero"))
 
 

@@ -112,7 +112,7 @@ def test_settings_that_change_are_shown_and_used(asked: Asked, capsys: pytest.Ca
         ("/load absent.jsonl", "/load absent.jsonl: there is no such file"),
         ("/load empty.jsonl", "/load empty.jsonl: it holds no rows"),
         ("/load text.jsonl", "/load text.jsonl: line 2 can't be used"),
-        ("/load other.jsonl", "/load other.jsonl: line 1 is no conversation"),
+        ("/load other.jsonl", "/load other.jsonl: line 1 is not a conversation"),
         ("/load tools.jsonl", "/load tools.jsonl: line 1 can't be used"),
         ("/load nul.jsonl", "NUL character"),
         ("/load cut.jsonl.gz", "/load cut.jsonl.gz: it can't be read"),

@@ -128,7 +128,7 @@ def test_answers_that_a_journal_can_not_hold_are_refused(tmp_path: Path, answers
 
 def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "answers.part")
-    with pytest.raises(UserError, match="is no regular file"), open_journal(tmp_path / "answers.part", {}):
+    with pytest.raises(UserError, match="is not a regular file"), open_journal(tmp_path / "answers.part", {}):
         pass
 
 

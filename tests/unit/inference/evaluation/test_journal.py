@@ -30,7 +30,7 @@ def test_whole_units_are_kept_and_the_rest_is_cut_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (os.mkfifo, "is no regular file; remove it"),
+        (os.mkfifo, "is not a regular file; remove it"),
         (Path.mkdir, r"can't be written \(Is a directory\)"),
         (lambda path: path.write_text("notes\n"), "no evaluation wrote"),
         (lambda path: path.write_text('{"evaluation": [3]}\n{"unit": "a", "answers": [1]}\n'), "is damaged"),

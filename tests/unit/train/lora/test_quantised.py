@@ -95,5 +95,5 @@ def test_mixtral_8x7b_takes_less_than_27_gb() -> None:
 def test_sizes_of_no_whole_blocks_are_refused_by_name() -> None:
     odd = {"hidden_size": 12, "intermediate_size": 5, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes = ArchitectureConfig(**(NANO | odd))
-    with pytest.raises(UserError, match=r"^model\.weights=nf4: model\.layers\.0\..* no whole blocks of 64\); use"):
+    with pytest.raises(UserError, match=r"^model\.weights=nf4: model\.layers\.0\..* not whole blocks of 64\); use"):
         quantise(mixtral.random_base(ModelConfig(architecture=sizes)), "model.weights=nf4")

@@ -314,7 +314,7 @@ def test_only_so_many_lines_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_can_not_hold_lines_is_refused_before_training(tmp_path: Path) -> None:
     quiet = LoggingConfig(wandb="off", progress=False)
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(UserError, match=r"its metrics.jsonl is no regular file; remove it"):
+    with pytest.raises(UserError, match=r"its metrics.jsonl is not a regular file; remove it"):
         Metrics(tmp_path, quiet, {}, is_main=True)
     with pytest.raises(UserError, match=r"its metrics.jsonl can't be written \(No such file or directory\)"):
         Metrics(tmp_path / "gone", quiet, {}, is_main=True)

@@ -124,7 +124,7 @@ def test_what_a_checkpoint_says_is_read_from_no_link_out_of_it(whole: Path, name
     [
         (lambda t: t.pop("norm"), "exp_avg.safetensors lacks the tensor norm"),
         (lambda t: t.update(Norm=t.pop("norm")), "exp_avg.safetensors lacks the tensor norm"),
-        (lambda t: t.update(more=torch.zeros(1)), "exp_avg.safetensors has a tensor more that nothing here is called"),
+        (lambda t: t.update(more=torch.zeros(1)), "exp_avg.safetensors has an unknown tensor more"),
         (lambda t: t.update(norm=t["norm"][:6].clone()), "has the tensor norm as"),
         (lambda t: t.update(norm=t["norm"].double()), "has the tensor norm as"),
     ],

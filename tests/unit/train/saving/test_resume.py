@@ -121,8 +121,8 @@ def test_nobody_waits_in_one_collective_while_a_checkpoint_is_hashed(
 EARLY = {
     "seed=5": "seed=5: the run that is there was started with 0; give the same, 'resume_despite=[seed]', or give",
     "resume=never": ": a run is there already; name another directory, or give overwrite=true to replace it",
-    "global_batch=3 micro_batch=2": "global_batch=3: it is no multiple of micro_batch 2",
-    "lora=experts lora.start=nowhere": "lora.start=nowhere: it is no adapter directory",
+    "global_batch=3 micro_batch=2": "global_batch=3: it is not a multiple of micro_batch 2",
+    "lora=experts lora.start=nowhere": "lora.start=nowhere: it is not an adapter directory",
     "lora=experts lora.experts=[9]": "lora.experts=[9]: there is no expert 9; give 0 to 7",
 }
 

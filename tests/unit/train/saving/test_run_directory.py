@@ -87,7 +87,7 @@ def test_a_receipt_that_is_no_file_is_refused(dataset: PreparedDataset, processe
     place = old_run(tmp_path / "run")
     (place / "receipt.json").unlink(missing_ok=True)
     (place / "receipt.json").mkdir()
-    with pytest.raises(UserError, match=r"its receipt\.json is no regular file"):
+    with pytest.raises(UserError, match=r"its receipt\.json is not a regular file"):
         directory(dataset, processes, place)
 
 
@@ -96,7 +96,7 @@ def test_metrics_that_are_no_file_are_refused_before_the_run_goes_on(
 ) -> None:
     (interrupted / "metrics.jsonl").unlink(missing_ok=True)
     (interrupted / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"its metrics\.jsonl is no regular file"):
+    with pytest.raises(UserError, match=r"its metrics\.jsonl is not a regular file"):
         directory(dataset, processes, interrupted)
 
 

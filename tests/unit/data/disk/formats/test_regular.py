@@ -10,9 +10,9 @@ from data.disk.formats.regular import UnreadableError, open_regular, read_regula
 
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "none": (lambda path: None, "No such file"),
-    "pipe": (os.mkfifo, "no regular file"),
-    "directory": (Path.mkdir, "no regular file"),
-    "device": (lambda path: path.symlink_to("/dev/zero"), "no regular file|out of its directory"),
+    "pipe": (os.mkfifo, "not a regular file"),
+    "directory": (Path.mkdir, "not a regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file|out of its directory"),
     "circle": (lambda path: path.symlink_to(path.name), "symbolic links|link to itself"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "No such file"),
 }

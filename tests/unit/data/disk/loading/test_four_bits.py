@@ -102,5 +102,5 @@ def test_a_loaded_model_is_the_quantised_one(tmp_path: Path, dtype: torch.dtype)
 def test_sizes_of_no_whole_blocks_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     torch.manual_seed(0)
     MixtralForCausalLM._from_config(CONFIG, dtype=torch.float32).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"^base=here: model\.layers\.0\..* nf4 \(\[.* no whole blocks of 64\); use"):
+    with pytest.raises(UserError, match=r"^base=here: model\.layers\.0\..* nf4 \(\[.* not whole blocks of 64\); use"):
         load_model(tmp_path, CONFIG, "base=here", whole_on(CPU), dtype=torch.float32, device=CPU, weights_in="nf4")

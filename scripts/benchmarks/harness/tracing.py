@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 MOVES_NOTHING = {"empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "detach", "_unsafe_view"}
-"""Beside views, the operations that touch no element."""
+"""The operations beside views that touch no element."""
 ONLY_WRITES = {"copy_", "zero_", "fill_", "bernoulli_", "uniform_", "normal_"}
 """Operations that change a tensor without reading it."""
 PICKS = {"index_select", "index", "gather", "embedding"}
@@ -31,7 +31,7 @@ FLOPS = {
 
 @dataclass(slots=True)
 class Sum:
-    """Of some operations."""
+    """What some operations move and compute."""
 
     kernels: int = 0
     """Each operation counted as one; a sort is several."""

@@ -1,6 +1,6 @@
 """One training process of `benchmark.py step`: ours or TRL's, made to take its steps one at a time, on demand.
 
-    python -m benchmarks._trainers ours|trl SETTINGS      (SETTINGS: the fields of `Settings` as JSON)
+    python -m benchmarks.harness.trainers ours|trl SETTINGS      (SETTINGS: the fields of `Settings` as JSON)
 
 The process answers on its standard output in lines of JSON: one when the trainer is ready, one for each line `step` on
 its standard input, one with its peak memory when the input ends. So the two can take turns on the same machine, and
@@ -121,7 +121,7 @@ def ours(settings: Settings) -> None:
     import torch
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralRotaryEmbedding
 
-    from benchmarks._peak import wait
+    from benchmarks.harness.peak import wait
     from data.prepared.dataset import PreparedDataset
     from train.config.engine import DeepSpeedConfig, HardwareConfig
     from train.config.lora import LoraConfig
@@ -208,7 +208,7 @@ def trl(settings: Settings) -> None:
     from transformers import LlamaTokenizerFast, MixtralForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from benchmarks._peak import wait
+    from benchmarks.harness.peak import wait
     from data.prepared.dataset import PreparedDataset
     from train.config.lora import ATTENTION_TARGETS, EXPERT_TARGETS
 

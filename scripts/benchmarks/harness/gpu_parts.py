@@ -1,4 +1,4 @@
-"""What `benchmark.py gpu` measures in processes of its own: python -m benchmarks._gpu PART SETTINGS
+"""What `benchmark.py gpu` measures in processes of its own: python -m benchmarks.harness.gpu_parts PART SETTINGS
 
 A process each, so that one that fails, or leaves a GPU in no state to go on, ends nothing else. SETTINGS are the fields
 of `Settings` as JSON; the last line of the output is the figures as JSON, or {"out_of_memory": true}.
@@ -15,8 +15,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks._peak import peak_flops, wait
-from benchmarks._trainers import resident_mib
+from benchmarks.harness.peak import peak_flops, wait
+from benchmarks.harness.trainers import resident_mib
 from train.config.engine import DeepSpeedConfig, HardwareConfig
 from train.config.lora import EXPERT_TARGETS, LoraConfig
 from train.config.model import ArchitectureConfig, ModelConfig
@@ -25,16 +25,16 @@ from train.config.train import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of every part."""
+    """The settings of every part."""
 
     device: str
     """`cuda` or `cpu`."""
     sizes: dict[str, int]
-    """Of the architecture; `num_hidden_layers` are those that fit."""
+    """Those of the architecture; `num_hidden_layers` are as many as fit."""
     dataset: str
     """Rows that were prepared."""
     seconds: float
-    """That measuring may take once everything is there."""
+    """Seconds that measuring may take once everything is there."""
     tokens: list[int]
     """Numbers of tokens at which the grouped product and the loop are compared."""
     new_tokens: int
