@@ -170,6 +170,23 @@ def test_a_layer_moves_less_beside_its_products_than_was_asked_for(tmp_path: Pat
     assert 1 <= of_products * 1e12 / frozen <= 1.2  # the scores of attention, the router and the adapters on top
 
 
+def test_plan_measures_what_it_planned(tmp_path: Path) -> None:
+    rows = ("--data", SAMPLE[1], "--sizes", "nano", "--draw", "0", "--steps", "2")
+    figures = measured(tmp_path, "plan", *rows, "--minutes", "0.001")
+    (setting,) = figures["settings"]
+    assert figures["left"] == 1
+    assert min(setting["planned_memory"], setting["measured_memory"], setting["planned_seconds"]) > 0
+
+
+def test_plan_recipes_plans_and_draws(step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import plan_recipes
+
+    (name, settings), *_ = plan_recipes.PLANS.items()
+    monkeypatch.setattr(plan_recipes, "PLANS", {name: settings})
+    assert plan_recipes.run(argparse.Namespace(picture=tmp_path / "plans.png"))[name]["fits"]
+    assert (tmp_path / "plans.png").is_file()
+
+
 def test_gpu_leaves_out_what_it_has_no_time_for(step) -> None:
     from benchmarks import gpu
 
