@@ -20,7 +20,7 @@ from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from configs.program.errors import UserError, one_line
 from data.disk.adapter_directory import CONFIG as ADAPTER
-from data.disk.tensor_file import StoredTensor
+from data.disk.tensor_file import StoredTensor, fill
 from data.disk.weights import REMEDY, StoredWeights
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -67,10 +67,7 @@ class Piece:
     def read(self) -> torch.Tensor:
         """The tensor."""
         content = torch.empty(self.size, dtype=torch.uint8)
-        with self.stored.file.open("rb", buffering=0) as file:
-            file.seek(self.stored.begin)
-            got = file.readinto(content.numpy().data)
-        assert got == self.size, self.stored
+        fill(content, self.stored.file, self.stored.begin)
         return content.view(self.dtype).view(self.stored.shape)
 
 

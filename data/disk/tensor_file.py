@@ -17,6 +17,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from configs.program.errors import one_line
+from data.disk.files import BLOCK_BYTES
 from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json
 from data.disk.formats.regular import UnreadableError, open_regular, read_at_most
@@ -73,6 +74,25 @@ class StoredTensor:
     file: Path
     begin: int
     end: int
+
+
+def fill(out: torch.Tensor, file: Path, begin: int) -> None:
+    """Fills a contiguous tensor on the CPU with a file's bytes from `begin` on.
+
+    Not through a map of the file, whose pages would count as this process's, and for which it would wait with Python's
+    lock held; and by blocks, so that a slow disk is seen to give something.
+
+    Raises:
+        OSError: the file can't be read.
+        UnreadableError: it is not a regular file, or too short.
+    """
+    rest = out.flatten().view(torch.uint8).numpy().data
+    with open_regular(file, linked=True) as stream:
+        stream.seek(begin)
+        while rest:
+            if not (got := stream.readinto(rest[:BLOCK_BYTES])):  # type: ignore[attr-defined]  # unbuffered
+                raise UnreadableError("it has become shorter")
+            rest = rest[got:]
 
 
 def header(tensors: Iterable[tuple[str, str, Iterable[int], int]]) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from configs.program.errors import UserError
-from data.disk.formats.arrow_file import as_array, open_table
+from data.disk.formats.arrow_file import as_array, from_array, open_table
 
 PLACES = "places.arrow"
 SCHEMA = pa.schema([("number", pa.int64())])
@@ -90,8 +90,7 @@ class Places:
     def write(self, directory: Path) -> None:
         """Writes the file of a dataset."""
         schema = SCHEMA.with_metadata({"runs": json.dumps(self._runs)})
-        values = np.asarray(self._numbers, np.int64)
-        numbers = pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(values)])
+        numbers = from_array(np.asarray(self._numbers, np.int64))
         with pa.OSFile(str(directory / PLACES), "wb") as file, pa.ipc.new_file(file, schema) as arrow:
             arrow.write_batch(pa.RecordBatch.from_arrays([numbers], schema=schema))
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from configs.program.errors import UserError, one_line
 from data.disk.files import occupied, sha256, take_place
+from data.disk.formats.arrow_file import from_array
 from data.prepared.layout import MANIFEST, REJECTS, ROW_SCHEMA, SPLITS, read_manifest, rows_of
 from data.prepared.places import PLACES
 from data.stages.store import ConversationStore, Index
@@ -79,12 +80,7 @@ def write_rows(path: Path, plan: list[list[int]], store: ConversationStore, inde
 def _lists(values: np.ndarray, sizes: np.ndarray, last: np.ndarray) -> pa.ListArray:
     """Lists, one a packed row, of values of which each member has `sizes`; row i ends with member `last[i]`, from 1."""
     ends = np.cumsum(sizes, dtype=np.int32)[last - 1]
-    return pa.ListArray.from_arrays(_array(np.concatenate([np.zeros(1, np.int32), ends])), _array(values))
-
-
-def _array(values: np.ndarray) -> pa.Array:
-    """The same numbers without a copy; `pa.array` would import pandas first, which takes a quarter of a second."""
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+    return pa.ListArray.from_arrays(from_array(np.concatenate([np.zeros(1, np.int32), ends])), from_array(values))
 
 
 def keep_rejects(rejects: Path, output: Path) -> str:

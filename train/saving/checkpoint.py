@@ -29,7 +29,7 @@ from data.disk.files import discard, file_hash, publish, remove, sync
 from data.disk.formats import sizes
 from data.disk.formats.json_text import parse_json, shaped
 from data.disk.formats.regular import UnreadableError, read_regular
-from data.disk.tensor_file import StoredTensor, TensorFile, read_header
+from data.disk.tensor_file import StoredTensor, TensorFile, fill, read_header
 from train.history import History
 from train.saving.background import Background
 from train.saving.identity import Recorded
@@ -40,9 +40,6 @@ FORMAT = 1
 """The version of trainer.json; a file with another number was written by another version of this program."""
 STATE = ("master", "exp_avg", "exp_avg_sq")
 """What is stored of every trained parameter, in float32: its value and Adam's two moments, by torch's names."""
-
-BLOCK = 16 << 20
-"""Bytes that are read at once, so that a slow disk is seen to give something."""
 
 Shape = tuple[int, ...]
 Count = Annotated[int, Meta(ge=0)]
@@ -229,17 +226,9 @@ class Checkpoint:
         """
         stored = self._tensors(kind)[name]
         tensor = torch.empty(stored.shape, dtype=torch.float32)
-        rest = tensor.flatten().view(torch.uint8).numpy().data
         try:
-            # Not mapped: who waits for a page of a disk that hangs may hold Python's lock, and do so later than here.
-            with stored.file.open("rb", buffering=0) as file:
-                file.seek(stored.begin)
-                while rest:
-                    read = file.readinto(rest[:BLOCK])
-                    if not read:
-                        raise DamagedError(f"{stored.file.name} is cut short")
-                    rest = rest[read:]
-        except OSError as error:
+            fill(tensor, stored.file, stored.begin)
+        except (OSError, UnreadableError) as error:
             raise DamagedError(f"{stored.file.name} can't be read: {one_line(error)}") from error
         return tensor
 

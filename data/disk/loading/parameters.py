@@ -9,8 +9,9 @@ import torch
 from transformers import MixtralConfig
 
 from configs.program.errors import UserError
-from data.disk.formats.regular import UnreadableError, open_regular
+from data.disk.formats.regular import UnreadableError
 from data.disk.mixtral_files import Piece, check_shapes, pieces
+from data.disk.tensor_file import fill
 from data.disk.weights import REMEDY, StoredWeights
 
 BLOCK = 16 << 20
@@ -105,15 +106,9 @@ class Parameters:
                 yield run, first, last
 
     def _fill(self, run: _Run, at: int, block: torch.Tensor) -> None:
-        """Reads the numbers from `at` on; not through a map of the file, whose pages would count as this process's."""
-        view = block.view(torch.uint8).numpy().data
+        """Reads the numbers from `at` on."""
         try:
-            with open_regular(run.file, linked=True) as file:
-                file.seek(run.begin + (at - run.start) * run.dtype.itemsize)
-                while len(view):
-                    if not (got := file.readinto(view)):  # type: ignore[attr-defined]  # unbuffered
-                        raise UnreadableError("it has become shorter")
-                    view = view[got:]
+            fill(block, run.file, run.begin + (at - run.start) * run.dtype.itemsize)
         except (UnreadableError, OSError) as error:
             said = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{self._named}: its {run.file.name} can't be read ({said}); {REMEDY}") from error

@@ -156,7 +156,7 @@ def test_a_manifest_says_which_field_is_wrong(prepared: Path, case: str) -> None
 
 
 def test_looking_at_rows_imports_no_pandas(prepared: Path, project_root: Path) -> None:
-    """Which would take a quarter of a second and 49 MB of every process of a training run."""
+    """Which would take time and memory of every process of a training run."""
     look = "open_checked(Path(sys.argv[1]), 'dataset'); PreparedDataset(Path(sys.argv[1])).train.lengths()"
     code = "import sys; from pathlib import Path; from data.prepared.dataset import PreparedDataset\n"
     code += f"from data.prepared.whole import open_checked; {look}; sys.exit('pandas' in sys.modules)"

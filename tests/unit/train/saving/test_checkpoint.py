@@ -58,7 +58,7 @@ def test_what_is_read_is_what_was_written(whole: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
     assert torch.equal(read, state()[name]["master"])  # read then, and not when it is needed
     path.write_bytes(b"")
-    with pytest.raises(DamagedError, match=r"master\.safetensors is cut short"):
+    with pytest.raises(DamagedError, match=r"master\.safetensors can't be read: it has become shorter"):
         found.read(name, "master")
 
 
